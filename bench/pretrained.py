@@ -81,3 +81,7 @@ def dinov2_small(onnx_file: Path, image_size: int, blocks: int = BLOCKS) -> Dino
 def minilm(folder: Path) -> BertModel:
     """all-MiniLM-L6-v2 in eval mode from its unpacked package folder (its own pooler is untrained and gets replaced)."""
     return BertModel.from_pretrained(folder).eval()
+
+
+# Suffixes of the two factors of a low-rank update, in place of "weight".
+LOW_RANK_DOWN, LOW_RANK_UP = "low_rank_down", "low_rank_up"

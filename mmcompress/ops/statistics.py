@@ -1,9 +1,9 @@
 """Numbers with their uncertainty: every measured value carries n and a 95 % interval.
 
-Percentile bootstrap (Efron 1979) for samples that are independent, resampling whole clusters where several values belong to
-one thing (the captions of an image), and the circular block bootstrap (Politis and Romano 1992) for time series such as
-latencies, where neighbours resemble each other. Deliberate differences: one sample gives an unbounded interval rather than a
-point, and hits that all agree get the exact binomial bound, because resampling equal values would claim certainty.
+Percentile bootstrap (Efron 1979) for samples that are independent, resampling whole clusters where several values belong
+to one thing (the captions of an image), and the circular block bootstrap (Politis and Romano 1992) for time series such
+as latencies, where neighbours resemble each other. Deliberate differences: one sample gives an unbounded interval rather
+than a point, and hits that all agree get the exact binomial bound, because resampling equal values would claim certainty.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def bootstrap(
 ) -> Estimate:
     """Return `statistic` of `values` (n,) with its percentile bootstrap interval.
 
-    `clusters` (n,) names the independent thing each value belongs to; whole clusters are then resampled, the statistic is
-    the mean, and the estimate's n counts clusters. Raises ValueError for no values, or another statistic with clusters.
+    `clusters` (n,) names the independent thing each value belongs to; whole clusters are then resampled, the statistic
+    is the mean, and the estimate's n counts clusters. Raises ValueError for no values, or another statistic with
+    clusters.
     """
     sample = _sample(values)
     if clusters is not None:
@@ -133,8 +134,8 @@ def ratio_of_medians(
     """Return median(a) / median(b) with a block bootstrap interval: with latencies, how many times faster b is than a.
 
     `a` and `b` are in the order they were taken. When they are equally long they are taken as interleaved (a[i] beside
-    b[i]) and the same blocks are drawn from both, so that drift of the machine cancels. `block` is the length of a block,
-    by default the cube root of n. Raises ValueError for no values or for values that are not positive.
+    b[i]) and the same blocks are drawn from both, so that drift of the machine cancels. `block` is the length of a
+    block, by default the cube root of n. Raises ValueError for no values or for values that are not positive.
     """
     first, second = _sample(a), _sample(b)
     if min(first.min(), second.min()) <= 0:

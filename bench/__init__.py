@@ -1,0 +1,1 @@
+"""The project's own benchmark programs, their data and their measured results."""

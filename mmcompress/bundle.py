@@ -1,0 +1,222 @@
+"""What passes work on: a model with its processor, and views that say where things are.
+
+A view names modules by their dotted path from the model, so it can be recorded, compared and used on meta tensors. Views are
+made afresh by `Bundle.towers()` each time; surgery makes older ones stale.
+
+Shape alphabet: B batch, N tokens, C channels, H heads, D head width, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmcompress.errors import UsageError, closest
+from mmcompress.manifest import Record, Source
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Readout = Literal["class", "mean", "attention", "all"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One multi-head attention: `writers` make queries, keys and values, `reader` mixes the heads' outputs."""
+
+    path: str
+    """The module that is called with hidden states."""
+    writers: tuple[str, ...]
+    """Paths of the q, k, v Linears; their rows are (heads * head_dim)."""
+    reader: str
+    """Path of the output Linear; its columns are (heads * head_dim)."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    bookkeeping: tuple[tuple[str, str, Literal["heads", "width"]], ...] = ()
+    """(module path, attribute, what it counts): integers transformers keeps beside the weights and that surgery must follow."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One feed-forward: `writers` is (up,) or (gate, up), `reader` is down. Units are its hidden neurons."""
+
+    path: str
+    writers: tuple[str, ...]
+    reader: str
+    neurons: int
+    activation: str
+    """Name of the activation, as in the config: removing a silenced neuron is exact only where act(0) = 0."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    A pre-norm block computes ``x += attend(x)`` then ``x += feed(x)``; `attend` and `feed` are the block's children to call in
+    order, `attention` being one of `attend`. A block that is not of this shape (post-norm) leaves both empty, and passes
+    that change tokens inside it refuse.
+    """
+
+    path: str
+    index: int
+    attention: Attention
+    mlp: Mlp
+    attend: tuple[str, ...] = ()
+    feed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The tokens that flow through a tower's blocks."""
+
+    tokens: int
+    """N at the model's own input size, protected ones included."""
+    protected: int
+    """Leading class/register tokens that are never merged or dropped."""
+    readout: Readout
+    """What the tower's output is read from."""
+    pool: str = ""
+    """For readout "attention": path of the nn.MultiheadAttention whose keys are the tokens."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One modality's encoder, with its projection into the shared space."""
+
+    name: str
+    path: str
+    blocks_path: str
+    """Path of the nn.ModuleList that holds the blocks."""
+    blocks: tuple[Block, ...]
+    config: str
+    """Attribute path of the tower's config inside model.config ("" for the model's own)."""
+    depth_key: str
+    """The config key that counts the blocks."""
+    heads: tuple[str, ...] = ()
+    """Paths of what belongs to the tower but lies outside `path`: its projection."""
+    embeddings: tuple[str, ...] = ()
+    """Paths of the nn.Embedding tables and the patch embedding."""
+    stream: TokenStream | None = None
+    why_no_stream: str = ""
+    """Where `stream` is None: why tokens of this tower cannot be merged, for a person."""
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter or module path belongs to this tower."""
+        return any(name == root or name.startswith(root + ".") for root in (self.path, *self.heads))
+
+
+class Family(Protocol):
+    """All that is known about one kind of transformers model. Families hold names, never algorithms."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """The `model_type` values of config.json this family serves."""
+    architectures: tuple[str, ...]
+    """The transformers class names it serves."""
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        """Return the transformers class to build for this config."""
+
+    def towers(self, model: nn.Module) -> tuple[Tower, ...]:
+        """Return the views of `model` as it is now, vision first."""
+
+    def encode(self, model: nn.Module, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the tower's embeddings (B, C) in the shared space, not normalised, with gradient."""
+
+    def similarity(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return (scale, bias): logits are scale * cosine + bias."""
+
+    def example_inputs(self, model: nn.Module, tower: str, batch: int) -> dict[str, Tensor]:
+        """Return valid inputs of `encode` for shapes, tracing and timing; the same every time."""
+
+    def prepare_images(self, model: nn.Module, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Return the inputs of `encode(…, "vision", …)` for images."""
+
+    def prepare_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the inputs of `encode(…, "text", …)` for texts, padded; longer texts are cut at the model's limit."""
+
+    def write_config(self, model: nn.Module) -> None:
+        """Write uniform widths and depths of the modules into model.config, as far as the config can say them."""
+
+
+@dataclass
+class Processor:
+    """The image and text side of preprocessing; either may be missing in a checkpoint."""
+
+    image: Any = None
+    tokenizer: Any = None
+
+    def save(self, directory: str) -> None:
+        """Write the preprocessing files beside the weights."""
+        for part in (self.image, self.tokenizer):
+            if part is not None:
+                part.save_pretrained(directory)
+
+
+@dataclass
+class Bundle:
+    """A model, its processor and its history. `model` stays an ordinary transformers model."""
+
+    model: Any
+    processor: Processor
+    family: Family
+    source: Source
+    history: list[Record] = field(default_factory=list)
+
+    def towers(self) -> tuple[Tower, ...]:
+        """Return fresh views; never keep one across surgery."""
+        return self.family.towers(self.model)
+
+    def tower(self, name: str) -> Tower:
+        """Return the tower called `name`. Raises UsageError naming the towers there are."""
+        towers = {tower.name: tower for tower in self.towers()}
+        if name not in towers:
+            raise UsageError(f"{self.family.name} has no tower '{name}'", hint=closest(name, towers))
+        return towers[name]
+
+    def module(self, path: str) -> nn.Module:
+        """Return the module at a dotted path."""
+        return self.model.get_submodule(path)
+
+    def replace(self, path: str, module: nn.Module) -> None:
+        """Put `module` in the place `path` names."""
+        parent, _, name = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, module)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(self, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Return embeddings (B, C) of one tower, not normalised, with gradient."""
+        return self.family.encode(self.model, tower, inputs)
+
+    def example_inputs(self, tower: str, batch: int = 1) -> dict[str, Tensor]:
+        """Return deterministic valid inputs of `encode`, on the model's device."""
+        inputs = self.family.example_inputs(self.model, tower, batch)
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def prepare(self, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
+        """Turn images (tower "vision") or texts (tower "text") into the inputs of `encode`, on the model's device."""
+        make = self.family.prepare_images if tower == "vision" else self.family.prepare_texts
+        return {name: value.to(self.device) for name, value in make(self.model, self.processor, items).items()}
+
+    @torch.inference_mode()
+    def embed(self, tower: str, items: Sequence[Any]) -> np.ndarray:
+        """Return float32 embeddings (B, C) of images or texts, in evaluation mode."""
+        self.model.eval()
+        return self.encode(tower, self.prepare(tower, items)).float().cpu().numpy()
+
+    def embed_images(self, images: Sequence[Image]) -> np.ndarray:
+        """Return float32 embeddings (B, C), not normalised."""
+        return self.embed("vision", images)
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return float32 embeddings (B, C), not normalised."""
+        return self.embed("text", texts)

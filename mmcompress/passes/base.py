@@ -1,0 +1,79 @@
+"""The contract of a pass: check, plan, apply, fit.
+
+A pass is a frozen dataclass; its fields, all with literal defaults and a docstring under each, are its recipe parameters and
+command-line options (see `schema`). Field types: int, float, str, bool, Literal[...], tuple[T, ...], dict[str, T], T | None.
+
+    check   refuses early, with the reason and a hint
+    plan    decides: sees weights and data, changes nothing
+    apply   cuts: structure only; the same code runs on meta tensors when a checkpoint is loaded
+    fit     tunes: values only, never structure; returns facts
+
+Loading a checkpoint runs `apply` with the recorded decisions, then fills in the saved weights. So `apply` must need nothing but
+`plan.decisions` to make the right structure, and every value that `fit` changes must live in the state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.manifest import Json
+from mmcompress.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from mmcompress.data import Dataset
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass decided. `decisions` is recorded in mmc.json; `tensors` only spare `apply` from computing twice."""
+
+    decisions: dict[str, Json]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use besides the bundle."""
+
+    data: Dataset | None = None
+    """Calibration and training data, in a fixed order."""
+    num_samples: int = 128
+    """How many samples calibration may look at."""
+    batch_size: int = 16
+    seed: int = 0
+    teacher: Callable[[], Bundle] | None = None
+    """Loads the uncompressed original."""
+    progress: Progress = field(default_factory=Silent)
+    workdir: Path | None = None
+    """Where a long `fit` keeps what it needs to resume after being killed. None: it starts over."""
+
+    def require_data(self, what: str) -> Dataset:
+        """Return the data. Raises UsageError saying that `what` needs some."""
+        if self.data is None:
+            raise UsageError(f"{what} needs data", hint="give --data FOLDER (metadata.jsonl, tar shards) or --data demo:train")
+        return self.data
+
+
+class Pass(Protocol):
+    """One transformation of a bundle; see the module's docstring for the contract."""
+
+    name: ClassVar[str]
+
+    def check(self, bundle: Bundle) -> None:
+        """Raise UsageError when this pass cannot work on this model with these parameters."""
+
+    def plan(self, bundle: Bundle, context: Context) -> Plan:
+        """Decide what to do, changing nothing."""
+
+    def apply(self, bundle: Bundle, plan: Plan) -> None:
+        """Change the structure as decided; works on meta tensors."""
+
+    def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
+        """Tune values; return facts worth recording."""
