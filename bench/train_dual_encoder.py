@@ -197,7 +197,10 @@ def main() -> None:
     drawings = load_drawings(assets.training_drawings())
     bert = minilm(assets.minilm_folder())
     bank = caption_bank(bert, AutoTokenizer.from_pretrained(assets.minilm_folder()), drawings)
-    model = Joint(dinov2_small(assets.dinov2_onnx(), assets.IMAGE_SIZE, assets.VISION_BLOCKS))
+    vision = dinov2_small(assets.dinov2_onnx(), assets.IMAGE_SIZE, assets.VISION_BLOCKS)
+    # The backward pass of the fused CPU attention takes longer than all matrix products together; the plain one does not.
+    vision.set_attn_implementation("eager")
+    model = Joint(vision.to(torch.bfloat16))
     validation = None
     if options.validate:
         held = torch.tensor([name == options.validate for name in drawings.vendor])

@@ -86,9 +86,9 @@ def read(directory: Path) -> Manifest | None:
                 f"{path} has schema {document['schema']}; this mmc reads up to {SCHEMA}",
                 hint=f"install mmcompress {document.get('mmc', '')} or newer",
             )
-        records = tuple(
-            Record(name=r.pop("pass"), **r) for r in document.pop("records")
-        )
+        records = tuple(Record(name=r.pop("pass"), **r) for r in document.pop("records"))
         return Manifest(**{**document, "source": Source(**document["source"]), "records": records})
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged: {error}", hint="restore the file or start from the original model") from error
+        raise UsageError(
+            f"{path} is damaged: {error}", hint="restore the file or start from the original model"
+        ) from error

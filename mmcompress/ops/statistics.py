@@ -1,9 +1,10 @@
 """Numbers with their uncertainty: every measured value carries n and a 95 % interval.
 
-Percentile bootstrap (Efron 1979) for samples that are independent, resampling whole clusters where several values belong
-to one thing (the captions of an image), and the circular block bootstrap (Politis and Romano 1992) for time series such
-as latencies, where neighbours resemble each other. Deliberate differences: one sample gives an unbounded interval rather
-than a point, and hits that all agree get the exact binomial bound, because resampling equal values would claim certainty.
+Percentile bootstrap (Efron 1979) for samples that are independent, resampling whole clusters where several values
+belong to one thing (the captions of an image), and the circular block bootstrap (Politis and Romano 1992) for time
+series such as latencies, where neighbours resemble each other. Deliberate differences: one sample gives an unbounded
+interval rather than a point, and hits that all agree get the exact binomial bound, because resampling equal values
+would claim certainty.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ def bootstrap(
     if n == 1:
         return Estimate(value, -math.inf, math.inf, 1)
     rng = np.random.default_rng(seed)
-    drawn = [
-        statistic(sample[rng.integers(0, n, size=(count, n))], axis=-1) for count in _portions(resamples, n)
-    ]
+    drawn = [statistic(sample[rng.integers(0, n, size=(count, n))], axis=-1) for count in _portions(resamples, n)]
     return _estimate(value, np.concatenate(drawn), n)
 
 

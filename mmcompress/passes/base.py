@@ -57,7 +57,9 @@ class Context:
     def require_data(self, what: str) -> Dataset:
         """Return the data. Raises UsageError saying that `what` needs some."""
         if self.data is None:
-            raise UsageError(f"{what} needs data", hint="give --data FOLDER (metadata.jsonl, tar shards) or --data demo:train")
+            raise UsageError(
+                f"{what} needs data", hint="give --data FOLDER (metadata.jsonl, tar shards) or --data demo:train"
+            )
         return self.data
 
 

@@ -34,7 +34,9 @@ class Parameter:
         if value is None or (self.optional and value in ("none", "null")):
             if self.optional:
                 return None
-            raise UsageError(f"{where}.{self.name} is empty; expected {self.expected}", hint="remove the key to get the default")
+            raise UsageError(
+                f"{where}.{self.name} is empty; expected {self.expected}", hint="remove the key to get the default"
+            )
         try:
             made = self._convert(value)
         except (TypeError, ValueError):
@@ -42,7 +44,9 @@ class Parameter:
                 f"{where}.{self.name} is {value!r}; expected {self.expected}", hint=f"default: {self.default!r}"
             ) from None
         if self.choices and made not in self.choices:
-            raise UsageError(f"{where}.{self.name} is {value!r}; expected {self.expected}", hint=closest(str(value), self.choices))
+            raise UsageError(
+                f"{where}.{self.name} is {value!r}; expected {self.expected}", hint=closest(str(value), self.choices)
+            )
         return made
 
     @property

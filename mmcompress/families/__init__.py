@@ -1,0 +1,29 @@
+"""The families, by name: the only place that names transformers classes. One file and one line here add a family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmcompress.bundle import Family
+from mmcompress.errors import UsageError
+from mmcompress.families import clip, dual_encoder, siglip
+
+FAMILIES: dict[str, Family] = {
+    "clip": clip.FAMILY,
+    "siglip": siglip.FAMILY,
+    "dual_encoder": dual_encoder.FAMILY,
+}
+
+
+def family_for(config: dict[str, Any]) -> Family:
+    """Return the family that serves a config.json. Raises UsageError listing the supported classes."""
+    kind, classes = config.get("model_type", ""), config.get("architectures") or []
+    for family in FAMILIES.values():
+        if kind in family.model_types and (not classes or set(classes) & set(family.architectures)):
+            return family
+    supported = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    found = classes[0] if classes else kind or "a config without model_type"
+    raise UsageError(
+        f"{found} is not supported",
+        hint=f"supported: {supported}. To add one, copy mmcompress/families/clip.py",
+    )

@@ -1,0 +1,152 @@
+"""Reading views out of modules: where the parts of a block lie in each of transformers' block classes.
+
+One `BlockNames` per block class; families say which one a tower is built of. Paths inside are relative to the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mmcompress.bundle import Attention, Block, Mlp
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """Relative paths inside one block class."""
+
+    attention: str
+    writers: tuple[str, str, str]
+    reader: str
+    head_dim: str
+    """Attribute of the attention module that holds D."""
+    mlp: str
+    mlp_writers: tuple[str, ...]
+    mlp_reader: str
+    attend: tuple[str, ...] = ()
+    feed: tuple[str, ...] = ()
+    bookkeeping: tuple[tuple[str, Literal["heads", "width"]], ...] = ()
+    """Attributes of the attention module that count heads, or heads * D."""
+
+
+CLIP_BLOCK = BlockNames(
+    attention="self_attn",
+    writers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    reader="self_attn.out_proj",
+    head_dim="head_dim",
+    mlp="mlp",
+    mlp_writers=("mlp.fc1",),
+    mlp_reader="mlp.fc2",
+    attend=("layer_norm1", "self_attn"),
+    feed=("layer_norm2", "mlp"),
+    bookkeeping=(("num_heads", "heads"),),
+)
+"""CLIP, SigLIP and SigLIP 2, both towers."""
+
+VIT_BLOCK = BlockNames(
+    attention="attention",
+    writers=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    reader="attention.o_proj",
+    head_dim="head_dim",
+    mlp="mlp",
+    mlp_writers=("mlp.fc1",),
+    mlp_reader="mlp.fc2",
+    attend=("layernorm_before", "attention"),
+    feed=("layernorm_after", "mlp"),
+    bookkeeping=(("num_attention_heads", "heads"),),
+)
+
+DINOV2_BLOCK = BlockNames(
+    attention="attention",
+    writers=VIT_BLOCK.writers,
+    reader=VIT_BLOCK.reader,
+    head_dim="head_dim",
+    mlp="mlp",
+    mlp_writers=("mlp.fc1",),
+    mlp_reader="mlp.fc2",
+    attend=("norm1", "attention", "layer_scale1"),
+    feed=("norm2", "mlp", "layer_scale2"),
+    bookkeeping=(("num_attention_heads", "heads"),),
+)
+
+BERT_BLOCK = BlockNames(
+    attention="attention",
+    writers=("attention.self.query", "attention.self.key", "attention.self.value"),
+    reader="attention.output.dense",
+    head_dim="self.attention_head_size",
+    mlp="intermediate",
+    mlp_writers=("intermediate.dense",),
+    mlp_reader="output.dense",
+    bookkeeping=(("self.num_attention_heads", "heads"), ("self.all_head_size", "width")),
+)
+"""Post-norm, so `attend` and `feed` stay empty."""
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    parent, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(parent), name)
+
+
+def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activation: str) -> tuple[Block, ...]:
+    """Return the views of the blocks in the ModuleList at `blocks_path`, with today's widths."""
+    blocks = []
+    for index, block in enumerate(model.get_submodule(blocks_path).children()):
+        path = f"{blocks_path}.{index}"
+        attention = block.get_submodule(names.attention)
+        head_dim = int(_attribute(attention, names.head_dim))
+        query, key, _ = (block.get_submodule(writer) for writer in names.writers)
+        at = f"{path}.{names.attention}"
+        blocks.append(
+            Block(
+                path=path,
+                index=index,
+                attention=Attention(
+                    path=at,
+                    writers=tuple(f"{path}.{writer}" for writer in names.writers),
+                    reader=f"{path}.{names.reader}",
+                    heads=int(query.out_features) // head_dim,
+                    kv_heads=int(key.out_features) // head_dim,
+                    head_dim=head_dim,
+                    bookkeeping=tuple(
+                        (f"{at}.{owner}".rstrip("."), attribute, counts)
+                        for owner, _, attribute, counts in (
+                            (*name.rpartition("."), counts) for name, counts in names.bookkeeping
+                        )
+                    ),
+                ),
+                mlp=Mlp(
+                    path=f"{path}.{names.mlp}",
+                    writers=tuple(f"{path}.{writer}" for writer in names.mlp_writers),
+                    reader=f"{path}.{names.mlp_reader}",
+                    neurons=int(block.get_submodule(names.mlp_reader).in_features),
+                    activation=activation,
+                ),
+                attend=names.attend,
+                feed=names.feed,
+            )
+        )
+    return tuple(blocks)
+
+
+def widths(blocks: tuple[Block, ...]) -> tuple[int, int] | None:
+    """Return (heads, neurons) when every block has the same, else None."""
+    found = {(block.attention.heads, block.mlp.neurons) for block in blocks}
+    return found.pop() if len(found) == 1 else None
+
+
+def example_pixels(batch: int, channels: int, height: int, width: int) -> torch.Tensor:
+    """Return smooth deterministic images (B, channels, height, width) in about -2..2."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(batch, channels, 7, 7, generator=generator)
+    return nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def example_tokens(batch: int, length: int, vocabulary: int, last: int) -> torch.Tensor:
+    """Return deterministic token ids (B, length) that end in `last`."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, min(vocabulary, last or vocabulary)), (batch, length), generator=generator)
+    ids[:, -1] = last
+    return ids

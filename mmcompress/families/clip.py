@@ -1,0 +1,80 @@
+"""CLIPModel: ViT with a class token, causal text tower read at the end-of-text token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from mmcompress.bundle import TokenStream, Tower
+from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, example_tokens, read_blocks, widths
+from mmcompress.families.two_tower import TwoTowers
+
+
+class Clip(TwoTowers):
+    """OpenAI CLIP and everything saved as CLIPModel (OpenCLIP conversions, TinyCLIP, MetaCLIP)."""
+
+    name = "clip"
+    model_types = ("clip",)
+    architectures = ("CLIPModel",)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        return CLIPModel
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        vision, text = model.config.vision_config, model.config.text_config
+        return (
+            Tower(
+                name="vision",
+                path="vision_model",
+                blocks_path="vision_model.encoder.layers",
+                blocks=read_blocks(model, "vision_model.encoder.layers", CLIP_BLOCK, vision.hidden_act),
+                config="vision_config",
+                depth_key="num_hidden_layers",
+                heads=("visual_projection",),
+                embeddings=("vision_model.embeddings.patch_embedding", "vision_model.embeddings.position_embedding"),
+                stream=TokenStream(
+                    tokens=(vision.image_size // vision.patch_size) ** 2 + 1, protected=1, readout="class"
+                ),
+            ),
+            Tower(
+                name="text",
+                path="text_model",
+                blocks_path="text_model.encoder.layers",
+                blocks=read_blocks(model, "text_model.encoder.layers", CLIP_BLOCK, text.hidden_act),
+                config="text_config",
+                depth_key="num_hidden_layers",
+                heads=("text_projection",),
+                embeddings=("text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding"),
+                why_no_stream="CLIP reads its text at the end-of-text position, which merging would move",
+            ),
+        )
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        if tower == "vision":
+            c = model.config.vision_config
+            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
+        c = model.config.text_config
+        length = min(16, c.max_position_embeddings)
+        # Old CLIP configs name 2 as end of text, and the model then reads at the highest id.
+        last = c.vocab_size - 1 if c.eos_token_id == 2 else c.eos_token_id
+        ids = example_tokens(batch, length, c.vocab_size, last)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def write_config(self, model: Any) -> None:
+        write_clip_widths(self.towers(model), model.config)
+
+
+def write_clip_widths(towers: tuple[Tower, ...], config: Any) -> None:
+    """Write depth and MLP width of CLIP-shaped towers; heads cannot be written (the head size would change)."""
+    for tower in towers:
+        part = getattr(config, tower.config)
+        part.num_hidden_layers = len(tower.blocks)
+        found = widths(tower.blocks)
+        if found:
+            part.intermediate_size = found[1]
+
+
+FAMILY = Clip()

@@ -1,0 +1,91 @@
+"""SiglipModel and Siglip2Model: no class token, the image is read by attention pooling over all tokens.
+
+SigLIP 2 takes patches of images of any aspect ratio, padded to one length with a mask (NaFlex).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Siglip2Model, SiglipModel
+
+from mmcompress.bundle import TokenStream, Tower
+from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, example_tokens, read_blocks
+from mmcompress.families.clip import write_clip_widths
+from mmcompress.families.two_tower import TwoTowers
+
+
+class Siglip(TwoTowers):
+    """SigLIP (fixed resolution) and SigLIP 2 (patches with a mask)."""
+
+    name = "siglip"
+    model_types = ("siglip", "siglip2")
+    architectures = ("SiglipModel", "Siglip2Model")
+    pad_to_limit = True
+    # transformers' tokenizer for SigLIP gives no mask, and the models were trained without one.
+    text_inputs = ("input_ids",)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        return Siglip2Model if config.model_type == "siglip2" else SiglipModel
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        vision, text = model.config.vision_config, model.config.text_config
+        patches = vision.num_patches if self._flexible(model) else (vision.image_size // vision.patch_size) ** 2
+        has_head = getattr(model.vision_model, "head", None) is not None
+        return (
+            Tower(
+                name="vision",
+                path="vision_model",
+                blocks_path="vision_model.encoder.layers",
+                blocks=read_blocks(model, "vision_model.encoder.layers", CLIP_BLOCK, vision.hidden_act),
+                config="vision_config",
+                depth_key="num_hidden_layers",
+                embeddings=("vision_model.embeddings.patch_embedding", "vision_model.embeddings.position_embedding"),
+                stream=TokenStream(
+                    tokens=patches,
+                    protected=0,
+                    readout="attention" if has_head else "all",
+                    pool="vision_model.head.attention" if has_head else "",
+                ),
+            ),
+            Tower(
+                name="text",
+                path="text_model",
+                blocks_path="text_model.encoder.layers",
+                blocks=read_blocks(model, "text_model.encoder.layers", CLIP_BLOCK, text.hidden_act),
+                config="text_config",
+                depth_key="num_hidden_layers",
+                embeddings=("text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding"),
+                why_no_stream="SigLIP reads its text at the last position, which merging would move",
+            ),
+        )
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        if tower == "text":
+            c = model.config.text_config
+            return {"input_ids": example_tokens(batch, c.max_position_embeddings, c.vocab_size, 1)}
+        c = model.config.vision_config
+        if not self._flexible(model):
+            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
+        side = int(c.num_patches**0.5)
+        pixels = example_pixels(batch, c.num_channels, side * c.patch_size, side * c.patch_size)
+        # (B, channels, H, W) -> (B, N, patch * patch * channels)
+        patches = nn.functional.unfold(pixels, c.patch_size, stride=c.patch_size).transpose(1, 2)
+        patches = patches.unflatten(2, (c.num_channels, -1)).transpose(2, 3).flatten(2)
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": torch.ones(batch, side * side, dtype=torch.int32),
+            "spatial_shapes": torch.full((batch, 2), side),
+        }
+
+    def write_config(self, model: Any) -> None:
+        write_clip_widths(self.towers(model), model.config)
+
+    @staticmethod
+    def _flexible(model: Any) -> bool:
+        return bool(model.config.model_type == "siglip2")
+
+
+FAMILY = Siglip()

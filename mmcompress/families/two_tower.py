@@ -1,0 +1,63 @@
+"""What CLIP-like families share: two encoders called through get_image_features and get_text_features, one similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.bundle import Processor
+from mmcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class TwoTowers:
+    """Base of the dual-encoder families; a family adds names, classes and towers."""
+
+    text_limit_key = "max_position_embeddings"
+    pad_to_limit = False
+    """SigLIP was trained on texts padded to the limit."""
+
+    def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the embeddings (B, C) of one tower; see `Family.encode`."""
+        features = model.get_image_features if tower == "vision" else model.get_text_features
+        pooled: Tensor = features(**inputs).pooler_output
+        return pooled
+
+    def similarity(self, model: Any) -> tuple[Tensor, Tensor]:
+        """Return (scale, bias) of the logits; the bias is 0 where the model has none."""
+        bias = getattr(model, "logit_bias", None)
+        scale = model.logit_scale.exp()
+        return scale, torch.zeros_like(scale) if bias is None else bias
+
+    def text_config(self, model: Any) -> Any:
+        """Return the config that holds the text tower's limits."""
+        return model.config.text_config
+
+    def prepare_images(self, model: nn.Module, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Return pixel inputs for images; see `Family.prepare_images`."""
+        if processor.image is None:
+            raise UsageError("this checkpoint has no image processor", hint="add its preprocessor_config.json")
+        prepared = processor.image(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        dtype = next(model.parameters()).dtype
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in prepared.items()}
+
+    def prepare_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return token inputs for texts, cut at the model's limit; see `Family.prepare_texts`."""
+        if processor.tokenizer is None:
+            raise UsageError("this checkpoint has no tokenizer", hint="add its tokenizer.json")
+        limit = getattr(self.text_config(model), self.text_limit_key)
+        prepared = processor.tokenizer(
+            list(texts),
+            padding="max_length" if self.pad_to_limit else True,
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
+        )
+        return {name: prepared[name] for name in self.text_inputs if name in prepared}
+
+    text_inputs: tuple[str, ...] = ("input_ids", "attention_mask")

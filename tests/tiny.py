@@ -1,0 +1,160 @@
+"""Small random models of every family, with real processors, made offline in milliseconds."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    Dinov2Config,
+    PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    VisionTextDualEncoderConfig,
+    ViTConfig,
+    ViTImageProcessorPil,
+)
+
+from mmcompress.bundle import Bundle, Processor
+from mmcompress.families import family_for
+from mmcompress.manifest import Source
+
+FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2")
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "car",
+    "drawing",
+    "of",
+    "the",
+    "big",
+    "small",
+    "two",
+    "three",
+    "on",
+    "in",
+    "with",
+    "and",
+]
+SIDE = 56
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words; [CLS] … [SEP] around, [SEP] = 3 ends the text."""
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[CLS]", "[UNK]", "[SEP]", *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="[SEP]",
+        unk_token="[UNK]",
+    )
+
+
+def _vision(**more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": SIDE,
+        "patch_size": 8,
+        **more,
+    }
+
+
+def _text(**more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 32,
+        "max_position_embeddings": 20,
+        "bos_token_id": 1,
+        "eos_token_id": 3,
+        "pad_token_id": 0,
+        **more,
+    }
+
+
+def _config(name: str) -> tuple[Any, Any]:
+    size = {"height": SIDE, "width": SIDE}
+    if name == "clip":
+        config = CLIPConfig(
+            vision_config=_vision(intermediate_size=96),
+            text_config=_text(),
+            projection_dim=24,
+        )
+        return config, CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    if name == "siglip":
+        config = SiglipConfig(vision_config=_vision(intermediate_size=96, hidden_size=32), text_config=_text())
+        return config, SiglipImageProcessorPil(size=size)
+    if name == "siglip2":
+        config = Siglip2Config(
+            vision_config=_vision(intermediate_size=96, hidden_size=32, num_patches=49), text_config=_text()
+        )
+        return config, Siglip2ImageProcessorPil(patch_size=8, max_num_patches=49)
+    vision = (
+        ViTConfig(**_vision(intermediate_size=96))
+        if name == "dual_encoder_vit"
+        else Dinov2Config(**_vision(mlp_ratio=2, layerscale_value=0.7))
+    )
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, BertConfig(**_text()), projection_dim=24)
+    return config, ViTImageProcessorPil(size=size)
+
+
+def bundle(name: str, seed: int = 0) -> Bundle:
+    """Return a small random model of the family `name`, in evaluation mode; the same weights for the same seed."""
+    config, image = _config(name)
+    family = family_for({"model_type": config.model_type})
+    torch.manual_seed(seed)
+    model = family.model_class(config)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Biases and norms start at 0 and 1; laws about them would hold for the wrong reason.
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif parameter.dim() == 2:
+                parameter.mul_(3)
+    model.eval()
+    made_source = Source(id=name, config=config.to_dict() | {"architectures": [type(model).__name__]})
+    return Bundle(
+        model=model, processor=Processor(image=image, tokenizer=tokenizer()), family=family, source=made_source
+    )
+
+
+def images(count: int, seed: int = 0) -> list[Image.Image]:
+    """Return `count` different coloured images."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 256, (count, 6, 6, 3), generator=generator, dtype=torch.uint8).numpy()
+    return [Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for pixels in coarse]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Return `count` texts of 2 to 9 known words."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 10, (count,), generator=generator).tolist()
+    return [
+        " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator).tolist()) for n in lengths
+    ]
