@@ -1,0 +1,112 @@
+"""Distillation losses: tensors in, one scalar out, equal to 0 with gradient 0 where student and teacher agree (not `contrastive`).
+
+Every loss is a mean over its rows, so its size does not depend on the batch. Embeddings need not be normalised; they are in here.
+
+    feature      ||s - t||^2 of unit vectors = 2 (1 - cosine)                       CLIP-KD (Yang et al. 2024), section 3.2, "FD"
+    contrastive  -log softmax(scale * q k^T)[i, i]                                  CLIP (Radford et al. 2021), section 2.3
+    interactive  contrastive between one model's images and the other's texts       CLIP-KD, section 3.2, "ICL"
+    relational   KL between the rows of both models' similarity matrices            CLIP-KD, section 3.2, "CRD"
+    softened_kl  T^2 KL(softmax(z_t / T) || softmax(z_s / T))                       Hinton et al. 2015, section 2
+    affinity     softened_kl over similarities to a bank of the teacher's vectors   DIME-FM (Sun et al. 2023), section 3.2
+
+Deliberate differences: CLIP-KD averages the squared difference over the C channels and weighs it with 2000; summing over them
+makes one weight (2000 / 512, about 4) fit every width. Its ICL anchors on the student's side only; here both sides are anchors.
+Captions that occur twice in a batch are no negatives of each other: `duplicates` marks them and the softmax leaves them out.
+
+Shape alphabet: B batch (rows), K keys or bank entries, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+EXCLUDED = -1e4
+"""Logit of an entry that a softmax leaves out; exp of it is 0, and unlike -inf it subtracts without becoming nan."""
+
+
+def duplicates(*ids: Tensor) -> Tensor:
+    """Return (B, B) bool: true off the diagonal where two rows share an id in any of `ids`, each (B,) int."""
+    same = torch.zeros(len(ids[0]), len(ids[0]), dtype=torch.bool, device=ids[0].device)
+    for column in ids:
+        same |= column[:, None] == column[None, :]
+    return same.fill_diagonal_(False)
+
+
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Return the cosine of every row of `left` (B, C) with every row of `right` (K, C): (B, K)."""
+    return functional.normalize(left, dim=-1) @ functional.normalize(right, dim=-1).T
+
+
+def feature(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared distance of the unit vectors of `student` and `teacher`, both (B, C)."""
+    difference = functional.normalize(student, dim=-1) - functional.normalize(teacher, dim=-1)
+    return difference.square().sum(-1).mean()
+
+
+def contrastive(queries: Tensor, keys: Tensor, scale: Tensor | float, same: Tensor | None = None) -> Tensor:
+    """Return the cross entropy of finding key i for query i among all keys; both (B, C).
+
+    same: (B, B) bool, pairs to leave out of the softmax because they are right answers too (see `duplicates`).
+    """
+    logits = _without(scale * cosines(queries, keys), same)
+    return functional.cross_entropy(logits, torch.arange(len(queries), device=logits.device))
+
+
+def interactive(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], scale: Tensor | float, same: Tensor | None = None
+) -> Tensor:
+    """Return the mean contrastive loss of student images with teacher texts and of teacher images with student texts, both ways.
+
+    student, teacher: (images, texts), each (B, C) in one shared space; row i of all four is the same sample.
+    """
+    pairs = ((student[0], teacher[1]), (teacher[0], student[1]))
+    terms = [contrastive(a, b, scale, same) + contrastive(b, a, scale, same) for a, b in pairs]
+    return torch.stack(terms).mean() / 2
+
+
+def softened_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return T^2 * KL(teacher || student) of the softmax over the last dimension, mean over rows; both logits (..., K).
+
+    The factor keeps the gradient's size as T grows.
+    """
+    log_student = functional.log_softmax(student / temperature, dim=-1)
+    log_teacher = functional.log_softmax(teacher / temperature, dim=-1)
+    rows = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+    return temperature**2 * rows.mean()
+
+
+def matrix_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return `softened_kl` of two logit matrices (B, K), averaged over reading them by rows and by columns."""
+    return (softened_kl(student, teacher, temperature) + softened_kl(student.T, teacher.T, temperature)) / 2
+
+
+def relational(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], scale: Tensor | float) -> Tensor:
+    """Return the KL between both models' similarities of all images with all texts, by rows and by columns.
+
+    student, teacher: (images, texts), each (B, C); the two models may have different C. Duplicates stay in: they are the same for both.
+    """
+    return matrix_kl(scale * cosines(*student), scale * cosines(*teacher))
+
+
+def structure(student: Tensor, teacher: Tensor, scale: Tensor | float) -> Tensor:
+    """Return the KL between both models' similarities of each row with every other row of one modality; both (B, C).
+
+    Needs no pairs (DIME-FM, section 3.2). A row's similarity to itself is always 1, says nothing, and is left out.
+    """
+    itself = torch.eye(len(student), dtype=torch.bool, device=student.device)
+    own, goal = (_without(scale * cosines(vectors, vectors), itself) for vectors in (student, teacher))
+    return softened_kl(own, goal)
+
+
+def affinity(student: Tensor, teacher: Tensor, bank: Tensor, scale: Tensor | float, temperature: float = 1.0) -> Tensor:
+    """Return how differently `student` and `teacher` (B, C) see a bank (K, C) of the teacher's vectors of the other modality.
+
+    Row i of the bank need not belong to row i of the batch, so images and texts may come from unrelated collections.
+    """
+    return softened_kl(scale * cosines(student, bank), scale * cosines(teacher, bank), temperature)
+
+
+def _without(logits: Tensor, excluded: Tensor | None) -> Tensor:
+    return logits if excluded is None else logits.masked_fill(excluded, EXCLUDED)
