@@ -1,6 +1,6 @@
 """Exceptions a user can act on: what was given, what was expected, what to do next.
 
-Each class carries the exit code of the command line (design: 0 ok, 1 our bug, 2 usage, 3 gate, 4 missing, 5 memory, 130 interrupted).
+Each class carries the exit code of the command line: 0 ok, 1 our bug, 2 usage, 3 gate, 4 missing, 5 memory, 130 interrupted.
 Everything that is not an `MmcError` is our own bug and keeps its traceback.
 """
 

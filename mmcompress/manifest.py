@@ -33,6 +33,8 @@ class Source:
     """The original config.json: what replaying the records starts from."""
     bytes: int = 0
     """Size of the original weight files."""
+    dtype: str = "float32"
+    """What the original stores its floating-point weights as; outputs are stored as the same."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""Outputs appear at once or not at all: everything is written into a directory beside the target, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmcompress.errors import UsageError
+
+
+def partial_path(output: Path) -> Path:
+    """Return where an unfinished `output` is written: a hidden sibling, so that the final rename never copies."""
+    return output.parent / f".{output.name}.partial"
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise UsageError when `output` is there already; nothing a user has is ever overwritten."""
+    if output.exists():
+        raise UsageError(f"{output} exists", hint="choose another -o, or remove it first")
+
+
+@contextlib.contextmanager
+def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a fresh directory that becomes `output` when the block succeeds and vanishes when it fails.
+
+    Raises UsageError when `output` exists and `overwrite` is false.
+    """
+    if not overwrite:
+        refuse_existing(output)
+    directory = output.parent / f".{output.name}.writing-{os.getpid()}"
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        directory.mkdir(parents=True)
+        yield directory
+        publish(directory, output)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def publish(directory: Path, output: Path) -> None:
+    """Rename `directory` to `output`, replacing an older one; the old content goes only when the new one is complete."""
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    if output.exists():
+        old = output.parent / f".{output.name}.old-{os.getpid()}"
+        os.replace(output, old)
+        os.replace(directory, output)
+        shutil.rmtree(old)
+    else:
+        os.replace(directory, output)
