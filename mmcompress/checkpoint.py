@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,6 @@ def save(
 
     Raises UsageError when `output` exists, OutOfMemory when the disk is full.
     """
-    _round_to_stored(bundle)
     bundle.family.write_config(bundle.model)
     plain, why = loads_plainly(bundle)
     written = Manifest(
@@ -105,7 +105,7 @@ def save(
         mmc=mmcompress.__version__,
     )
     with staging(Path(output), overwrite=overwrite) as directory:
-        with _quiet():
+        with _quiet(), _stored_precision(bundle):
             bundle.model.save_pretrained(directory)
             bundle.processor.save(str(directory))
         _set_config_dtype(directory / "config.json", bundle.source.dtype)
@@ -272,12 +272,19 @@ def _tokenizer_class(directory: Path) -> Any:
     return PreTrainedTokenizerFast if named in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
 
 
-def _round_to_stored(bundle: Bundle) -> None:
-    """Round parameters to the dtype they will be stored in, in memory too; buffers (scales) keep theirs."""
+@contextlib.contextmanager
+def _stored_precision(bundle: Bundle) -> Iterator[None]:
+    """Hold the parameters in the dtype they are stored in, then return them to the dtype they compute in, rounded.
+
+    One tensor at a time, so no second copy of the model exists. Buffers (scales) keep their dtype.
+    """
     stored = DTYPES[bundle.source.dtype]
-    for parameter in bundle.model.parameters():
-        if parameter.is_floating_point() and parameter.dtype != stored:
-            parameter.data = parameter.data.to(stored)
+    changed = [(p, p.dtype) for p in bundle.model.parameters() if p.is_floating_point() and p.dtype != stored]
+    for parameter, _ in changed:
+        parameter.data = parameter.data.to(stored)
+    yield
+    for parameter, computing in changed:
+        parameter.data = parameter.data.to(computing)
 
 
 def _stored_dtype(files: list[Path]) -> str:
@@ -317,7 +324,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Silence transformers' advice about optional backends and its own loading bars; errors still raise."""
     from transformers.utils import logging
 
