@@ -1,0 +1,22 @@
+"""Images, texts and audio from folders and tar shards: in a fixed order, streamed, never held in memory.
+
+`open_data(spec)` is the way in; what it returns can be iterated as often as one likes.
+"""
+
+from mmcompress.data.classes import ZeroShot, zero_shot_classes
+from mmcompress.data.dataset import Dataset, Memory, Source, batches
+from mmcompress.data.opening import open_data
+from mmcompress.data.sample import Audio, Sample, Stored
+
+__all__ = [
+    "Audio",
+    "Dataset",
+    "Memory",
+    "Sample",
+    "Source",
+    "Stored",
+    "ZeroShot",
+    "batches",
+    "open_data",
+    "zero_shot_classes",
+]

@@ -1,0 +1,95 @@
+"""One metadata record: which columns mean what. The same for a line of metadata.jsonl and a .json member of a shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmcompress.errors import UsageError, closest
+
+TEXT_COLUMNS = ("text", "texts", "caption", "captions", "transcription")
+LABEL_COLUMNS = ("label", "group", "tags")
+FILE_COLUMNS = ("file_name", "image_file_name", "audio_file_name")
+KNOWN = (*TEXT_COLUMNS, *LABEL_COLUMNS, *FILE_COLUMNS, "sampling_rate")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a metadata record says about its sample."""
+
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    sampling_rate: int | None = None
+
+
+def parse_json(content: str | bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object in `content`. Raises UsageError naming `where` when it is not one."""
+    try:
+        record = json.loads(content)
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON: {error}", hint="write one JSON object, in UTF-8") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{where} holds a {type(record).__name__}, not an object", hint='write {"text": "..."}')
+    return record
+
+
+def parse_row(record: Mapping[str, Any], where: str, strict: bool) -> Row:
+    """Return what `record` says. Raises UsageError naming `where` and the column that is wrong.
+
+    With `strict`, a record that has texts under no known column is an error; a shard's .json often holds other things.
+    """
+    texts: dict[str, None] = {}
+    for column in TEXT_COLUMNS:
+        if record.get(column) is not None:
+            texts.update(dict.fromkeys(_texts(record[column], column, where)))
+    if strict and not texts:
+        _refuse_unknown_texts(record, where)
+    rate = record.get("sampling_rate")
+    if rate is not None and (not isinstance(rate, int) or rate < 1):
+        raise UsageError(f"{where}: sampling_rate {rate!r} is not a positive number", hint="write samples per second")
+    return Row(
+        texts=tuple(texts),
+        label=_label(record.get("label"), "label", where),
+        group=_label(record.get("group"), "group", where),
+        tags=tuple(_texts(record.get("tags") or [], "tags", where)),
+        files=tuple(_file(record[column], column, where) for column in FILE_COLUMNS if record.get(column) is not None),
+        sampling_rate=rate,
+    )
+
+
+def _refuse_unknown_texts(record: Mapping[str, Any], where: str) -> None:
+    if any(record.get(column) is not None for column in (*TEXT_COLUMNS, *LABEL_COLUMNS)):
+        return
+    others = [column for column, value in record.items() if column not in KNOWN and isinstance(value, str | list)]
+    if others:
+        near = [hint for other in others if (hint := closest(other, TEXT_COLUMNS)).startswith("did you mean")]
+        raise UsageError(
+            f"{where} has no text column; it has " + ", ".join(f"'{other}'" for other in others),
+            hint=near[0] if near else "known: " + ", ".join(TEXT_COLUMNS),
+        )
+
+
+def _texts(found: Any, column: str, where: str) -> list[str]:
+    items = [found] if isinstance(found, str) else found
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise UsageError(f"{where}: '{column}' must be a text or a list of texts", hint="write text in quotes")
+    return [text for item in items if (text := item.strip())]
+
+
+def _label(found: Any, column: str, where: str) -> str | None:
+    if found is None or isinstance(found, str):
+        return found
+    if isinstance(found, int) and not isinstance(found, bool):
+        return str(found)
+    raise UsageError(f"{where}: '{column}' must be a text or a whole number", hint="write one label for each sample")
+
+
+def _file(found: Any, column: str, where: str) -> str:
+    if not isinstance(found, str) or not found:
+        raise UsageError(f"{where}: '{column}' must be a file name", hint="write a path inside the data folder")
+    return found
