@@ -1,0 +1,189 @@
+"""Folders of images: what is read, in which order, and how each mistake is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mmcompress.data import open_data
+from mmcompress.errors import UsageError
+from tests.data.layouts import RED, image_folder, png
+
+
+def refused(folder: Path) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        open_data(folder)
+    error = caught.value
+    assert "\n" not in error.message
+    assert error.hint
+    return error
+
+
+def test_metadata_folder_keeps_the_order_of_its_lines(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "b.png", "text": " a red square ", "tags": ["red", "flat"], "label": "square", "group": "shape"},
+        {"file_name": "sub/a.png", "texts": ["one", "two", "one"], "label": 7},
+        {"file_name": "c.png", "caption": "three"},
+    ]
+    data = open_data(image_folder(tmp_path / "set", rows))
+    assert [sample.key for sample in data] == ["b.png", "sub/a.png", "c.png"]
+    assert [sample.texts for sample in data] == [("a red square",), ("one", "two"), ("three",)]
+    assert [sample.label for sample in data] == ["square", "7", None]
+    assert (data[0].tags, data[0].group) == (("red", "flat"), "shape")
+    assert data[-1].key == "c.png"
+    assert (data.name, len(data)) == ("set", 3)
+    assert data[0].image.size == (4, 3)
+    assert data[0].image.getpixel((0, 0)) == RED
+
+
+def test_the_metadata_file_itself_names_the_folder_and_blank_lines_count_for_nothing(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, [{"file_name": "a.png", "text": "a"}, "", {"file_name": "b.png", "text": "b"}])
+    assert [sample.key for sample in open_data(folder / "metadata.jsonl")] == ["a.png", "b.png"]
+
+
+def test_audio_is_carried_with_its_sampling_rate_and_may_stand_beside_an_image(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, [{"file_name": "a.png", "audio_file_name": "a.wav", "sampling_rate": 16000}])
+    (folder / "a.wav").write_bytes(b"RIFF....")
+    sample = open_data(folder)[0]
+    assert sample.audio is not None
+    assert (sample.audio.sampling_rate, sample.audio.stored.read()) == (16000, b"RIFF....")
+    assert sample.image.size == (4, 3)
+    assert sample.size == len(png()) + 8
+
+
+def test_a_sample_without_an_image_says_so(tmp_path: Path) -> None:
+    data = open_data(image_folder(tmp_path, [{"text": "only words"}]))
+    with pytest.raises(UsageError, match="has no image"):
+        _ = data[0].image
+
+
+def test_class_folders_are_labels_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("dog/2.png", "dog/10.png", "cat/1.PNG", "dog/notes.txt", ".hidden/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    data = open_data(tmp_path)
+    assert [(sample.key, sample.label) for sample in data] == [
+        ("cat/1.PNG", "cat"), ("dog/10.png", "dog"), ("dog/2.png", "dog"),
+    ]  # fmt: skip
+
+
+def test_a_flat_folder_of_images_has_neither_texts_nor_labels(tmp_path: Path) -> None:
+    (tmp_path / "b.jpg").write_bytes(png(kind="JPEG"))
+    (tmp_path / "a.webp").write_bytes(png(kind="WEBP"))
+    data = open_data(tmp_path)
+    assert [(sample.key, sample.texts, sample.label) for sample in data] == [("a.webp", (), None), ("b.jpg", (), None)]
+    assert [sample.image.size for sample in data] == [(4, 3), (4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "hint"),
+    [
+        ("{broken", "line 2 is not JSON", "JSON object"),
+        ("[1]", "line 2 holds a list", "write"),
+        ({"file_name": "gone.png", "text": "x"}, "'gone.png', which does not exist", "add the file"),
+        ({"file_name": "../out.png", "text": "x"}, "'../out.png', which leads out", "inside"),
+        ({"file_name": "/etc/passwd", "text": "x"}, "'/etc/passwd', which leads out", "inside"),
+        ({"file_name": "..\\out.png", "text": "x"}, "leads out", "inside"),
+        ({"file_name": "a\0.png", "text": "x"}, "leads out", "inside"),
+        ({"file_name": "first.png", "captoin": "x"}, "no text column; it has 'captoin'", "did you mean 'caption'?"),
+        ({"file_name": "first.png", "zzz": "x"}, "no text column; it has 'zzz'", "known: text, texts"),
+        ({"file_name": "first.png", "text": 3}, "'text' must be a text", "quotes"),
+        ({"file_name": "first.png", "label": 1.5}, "'label' must be", "one label"),
+        ({"file_name": "first.png", "text": "x"}, "lines 1 and 2 both name 'first.png'", "texts"),
+        ({"file_name": "metadata.jsonl", "text": "x"}, "neither an image nor audio", ".png"),
+        ({"file_name": "dir.png", "text": "x"}, "'dir.png', which is not a file", "name an image"),
+        ({"file_name": 3, "text": "x"}, "'file_name' must be", "path inside"),
+        ({"label": "x"}, "neither file_name nor text", "file_name"),
+        ({"file_name": "first.png", "text": "x", "sampling_rate": 0}, "sampling_rate 0", "samples per second"),
+    ],
+)
+def test_each_mistake_in_the_metadata_names_its_line(tmp_path: Path, row: Any, words: str, hint: str) -> None:
+    folder = image_folder(tmp_path / "data", [{"file_name": "first.png", "text": "ok"}])
+    (tmp_path / "out.png").write_bytes(png())
+    (folder / "dir.png").mkdir()
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write((row if isinstance(row, str) else json.dumps(row)) + "\n")
+    error = refused(folder)
+    assert words in error.message
+    assert "metadata.jsonl line" in error.message or "neither an image" in error.message or "lines" in error.message
+    assert hint in error.hint
+
+
+def test_links_out_of_the_folder_are_refused_and_links_inside_are_not(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data", [{"file_name": "a.png", "text": "x"}])
+    os.symlink("a.png", folder / "inside.png")
+    (tmp_path / "secret.png").write_bytes(png())
+    os.symlink(tmp_path / "secret.png", folder / "outside.png")
+    image_folder(folder, [{"text": "y"}])
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "inside.png", "text": "x"}\n')
+    assert open_data(folder)[1].image.size == (4, 3)
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "outside.png", "text": "x"}\n')
+    assert "a link that leads out" in refused(folder).message
+
+
+def test_folders_that_hold_nothing_usable(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "none").message
+    (tmp_path / "empty").mkdir()
+    assert "holds no samples" in refused(tmp_path / "empty").message
+    (tmp_path / "empty" / "metadata.jsonl").write_text("\n\n")
+    assert "holds no samples" in refused(tmp_path / "empty").message
+    image_folder(tmp_path / "splits" / "train", [{"file_name": "a.png", "text": "x"}])
+    error = refused(tmp_path / "splits")
+    assert "splits train" in error.message
+    assert str(tmp_path / "splits" / "train") in error.hint
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "metadata.csv").write_text("file_name,text\n")
+    assert "metadata.csv" in refused(tmp_path / "csv").message
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello world", png()[:40], png()[:-30], png(kind="JPEG")[:200], b"%!PS-Adobe-3.0"]
+)
+def test_a_picture_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = image_folder(tmp_path, [{"file_name": "a.png", "text": "x"}])
+    (folder / "a.png").write_bytes(content)
+    with pytest.raises(UsageError, match=r"a\.png is not a readable image") as caught:
+        _ = open_data(folder)[0].image
+    assert "\n" not in caught.value.message
+
+
+def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, [{"file_name": "a.png", "text": "x"}])
+    for side in (8001, 10_000, 20_000):  # above our limit; where Pillow only warns; where Pillow refuses
+        Image.new("1", (side, side)).save(folder / "a.png")
+        with pytest.raises(UsageError, match=r"a\.png (has|is not a readable image)") as caught:
+            _ = open_data(folder)[0].image
+        assert caught.value.hint
+
+
+def test_a_file_that_changed_after_opening_is_noticed(tmp_path: Path) -> None:
+    data = open_data(image_folder(tmp_path, [{"file_name": "a.png", "text": "x"}]))
+    sample = data[0]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UsageError, match="cannot be read"):
+        _ = sample.image
+    with pytest.raises(UsageError, match="does not exist"):
+        _ = data[0]
+
+
+def test_pictures_become_upright_rgb_on_white(tmp_path: Path) -> None:
+    rows = [{"file_name": name} for name in ("clear.png", "grey16.png", "turned.jpg", "palette.png")]
+    folder = image_folder(tmp_path, rows)
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(folder / "clear.png")
+    Image.new("I;16", (2, 2), 0x8000).save(folder / "grey16.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter
+    Image.new("RGB", (6, 2), RED).save(folder / "turned.jpg", exif=exif)
+    Image.new("P", (2, 2), 0).save(folder / "palette.png", transparency=0)
+    clear, grey, turned, palette = (sample.image for sample in open_data(folder))
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    assert grey.getpixel((0, 0)) == (128, 128, 128)
+    assert turned.size == (2, 6)
+    assert palette.getpixel((0, 0)) == (255, 255, 255)
