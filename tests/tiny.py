@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from mmcompress.bundle import Bundle, Processor
+from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.families import family_for
 from mmcompress.manifest import Source
 
@@ -158,3 +159,11 @@ def texts(count: int, seed: int = 0) -> list[str]:
     return [
         " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator).tolist()) for n in lengths
     ]
+
+
+def dataset(count: int, seed: int = 0) -> Dataset:
+    """Return `count` samples of an image with one text each, in memory."""
+    pairs = zip(images(count, seed), texts(count, seed), strict=True)
+    return Dataset(
+        Memory([Sample(f"{i:04d}", (text,), picture=image) for i, (image, text) in enumerate(pairs)]), "tiny"
+    )
