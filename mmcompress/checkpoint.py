@@ -229,7 +229,7 @@ def _build(
         config = AutoConfig.for_model(**source.config)
     base: Any = family.model_class(config)
 
-    class Replayed(base):  # type: ignore[misc]
+    class Replayed(base):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             replayed = Bundle(self, Processor(), family, source)
@@ -252,7 +252,7 @@ def _build(
             hint="the checkpoint is incomplete or of another architecture; fetch it again",
         )
     model.__class__ = base
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _read_processor(directory: Path) -> Processor:

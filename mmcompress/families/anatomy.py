@@ -90,6 +90,10 @@ def _attribute(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(parent), name)
 
 
+def _width(block: nn.Module, path: str, side: Literal["in_features", "out_features"]) -> int:
+    return int(_attribute(block, f"{path}.{side}"))
+
+
 def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activation: str) -> tuple[Block, ...]:
     """Return the views of the blocks in the ModuleList at `blocks_path`, with today's widths."""
     blocks = []
@@ -97,7 +101,7 @@ def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activatio
         path = f"{blocks_path}.{index}"
         attention = block.get_submodule(names.attention)
         head_dim = int(_attribute(attention, names.head_dim))
-        query, key, _ = (block.get_submodule(writer) for writer in names.writers)
+        query, key, _ = (_width(block, writer, "out_features") for writer in names.writers)
         at = f"{path}.{names.attention}"
         blocks.append(
             Block(
@@ -107,8 +111,8 @@ def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activatio
                     path=at,
                     writers=tuple(f"{path}.{writer}" for writer in names.writers),
                     reader=f"{path}.{names.reader}",
-                    heads=int(query.out_features) // head_dim,
-                    kv_heads=int(key.out_features) // head_dim,
+                    heads=query // head_dim,
+                    kv_heads=key // head_dim,
                     head_dim=head_dim,
                     bookkeeping=tuple(
                         (f"{at}.{owner}".rstrip("."), attribute, counts)
@@ -121,7 +125,7 @@ def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activatio
                     path=f"{path}.{names.mlp}",
                     writers=tuple(f"{path}.{writer}" for writer in names.mlp_writers),
                     reader=f"{path}.{names.mlp_reader}",
-                    neurons=int(block.get_submodule(names.mlp_reader).in_features),
+                    neurons=_width(block, names.mlp_reader, "in_features"),
                     activation=activation,
                 ),
                 attend=names.attend,

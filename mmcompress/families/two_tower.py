@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 class TwoTowers:
     """Base of the dual-encoder families; a family adds names, classes and towers."""
 
+    name: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    text_inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     text_limit_key = "max_position_embeddings"
     pad_to_limit = False
     """SigLIP was trained on texts padded to the limit."""
@@ -59,5 +63,3 @@ class TwoTowers:
             return_tensors="pt",
         )
         return {name: prepared[name] for name in self.text_inputs if name in prepared}
-
-    text_inputs: tuple[str, ...] = ("input_ids", "attention_mask")
