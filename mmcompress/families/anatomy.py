@@ -151,6 +151,7 @@ def example_pixels(batch: int, channels: int, height: int, width: int) -> torch.
 def example_tokens(batch: int, length: int, vocabulary: int, last: int) -> torch.Tensor:
     """Return deterministic token ids (B, length) that end in `last`."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, max(4, min(vocabulary, last or vocabulary)), (batch, length), generator=generator)
+    ids = torch.randint(1, vocabulary - 1, (batch, length), generator=generator)
+    ids += (ids >= last).long()  # `last` occurs at the end only
     ids[:, -1] = last
     return ids

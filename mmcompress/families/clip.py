@@ -17,8 +17,8 @@ class Clip(TwoTowers):
     """OpenAI CLIP and everything saved as CLIPModel (OpenCLIP conversions, TinyCLIP, MetaCLIP)."""
 
     name = "clip"
-    model_types = ("clip",)
-    architectures = ("CLIPModel",)
+    model_types: tuple[str, ...] = ("clip",)
+    architectures: tuple[str, ...] = ("CLIPModel",)
 
     def model_class(self, config: Any) -> type[nn.Module]:
         return CLIPModel

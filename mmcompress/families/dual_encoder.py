@@ -33,8 +33,8 @@ class DualEncoder(TwoTowers):
     """Any pair of a vision model in `VISION` and a text model in `TEXT`."""
 
     name = "dual_encoder"
-    model_types = ("vision-text-dual-encoder",)
-    architectures = ("VisionTextDualEncoderModel",)
+    model_types: tuple[str, ...] = ("vision-text-dual-encoder",)
+    architectures: tuple[str, ...] = ("VisionTextDualEncoderModel",)
     text_inputs = ("input_ids", "attention_mask")
 
     def model_class(self, config: Any) -> type[nn.Module]:

@@ -21,8 +21,8 @@ class Siglip(TwoTowers):
     """SigLIP (fixed resolution) and SigLIP 2 (patches with a mask)."""
 
     name = "siglip"
-    model_types = ("siglip", "siglip2")
-    architectures = ("SiglipModel", "Siglip2Model")
+    model_types: tuple[str, ...] = ("siglip", "siglip2")
+    architectures: tuple[str, ...] = ("SiglipModel", "Siglip2Model")
     pad_to_limit = True
     # transformers' tokenizer for SigLIP gives no mask, and the models were trained without one.
     text_inputs = ("input_ids",)
