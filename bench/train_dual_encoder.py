@@ -1,11 +1,11 @@
-"""Trains the small part that joins DINOv2-S and MiniLM into a VisionTextDualEncoderModel; writes bench/trained/dual_encoder.safetensors.
+"""Trains the small part that joins DINOv2-S and MiniLM into a VisionTextDualEncoderModel (bench/trained/dual_encoder.safetensors).
 
-Both towers stay frozen, except for low-rank updates (LoRA, Hu et al. 2021, section 4.1) in the upper vision blocks, which are
+Both towers stay frozen, except for low-rank updates (LoRA, Hu et al. 2021, section 4.1) of the upper vision blocks, which are
 folded into the weights when the model is built. The loss is a softmax over the captions of *all* training concepts, so a batch
 need not hold its own negatives; the caption of a concept is drawn anew each step from its name, its tags and a few frames, so
 that the text side learns more than 1,600 fixed strings. No drawing of a held-out vendor is ever seen.
 
-    python -m bench.train_dual_encoder [--steps 900] [--validate fxemoji]
+    python -m bench.train_dual_encoder [--steps 300] [--validate fxemoji]
 """
 
 import argparse
@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, Dinov2Model
 
 from bench import assets
-from bench.pretrained import LOW_RANK_DOWN, LOW_RANK_UP, dinov2_small, minilm
-from bench.training import Average, Drawings, augmented, load_drawings, normalised, retrieval
+from bench.pretrained import IMAGENET_MEAN, IMAGENET_STD, LOW_RANK_DOWN, LOW_RANK_UP, dinov2_small, minilm
+from bench.quality import brief, measure, retrieval
+from bench.training import Average, Drawings, augmented, load_drawings, normalised
 
-MEAN, STD = assets.IMAGENET_MEAN, assets.IMAGENET_STD
-FIRST_TUNED, RANK, WIDTH, BATCH = 5, 12, 256, 256
+FIRST_TUNED, RANK, WIDTH, BATCH, VIEWS = 7, 16, 256, 256, 4
 FRAMES = ("{}", "{}", "{}", "a drawing of {}", "an emoji of {}")
 
 
@@ -61,9 +61,20 @@ class Joint(nn.Module):
         self.pooler = nn.Linear(384, 384)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(20.0)))
 
-    def image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> normalised embeddings (B, C)."""
-        pooled = self.vision(normalised(pixels, MEAN, STD)).pooler_output
+    @torch.inference_mode()
+    def lower(self, pixels: Tensor) -> Tensor:
+        """The frozen part: (B, 3, S, S) uint8 -> tokens (B, N, C) in bfloat16 before the first tuned block."""
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = self.vision.embeddings(normalised(pixels, IMAGENET_MEAN, IMAGENET_STD))
+            for block in self.vision.encoder.layer[:FIRST_TUNED]:
+                tokens = block(tokens)
+        return tokens.bfloat16()
+
+    def image(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, C) before the first tuned block -> normalised embeddings (B, C)."""
+        for block in self.vision.encoder.layer[FIRST_TUNED:]:
+            tokens = block(tokens)
+        pooled = self.vision.layernorm(tokens)[:, 0]
         return nn.functional.normalize(self.visual_projection(pooled).float(), dim=-1)
 
     def text(self, first_token: Tensor) -> Tensor:
@@ -103,15 +114,56 @@ def caption_bank(bert: BertModel, tokenizer: Any, drawings: Drawings) -> Tensor:
     return torch.stack([first_tokens(bert, tokenizer, texts) for texts in wordings])
 
 
+def lower_views(model: Joint, drawings: Drawings, seed: int) -> Tensor:
+    """Each drawing as it is and VIEWS - 1 times augmented, through the frozen blocks: (VIEWS, B, N, C) bfloat16.
+
+    Kept in the cache folder, for it takes longer than the training itself.
+    """
+    file = (
+        assets.cache_dir()
+        / "training"
+        / f"dinov2-block{FIRST_TUNED}-{VIEWS}views-seed{seed}-{len(drawings)}.safetensors"
+    )
+    if file.exists():
+        return load_file(file)["tokens"]
+    generator = torch.Generator().manual_seed(seed)
+    views = []
+    for view in range(VIEWS):
+        parts = []
+        for rows in torch.arange(len(drawings)).split(256):
+            pixels = drawings.pixels[rows]
+            if view:
+                pixels = augmented(pixels, drawings.flippable[rows], generator)
+            parts.append(model.lower(pixels))
+        views.append(torch.cat(parts))
+        print(f"view {view + 1} of {VIEWS} through the frozen blocks", flush=True)
+    tokens = torch.stack(views)
+    file.parent.mkdir(exist_ok=True)
+    save_file({"tokens": tokens}, file.with_suffix(".partial"))
+    file.with_suffix(".partial").replace(file)
+    return tokens
+
+
 @torch.inference_mode()
-def embed_images(model: Joint, pixels: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> (B, C), in bfloat16 batches."""
+def embed_images(model: Joint, tokens: Tensor) -> Tensor:
+    """Tokens (B, N, C) before the first tuned block -> (B, C), in bfloat16 batches."""
     with torch.autocast("cpu", torch.bfloat16):
-        return torch.cat([model.image(part) for part in pixels.split(256)])
+        return torch.cat([model.image(part) for part in tokens.split(256)])
 
 
-def train(model: Joint, drawings: Drawings, bank: Tensor, steps: int, seed: int, validation: Drawings | None) -> None:
-    """Trains in place and leaves the averaged parameters in the model."""
+def train(
+    model: Joint,
+    views: Tensor,
+    concept: Tensor,
+    bank: Tensor,
+    steps: int,
+    seed: int,
+    watch: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Trains in place and leaves the averaged parameters in the model.
+
+    views: (VIEWS, B, N, C) tokens; concept: (B,); bank: (wordings, concepts, 384); watch: tokens and concepts to validate on.
+    """
     generator = torch.Generator().manual_seed(seed)
     trained = model.trained()
     groups = [
@@ -123,21 +175,21 @@ def train(model: Joint, drawings: Drawings, bank: Tensor, steps: int, seed: int,
         optimizer, lambda step: min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * min(1, step / steps)))
     )
     average = Average(trained, 0.99)
-    seen_concepts = drawings.concept.unique()
+    seen = concept.unique()
     # the caption itself half of the time, another wording otherwise
     odds = torch.tensor([0.5] + [0.5 / (len(bank) - 1)] * (len(bank) - 1))
     order = torch.empty(0, dtype=torch.long)
     started = time.monotonic()
     for step in range(steps):
         if len(order) < BATCH:
-            order = torch.cat((order, torch.randperm(len(drawings), generator=generator)))
+            order = torch.cat((order, torch.randperm(len(concept), generator=generator)))
         rows, order = order[:BATCH], order[BATCH:]
-        pixels = augmented(drawings.pixels[rows], drawings.flippable[rows], generator)
+        tokens = views[torch.randint(len(views), (BATCH,), generator=generator), rows]
         wording = torch.multinomial(odds, bank.shape[1], replacement=True, generator=generator)
         features = bank[wording, torch.arange(bank.shape[1])]
         with torch.autocast("cpu", torch.bfloat16):
-            image, text = model.image(pixels), model.text(features[seen_concepts])
-        position = torch.searchsorted(seen_concepts, drawings.concept[rows])
+            image, text = model.image(tokens), model.text(features[seen])
+        position = torch.searchsorted(seen, concept[rows])
         logits = image @ text.T * model.logit_scale.exp().clamp(max=100)
         loss = nn.functional.cross_entropy(logits, position, label_smoothing=0.1)
         # text to image: among the drawings of this batch, all of the same concept count as right
@@ -153,23 +205,18 @@ def train(model: Joint, drawings: Drawings, bank: Tensor, steps: int, seed: int,
         if step % 25 == 24:
             message = f"step {step + 1}/{steps} loss {loss.item():.3f} scale {model.logit_scale.exp().item():.1f}"
             print(f"{message} {(time.monotonic() - started) / (step + 1):.2f} s/step", flush=True)
-        if validation is not None and step % 100 == 99:
-            print("validation", brief(evaluate(model, validation, bank[0])), flush=True)
+        if watch and step % 100 == 99:
+            print("validation", brief(evaluate(model, *watch, bank[0])), flush=True)
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(average.values[name])
 
 
-def evaluate(model: Joint, drawings: Drawings, captions: Tensor) -> dict[str, Any]:
+def evaluate(model: Joint, tokens: Tensor, concept: Tensor, captions: Tensor) -> dict[str, Any]:
     """Retrieval among the drawings' own captions; captions: (concepts, 384) text features."""
     with torch.inference_mode():
-        text = model.text(captions[drawings.concept])
-    return retrieval(embed_images(model, drawings.pixels), text)
-
-
-def brief(result: dict[str, Any]) -> str:
-    """One line of a retrieval result."""
-    return " ".join(f"{way} {k} {result[way][k]['value']:.3f}" for way in ("image_to_text", "text_to_image") for k in ("R@1", "R@5"))
+        text = model.text(captions[concept])
+    return retrieval(embed_images(model, tokens), text)
 
 
 def trained_file(model: Joint) -> dict[str, Tensor]:
@@ -201,22 +248,30 @@ def main() -> None:
     # The backward pass of the fused CPU attention takes longer than all matrix products together; the plain one does not.
     vision.set_attn_implementation("eager")
     model = Joint(vision.to(torch.bfloat16))
-    validation = None
+    print(
+        f"{len(drawings)} drawings, {sum(v.numel() for v in model.trained().values()):,} trained parameters", flush=True
+    )
+    views, concept, watch = lower_views(model, drawings, options.seed), drawings.concept, None
     if options.validate:
         held = torch.tensor([name == options.validate for name in drawings.vendor])
-        drawings, validation = drawings.only(~held), drawings.only(held)
-    print(f"{len(drawings)} drawings, {sum(v.numel() for v in model.trained().values()):,} trained parameters", flush=True)
-    train(model, drawings, bank, options.steps, options.seed, validation)
-    if validation is not None:
-        print("validation, averaged", brief(evaluate(model, validation, bank[0])))
+        watch = (views[0, held], concept[held])
+        views, concept = views[:, ~held], concept[~held]
+    train(model, views, concept, bank, options.steps, options.seed, watch)
+    if watch:
+        print("validation, averaged", brief(evaluate(model, *watch, bank[0])))
         return
     assets.TRAINED.parent.mkdir(exist_ok=True)
-    save_file(trained_file(model), assets.TRAINED, {"format": "pt", "low_rank": str(RANK)})
-    result = assets.measure_dual_encoder()
+    facts = {"format": "pt", "image_size": str(assets.IMAGE_SIZE), "vision_blocks": str(assets.VISION_BLOCKS)}
+    save_file(trained_file(model), assets.TRAINED, facts)
+    result = measure(assets.dual_encoder())
     result |= {
         "command": f"python -m bench.train_dual_encoder --steps {options.steps} --seed {options.seed}",
         "trained_on": {name: drawings.vendor.count(name) for name in sorted(set(drawings.vendor))},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     Path(assets.RESULTS / "dual_encoder.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print("held out", brief(result))

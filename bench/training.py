@@ -1,4 +1,4 @@
-"""What both training programs share: drawings in memory, augmentation, retrieval with its interval, an exponential average."""
+"""What both training programs share: drawings in memory, augmentation, an exponential average."""
 
 import json
 import re
@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 # A mirrored "left arrow" is a right arrow, a mirrored letter is no letter: such captions are never flipped.
-HANDED = re.compile(r"\b(left|right|clockwise|counterclockwise|button|keycap|sign|mark|o’clock|thirty|square|letters?|input|new|of)\b")
+HANDED = re.compile(
+    r"\b(left|right|clockwise|counterclockwise|button|keycap|sign|mark|o’clock|thirty|square|letters?|input|new)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,10 @@ def augmented(pixels: Tensor, flippable: Tensor, generator: torch.Generator) -> 
     angle, zoom = uniform(-0.22, 0.22), uniform(0.88, 1.25)
     flip = torch.where((uniform(0, 1) < 0.5) & flippable, -1.0, 1.0)
     cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    rows = [torch.stack((cosine * flip, -sine, uniform(-0.1, 0.1)), 1), torch.stack((sine * flip, cosine, uniform(-0.1, 0.1)), 1)]
+    rows = [
+        torch.stack((cosine * flip, -sine, uniform(-0.1, 0.1)), 1),
+        torch.stack((sine * flip, cosine, uniform(-0.1, 0.1)), 1),
+    ]
     grid = nn.functional.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
     ink = 1 - pixels.float() / 255  # zero padding of the ink is white paper
     image = 1 - nn.functional.grid_sample(ink, grid, align_corners=False)
@@ -115,24 +120,3 @@ class Average:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in self.values.items():
             value.lerp_(parameters[name].detach(), 1 - decay)
-
-
-def ranks(queries: Tensor, keys: Tensor) -> Tensor:
-    """Rank (0 = first) of key i for query i, both (B, C) and normalised; ties count against the model."""
-    scores = queries @ keys.T
-    return (scores >= scores.diagonal().unsqueeze(1)).sum(1) - 1
-
-
-def recall(found: Tensor, within: int, seed: int = 0, resamples: int = 2000) -> dict[str, float | list[float]]:
-    """Share of ranks below `within` with its 95% bootstrap interval over the queries."""
-    hits = (found < within).double().numpy()
-    draws = np.random.default_rng(seed).integers(0, len(hits), (resamples, len(hits)))
-    low, high = np.quantile(hits[draws].mean(1), (0.025, 0.975))
-    return {"value": round(float(hits.mean()), 4), "interval95": [round(float(low), 4), round(float(high), 4)]}
-
-
-def retrieval(image: Tensor, text: Tensor) -> dict[str, Any]:
-    """R@1/5/10 both ways for paired, normalised embeddings (B, C): every image has one caption among all B, and the reverse."""
-    ways = {"image_to_text": ranks(image, text), "text_to_image": ranks(text, image)}
-    table = {way: {f"R@{k}": recall(found, k) for k in (1, 5, 10)} for way, found in ways.items()}
-    return {"n": len(image), **table}
