@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -240,7 +241,7 @@ def _build(
     try:
         with _quiet():
             model, found = Replayed.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"the weights in {directory} do not fit their config: {reason}", hint="fetch the model again"
