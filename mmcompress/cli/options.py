@@ -1,0 +1,115 @@
+"""Options that mean the same in every command, and options made from a pass's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mmcompress.errors import UsageError
+from mmcompress.passes.schema import Parameter, Schema
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+TYPES: dict[str, type] = {"int": int, "float": float}
+
+
+def model_argument(function: F) -> F:
+    """A model: directory, hub id or an mmc output."""
+    return click.argument("model", metavar="MODEL")(function)
+
+
+def output_option(required: bool = True) -> Callable[[F], F]:
+    """Where the result goes; never overwritten."""
+    return click.option(
+        "-o", "--output", required=required, type=click.Path(path_type=Path), help="Where to write; must not exist yet."
+    )
+
+
+def talk_options(function: F) -> F:
+    """--json, -q, -v: what goes to stdout and how much is said on stderr."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(function)
+    function = click.option("-q", "--quiet", is_flag=True, help="No progress and no talk on stderr.")(function)
+    return click.option("-v", "--verbose", count=True, help="More talk; -vv shows tracebacks.")(function)
+
+
+def device_option(function: F) -> F:
+    """--device, with cpu as the default."""
+    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(function)
+
+
+def data_options(function: F) -> F:
+    """--data for what passes look at, --eval-data for what is only measured."""
+    function = click.option(
+        "--data", help="Data that passes look at: a folder with metadata.jsonl, tar shards, demo:train."
+    )(function)
+    function = click.option(
+        "--eval-data", help="Data that is only measured. Without it nothing is said about accuracy."
+    )(function)
+    function = click.option("--num-samples", type=click.IntRange(1), help="Samples calibration looks at.  [default: 128]")(function)
+    function = click.option("--batch-size", type=click.IntRange(1), help="Samples at a time.  [default: 16]")(function)
+    return click.option("--seed", type=click.IntRange(0), help="Same seed, same artifact.  [default: 0]")(function)
+
+
+def run_options(function: F) -> F:
+    """--dry-run, --resume, --set, --no-control, --allow-pickle."""
+    function = click.option("--dry-run", is_flag=True, help="Print what would be done, its time, memory and disk.")(function)
+    function = click.option("--resume", is_flag=True, help="Go on with the interrupted run of this output.")(function)
+    function = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value, such as prune.ratio=0.4."
+    )(function)
+    function = click.option(
+        "--control/--no-control", default=None, help="Compare with random selection at the same ratio.  [default: on]"
+    )(function)
+    return click.option("--allow-pickle", is_flag=True, help="Read pickled weights (weights_only=True).")(function)
+
+
+def pass_options(schema: Schema) -> Callable[[F], F]:
+    """Give a command one option per parameter of a pass; those not given keep the pass's own default."""
+
+    def decorate(function: F) -> F:
+        for parameter in reversed(schema.parameters):
+            function = _option(parameter)(function)
+        return function
+
+    return decorate
+
+
+def given(schema: Schema, options: dict[str, Any]) -> dict[str, Any]:
+    """Take the pass's parameters that were really given out of a command's keyword arguments."""
+    params = {}
+    for parameter in schema.parameters:
+        value = options.pop(_dest(parameter), None)
+        if value is not None and value != ():
+            params[parameter.name] = value
+    return params
+
+
+def split_pairs(text: str) -> dict[str, str]:
+    """Read ``a=b,c=d``. Raises UsageError for anything else."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if not all(equals for _, equals, _ in pairs):
+        raise UsageError(f"'{text}' is not name=value,name=value", hint="for example vision=0.3,text=0.5")
+    return {name: value for name, _, value in pairs}
+
+
+def _dest(parameter: Parameter) -> str:
+    return f"pass_{parameter.name}"
+
+
+def _option(parameter: Parameter) -> Callable[[F], F]:
+    flag = "--" + parameter.name.replace("_", "-")
+    shown = "none" if parameter.default is None else parameter.default
+    if isinstance(shown, tuple | list):
+        shown = ",".join(map(str, shown)) or "none"
+    text = f"{parameter.help}  [default: {shown if shown != {} and shown != '' else 'none'}]"
+    names = [_dest(parameter), flag]
+    if parameter.kind == "bool":
+        names[1] = f"{flag}/--no-{parameter.name.replace('_', '-')}"
+        return click.option(*names, default=None, help=text)
+    if parameter.choices:
+        return click.option(*names, type=click.Choice(parameter.choices), help=text)
+    metavar = {"int": "N", "float": "X", "str": "TEXT"}.get(parameter.kind, "A,B,…")
+    return click.option(*names, type=TYPES.get(parameter.kind, str), metavar=metavar, help=text)

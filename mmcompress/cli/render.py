@@ -1,0 +1,106 @@
+"""How results look in a terminal. stdout is data: a table, or one JSON document; stderr is talk and progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+COLOURS = {"good": "green", "note": "yellow", "bad": "bold red"}
+
+
+def out() -> Console:
+    """Return the console for data. Wide enough not to break tables when piped."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def err() -> Console:
+    """Return the console for talk."""
+    return Console(file=sys.stderr, stderr=True, highlight=False)
+
+
+class Terminal:
+    """Progress for a person: a bar on a terminal, one line per stage elsewhere (CI logs)."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = err()
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def start(self, label: str, total: int | None) -> None:
+        """Begin a stage."""
+        if self._quiet:
+            return
+        if not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(label, total=total, note="")
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=steps, note=note)
+
+    def finish(self) -> None:
+        """End the stage."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def say(self, line: str) -> None:
+        """Print one line of talk."""
+        if not self._quiet:
+            self._console.print(line, markup=False)
+
+
+def document(content: Any) -> None:
+    """Print one JSON document on stdout."""
+    print(json.dumps(content, indent=1, ensure_ascii=False, default=str))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1) -> None:
+    """Print a table on stdout; the first `left` columns are words, the others numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    out().print(made)
+
+
+def findings(items: Sequence[dict[str, str]]) -> None:
+    """Print a verdict on stdout, worst first as it comes."""
+    console = out()
+    for item in items:
+        console.print(f"[{COLOURS[item['level']]}]{item['level']:>4}[/] ", end="")
+        console.print(item["text"], markup=False)
+
+
+def next_step(command: str) -> None:
+    """Suggest the next command, on stderr."""
+    err().print(f"next: {command}", markup=False, style="dim")
+
+
+def number(value: float) -> str:
+    """Return a count with thousands separators."""
+    return f"{value:,.0f}"
+
+
+def mebibytes(count: float) -> str:
+    """Return bytes as MiB with one decimal."""
+    return f"{count / 2**20:,.1f}"
