@@ -1,0 +1,136 @@
+"""Which units to remove so that a budget holds: a greedy knapsack over exact integer costs, then an exact repair.
+
+Units come in *layers* (one kind of unit in one block), all of one cost. Inside a layer the least valuable go first, in chunks
+that leave a width kernels like; a layer never goes below its bound. Over all layers, chunks go in order of value per cost
+until the budget holds. The last chunk may overshoot, so chunks that still fit are put back, the most valuable first, until the
+cheapest one that could come back does not fit. Hence
+
+- the cost left is at most the budget and within one (cheapest restorable) chunk of it;
+- where all costs are equal it is a global sort by score;
+- the value lost exceeds the optimum's by less than one chunk (the fractional relaxation bounds the optimum from below).
+
+Ties are broken by the order of layers, then by index, so the result does not depend on the platform's sort.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Units of one kind in one block."""
+
+    values: tuple[float, ...]
+    """What each unit is worth, in a currency shared by all layers."""
+    cost: int
+    """Exact cost of one unit in the budget's measure."""
+    bound: int
+    """Units that must stay."""
+    multiple: int = 1
+    """The number kept is a multiple of this, or all."""
+    tie: str = ""
+    """Layers with the same non-empty tie keep the same number of units."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What goes together: `width` units of every tied layer; `value` is the sum over them."""
+
+    value: float
+    cost: int
+    width: int
+
+
+def smallest_width(layer: Layer) -> int:
+    """Return how many units `layer` keeps at least: the bound, rounded up to the multiple, at most all of them."""
+    units = len(layer.values)
+    rounded = -(-layer.bound // layer.multiple) * layer.multiple
+    return min(units, rounded)
+
+
+def removable_cost(layers: Sequence[Layer]) -> int:
+    """Return the largest cost that can be removed from `layers` within their bounds."""
+    return sum(layer.cost * (len(layer.values) - smallest_width(layer)) for layer in layers)
+
+
+def allocate(layers: Sequence[Layer], remove: int) -> list[list[int]]:
+    """Return the kept indices of each layer, ascending, such that at least `remove` of the cost is gone.
+
+    Raises ValueError when `remove` exceeds `removable_cost` or when tied layers differ in width.
+    """
+    if remove > removable_cost(layers):
+        raise ValueError(f"{remove} to remove, {removable_cost(layers)} removable")
+    order = [sorted(range(len(layer.values)), key=lambda unit: (layer.values[unit], unit)) for layer in layers]
+    groups = _groups(layers)
+    chunks = [_chunks(layers, members, order) for members in groups]
+    gone = [0] * len(groups)
+    removed = 0
+    heap = [(_density(queue[0]), group) for group, queue in enumerate(chunks) if queue]
+    heapq.heapify(heap)
+    while removed < remove and heap:
+        _, group = heapq.heappop(heap)
+        removed += chunks[group][gone[group]].cost
+        gone[group] += 1
+        if gone[group] < len(chunks[group]):
+            heapq.heappush(heap, (_density(chunks[group][gone[group]]), group))
+    _restore(chunks, gone, removed - remove)
+    kept: list[list[int]] = [[] for _ in layers]
+    for members, queue, count in zip(groups, chunks, gone, strict=True):
+        width = sum(chunk.width for chunk in queue[:count])
+        for member in members:
+            kept[member] = sorted(order[member][width:])
+    return kept
+
+
+def _groups(layers: Sequence[Layer]) -> list[list[int]]:
+    """Return the indices of layers that move together."""
+    groups: list[list[int]] = []
+    ties: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        if layer.tie and layer.tie in ties:
+            ties[layer.tie].append(index)
+            if len(layers[ties[layer.tie][0]].values) != len(layer.values):
+                raise ValueError(f"layers tied by '{layer.tie}' differ in width")
+            continue
+        groups.append([index])
+        if layer.tie:
+            ties[layer.tie] = groups[-1]
+    return groups
+
+
+def _chunks(layers: Sequence[Layer], members: list[int], order: list[list[int]]) -> list[_Chunk]:
+    """Return what can go, first to last. The first chunk brings an odd width down to a multiple."""
+    units = len(layers[members[0]].values)
+    multiple = max(layers[member].multiple for member in members)
+    floor = max(smallest_width(layers[member]) for member in members)
+    made, start = [], 0
+    while start < units:
+        width = (units - start) % multiple or multiple
+        if units - start - width < floor:
+            break
+        values = (layers[m].values[unit] for m in members for unit in order[m][start : start + width])
+        made.append(_Chunk(sum(values), sum(layers[m].cost for m in members) * width, width))
+        start += width
+    return made
+
+
+def _density(chunk: _Chunk) -> float:
+    return chunk.value / chunk.cost if chunk.cost else float("inf")
+
+
+def _restore(chunks: list[list[_Chunk]], gone: list[int], slack: int) -> None:
+    """Put back the last removed chunks that fit into `slack`, the densest first; changes `gone`."""
+    while True:
+        fitting = [
+            (-_density(queue[gone[group] - 1]), group)
+            for group, queue in enumerate(chunks)
+            if gone[group] and queue[gone[group] - 1].cost <= slack
+        ]
+        if not fitting:
+            return
+        group = min(fitting)[1]
+        gone[group] -= 1
+        slack -= chunks[group][gone[group]].cost

@@ -1,0 +1,155 @@
+"""The budget of `prune`: how much must go from which towers, which of the units pay for it, and errors when they cannot.
+
+A *pool* is a set of towers under one budget. Without per-tower ratios there is one pool, which is what lets one tower pay for
+another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import Tensor
+
+from mmcompress.errors import UsageError
+from mmcompress.ops import allocation, importance
+from mmcompress.ops.allocation import Layer
+from mmcompress.passes.prune_units import Costs, Group
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Towers that share a budget: `total` now, at least `remove` of it to go."""
+
+    towers: tuple[str, ...]
+    total: int
+    remove: int
+    asked: str
+    """How the user said it: "ratio 0.5" or "target 3,000,000"."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What has to stay in a group, and how groups hang together."""
+
+    min_keep: float
+    multiple: int
+    uniform: bool
+    depths: Mapping[str, int]
+    """Blocks per tower, protected ones included."""
+
+    def layer(self, group: Group, values: Sequence[float], measure: str) -> Layer:
+        """Return the group as the allocator sees it."""
+        tie = f"{group.tower}.{group.kind}" if self.uniform and group.kind != "blocks" else ""
+        bound = 0 if group.kind == "blocks" else share(self.min_keep, group.units)
+        multiple = self.multiple if group.kind == "neurons" else 1
+        return Layer(tuple(values), group.cost.of(measure), bound, multiple, tie)
+
+
+def share(fraction: float, count: int) -> int:
+    """Return `fraction` of `count`, rounded up exactly as written in decimals, at least 1."""
+    return max(1, math.ceil(Fraction(str(fraction)) * count))
+
+
+def pools(
+    totals: Mapping[str, Costs], measure: str, ratio: float, target: float | None, ratios: Mapping[str, float]
+) -> list[Pool]:
+    """Return the pools: one per tower with its own ratio, and one for all others."""
+    own = [name for name in totals if name in ratios]
+    shared = tuple(name for name in totals if name not in ratios)
+    made = [_pool((name,), totals[name].of(measure), ratios[name]) for name in own]
+    if shared:
+        total = sum(totals[name].of(measure) for name in shared)
+        if target is not None:
+            made.append(Pool(shared, total, max(0, total - math.floor(target)), f"target {target:,.0f}"))
+        else:
+            made.append(_pool(shared, total, ratio))
+    return [pool for pool in made if pool.remove > 0]
+
+
+def _pool(towers: tuple[str, ...], total: int, ratio: float) -> Pool:
+    return Pool(towers, total, math.ceil(Fraction(str(ratio)) * total), f"ratio {ratio}")
+
+
+def require_possible(family: str, pool: Pool, groups: Iterable[Group], bounds: Bounds, measure: str) -> None:
+    """Raise UsageError when the pool's units cannot pay for what has to go, naming what could."""
+    mine = [group for group in groups if group.tower in pool.towers]
+    layers = [bounds.layer(group, [0.0] * group.units, measure) for group in mine if group.kind != "blocks"]
+    most = allocation.removable_cost(layers)
+    for name in pool.towers:
+        costs = sorted(g.cost.of(measure) for g in mine if g.kind == "blocks" and g.tower == name)
+        most += sum(costs[len(costs) - min(len(costs), bounds.depths[name] - _staying(name, bounds)) :])
+    if pool.remove > most:
+        _refuse(family, pool, mine, most, measure)
+
+
+def choose(
+    family: str, pool: Pool, groups: Sequence[Group], values: Sequence[Tensor], bounds: Bounds, measure: str
+) -> dict[Group, list[int]]:
+    """Return the units each of the pool's groups keeps. Raises UsageError when the lower bounds leave too little."""
+    priced = [
+        (group, value.tolist()) for group, value in zip(groups, values, strict=True) if group.tower in pool.towers
+    ]
+    staying = _best_blocks(priced, bounds, measure)
+    free = [(group, value) for group, value in priced if group not in staying]
+    layers = [bounds.layer(group, value, measure) for group, value in free]
+    most = allocation.removable_cost(layers)
+    if pool.remove > most:
+        _refuse(family, pool, [group for group, _ in priced], most, measure)
+    kept = allocation.allocate(layers, pool.remove)
+    chosen = {group: indices for (group, _), indices in zip(free, kept, strict=True)}
+    return {group: chosen.get(group, [0]) for group, _ in priced}
+
+
+def worth(groups: Sequence[Group], scores: Sequence[Tensor], normalise: str, measure: str) -> list[Tensor]:
+    """Return what each unit is worth, comparable over all groups: scores as they are, or relative to their layer.
+
+    "layer" divides by the mean of the layer (for blocks: of the tower) and multiplies by the cost; "cost" only multiplies by the cost, so
+    that cheap and expensive units are as likely to go.
+    """
+    if normalise == "none":
+        return list(scores)
+    if normalise == "layer":
+        scores = _relative(groups, scores)
+    return [score.double() * group.cost.of(measure) for group, score in zip(groups, scores, strict=True)]
+
+
+def _relative(groups: Sequence[Group], scores: Sequence[Tensor]) -> list[Tensor]:
+    by_tower: dict[str, float] = {}
+    for name in {group.tower for group in groups}:
+        found = [float(s.mean()) for g, s in zip(groups, scores, strict=True) if g.kind == "blocks" and g.tower == name]
+        by_tower[name] = sum(found) / len(found) if found else 0.0
+    return [
+        score / (by_tower[group.tower] or 1.0) if group.kind == "blocks" else importance.relative(score)
+        for group, score in zip(groups, scores, strict=True)
+    ]
+
+
+def _staying(name: str, bounds: Bounds) -> int:
+    return share(bounds.min_keep, bounds.depths[name])
+
+
+def _best_blocks(priced: Sequence[tuple[Group, list[float]]], bounds: Bounds, measure: str) -> set[Group]:
+    """Return the blocks of each tower that may not go: as many of the densest as the lower bound asks for."""
+    best: set[Group] = set()
+    for name, depth in bounds.depths.items():
+        blocks = [(value[0] / group.cost.of(measure), -group.block, group) for group, value in priced
+                  if group.kind == "blocks" and group.tower == name]  # fmt: skip
+        untouched = depth - len(blocks)
+        needed = max(0, _staying(name, bounds) - untouched)
+        best.update(group for _, _, group in sorted(blocks, key=lambda item: item[:2], reverse=True)[:needed])
+    return best
+
+
+def _refuse(family: str, pool: Pool, groups: Sequence[Group], most: int, measure: str) -> None:
+    units = {(g.tower, g.kind): sum(h.units for h in groups if (h.tower, h.kind) == (g.tower, g.kind)) for g in groups}
+    listed = ", ".join(f"{count:,} {tower} {kind}" for (tower, kind), count in units.items()) or "no units"
+    largest = math.floor(most * 1000 / pool.total) / 1000
+    hint = f"use target >= {pool.total - most:,}" if pool.asked.startswith("target") else f"use ratio <= {largest:g}"
+    raise UsageError(
+        f"{family} has {listed}; {pool.asked} of {pool.total:,} {measure} would remove {pool.remove:,}, "
+        f"and at most {most:,} can go within the lower bounds",
+        hint=f"{hint}, a smaller min_keep or multiple, more units, or protect fewer blocks",
+    )

@@ -1,0 +1,129 @@
+"""Ask torch-pruning whether our groups are complete: does cutting a head or a neuron drag anything else along?
+
+torch-pruning (Fang et al. 2023, DepGraph) traces a model and derives what has to be cut together. Its search can run for ever (seen
+with grouped-query attention, version 1.6.1), so it gets an alarm clock. It works on a copy of the model: tracing leaves things
+behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmcompress.bundle import Bundle, Tower
+from mmcompress.errors import MissingError, UsageError
+from mmcompress.passes.prune_units import head_rows
+
+Channels = dict[tuple[str, str], list[int]]
+"""(path of a Linear, "rows" or "columns") -> the channels that go."""
+
+
+def crosscheck(bundle: Bundle, towers: Sequence[Tower], seconds: float = 120.0) -> int:
+    """Compare our group of the last unit of every kind and block with torch-pruning's; return how many agreed.
+
+    Raises MissingError without torch-pruning, UsageError when a group differs or the search does not end in `seconds`.
+    """
+    if importlib.util.find_spec("torch_pruning") is None:
+        raise MissingError("crosscheck needs torch-pruning", hint="pip install 'mmcompress[prune]'")
+    agreed = 0
+    model = copy.deepcopy(bundle.model).requires_grad_(True)
+    copied = Bundle(model, bundle.processor, bundle.family, bundle.source)
+    for tower in towers:
+        with _time_limit(seconds, f"torch-pruning's search in the {tower.name} tower"):
+            graph = _dependencies(copied, tower)
+            for ours in unit_channels(copied, tower):
+                theirs = _closure(graph, model, ours)
+                if theirs != ours:
+                    raise UsageError(
+                        f"{next(iter(ours))[0]}: torch-pruning cuts {_show(theirs)}, we would cut {_show(ours)}",
+                        hint="this block is not built as its family says; report it, or leave crosscheck off to go on",
+                    )
+                agreed += 1
+    return agreed
+
+
+def unit_channels(bundle: Bundle, tower: Tower) -> Iterator[Channels]:
+    """Yield what we cut with the last head and with the last neuron of each block, the first writer's rows first."""
+    for block in tower.blocks:
+        attention, mlp = block.attention, block.mlp
+        last = attention.kv_heads - 1
+        rows = head_rows(attention)
+        ours: Channels = {
+            (path, "rows"): list(range(last * height, (last + 1) * height))
+            for path, height in zip(attention.writers, rows, strict=True)
+        }
+        yield ours | {(attention.reader, "columns"): list(range(last * rows[0], (last + 1) * rows[0]))}
+        neuron = [mlp.neurons - 1]
+        yield {**{(path, "rows"): neuron for path in mlp.writers}, (mlp.reader, "columns"): neuron}
+
+
+class _Encoder(nn.Module):
+    """The tower as a module that can be called: what torch-pruning wants to trace."""
+
+    def __init__(self, bundle: Bundle, tower: str) -> None:
+        super().__init__()
+        self.model = bundle.model
+        self.call = lambda inputs: bundle.encode(tower, inputs)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        embeddings: torch.Tensor = self.call(inputs)
+        return embeddings
+
+
+def _dependencies(bundle: Bundle, tower: Tower) -> Any:
+    with warnings.catch_warnings():
+        # It warns about parameters outside modules (class tokens, position tables), which no unit of ours touches.
+        warnings.simplefilter("ignore")
+        import torch_pruning
+
+        return torch_pruning.DependencyGraph().build_dependency(
+            _Encoder(bundle, tower.name), example_inputs={"inputs": bundle.example_inputs(tower.name, 1)}, verbose=False
+        )
+
+
+def _closure(graph: Any, model: nn.Module, ours: Channels) -> Channels:
+    import torch_pruning
+
+    (path, _), channels = next(iter(ours.items()))
+    names = {module: name for name, module in model.named_modules()}
+    group = graph.get_pruning_group(model.get_submodule(path), torch_pruning.prune_linear_out_channels, channels)
+    found: Channels = {}
+    for dependency, indices in group:
+        module = dependency.target.module
+        if isinstance(module, nn.Module) and module in names:
+            side = "rows" if graph.is_out_channel_pruning_fn(dependency.handler) else "columns"
+            found[(names[module], side)] = sorted(set(indices))
+    return found
+
+
+@contextmanager
+def _time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise UsageError when the body takes longer. Needs the main thread and a Unix alarm; elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        raise UsageError(f"{what} did not end in {seconds:g} s", hint="leave crosscheck off for this model")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _show(channels: Channels) -> str:
+    return ", ".join(f"{len(indices)} {side} of {path}" for (path, side), indices in channels.items())

@@ -1,0 +1,64 @@
+"""Cutting for `prune`: structure only, on real or meta tensors, through views taken just before.
+
+Beside the weights, transformers keeps integers that must follow: head counts and widths (named by the views) and, when blocks go,
+each block's place in the stack, which key-value caches are indexed by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.bundle import Attention, Bundle, Mlp, Tower
+from mmcompress.passes.prune_units import head_rows
+from mmcompress.surgery.linears import keep_columns, keep_rows, spread
+
+PLACES = ("layer_idx", "layer_index", "layer_id")
+
+
+def cut_heads(bundle: Bundle, attention: Attention, kept: Sequence[int]) -> None:
+    """Keep the heads `kept` (key-value groups, where heads share keys): rows of q, k, v, columns of the output Linear."""
+    units = torch.tensor(kept)
+    rows = head_rows(attention)
+    for path, height in zip(attention.writers, rows, strict=True):
+        keep_rows(_linear(bundle, path), spread(units, height))
+    keep_columns(_linear(bundle, attention.reader), spread(units, rows[0]))
+    heads = len(kept) * attention.heads // attention.kv_heads
+    for path, attribute, counts in attention.bookkeeping:
+        setattr(bundle.module(path), attribute, heads if counts == "heads" else heads * attention.head_dim)
+
+
+def cut_neurons(bundle: Bundle, mlp: Mlp, kept: Sequence[int]) -> None:
+    """Keep the hidden neurons `kept`: rows of the up (and gate) Linear, columns of the down Linear."""
+    units = torch.tensor(kept)
+    for path in mlp.writers:
+        keep_rows(_linear(bundle, path), units)
+    keep_columns(_linear(bundle, mlp.reader), units)
+
+
+def cut_blocks(bundle: Bundle, tower: Tower, kept: Sequence[int]) -> None:
+    """Keep the blocks `kept` of a tower, in order, and renumber what counts them."""
+    blocks = list(bundle.module(tower.blocks_path).children())
+    bundle.replace(tower.blocks_path, nn.ModuleList(blocks[index] for index in kept))
+    for place, index in enumerate(kept):
+        for module in blocks[index].modules():
+            for attribute in PLACES:
+                if getattr(module, attribute, None) == index:
+                    setattr(module, attribute, place)
+
+
+def set_parameters(bundle: Bundle, tensors: Mapping[str, Tensor]) -> None:
+    """Put values into parameters of the same shape, by name."""
+    for name, tensor in tensors.items():
+        parameter = bundle.model.get_parameter(name)
+        assert parameter.shape == tensor.shape, f"{name} is {tuple(parameter.shape)}, not {tuple(tensor.shape)}"
+        with torch.no_grad():
+            parameter.copy_(tensor)
+
+
+def _linear(bundle: Bundle, path: str) -> nn.Linear:
+    module = bundle.module(path)
+    assert isinstance(module, nn.Linear), f"{path} was not checked to be a Linear"
+    return module

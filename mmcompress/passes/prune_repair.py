@@ -1,0 +1,60 @@
+"""Compensation for `prune`: new readers for the units that stay, from statistics of the uncut model on calibration data.
+
+Memory: a mean per channel for "bias"; for "least-squares" the second moments of a few readers at a time, which together take at
+most about a quarter of the model's bytes (one reader at least), so wide or deep models cost several passes over the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.bundle import Bundle
+from mmcompress.ops.reconstruction import Moments, repair
+from mmcompress.passes.base import Context
+from mmcompress.passes.prune_scores import stream
+from mmcompress.passes.prune_units import Group
+from mmcompress.surgery.linears import spread
+from mmcompress.surgery.watch import Sums
+
+
+def repaired_readers(
+    bundle: Bundle, kept: Mapping[Group, Sequence[int]], context: Context, method: str, ridge: float
+) -> dict[str, Tensor]:
+    """Return new weights (out, K) and biases (out,) of the readers of `kept`, by parameter name."""
+    full = method == "least-squares"
+    tensors: dict[str, Tensor] = {}
+    for part in _parts(bundle, list(kept), full):
+        sums = {group.reader: Sums(full) for group in part}
+        stream(bundle, sums, context, "compensation")
+        for group in part:
+            reader = bundle.module(group.reader)
+            assert isinstance(reader, nn.Linear), f"{group.reader} was not checked to be a Linear"
+            seen = sums.pop(group.reader)
+            moments = Moments(seen.mean(), seen.second_moment() if full else None)
+            columns = spread(torch.tensor(kept[group], device=reader.weight.device), group.width)
+            bias = None if reader.bias is None else reader.bias.detach()
+            weight, bias = repair(reader.weight.detach(), bias, columns, moments, ridge)
+            tensors[f"{group.reader}.weight"] = weight
+            if bias is not None:
+                tensors[f"{group.reader}.bias"] = bias
+    return tensors
+
+
+def _parts(bundle: Bundle, groups: list[Group], full: bool) -> list[list[Group]]:
+    """Split the groups so that the second moments of a part fit; one part where only means are kept."""
+    if not full:
+        return [groups]
+    limit = sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 4
+    parts: list[list[Group]] = []
+    used = limit
+    for group in groups:
+        size = 4 * (group.units * group.width) ** 2
+        if used + size > limit:
+            parts.append([])
+            used = 0
+        parts[-1].append(group)
+        used += size
+    return parts

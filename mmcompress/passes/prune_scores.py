@@ -1,0 +1,232 @@
+"""Scores for `prune`: how much each unit matters, from weights, activations or gradients on calibration data.
+
+Everything is streamed: forward statistics keep one number per channel. Taylor scores need no weight gradients: parameters are
+frozen and the gradient is taken with respect to the activations each reader sees, one small slice of a batch at a time, so memory
+is that of a few samples' activations (`_slice_size` keeps it near a quarter of the model's size).
+
+Two objectives for Taylor:
+
+- *embedding*: a random direction r of each sample's normalised embedding u. E (r . du)^2 = |du|^2, so the mean square of the gate
+  gradient is the squared displacement of the embedding when the unit goes, to first order (a Gauss-Newton step). Needs no
+  labels and no pairs, and both towers speak the same unit, so one budget over both is meaningful.
+- *contrastive*: the symmetric InfoNCE loss of a batch of pairs; the mean absolute gate gradient per sample (Michel et al. 2019). The
+  gradient with respect to all embeddings is taken first, without any graph of the towers; then each tower is walked in slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.ops import importance
+from mmcompress.passes.base import Context
+from mmcompress.passes.prune_units import Group
+from mmcompress.progress import track
+from mmcompress.surgery.watch import Sums, evaluating, padding_mask, watch_blocks, watch_gradients, watch_inputs
+
+Objective = Callable[[Tensor, int], Tensor]
+"""(embeddings (b, C) of a slice, its offset in the batch) -> scalar to differentiate."""
+
+
+def magnitude(bundle: Bundle, groups: Sequence[Group]) -> list[Tensor]:
+    """Return the L2 norm of each unit's rows, biases and columns, per group (U,)."""
+    scores = []
+    for group in groups:
+        writers = [bundle.module(path) for path in group.writers]
+        rows = [part for writer in writers for part in (writer.weight, writer.bias) if isinstance(part, Tensor)]
+        reader = bundle.module(group.reader).weight
+        assert isinstance(reader, Tensor), f"{group.reader} has no weight"
+        scores.append(importance.group_magnitude([r.detach() for r in rows], [reader.detach()], group.units))
+    return scores
+
+
+def uniform_random(groups: Sequence[Group], seed: int) -> list[Tensor]:
+    """Return independent uniform scores, the same for the same seed: the control every criterion has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(group.units, generator=generator) for group in groups]
+
+
+def activation(bundle: Bundle, groups: Sequence[Group], context: Context, centred: bool) -> list[Tensor]:
+    """Return the Wanda norm of each unit over calibration tokens; around the mean with `centred` (FLAP)."""
+    sums = {group.reader: Sums(full=False) for group in groups}
+    stream(bundle, sums, context, "activations")
+    scores = []
+    for group in groups:
+        weight = bundle.module(group.reader).weight
+        assert isinstance(weight, Tensor), f"{group.reader} has no weight"
+        norms = sums[group.reader].norms(centred)
+        scores.append(importance.group_activation(weight.detach(), norms, group.units))
+    return scores
+
+
+def stream(bundle: Bundle, sums: dict[str, Sums], context: Context, label: str) -> None:
+    """Add the calibration tokens that each Linear reads to its sums. Raises UsageError without data."""
+    for tower in bundle.towers():
+        mine = {path: bundle.module(path) for path in sums if tower.owns(path)}
+        if not mine:
+            continue
+        with (
+            evaluating(bundle.model),
+            torch.inference_mode(),
+            watch_inputs(mine, lambda path, tokens: sums[path].add(tokens)) as watch,
+        ):
+            for inputs in tower_batches(bundle, tower.name, context, label):
+                watch.mask = padding_mask(inputs)
+                bundle.encode(tower.name, inputs)
+
+
+def block_influence(bundle: Bundle, groups: Sequence[Group], context: Context) -> list[Tensor]:
+    """Return 1 - E cos(before, after) of each block over calibration tokens."""
+    totals = {group.reader: [0.0, 0] for group in groups}
+
+    def record(path: str, before: Tensor, after: Tensor) -> None:
+        totals[path][0] += float(importance.block_influence(before, after)) * len(before)
+        totals[path][1] += len(before)
+
+    for name, mine in _by_tower(groups):
+        modules = {group.reader: bundle.module(group.reader) for group in mine}
+        with evaluating(bundle.model), torch.inference_mode(), watch_blocks(modules, record) as watch:
+            for inputs in tower_batches(bundle, name, context, "block influence"):
+                watch.mask = padding_mask(inputs)
+                bundle.encode(name, inputs)
+    return [torch.tensor([totals[group.reader][0] / totals[group.reader][1]]) for group in groups]
+
+
+def taylor(bundle: Bundle, groups: Sequence[Group], context: Context, objective: str) -> list[Tensor]:
+    """Return the first-order effect of each unit: mean square ("embedding") or mean absolute value ("contrastive")."""
+    effects = Effects(groups, square=objective == "embedding")
+    for name, mine in _by_tower(groups):
+        modules: dict[str, nn.Module] = {group.reader: bundle.module(group.reader) for group in mine}
+        blocks = mine[0].kind == "blocks"
+        with evaluating(bundle.model), watch_gradients(modules, effects.add, updates=blocks):
+            walk = _contrastive if objective == "contrastive" else _directions
+            for inputs, differentiate in walk(bundle, name, context):
+                _backward(bundle, name, inputs, differentiate)
+    return effects.means()
+
+
+class Effects:
+    """Running means of gate gradients per unit, over samples."""
+
+    def __init__(self, groups: Sequence[Group], square: bool) -> None:
+        self.groups = {group.reader: group for group in groups}
+        self.square = square
+        self.totals: dict[str, Tensor] = {}
+        self.counts = dict.fromkeys(self.groups, 0)
+
+    def add(self, path: str, states: Tensor, gradient: Tensor) -> None:
+        """Add the samples of one slice: states and gradient (b, N, C)."""
+        effect = importance.gate_gradients(states, gradient, self.groups[path].units)
+        size = (effect.square() if self.square else effect.abs()).sum(0)
+        self.totals[path] = self.totals[path] + size if path in self.totals else size
+        self.counts[path] += len(effect)
+
+    def means(self) -> list[Tensor]:
+        """Return the mean per unit (U,), in the order of the groups."""
+        return [self.totals[path] / self.counts[path] for path in self.groups]
+
+
+def _directions(bundle: Bundle, tower: str, context: Context) -> Iterator[tuple[dict[str, Tensor], Objective]]:
+    """Yield each batch with a random direction of every sample's normalised embedding."""
+    generator = torch.Generator().manual_seed(context.seed)
+    for inputs in tower_batches(bundle, tower, context, "gradients"):
+        seed = int(torch.randint(2**31, (), generator=generator))
+
+        def differentiate(embeddings: Tensor, start: int, seed: int = seed) -> Tensor:
+            # Drawn per sample, so that the slice size does not change the result.
+            signs = torch.stack([_signs(embeddings.shape[1], seed + start + row) for row in range(len(embeddings))])
+            return (nn.functional.normalize(embeddings.float(), dim=-1) * signs.to(embeddings.device)).sum()
+
+        yield inputs, differentiate
+
+
+def _signs(width: int, seed: int) -> Tensor:
+    return torch.randint(0, 2, (width,), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
+
+
+def _contrastive(bundle: Bundle, tower: str, context: Context) -> Iterator[tuple[dict[str, Tensor], Objective]]:
+    """Yield each batch of pairs with the gradient of its InfoNCE loss with respect to this tower's embeddings."""
+    data = context.require_data("prune with a Taylor score").subset(context.num_samples, context.seed)
+    paired = [index for index in range(len(data)) if data[index].picture is not None and data[index].texts]
+    if len(paired) < 2:
+        raise UsageError(
+            "the contrastive Taylor score needs at least 2 samples with an image and a text",
+            hint="use objective=embedding, which needs no pairs",
+        )
+    scale = bundle.family.similarity(bundle.model)[0].detach().float()
+    starts = range(0, len(paired), context.batch_size)
+    for start in track(starts, context.progress, f"{tower} gradients", len(starts)):
+        samples = [data[index] for index in paired[start : start + context.batch_size]]
+        inputs = {
+            "vision": bundle.prepare("vision", [sample.image for sample in samples]),
+            "text": bundle.prepare("text", [sample.texts[0] for sample in samples]),
+        }
+        with torch.no_grad():
+            leaves = {name: bundle.encode(name, part).float() for name, part in inputs.items()}
+        with torch.enable_grad():
+            for leaf in leaves.values():
+                leaf.requires_grad_()
+            vision, text = (nn.functional.normalize(leaves[name], dim=-1) for name in ("vision", "text"))
+            logits = scale * vision @ text.T
+            target = torch.arange(len(samples), device=logits.device)
+            loss = nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
+            (wanted,) = torch.autograd.grad(loss / 2, [leaves[tower]])
+
+        def differentiate(embeddings: Tensor, start: int, wanted: Tensor = wanted) -> Tensor:
+            return (embeddings.float() * wanted[start : start + len(embeddings)]).sum()
+
+        yield inputs[tower], differentiate
+
+
+def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: Objective) -> None:
+    size = len(next(iter(inputs.values())))
+    step = _slice_size(bundle, tower)
+    for start in range(0, size, step):
+        part = {name: value[start : start + step] for name, value in inputs.items()}
+        with torch.enable_grad():
+            objective(bundle.encode(tower, part), start).backward()
+
+
+def _slice_size(bundle: Bundle, name: str) -> int:
+    """Return how many samples may keep their graph at once: about a quarter of the model's bytes (or 32 MiB), at least one."""
+    tower = bundle.tower(name)
+    allowed = max(2**25, sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 4)
+    longest = max(value.shape[1] for value in bundle.example_inputs(name).values() if value.dim() > 1)
+    tokens = tower.stream.tokens if tower.stream else max(64, longest)
+    # Saved per token and block: the MLP's hidden states before and after the activation; norms, q, k, v, attention: about 8 C.
+    channels = [8 * block.attention.heads * block.attention.head_dim + 3 * block.mlp.neurons for block in tower.blocks]
+    return max(1, min(64, allowed // (tokens * sum(channels) * 4)))
+
+
+def tower_batches(bundle: Bundle, tower: str, context: Context, label: str) -> Iterator[dict[str, Tensor]]:
+    """Yield the tower's calibration inputs: images, or all texts of the chosen samples, at most `batch_size` at a time.
+
+    Raises UsageError when the data has nothing for this tower.
+    """
+    data = context.require_data(f"prune with {label}").subset(context.num_samples, context.seed)
+    found = False
+    for start in track(range(0, len(data), context.batch_size), context.progress, f"{tower} {label}"):
+        samples = [data[index] for index in range(start, min(start + context.batch_size, len(data)))]
+        items: list[object] = []
+        for sample in samples:
+            if tower == "text":
+                items.extend(sample.texts)
+            elif sample.picture is not None:
+                items.append(sample.image)
+        for first in range(0, len(items), context.batch_size):
+            found = True
+            yield bundle.prepare(tower, items[first : first + context.batch_size])
+    if not found:
+        raise UsageError(
+            f"the data '{data.name}' has nothing for the {tower} tower",
+            hint="use data with images and texts, or choose the other tower with --towers",
+        )
+
+
+def _by_tower(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+    return [(name, list(mine)) for name, mine in groupby(groups, key=lambda group: group.tower)]

@@ -1,0 +1,188 @@
+"""What `prune` can remove: units, what belongs to each, and what each costs, as exact integers.
+
+A unit is an attention head (a key-value group with its query heads, where there are fewer key than query heads), an MLP neuron
+or a block. Costs are counted, not estimated: parameters from shapes; multiply-accumulates from shapes and from the number of
+tokens seen at each Linear in one forward pass of the family's example inputs, so that a shortened token stream is priced as it
+is. MACs are those of Linears, convolutions and attention products at batch 1.
+
+Shape alphabet: N tokens, C channels, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcompress.bundle import Attention, Block, Bundle, Tower
+from mmcompress.surgery.watch import evaluating, watch_inputs
+
+Kind = Literal["heads", "neurons", "blocks"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameters and multiply-accumulates."""
+
+    parameters: int
+    macs: int
+
+    def of(self, measure: str) -> int:
+        """Return one of the two by name."""
+        return self.macs if measure == "macs" else self.parameters
+
+
+@dataclass(frozen=True)
+class Group:
+    """The units of one kind in one block, all of equal cost; a block is a group of one unit."""
+
+    tower: str
+    block: int
+    kind: Kind
+    units: int
+    cost: Costs
+    """Of one unit."""
+    writers: tuple[str, ...] = ()
+    """Linears whose rows are cut with a unit; empty for blocks."""
+    reader: str = ""
+    """Linear whose columns are cut with a unit; for a block, the path of the block."""
+    width: int = 1
+    """Columns of the reader per unit."""
+
+    @property
+    def key(self) -> str:
+        """How decisions name this group: "vision.3"."""
+        return f"{self.tower}.{self.block}"
+
+
+def list_groups(
+    bundle: Bundle, towers: Sequence[Tower], kinds: Iterable[str], protect: Iterable[int], tokens: dict[str, int]
+) -> list[Group]:
+    """Return the groups of `kinds` in `towers`, vision first, then by block; `protect`ed block indices are left out."""
+    groups: list[Group] = []
+    kinds = set(kinds)
+    for tower in towers:
+        untouched = {index % len(tower.blocks) for index in protect if -len(tower.blocks) <= index < len(tower.blocks)}
+        for block in tower.blocks:
+            if block.index in untouched:
+                continue
+            if "heads" in kinds:
+                groups.append(_heads(bundle, tower, block, tokens))
+            if "neurons" in kinds:
+                groups.append(_neurons(bundle, tower, block, tokens))
+            if "blocks" in kinds:
+                cost = Costs(_numel(bundle.module(block.path)), _block_macs(bundle, block, tokens))
+                groups.append(Group(tower.name, block.index, "blocks", 1, cost, reader=block.path))
+    return groups
+
+
+def _heads(bundle: Bundle, tower: Tower, block: Block, tokens: dict[str, int]) -> Group:
+    attention = block.attention
+    rows = head_rows(attention)
+    seen = tokens[attention.reader]
+    parameters = weights = 0
+    for path, height in zip(attention.writers, rows, strict=True):
+        linear = _linear(bundle, path)
+        weights += height * linear.in_features
+        parameters += height * (linear.in_features + (linear.bias is not None))
+    weights += rows[0] * _linear(bundle, attention.reader).out_features
+    parameters += rows[0] * _linear(bundle, attention.reader).out_features
+    macs = seen * weights + attention_macs(seen, attention.heads // attention.kv_heads, attention.head_dim)
+    return Group(
+        tower.name,
+        block.index,
+        "heads",
+        attention.kv_heads,
+        Costs(parameters, macs),
+        attention.writers,
+        attention.reader,
+        rows[0],
+    )
+
+
+def _neurons(bundle: Bundle, tower: Tower, block: Block, tokens: dict[str, int]) -> Group:
+    mlp = block.mlp
+    reader = _linear(bundle, mlp.reader)
+    inputs = [_linear(bundle, path) for path in mlp.writers]
+    weights = sum(linear.in_features for linear in inputs) + reader.out_features
+    biases = sum(linear.bias is not None for linear in inputs)
+    cost = Costs(weights + biases, tokens[mlp.reader] * weights)
+    return Group(tower.name, block.index, "neurons", mlp.neurons, cost, mlp.writers, mlp.reader)
+
+
+def attention_macs(tokens: int, heads: int, head_dim: int) -> int:
+    """Return the MACs of QK' and AV for `tokens` queries and keys."""
+    return 2 * tokens * tokens * heads * head_dim
+
+
+def _block_macs(bundle: Bundle, block: Block, tokens: dict[str, int]) -> int:
+    def linears(paths: Sequence[str], seen: int) -> int:
+        return seen * sum(_linear(bundle, path).weight.numel() for path in paths)
+
+    attention, mlp = block.attention, block.mlp
+    total = linears((*attention.writers, attention.reader), tokens[attention.reader])
+    total += attention_macs(tokens[attention.reader], attention.heads, attention.head_dim)
+    return total + linears((*mlp.writers, mlp.reader), tokens[mlp.reader])
+
+
+def count_tokens(bundle: Bundle, tower: Tower) -> dict[str, int]:
+    """Return N at every reader of `tower`, by the reader's path, in one forward pass of its example inputs."""
+    readers = [path for block in tower.blocks for path in (block.attention.reader, block.mlp.reader)]
+    seen: dict[str, int] = {}
+
+    def record(name: str, states: Tensor) -> None:
+        seen[name] = len(states)
+
+    with evaluating(bundle.model), torch.inference_mode(), watch_inputs({p: bundle.module(p) for p in readers}, record):
+        bundle.encode(tower.name, bundle.example_inputs(tower.name, 1))
+    return seen
+
+
+def count_costs(bundle: Bundle, tower: Tower) -> Costs:
+    """Return a recount of the tower: its parameters, and the MACs of one forward pass of its example inputs."""
+    counter = FlopCounterMode(display=False)
+    # Fused attention kernels are opaque to the counter; the plain one is two matrix products.
+    with evaluating(bundle.model), torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
+        bundle.encode(tower.name, bundle.example_inputs(tower.name, 1))
+    parameters = sum(p.numel() for name, p in bundle.model.named_parameters() if tower.owns(name))
+    return Costs(parameters, counter.get_total_flops() // 2)
+
+
+def head_rows(attention: Attention) -> tuple[int, ...]:
+    """Return how many rows of each writer belong to one unit: query rows cover a whole key-value group."""
+    return (attention.heads // attention.kv_heads * attention.head_dim, attention.head_dim, attention.head_dim)
+
+
+def write_ranges(indices: Sequence[int]) -> str:
+    """Return ascending indices as "0-3,7,9-10": recorded plans stay readable and small."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index - 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def read_ranges(text: str) -> list[int]:
+    """Return the indices `write_ranges` wrote."""
+    indices: list[int] = []
+    for run in text.split(",") if text else []:
+        first, _, last = run.partition("-")
+        indices.extend(range(int(first), int(last or first) + 1))
+    return indices
+
+
+def _linear(bundle: Bundle, path: str) -> nn.Linear:
+    module = bundle.module(path)
+    assert isinstance(module, nn.Linear), f"{path} was not checked to be a Linear"
+    return module
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

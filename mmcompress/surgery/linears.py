@@ -1,0 +1,33 @@
+"""Cut rows and columns out of nn.Linear in place. Works on meta tensors; dtype, device and gradient flags stay.
+
+A Linear's weight is (out, in): rows are what it writes, columns are what it reads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def keep_rows(linear: nn.Linear, kept: Tensor) -> None:
+    """Keep the output channels `kept` (K,) of `linear`: weight (out, in) -> (K, in), bias (out,) -> (K,)."""
+    linear.weight = _selected(linear.weight, 0, kept)
+    if linear.bias is not None:
+        linear.bias = _selected(linear.bias, 0, kept)
+    linear.out_features = len(kept)
+
+
+def keep_columns(linear: nn.Linear, kept: Tensor) -> None:
+    """Keep the input channels `kept` (K,) of `linear`: weight (out, in) -> (out, K)."""
+    linear.weight = _selected(linear.weight, 1, kept)
+    linear.in_features = len(kept)
+
+
+def spread(units: Tensor, width: int) -> Tensor:
+    """Return the channels of `units` (U,) that are `width` channels wide each: (U * width,)."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _selected(parameter: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
+    chosen = parameter.detach().index_select(dim, kept.to(parameter.device))
+    return nn.Parameter(chosen, requires_grad=parameter.requires_grad)

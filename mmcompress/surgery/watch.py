@@ -1,0 +1,187 @@
+"""Look at what flows through a model without changing it: hooks that are always removed, statistics that are streamed.
+
+No activation outlives the batch it came from. Padding is left out: `Watch.mask` (B, N), set before a batch, marks the tokens
+that count, and applies to every watched tensor of shape (B, N, …).
+
+Shape alphabet: B batch, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Record = Callable[[str, Tensor], None]
+
+
+class Watch:
+    """What a running watch can be told: which tokens of the coming batch count."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """Return the states of the tokens that count, as (T, C)."""
+        if self.mask is not None and states.dim() == 3 and states.shape[:2] == self.mask.shape:
+            return states[self.mask.bool()]
+        return states.reshape(-1, states.shape[-1])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; every flag is as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, needs in wanted.items():
+            parameter.requires_grad_(needs)
+
+
+@contextmanager
+def watch_inputs(modules: Mapping[str, nn.Module], record: Record) -> Iterator[Watch]:
+    """Call `record(name, tokens (T, C))` with the first input of each module, each time it is called."""
+    watch = Watch()
+
+    def hook(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record(name, watch.tokens(_first(args, kwargs).detach()))
+
+        return before
+
+    handles = [m.register_forward_pre_hook(hook(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_blocks(blocks: Mapping[str, nn.Module], record: Callable[[str, Tensor, Tensor], None]) -> Iterator[Watch]:
+    """Call `record(name, before (T, C), after (T, C))` with the states around each block."""
+    watch = Watch()
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            record(name, watch.tokens(_first(args, kwargs).detach()), watch.tokens(states.detach()))
+
+        return after
+
+    handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in blocks.items()]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_gradients(
+    modules: Mapping[str, nn.Module], record: Callable[[str, Tensor, Tensor], None], *, updates: bool = False
+) -> Iterator[None]:
+    """Call `record(name, states (B, N, C), gradient (B, N, C))` in the backward pass.
+
+    The states are each module's first input or, with `updates`, what the module added: its output minus its first input, with the
+    gradient of the output. Parameters need no gradient for this: the first watched tensor becomes a leaf of the graph.
+    """
+
+    def tracked(states: Tensor) -> Tensor:
+        return states if states.requires_grad else states.detach().requires_grad_()
+
+    def before(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            states = tracked(_first(args, kwargs))
+            if not updates:
+                states.register_hook(lambda gradient: record(name, states.detach(), gradient))
+            return _with_first(args, kwargs, states)
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            added = states.detach() - _first(args, kwargs).detach()
+            states.register_hook(lambda gradient: record(name, added, gradient))
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(before(name), with_kwargs=True) for name, m in modules.items()]
+    if updates:
+        handles += [m.register_forward_hook(after(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def padding_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the (B, N) mask of real tokens among a tower's inputs, or None where every token counts."""
+    for name in ("attention_mask", "pixel_attention_mask"):
+        mask = inputs.get(name)
+        if mask is not None and mask.dim() == 2:
+            return mask
+    return None
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
+
+
+def _with_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (states, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": states}
+
+
+class Sums:
+    """Streamed sums of one Linear's inputs: tokens, first moments, and second moments (all, or the diagonal alone).
+
+    Kept in float32, in float64 for float64 inputs; a full second moment of C channels takes 4*C*C bytes.
+    """
+
+    def __init__(self, full: bool) -> None:
+        self.full = full
+        self.count = 0
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
+
+    def add(self, states: Tensor) -> None:
+        """Add the tokens `states` (T, C)."""
+        wide = states if states.dtype == torch.float64 else states.float()
+        second = wide.T @ wide if self.full else wide.square().sum(0)
+        self.count += len(wide)
+        self.first = wide.sum(0) if self.first is None else self.first.add_(wide.sum(0))
+        self.second = second if self.second is None else self.second.add_(second)
+
+    def mean(self) -> Tensor:
+        """Return E[x] (C,)."""
+        assert self.first is not None, "no tokens were added"
+        return self.first / self.count
+
+    def second_moment(self) -> Tensor:
+        """Return E[x x'] (C, C), or its diagonal (C,)."""
+        assert self.second is not None, "no tokens were added"
+        return self.second / self.count
+
+    def norms(self, centred: bool) -> Tensor:
+        """Return sqrt(E[x^2]) per channel, or the standard deviation with `centred`: (C,)."""
+        second = self.second_moment()
+        diagonal = second.diagonal() if self.full else second
+        if centred:
+            diagonal = (diagonal - self.mean().square()).clamp_min(0)
+        return diagonal.sqrt()
