@@ -1,0 +1,155 @@
+"""artifact.json: what lies in an exported directory, enough to run, evaluate and benchmark it without the checkpoint.
+
+An exported directory holds one graph per component, the preprocessing files and artifact.json. There is no config.json on purpose:
+the directory is not a checkpoint, and the model's config is kept inside artifact.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmcompress.errors import UsageError, closest
+
+FILE_NAME = "artifact.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph; a dim is a number, or the name of a dynamic axis ("batch", "tokens")."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One exported graph."""
+
+    name: str
+    file: str
+    bytes: int
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    nodes: dict[str, int]
+    """How often each operator occurs."""
+    weights: dict[str, int]
+    """Bytes of initialisers by dtype."""
+    quantized: int = 0
+    """How many weight matrices are stored as integers."""
+    parity: tuple[dict[str, Any], ...] = ()
+    """One row per shape the graph was compared with torch at."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The content of artifact.json, and where it lies."""
+
+    directory: Path
+    components: tuple[Component, ...]
+    family: str
+    config: dict[str, Any]
+    """The model's config as exported: what preprocessing needs to know."""
+    source: dict[str, Any]
+    """Of the original checkpoint: id, revision, sha256, bytes."""
+    records: tuple[dict[str, Any], ...]
+    """The passes that were run."""
+    embedding: int
+    """C of the shared space."""
+    similarity: tuple[float, float]
+    """(scale, bias): logits are scale * cosine + bias."""
+    precision: str
+    opset: int
+    preprocessing: tuple[str, ...]
+    """File names of the image processor and the tokenizer."""
+    versions: dict[str, str] = field(default_factory=dict)
+    mmc: str = ""
+    format: str = "onnx"
+    schema: int = SCHEMA
+
+    def component(self, name: str) -> Component:
+        """Return the component called `name`. Raises UsageError naming those there are."""
+        found = {component.name: component for component in self.components}
+        if name not in found:
+            raise UsageError(f"{self.directory} has no component '{name}'", hint=closest(name, found))
+        return found[name]
+
+    def path(self, name: str) -> Path:
+        """Return the graph file of a component."""
+        return self.directory / self.component(name).file
+
+    @property
+    def bytes(self) -> int:
+        """Size of all graphs on disk."""
+        return sum(component.bytes for component in self.components)
+
+    def write(self) -> None:
+        """Write artifact.json, the same bytes for the same content."""
+        document = asdict(self)
+        del document["directory"]
+        text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False)
+        (self.directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def is_artifact(directory: str | Path) -> bool:
+    """Whether `directory` is an exported artifact (and not a checkpoint)."""
+    return (Path(directory) / FILE_NAME).is_file()
+
+
+def open_artifact(directory: str | Path, *, verify: bool = True) -> Artifact:
+    """Read an exported directory back; with `verify`, check every graph's bytes against its recorded sha256.
+
+    Raises UsageError when the directory is no artifact, was written by a newer mmc, or a file is missing or damaged.
+    """
+    directory = Path(directory)
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise UsageError(f"{directory} has no {FILE_NAME}", hint="give a directory made by mmc export")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] > SCHEMA:
+            raise UsageError(
+                f"{path} has schema {document['schema']}; this mmc reads up to {SCHEMA}",
+                hint=f"install mmcompress {document.get('mmc', '')} or newer",
+            )
+        components = tuple(_component(part) for part in document.pop("components"))
+        for key in ("records", "similarity", "preprocessing"):
+            document[key] = tuple(document[key])
+        artifact = Artifact(directory=directory, components=components, **document)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged: {error}", hint="export the model again") from error
+    for component in components:
+        _check_file(directory / component.file, component, verify)
+    for name in artifact.preprocessing:
+        if not (directory / name).is_file():
+            raise UsageError(f"{directory / name} is missing", hint="export the model again")
+    return artifact
+
+
+def sha256(path: Path) -> str:
+    """Return the digest of a file's bytes."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _component(document: dict[str, Any]) -> Component:
+    for key in ("inputs", "outputs"):
+        document[key] = tuple(TensorSpec(**{**spec, "dims": tuple(spec["dims"])}) for spec in document[key])
+    document["parity"] = tuple(document["parity"])
+    return Component(**document)
+
+
+def _check_file(path: Path, component: Component, verify: bool) -> None:
+    # A file name from a document someone else wrote must not lead out of the directory.
+    if Path(component.file).name != component.file:
+        raise UsageError(f"{FILE_NAME} names a file outside its directory: {component.file}", hint="do not use it")
+    if not path.is_file():
+        raise UsageError(f"{path} is missing", hint="export the model again")
+    if path.stat().st_size != component.bytes or (verify and sha256(path) != component.sha256):
+        raise UsageError(f"{path} is damaged: its bytes are not the exported ones", hint="export the model again")

@@ -1,0 +1,219 @@
+"""Rewrites of an exported graph that keep its meaning and make it cheaper or easier to fuse for every runtime.
+
+Each rewrite is a function of the graph that returns how often it applied. What they rely on is what the exporter writes
+(torch 2.13, opset 20): linears as MatMul and Add, weights of quantized linears as DequantizeLinear and Transpose, masks
+as Where.
+
+Rounding: only `fold_channel_scales` changes values, by one rounding of float32.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from onnxscript import ir
+from onnxscript.ir.passes import common as cleanups
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def simplify(model: ir.Model) -> dict[str, int]:
+    """Apply every rewrite in place, remove what became unused, and return how often each applied."""
+    name_nodes(model)
+    counts = {
+        rewrite.__name__: rewrite(model)
+        for rewrite in (split_constants, transpose_weights, drop_open_masks, fold_channel_scales, drop_same_casts)
+    }
+    cleanups.RemoveUnusedNodesPass()(model)
+    cleanups.RemoveUnusedOpsetsPass()(model)
+    return counts
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Name every node by the module it came from, and drop the exporter's notes: they hold source paths of this machine."""
+    seen: Counter[str] = Counter()
+    for node in model.graph:
+        scopes = [scope for scope in ast.literal_eval(node.metadata_props.get(_SCOPES, "[]")) if scope]
+        # The last scope is the operator; the one before it the innermost module.
+        module = scopes[-2].removeprefix("model.") if len(scopes) > 1 else "graph"
+        name = f"{module}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def split_constants(model: ir.Model) -> int:
+    """Split constants now: packed q/k/v weights of nn.MultiheadAttention."""
+    count = 0
+    for node in _nodes(model, "Split"):
+        source = node.inputs[0]
+        axis = node.attributes.get_int("axis", 0)
+        whole = _constant(source)
+        if whole is None or any(output.shape is None or not output.shape.is_static() for output in node.outputs):
+            continue
+        sizes = [int(output.shape[axis]) for output in node.outputs if output.shape is not None]  # type: ignore[arg-type]
+        for output, part in zip(node.outputs, np.split(whole, np.cumsum(sizes)[:-1], axis), strict=True):
+            ir.convenience.replace_all_uses_with(output, _initializer(model, part, str(output.name)))
+        count += 1
+    return count
+
+
+def transpose_weights(model: ir.Model) -> int:
+    """DequantizeLinear(weight) then Transpose -> DequantizeLinear(transposed weight): what integer kernels match on."""
+    count = 0
+    for node in _nodes(model, "Transpose"):
+        dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        weight = _constant(dequantize.inputs[0])
+        if weight is None or weight.ndim != 2:
+            continue
+        axis = dequantize.attributes.get_int("axis", 1)
+        made = _initializer(model, np.ascontiguousarray(weight.T), f"{_name(dequantize.inputs[0])}_transposed")
+        replaced = ir.node(
+            "DequantizeLinear",
+            [made, *dequantize.inputs[1:]],
+            attributes={**_plain(dequantize), "axis": 1 - axis},
+            name=f"{dequantize.name}_transposed",
+        )
+        _replace(model, node, replaced)
+        count += 1
+    return count
+
+
+def drop_open_masks(model: ir.Model) -> int:
+    """Remove the addition of masks that hide nothing: transformers writes one whenever it is traced."""
+    count = 0
+    for node in _nodes(model, "Where"):
+        condition = node.inputs[0]
+        while (
+            condition is not None and (made := condition.producer()) is not None and made.op_type in ("Expand", "Cast")
+        ):
+            condition = made.inputs[0]
+        shown, added = _constant(condition), _constant(node.inputs[1])
+        if shown is None or not shown.all() or added is None or added.any():
+            continue
+        for use in list(node.outputs[0].uses()):
+            addition = use.node
+            scores = addition.inputs[1 - use.idx] if addition.op_type == "Add" else None
+            if scores is None or scores.shape is None or scores.shape != addition.outputs[0].shape:
+                continue
+            ir.convenience.replace_all_uses_with(addition.outputs[0], scores)
+            count += 1
+    return count
+
+
+def fold_channel_scales(model: ir.Model) -> int:
+    """Linear then Mul by a constant per channel (LayerScale) -> the linear with scaled weight and bias; float32 only."""
+    count = 0
+    for node in _nodes(model, "Mul"):
+        for scaled, factor in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+            by = _constant(factor)
+            if by is None or by.ndim != 1 or by.dtype != np.float32 or scaled is None:
+                continue
+            if _scale_linear(model, scaled, by):
+                ir.convenience.replace_all_uses_with(node.outputs[0], scaled, replace_graph_outputs=True)
+                count += 1
+                break
+    return count
+
+
+def _scale_linear(model: ir.Model, output: ir.Value, by: np.ndarray) -> bool:
+    """Scale the linear that makes `output` (its only use) by channel; False when it is not one."""
+    add = output.producer()
+    if add is None or add.op_type != "Add" or len(output.uses()) != 1:
+        return False
+    for index in (0, 1):
+        bias, product = _constant(add.inputs[index]), add.inputs[1 - index]
+        matmul = product.producer() if product is not None else None
+        if bias is None or bias.shape != by.shape or matmul is None or matmul.op_type != "MatMul":
+            continue
+        if product is None or len(product.uses()) != 1 or not _scale_weight(model, matmul, by):
+            continue
+        add.replace_input_with(index, _initializer(model, bias * by, f"{_name(add.inputs[index])}_scaled"))
+        return True
+    return False
+
+
+def _scale_weight(model: ir.Model, matmul: ir.Node, by: np.ndarray) -> bool:
+    value = matmul.inputs[1]
+    weight = _constant(value)
+    if weight is not None:
+        matmul.replace_input_with(1, _initializer(model, weight * by, f"{_name(value)}_scaled"))
+        return True
+    dequantize = value.producer() if value is not None else None
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.attributes.get_int("axis", 1) != 1:
+        return False
+    scales, codes = _constant(dequantize.inputs[1]), _constant(dequantize.inputs[0])
+    if scales is None or scales.shape != by.shape or codes is None or codes.dtype != np.int8:
+        return False
+    if (by < 0).any() and codes.min() == -128:
+        return False
+    zero = _constant(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
+    if zero is not None and zero.any():
+        return False
+    # A scale must be positive, so the sign moves into the codes.
+    if (by < 0).any():
+        flipped = codes * np.where(by < 0, -1, 1).astype(np.int8)
+        dequantize.replace_input_with(0, _initializer(model, flipped, f"{_name(dequantize.inputs[0])}_flipped"))
+    made = np.maximum(scales * np.abs(by), np.finfo(np.float32).tiny)
+    dequantize.replace_input_with(1, _initializer(model, made, f"{_name(dequantize.inputs[1])}_scaled"))
+    return True
+
+
+def drop_same_casts(model: ir.Model) -> int:
+    """Remove Cast to the dtype a value already has, and Identity."""
+    count = 0
+    for node in _nodes(model, "Cast", "Identity"):
+        source, output = node.inputs[0], node.outputs[0]
+        if source is None or source.dtype is None or source.dtype != output.dtype or output.is_graph_output():
+            continue
+        ir.convenience.replace_all_uses_with(output, source)
+        count += 1
+    return count
+
+
+def _nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
+    """The nodes of these types, safe against changes while they are visited."""
+    yield from [node for node in model.graph if node.op_type in op_types]
+
+
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    if value is None or value.const_value is None:
+        return None
+    return np.asarray(value.const_value.numpy())
+
+
+def _initializer(model: ir.Model, array: np.ndarray, name: str) -> ir.Value:
+    while name in model.graph.initializers:
+        name += "_"
+    tensor = ir.tensor(array, name=name)
+    made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    model.graph.register_initializer(made)
+    return made
+
+
+def _replace(model: ir.Model, node: ir.Node, replacement: ir.Node) -> None:
+    """Put `replacement` where `node` is; its single output takes over the type, shape and uses."""
+    new, old = replacement.outputs[0], node.outputs[0]
+    new.type, new.shape, new.name = old.type, old.shape, f"{_name(old)}_new"
+    model.graph.insert_before(node, replacement)
+    ir.convenience.replace_all_uses_with(old, new)
+
+
+def _plain(node: ir.Node) -> dict[str, ir.Attr]:
+    return dict(node.attributes)
+
+
+def _name(value: ir.Value | None) -> str:
+    return str(value.name) if value is not None else ""

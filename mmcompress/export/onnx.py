@@ -1,0 +1,209 @@
+"""ONNX export: one file per tower, checked against torch, with everything needed to use it beside it.
+
+The output directory appears only when every tower is exported, passes onnx.checker, keeps its dynamic axes, holds the promised
+integers and agrees with torch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+from onnxscript import ir
+
+import mmcompress
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError, closest
+from mmcompress.export.artifact import Artifact, Component, TensorSpec, sha256
+from mmcompress.export.graph import simplify
+from mmcompress.export.parity import Kind, ParityRow, as_records, check_parity
+from mmcompress.export.promises import check_promise, promise, quantized_matrices, weights
+from mmcompress.export.trace import PRECISIONS, encoder, trace
+from mmcompress.progress import Progress, Silent
+from mmcompress.staging import refuse_existing, staging
+
+OPSETS = (20, 23)
+"""What is tested: 20 is the first with Gelu, 23 the last the exporter of torch 2.13 writes."""
+
+DEFAULT_OPSETS = {"float32": 20, "float16": 20, "bfloat16": 22}
+"""The oldest that can say it, which most runtimes read: Conv takes bfloat16 from 22 on."""
+
+EXTERNAL_BYTES = 1_800_000_000
+"""Protobuf holds at most 2 GiB; larger weights go into a file beside the graph."""
+
+_PREPROCESSING = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+)
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """How the export of one tower went."""
+
+    component: Component
+    parity: tuple[ParityRow, ...]
+    rewrites: dict[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how long it took."""
+
+    artifact: Artifact
+    components: tuple[ComponentReport, ...]
+    seconds: float
+
+
+def export_onnx(
+    bundle: Bundle,
+    out: Path,
+    *,
+    towers: Sequence[str] | None = None,
+    precision: str = "float32",
+    opset: int | None = None,
+    batches: Sequence[int] = (1, 2, 7),
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write one ONNX file per tower, the preprocessing files and artifact.json into the new directory `out`.
+
+    `precision` is the dtype of weights and arithmetic; inputs and outputs stay float32. `opset` None takes the oldest that
+    can say it. `batches` are the batch sizes at which the graph is compared with torch.
+
+    Raises UsageError (existing output, unknown tower or precision, a model torch cannot trace), GateFailed (the graph
+    does not compute or hold what the model does), OutOfMemory (disk full).
+    """
+    out = Path(out)
+    refuse_existing(out)
+    opset = _check_options(precision, opset, batches)
+    names = tuple(bundle.tower(name).name for name in towers or [tower.name for tower in bundle.towers()])
+    progress = progress or Silent()
+    begun = time.perf_counter()
+    reports = []
+    with staging(out) as directory:
+        progress.start("export", 3 * len(names))
+        try:
+            for name in names:
+                reports.append(_export_tower(bundle, directory, name, precision, opset, batches, progress))
+        finally:
+            progress.finish()
+        bundle.processor.save(str(directory))
+        artifact = _describe(bundle, directory, reports, precision, opset)
+        artifact.write()
+    final = Artifact(**{**vars(artifact), "directory": out})
+    return ExportReport(final, tuple(reports), time.perf_counter() - begun)
+
+
+def _export_tower(
+    bundle: Bundle, directory: Path, name: str, precision: str, opset: int, batches: Sequence[int], progress: Progress
+) -> ComponentReport:
+    begun = time.perf_counter()
+    module = encoder(bundle, name, precision)
+    # Three items: a batch of 1 would be taken as fixed, and 3 is in no usual list of batches to check.
+    model = trace(module, module.family.example_inputs(module.model, name, 3), opset)
+    progress.advance(note=f"{name} traced")
+    rewrites = simplify(model)
+    promised = promise(bundle, module)
+    check_promise(model, promised, name)
+    _stamp(model, bundle, name)
+    path = directory / f"{name}.onnx"
+    external = sum(weights(model).values()) > EXTERNAL_BYTES
+    ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+    onnx.checker.check_model(str(path), full_check=True)
+    progress.advance(note=f"{name} written")
+    operators = Counter(node.op_type for node in model.graph)
+    kind: Kind = "quantized" if operators["QuantizeLinear"] else precision  # type: ignore[assignment]
+    rows = check_parity(bundle, module, path, kind=kind, batches=batches)
+    progress.advance(note=f"{name} agrees with torch")
+    component = Component(
+        name=name,
+        file=path.name,
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+        inputs=_specs(model.graph.inputs),
+        outputs=_specs(model.graph.outputs),
+        nodes=dict(sorted(operators.items())),
+        weights=weights(model),
+        quantized=quantized_matrices(model),
+        parity=as_records(rows),
+    )
+    return ComponentReport(component, rows, rewrites, time.perf_counter() - begun)
+
+
+def _check_options(precision: str, opset: int | None, batches: Sequence[int]) -> int:
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"precision is '{precision}'; expected one of {', '.join(PRECISIONS)}", hint=closest(precision, PRECISIONS)
+        )
+    least = DEFAULT_OPSETS[precision]
+    opset = least if opset is None else opset
+    if not least <= opset <= OPSETS[1]:
+        raise UsageError(
+            f"opset is {opset}; expected {least} to {OPSETS[1]} for {precision}", hint=f"{least} is read most widely"
+        )
+    if not batches or min(batches) < 1:
+        raise UsageError(f"batches is {tuple(batches)}; expected sizes of at least 1", hint="such as 1,2,7")
+    return opset
+
+
+def _stamp(model: ir.Model, bundle: Bundle, tower: str) -> None:
+    """Say in the file itself what it is and where it came from."""
+    model.producer_name, model.producer_version = "mmcompress", mmcompress.__version__
+    model.graph.name = f"{bundle.family.name}.{tower}"
+    model.metadata_props.update(
+        {
+            "mmc.version": mmcompress.__version__,
+            "mmc.source": bundle.source.id,
+            "mmc.source_sha256": bundle.source.sha256,
+            "mmc.passes": ", ".join(record.name for record in bundle.history),
+        }
+    )
+
+
+def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    made = []
+    for value in values:
+        assert value.shape is not None
+        assert value.dtype is not None
+        dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        made.append(TensorSpec(str(value.name), value.dtype.numpy().name, dims))
+    return tuple(made)
+
+
+def _describe(
+    bundle: Bundle, directory: Path, reports: Sequence[ComponentReport], precision: str, opset: int
+) -> Artifact:
+    scale, bias = bundle.family.similarity(bundle.model)
+    source = asdict(bundle.source)
+    del source["config"]  # of the original; the exported model's own is kept below
+    width = reports[0].component.outputs[0].dims[-1]
+    assert isinstance(width, int)
+    return Artifact(
+        directory=directory,
+        components=tuple(report.component for report in reports),
+        family=bundle.family.name,
+        config=json.loads(bundle.model.config.to_json_string(use_diff=False)),
+        source=source,
+        records=tuple({**asdict(record), "seconds": round(record.seconds, 3)} for record in bundle.history),
+        embedding=width,
+        similarity=(float(scale.detach()), float(bias.detach())),
+        precision=precision,
+        opset=opset,
+        preprocessing=tuple(name for name in _PREPROCESSING if (directory / name).is_file()),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
+        mmc=mmcompress.__version__,
+    )

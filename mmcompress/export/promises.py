@@ -1,0 +1,76 @@
+"""Is the exported graph really as small as the model it came from? Exporters like to unpack integers and to copy shared weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from onnxscript import ir
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import GateFailed
+from mmcompress.export.trace import Encoder
+
+SLACK_SHARE = 0.01
+SLACK_BYTES = 16 * 1024
+"""Shapes, ranges and zero points that exist in a graph but not in a state dict."""
+
+_INTEGERS = {torch.int8, torch.uint8}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the torch tower holds: bytes of everything, and its integer matrices."""
+
+    bytes: int
+    quantized: int
+    quantized_bytes: int
+
+
+def promise(bundle: Bundle, module: Encoder) -> Promise:
+    """Count the tensors of the tower that `module` exports."""
+    tower = next(tower for tower in bundle.family.towers(module.model) if tower.name == module.tower)
+    own = {name: value for name, value in module.model.state_dict().items() if tower.owns(name)}
+    packed = [value for value in own.values() if value.dtype in _INTEGERS and value.dim() >= 2]
+    return Promise(
+        bytes=sum(value.nbytes for value in own.values()),
+        quantized=len(packed),
+        quantized_bytes=sum(value.nbytes for value in packed),
+    )
+
+
+def weights(model: ir.Model) -> dict[str, int]:
+    """Return the bytes of initialisers by dtype."""
+    found: Counter[str] = Counter()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            found[value.const_value.dtype.name] += value.const_value.nbytes
+    return dict(sorted(found.items()))
+
+
+def quantized_matrices(model: ir.Model) -> int:
+    """Return how many integer weight matrices the graph holds."""
+    return sum(
+        value.const_value is not None
+        and value.const_value.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
+        and len(value.const_value.shape) >= 2
+        for value in model.graph.initializers.values()
+    )
+
+
+def check_promise(model: ir.Model, promised: Promise, tower: str) -> None:
+    """Raise GateFailed when integers were unpacked or weights copied on the way into the graph."""
+    found = weights(model)
+    integers = found.get("INT8", 0) + found.get("UINT8", 0)
+    if integers < promised.quantized_bytes:
+        raise GateFailed(
+            f"the exported {tower} tower holds {integers} bytes of integer weights; the model has {promised.quantized_bytes}",
+            hint="the exporter unpacked quantized weights; report it with the versions of torch and onnxscript",
+        )
+    total, limit = sum(found.values()), promised.bytes * (1 + SLACK_SHARE) + SLACK_BYTES
+    if total > limit:
+        raise GateFailed(
+            f"the exported {tower} tower holds {total} bytes of weights; the model has {promised.bytes}",
+            hint="the exporter copied weights; report it with the versions of torch and onnxscript",
+        )
