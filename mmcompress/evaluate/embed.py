@@ -1,0 +1,109 @@
+"""From a dataset to embeddings, batch by batch: what every task of a dual encoder starts from.
+
+Shape alphabet: B batch, N images, M distinct texts, P image-text pairs, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmcompress.data import Dataset, batches
+from mmcompress.progress import Progress, Silent, track
+
+Floats = NDArray[np.float32]
+
+
+class Embedder(Protocol):
+    """Whatever maps pictures and texts into one space: a model, or an exported artifact in a runtime."""
+
+    def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Return (B, C), not normalised."""
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return (B, C), not normalised."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """Embeddings of a dataset, and which text belongs to which image. Equal texts are one text."""
+
+    keys: tuple[str, ...]
+    """The N samples, in order."""
+    images: Floats
+    """(N, C), not normalised."""
+    texts: tuple[str, ...]
+    """The M distinct texts, in order of first appearance; none where texts were not asked for."""
+    text_vectors: Floats
+    """(M, C), not normalised."""
+    pairs: NDArray[np.int64]
+    """(P, 2): image index, text index; each pair once, in order of the images."""
+
+    @property
+    def text_owners(self) -> NDArray[np.int64]:
+        """Return (M,): for each text the first image it belongs to."""
+        owners = np.full(len(self.texts), -1, dtype=np.int64)
+        owners[self.pairs[::-1, 1]] = self.pairs[::-1, 0]
+        return owners
+
+
+def embed_dataset(
+    embedder: Embedder, dataset: Dataset, batch: int = 32, progress: Progress | None = None, with_texts: bool = True
+) -> Embeddings:
+    """Embed every image and every distinct text of `dataset`; at most `batch` pictures are decoded at a time.
+
+    Raises UsageError for samples whose image cannot be read, ValueError when the embedder returns something else than (B, C).
+    """
+    progress = progress or Silent()
+    keys: list[str] = []
+    numbers: dict[str, int] = {}
+    pairs: dict[tuple[int, int], None] = {}
+    images: Floats | None = None
+    total = -(-len(dataset) // batch)
+    for samples in track(batches(dataset, batch), progress, "embedding images", total):
+        vectors = _checked(embedder.embed_images([sample.image for sample in samples]), len(samples))
+        if images is None:
+            images = np.empty((len(dataset), vectors.shape[1]), dtype=np.float32)
+        images[len(keys) : len(keys) + len(samples)] = vectors
+        for sample in samples:
+            for text in sample.texts if with_texts else ():
+                pairs[len(keys), numbers.setdefault(text, len(numbers))] = None
+            keys.append(sample.key)
+    if images is None:
+        raise ValueError("an empty dataset has no embeddings")
+    texts = tuple(numbers)
+    vectors = embed_texts(embedder, texts, batch, progress) if texts else np.empty((0, images.shape[1]), np.float32)
+    if vectors.shape[1] != images.shape[1]:
+        raise ValueError(f"images are embedded in {images.shape[1]} channels but texts in {vectors.shape[1]}")
+    return Embeddings(tuple(keys), images, texts, vectors, np.array(list(pairs), dtype=np.int64).reshape(-1, 2))
+
+
+def embed_texts(embedder: Embedder, texts: Sequence[str], batch: int = 32, progress: Progress | None = None) -> Floats:
+    """Return (len(texts), C). Texts of like length share a batch, so that little is spent on padding."""
+    order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
+    vectors: Floats | None = None
+    portions = _portions(order, batch)
+    for rows in track(portions, progress or Silent(), "embedding texts", -(-len(order) // batch)):
+        found = _checked(embedder.embed_texts([texts[row] for row in rows]), len(rows))
+        if vectors is None:
+            vectors = np.empty((len(texts), found.shape[1]), dtype=np.float32)
+        vectors[rows] = found
+    if vectors is None:
+        raise ValueError("no texts to embed")
+    return vectors
+
+
+def _portions(order: list[int], size: int) -> Iterator[list[int]]:
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _checked(vectors: np.ndarray, count: int) -> Floats:
+    found = np.asarray(vectors, dtype=np.float32)
+    if found.ndim != 2 or len(found) != count:
+        raise ValueError(f"the embedder returned shape {found.shape} for {count} items, expected ({count}, C)")
+    return found

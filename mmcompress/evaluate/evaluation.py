@@ -1,0 +1,169 @@
+"""Run tasks over a dataset and keep every sample's value, so that any two runs can be compared pairwise later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmcompress.data import Dataset
+from mmcompress.errors import UsageError
+from mmcompress.evaluate.asked import Asked, ask
+from mmcompress.evaluate.embed import Embedder, embed_dataset, embed_texts
+from mmcompress.evaluate.findings import Finding, health
+from mmcompress.evaluate.metrics import class_vectors
+from mmcompress.evaluate.slices import Control, Results, Slice, controls, measure_slices, parts
+from mmcompress.evaluate.tasks import TASKS, Scene
+from mmcompress.ops.statistics import Estimate
+from mmcompress.progress import Progress
+
+Comparison = dict[str, dict[str, Estimate]]
+"""Paired differences by task and metric."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What one embedder scored on one dataset."""
+
+    scene: Scene
+    results: Results
+    config: dict[str, Any]
+    """What was asked: data, its fingerprint, tasks, seed, batch."""
+    estimates: Comparison
+    """Of each metric, by task."""
+    differences: Comparison = field(default_factory=dict)
+    """Against the reference, where there was one; negative means lower than the reference."""
+    slices: tuple[Slice, ...] = ()
+    controls: tuple[Control, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    """What is wrong with the embeddings themselves."""
+
+    @property
+    def n(self) -> int:
+        """The number of samples."""
+        return len(self.scene.embeddings.keys)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document `mmc eval --json` prints, close to what lm-eval writes."""
+        return {
+            "results": {
+                task: {
+                    metric: {
+                        **estimate.to_json(),
+                        "chance": self.results[task][metric].chance,
+                        **_difference(self.differences, task, metric),
+                    }
+                    for metric, estimate in by_metric.items()
+                }
+                for task, by_metric in self.estimates.items()
+            },
+            "n": self.n,
+            "config": self.config,
+            "slices": [part.to_json() for part in self.slices],
+            "controls": [control.to_json() for control in self.controls],
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+
+
+def evaluate(
+    embedder: Embedder,
+    dataset: Dataset,
+    tasks: Sequence[str] | None = None,
+    reference: Evaluation | None = None,
+    seed: int = 0,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure `embedder` on `dataset`, paired with `reference` where one is given.
+
+    `tasks` are names of TASKS; by default all that the data allows. Raises UsageError for an unknown task, for data that
+    lacks what a task needs, and for a reference made on other samples; all of it before anything is embedded.
+    """
+    asked = ask(dataset, tasks, reference is not None)
+    if reference is not None:
+        same_samples(reference, asked.keys)
+    embeddings = embed_dataset(embedder, dataset, batch, progress, asked.with_texts)
+    classes = _class_vectors(embedder, asked, batch, progress)
+    scene = Scene(embeddings, classes, asked.class_index, reference.scene if reference else None)
+    results = {name: TASKS[name].measure(scene) for name in asked.tasks}
+    seen = controls(embedder, dataset, scene, asked.tasks, seed)
+    before = reference.results if reference else {}
+    return Evaluation(
+        scene,
+        results,
+        config={**asked.config(), "data": dataset.name, "fingerprint": dataset.fingerprint(), "seed": seed},
+        estimates={task: {m: v.estimate(seed) for m, v in values.items()} for task, values in results.items()},
+        differences=_differences(results, before, seed),
+        slices=tuple(measure_slices(results, before, parts(dataset, embeddings), seed)),
+        controls=tuple(seen),
+        findings=(*_health(scene), *_leaks(seen)),
+    )
+
+
+def compare(before: Evaluation, after: Evaluation, seed: int = 0) -> Comparison:
+    """Return after - before for every metric both have, paired. Raises UsageError when the samples are not the same."""
+    same_samples(before, after.scene.embeddings.keys)
+    if before.scene.embeddings.texts != after.scene.embeddings.texts:
+        raise UsageError("the two evaluations saw different texts", hint="evaluate both on the same data")
+    return _differences(after.results, before.results, seed)
+
+
+def same_samples(reference: Evaluation, keys: Sequence[str]) -> None:
+    """Raises UsageError, naming the first difference, when `reference` was not made on exactly these samples."""
+    known = reference.scene.embeddings.keys
+    if len(known) != len(keys):
+        raise UsageError(
+            f"the reference was evaluated on {len(known)} samples, this one on {len(keys)}",
+            hint="evaluate both on the same data with the same --num-samples and --seed",
+        )
+    for index, (mine, other) in enumerate(zip(keys, known, strict=True)):
+        if mine != other:
+            raise UsageError(
+                f"sample {index} is '{mine}' here but '{other}' in the reference",
+                hint="evaluate both on the same data with the same --num-samples and --seed",
+            )
+
+
+def _class_vectors(
+    embedder: Embedder, asked: Asked, batch: int, progress: Progress | None
+) -> NDArray[np.float32] | None:
+    if asked.zero_shot is None:
+        return None
+    prompts = [prompt for of_class in asked.zero_shot.prompts() for prompt in of_class]
+    return class_vectors(embed_texts(embedder, prompts, batch, progress), len(asked.zero_shot.labels))
+
+
+def _differences(after: Results, before: Results, seed: int) -> Comparison:
+    return {
+        task: {m: value.difference(before[task][m], seed) for m, value in values.items() if m in before[task]}
+        for task, values in after.items()
+        # Agreement is itself a comparison with the reference.
+        if task in before and task != "agreement"
+    }
+
+
+def _health(scene: Scene) -> list[Finding]:
+    found = health("image", scene.embeddings.images)
+    if scene.embeddings.texts:
+        found += health("text", scene.embeddings.text_vectors)
+    if scene.class_vectors is not None:
+        found += health("class prompt", scene.class_vectors)
+    return found
+
+
+def _leaks(seen: Sequence[Control]) -> list[Finding]:
+    return [
+        Finding(
+            "bad", f"LEAK: the {c.name} control of {c.task} {c.metric} scores {c.estimate}, it may score {c.chance:.3f}"
+        )
+        for c in seen
+        if c.leaks and c.chance is not None
+    ]
+
+
+def _difference(differences: Comparison, task: str, metric: str) -> dict[str, Any]:
+    found = differences.get(task, {}).get(metric)
+    return {"difference": found.to_json()} if found else {}

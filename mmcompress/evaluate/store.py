@@ -1,0 +1,111 @@
+"""Evaluations on disk, so that a later run can be paired with an earlier one: one .npz, no pickles, the same bytes for
+the same evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmcompress.errors import UsageError
+from mmcompress.evaluate.embed import Embeddings
+from mmcompress.evaluate.evaluation import Comparison, Evaluation
+from mmcompress.evaluate.findings import Finding
+from mmcompress.evaluate.slices import Control, Slice
+from mmcompress.evaluate.tasks import Measured, Scene
+from mmcompress.ops.statistics import Estimate
+
+SCHEMA = 1
+
+
+def write_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Write `evaluation` with its embeddings and per-sample values to `path` (.npz)."""
+    found = evaluation.scene.embeddings
+    arrays = {"images": found.images, "text_vectors": found.text_vectors, "pairs": found.pairs}
+    if evaluation.scene.class_vectors is not None and evaluation.scene.class_index is not None:
+        arrays |= {"class_vectors": evaluation.scene.class_vectors, "class_index": evaluation.scene.class_index}
+    metrics: list[dict[str, Any]] = []
+    for task, by_metric in evaluation.results.items():
+        for metric, measured in by_metric.items():
+            arrays[f"values/{task}/{metric}"] = measured.values
+            facts = {"unit": measured.unit, "share": measured.share, "chance": measured.chance}
+            estimates = {"estimate": evaluation.estimates[task][metric].to_json()}
+            if metric in evaluation.differences.get(task, {}):
+                estimates["difference"] = evaluation.differences[task][metric].to_json()
+            metrics.append({"task": task, "metric": metric, **facts, **estimates})
+    document = {
+        "schema": SCHEMA,
+        "config": evaluation.config,
+        "keys": found.keys,
+        "texts": found.texts,
+        "metrics": metrics,
+        "slices": [part.to_json() for part in evaluation.slices],
+        "controls": [control.to_json() for control in evaluation.controls],
+        "findings": [finding.to_json() for finding in evaluation.findings],
+    }
+    content = json.dumps(document, ensure_ascii=False).encode()
+    with open(path, "wb") as file:
+        np.savez_compressed(file, document=np.frombuffer(content, dtype=np.uint8), **arrays)  # type: ignore[arg-type]
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Return the evaluation in `path`. Raises UsageError when it is not one or is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        document = json.loads(arrays.pop("document").tobytes())
+        if document["schema"] != SCHEMA:
+            raise UsageError(
+                f"{path} has evaluation schema {document['schema']}; this mmc reads {SCHEMA}", hint="evaluate again"
+            )
+        return _evaluation(document, arrays)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror or error}", hint="evaluate the model again"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is not an evaluation: {error}", hint="evaluate the model again") from error
+
+
+def _evaluation(document: dict[str, Any], arrays: dict[str, np.ndarray]) -> Evaluation:
+    embeddings = Embeddings(
+        tuple(document["keys"]),
+        arrays["images"],
+        tuple(document["texts"]),
+        arrays["text_vectors"],
+        arrays["pairs"],
+    )
+    owners = {"image": np.arange(len(embeddings.keys)), "text": embeddings.text_owners}
+    results: dict[str, dict[str, Measured]] = {}
+    estimates: Comparison = {}
+    differences: Comparison = {}
+    for row in document["metrics"]:
+        task, metric = row["task"], row["metric"]
+        results.setdefault(task, {})[metric] = Measured(
+            arrays[f"values/{task}/{metric}"], row["unit"], owners[row["unit"]], row["share"], row["chance"]
+        )
+        estimates.setdefault(task, {})[metric] = Estimate.from_json(row["estimate"])
+        if "difference" in row:
+            differences.setdefault(task, {})[metric] = Estimate.from_json(row["difference"])
+    return Evaluation(
+        Scene(embeddings, arrays.get("class_vectors"), arrays.get("class_index")),
+        results,
+        document["config"],
+        estimates,
+        differences,
+        tuple(_slice(row) for row in document["slices"]),
+        tuple(
+            Control(row["control"], row["task"], row["metric"], Estimate.from_json(row), row["chance"])
+            for row in document["controls"]
+        ),
+        tuple(Finding(row["level"], row["text"]) for row in document["findings"]),
+    )
+
+
+def _slice(row: dict[str, Any]) -> Slice:
+    difference = Estimate.from_json(row["difference"]) if "difference" in row else None
+    return Slice(row["slice"], row["task"], row["metric"], Estimate.from_json(row), difference)
