@@ -85,7 +85,7 @@ def matrix_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 def relational(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], scale: Tensor | float) -> Tensor:
     """Return the KL between both models' similarities of all images with all texts, by rows and by columns.
 
-    student, teacher: (images, texts), each (B, C); the two models may have different C. Duplicates stay in: they are the same for both.
+    student, teacher: (images, texts), each (B, C); the two models may have different C. Duplicates stay in: both see them.
     """
     return matrix_kl(scale * cosines(*student), scale * cosines(*teacher))
 

@@ -22,7 +22,9 @@ def test_softened_kl_golden(temperature: float, expected: float) -> None:
 
 def test_feature_is_the_squared_distance_of_unit_vectors() -> None:
     # (3,4)/5 and (4,3)/5: cosine 24/25, so 2 (1 - 0.96) = 0.08; scaling either changes nothing
-    assert losses.feature(torch.tensor([[3.0, 4.0]]), torch.tensor([[40.0, 30.0]])).item() == pytest.approx(0.08, abs=1e-6)
+    assert losses.feature(torch.tensor([[3.0, 4.0]]), torch.tensor([[40.0, 30.0]])).item() == pytest.approx(
+        0.08, abs=1e-6
+    )
     assert losses.feature(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item() == pytest.approx(2.0)
 
 

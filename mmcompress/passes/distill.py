@@ -1,0 +1,120 @@
+"""Recover accuracy: pull a compressed model's embeddings towards its teacher's. Values change, structure does not.
+
+The recommended set of losses for CLIP-like models is feature + interactive + relational (CLIP-KD, Yang et al. 2024, table 6).
+Where images and texts do not belong together, the interactive loss gives way to affinity with the other modality's vectors
+(DIME-FM, Sun et al. 2023). The scale of the logits does not train: it is the teacher's and the student keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.distill_run import distill, read_job, trainable
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Recover accuracy by training towards a teacher's embeddings.
+
+    Runs alone or under `torchrun` / `accelerate launch`; continues after being killed where the run has a work folder.
+    """
+
+    name: ClassVar[str] = "distill"
+
+    teacher: str = ""
+    """The checkpoint to learn from; empty: the uncompressed original."""
+    epochs: float = 1.0
+    """How often every training sample is seen; 0 changes nothing."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    max_minutes: float | None = None
+    """Make as many of these steps as fit into this time; decided once, by timing the first."""
+    batch_size: int = 64
+    """Samples that go through the towers at once, in each process."""
+    accumulate: int = 1
+    """Batches in one step; the contrastive losses see all of them as one batch (costs a third more time)."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW; 1e-3 suits train: norms-and-biases and projection."""
+    weight_decay: float = 0.01
+    """Decay of the weights of linear and convolution layers; norms, biases and embedding tables have none."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; it falls as half a cosine afterwards."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: no limit."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights that becomes the result, such as 0.99; 0: the last step's weights."""
+    feature: float = 4.0
+    """Weight of the squared distance between student and teacher vectors, the strongest single loss."""
+    interactive: float | None = None
+    """Weight of the contrastive loss between student and teacher; default 1 for paired data, 0 else."""
+    relational: float = 1.0
+    """Weight of the KL between both models' similarities: images with texts if paired, within each modality else."""
+    logit: float = 0.0
+    """Weight of the KL between both models' logits, each with its own scale and bias; for paired data."""
+    affinity: float | None = None
+    """Weight of the KL between both models' similarities to the teacher's other modality; default 1 for unpaired data, 0 else."""
+    temperature: float = 2.0
+    """Softens both sides of the logit and affinity losses."""
+    pairing: Literal["auto", "paired", "unpaired"] = "auto"
+    """Whether image i belongs to text i; auto: if every sample has both."""
+    towers: tuple[str, ...] = ()
+    """Towers that train, the others stay as they are to the bit; empty: all the data has samples for."""
+    train: Literal["all", "norms-and-biases", "projection"] = "all"
+    """Which parameters of these towers train; norms-and-biases: everything one-dimensional."""
+    augment: bool = False
+    """Crop and recolour the images lightly, never mirror them."""
+    cache_teacher: bool | None = None
+    """Run the teacher once per plain image, not in every step; default: unless augment, where it sees the changed image."""
+    amp: bool = True
+    """Compute in bfloat16 where the device has it in hardware (CUDA; CPUs with AMX or AVX512-BF16)."""
+    save_minutes: float = 5.0
+    """How often the state to continue from is written; 0: after every step."""
+    seed: int | None = None
+    """Order, choice of captions, augmentation; default: the run's seed."""
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "accumulate", "learning_rate", "temperature", "max_minutes")
+        not_negative = ("epochs", "steps", "weight_decay", "clip", "save_minutes", "seed")
+        weights = ("feature", "interactive", "relational", "logit", "affinity")
+        for name in (*positive, *not_negative, *weights):
+            value = getattr(self, name)
+            if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and name not in positive))):
+                continue
+            raise UsageError(f"distill.{name} is {value}; expected {name} {'>' if name in positive else '>='} 0")
+        for name in ("warmup", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"distill.{name} is {getattr(self, name)}; expected 0 <= {name} < 1")
+        if not any(getattr(self, name) or getattr(self, name) is None for name in weights):
+            raise UsageError("all losses of distill have weight 0", hint="remove feature: 0 to get the default")
+
+    @property
+    def neutral(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.steps == 0 if self.steps is not None else self.epochs == 0
+
+    def check(self, bundle: Bundle) -> None:
+        """Raise UsageError when a tower is unknown or nothing in the chosen towers can train."""
+        for name in self.towers:
+            bundle.tower(name)
+        trainable(bundle, self.towers or tuple(tower.name for tower in bundle.towers()), self.train)
+
+    def plan(self, bundle: Bundle, context: Context) -> Plan:
+        """Decide which towers train, on how many samples, in how many steps (a limit where `max_minutes` is given)."""
+        if self.neutral:
+            return Plan({"steps": 0})
+        return Plan(read_job(self, bundle, context).decisions(bundle))
+
+    def apply(self, bundle: Bundle, plan: Plan) -> None:
+        """Change nothing: distillation has no structure to make again."""
+
+    def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
+        """Train; return the steps made, loss and cosine to the teacher before and after on held-back samples, and the curve.
+
+        Raises UsageError without data or teacher, when the teacher's vectors do not fit, and when training diverges.
+        """
+        return {"steps": 0} if self.neutral else distill(self, bundle, context)
