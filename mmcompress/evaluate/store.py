@@ -55,8 +55,8 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
 def read_evaluation(path: Path) -> Evaluation:
     """Return the evaluation in `path`. Raises UsageError when it is not one or is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
         document = json.loads(arrays.pop("document").tobytes())
         if document["schema"] != SCHEMA:
             raise UsageError(
