@@ -1,0 +1,192 @@
+"""The pass `merge-tokens`: fewer tokens from block to block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from mmcompress.bundle import Bundle, Tower
+from mmcompress.errors import UsageError
+from mmcompress.ops.schedule import (
+    capped,
+    check_schedule,
+    constant,
+    decreasing,
+    kept_share,
+    solve_keep,
+    tokens_after,
+)
+from mmcompress.ops.selection import random_selection
+from mmcompress.passes.base import Context, Plan
+from mmcompress.surgery.attention import give_keys
+from mmcompress.surgery.merging import Ledger, Reduction, bind_block, bind_pool, is_reduced
+
+
+@dataclass(frozen=True)
+class MergeTokens:
+    """Merge similar tokens between attention and MLP of every block (ToMe), with no training.
+
+    The image is encoded with fewer and fewer tokens; a merged token is the mean of its members and counts as many times in later
+    attention. Nothing is added to the weights; the schedule is stored in the checkpoint. Method "random" drops tokens at random
+    positions with the same schedule: the control that merging has to beat.
+    """
+
+    name: ClassVar[str] = "merge-tokens"
+
+    keep: float | None = None
+    """Share of the token work kept: tokens entering the MLPs, averaged over the blocks, by the tokens there were. 0.5 is
+    about half the tower's time. Default 0.5 when `merged` is not given."""
+    merged: tuple[int, ...] = ()
+    """Tokens merged in each block, instead of `keep`: one number per block, or a single number that `schedule` spreads."""
+    schedule: Literal["constant", "decreasing"] = "constant"
+    """The same number in every block, or a number that falls linearly to 0 at the last block."""
+    method: Literal["tome", "random"] = "tome"
+    """Merge the most similar tokens, or drop random ones (the control)."""
+    tower: str = "vision"
+    """The tower whose tokens are merged."""
+    proportional: bool = True
+    """Let a merged token count as often in attention as it has members. Off for MAE-like pretraining."""
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UsageError(f"merge-tokens.keep is {self.keep:g}; expected 0 < keep <= 1", hint="0.5 halves the token work")
+        if self.keep is not None and self.merged:
+            raise UsageError("merge-tokens has both keep and merged", hint="give one of them")
+        if any(number < 0 for number in self.merged):
+            raise UsageError(f"merge-tokens.merged has {min(self.merged)}; expected numbers >= 0", hint="0 merges nothing")
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuse towers whose tokens cannot be merged, schedules that do not fit, and a second merging."""
+        tower = bundle.tower(self.tower)
+        if tower.stream is None:
+            raise UsageError(
+                f"the {tower.name} tower's tokens cannot be merged: {tower.why_no_stream}",
+                hint=_mergeable(bundle),
+            )
+        if not all(block.attend and block.feed for block in tower.blocks):
+            raise UsageError(
+                f"the {tower.name} tower's blocks are not pre-norm, and merging needs the place between attention and MLP",
+                hint=_mergeable(bundle),
+            )
+        if any(is_reduced(bundle.module(block.path)) for block in tower.blocks):
+            raise UsageError(
+                f"the {tower.name} tower merges tokens already",
+                hint="start from the checkpoint before that, with the smaller keep",
+            )
+        self._schedule(tower)
+
+    def plan(self, bundle: Bundle, context: Context) -> Plan:
+        """Solve the schedule and, for "random", draw the positions (from the run's seed)."""
+        tower = bundle.tower(self.tower)
+        assert tower.stream is not None, "check refuses towers without a stream"
+        merged = self._schedule(tower)
+        decisions: dict[str, Any] = {"merged": merged}
+        if self.method == "random":
+            generator = torch.Generator().manual_seed(context.seed)
+            decisions["kept"] = [
+                random_selection(left + dropped, dropped, tower.stream.protected, generator).tolist()
+                for dropped, left in zip(merged, tokens_after(merged, tower.stream.tokens), strict=True)
+            ]
+        return Plan(decisions)
+
+    def apply(self, bundle: Bundle, plan: Plan) -> None:
+        """Bind the blocks' forward; with nothing to merge, leave the model alone."""
+        merged: list[int] = plan.decisions["merged"]
+        tower = bundle.tower(self.tower)
+        stream = tower.stream
+        assert stream is not None, "check refuses towers without a stream"
+        if not any(merged):
+            return
+        kept: list[list[int]] = plan.decisions.get("kept", [])
+        restore = stream.readout in ("mean", "all")
+        ledger = Ledger()
+        before = [stream.tokens, *tokens_after(merged, stream.tokens)]
+        for index, (block, removed) in enumerate(zip(tower.blocks, merged, strict=True)):
+            dropping = bool(kept) and removed > 0
+            last = index == len(merged) - 1
+            bind_block(
+                bundle.module(block.path),
+                Reduction(
+                    attend=block.attend,
+                    attention=block.attention.path.removeprefix(block.path + "."),
+                    feed=block.feed,
+                    merged=0 if kept else removed,
+                    kept=tuple(kept[index]) if dropping else (),
+                    tokens=before[index],
+                    protected=stream.protected,
+                    proportional=self.proportional,
+                    first=index == 0,
+                    last=last,
+                    pooled=stream.readout == "attention",
+                    restore=restore,
+                    survivors=_survivors(kept, stream.tokens) if kept and restore and last else (),
+                    original=stream.tokens,
+                    ledger=ledger,
+                ),
+            )
+            if removed and not kept:
+                give_keys([bundle.module(block.attention.path)])
+        if stream.readout == "attention":
+            pool = bundle.module(stream.pool)
+            assert isinstance(pool, nn.MultiheadAttention), "TokenStream.pool names a MultiheadAttention"
+            bind_pool(pool, bundle.module(stream.pool.rpartition(".")[0]), ledger, proportional=self.proportional)
+
+    def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
+        """Change nothing; report the tokens of each block and the share of multiply-adds that is left."""
+        tower = bundle.tower(self.tower)
+        assert tower.stream is not None, "check refuses towers without a stream"
+        merged = self._schedule(tower)
+        before = tower.stream.tokens
+        after = tokens_after(merged, before)
+        return {
+            "tokens": before,
+            "tokens_after_block": after,
+            "keep": round(kept_share(merged, before), 4),
+            "block_macs_kept": round(_macs(bundle, tower, [before, *after]) / _macs(bundle, tower, [before] * (len(after) + 1)), 4),
+        }
+
+    def _schedule(self, tower: Tower) -> list[int]:
+        """Return R per block. Raises UsageError when the numbers do not fit the tower."""
+        stream, blocks = tower.stream, len(tower.blocks)
+        assert stream is not None, "check refuses towers without a stream"
+        if not self.merged:
+            keep = 0.5 if self.keep is None else self.keep
+            return solve_keep(keep, stream.tokens, stream.protected, blocks, self.schedule)
+        if len(self.merged) == 1:
+            spread = constant if self.schedule == "constant" else decreasing
+            return capped(spread(self.merged[0], blocks), stream.tokens, stream.protected)
+        if len(self.merged) != blocks:
+            raise UsageError(
+                f"merge-tokens.merged has {len(self.merged)} numbers, but the {tower.name} tower has {blocks} blocks",
+                hint="give one number per block, or a single one",
+            )
+        check_schedule(self.merged, stream.tokens, stream.protected)
+        return list(self.merged)
+
+
+def _mergeable(bundle: Bundle) -> str:
+    names = [tower.name for tower in bundle.towers() if tower.stream and all(block.attend for block in tower.blocks)]
+    return f"towers that can be merged: {', '.join(names)}" if names else "no tower of this model can be merged"
+
+
+def _survivors(kept: list[list[int]], tokens: int) -> tuple[int, ...]:
+    """Return the original positions that are left after all blocks."""
+    left = list(range(tokens))
+    for positions in kept:
+        left = [left[position] for position in positions]
+    return tuple(left)
+
+
+def _macs(bundle: Bundle, tower: Tower, tokens: list[int]) -> int:
+    """Return the multiply-adds of the blocks' Linears and attention, `tokens` being those before each block and after the last."""
+    total = 0
+    for index, block in enumerate(tower.blocks):
+        before, after = tokens[index], tokens[index + 1]
+        width = int(bundle.module(block.mlp.reader).out_features)  # type: ignore[arg-type]
+        inner = (block.attention.heads + block.attention.kv_heads) * block.attention.head_dim
+        total += before * 2 * width * inner + 2 * before * before * block.attention.heads * block.attention.head_dim
+        total += after * width * block.mlp.neurons * (len(block.mlp.writers) + 1)
+    return total

@@ -1,0 +1,218 @@
+"""Blocks that pass on fewer tokens than they were given.
+
+`bind_block` gives one block instance a `forward` of its own: attention, then fewer tokens, then the MLP. The class stays what it was, no
+module is added, and no name in the state dict changes; what the block has to know lies in its attribute `reduction`.
+
+Token sizes go from block to block in a `Ledger` that the tower's blocks share. The first block of a forward opens it and the last
+one, or the pooling attention behind it, closes it. Each block's arithmetic is a function of tensors alone (`_reduce`), so gradient
+checkpointing can run it again without the ledger.
+
+Incoming padding masks become sizes of 0; from then on the sizes make every mask. Masks must be the same for all queries
+(bidirectional attention), and attention must be additive in logits (scaled dot product or eager).
+
+Shapes: B batch, N tokens before, M tokens after, C channels, D key width, H heads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.errors import UsageError
+from mmcompress.ops.matching import bipartite_soft_matching
+from mmcompress.ops.merging import log_size_bias, merge, unmerge
+from mmcompress.ops.selection import restoring
+
+ATTRIBUTE = "reduction"
+
+
+class Flow(NamedTuple):
+    """What goes from block to block beside the tokens."""
+
+    sizes: Tensor | None = None
+    """(B, N) float; None while every token has size 1."""
+    origin: Tensor | None = None
+    """(B, N, N at the start): which original tokens went where; kept only when they are to be put back."""
+
+
+class Ledger(threading.local):
+    """Where a tower's blocks leave the `Flow` for the next one. Threads have their own; copies start empty."""
+
+    flow: Flow | None = None
+    padded = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
+        return Ledger()
+
+    def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
+        return Ledger, ()
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What one block does with its tokens, and its part in the tower."""
+
+    attend: tuple[str, ...]
+    """Children to call in order for the first residual branch; `attention` is one of them."""
+    attention: str
+    feed: tuple[str, ...]
+    merged: int = 0
+    """R, merged by similarity."""
+    kept: tuple[int, ...] = ()
+    """Positions kept; the others are dropped. Empty: none are."""
+    tokens: int = 0
+    """N that `kept` was made for."""
+    protected: int = 0
+    proportional: bool = True
+    first: bool = False
+    last: bool = False
+    pooled: bool = False
+    """The ledger stays open after the last block, for a pooling attention."""
+    restore: bool = False
+    """The last block puts the original number of tokens back."""
+    survivors: tuple[int, ...] = ()
+    """For `restore` after dropping: the original positions that are left at the end."""
+    original: int = 0
+    """N at the start of the tower, for `survivors`."""
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+def bind_block(block: nn.Module, reduction: Reduction) -> None:
+    """Make `block` reduce its tokens; the block must be pre-norm, return a tensor, and take (tokens, mask, ...)."""
+    setattr(block, ATTRIBUTE, reduction)
+    block.forward = MethodType(_forward, block)  # type: ignore[method-assign]
+
+
+def bind_pool(pool: nn.MultiheadAttention, owner: nn.Module, ledger: Ledger, *, proportional: bool) -> None:
+    """Make the attention pooling `pool` weigh its keys by token size.
+
+    `owner` is the module that calls `pool`. Where it makes a mask from the original padding, that no longer fits; it is left
+    out, since padding has size 0.
+    """
+    setattr(pool, ATTRIBUTE, (ledger, proportional))
+    pool.forward = MethodType(_pool_forward, pool)  # type: ignore[method-assign]
+    if "attention_mask" in inspect.signature(type(owner).forward).parameters:
+        owner.forward = MethodType(_maskless_forward, owner)  # type: ignore[method-assign]
+
+
+def is_reduced(module: nn.Module) -> bool:
+    """Whether a block was bound by `bind_block`."""
+    return hasattr(module, ATTRIBUTE)
+
+
+def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    own: Reduction = self.reduction
+    ledger = own.ledger
+    if own.first or ledger.flow is None:
+        ledger.flow = Flow(sizes=_sizes(attention_mask, hidden_states))
+        ledger.padded = ledger.flow.sizes is not None
+    flow, padded = ledger.flow, ledger.padded
+
+    def step(tokens: Tensor, sizes: Tensor | None, origin: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        made, after = _reduce(self, own, tokens, Flow(sizes, origin), padded, kwargs)
+        return made, *after
+
+    if self.training and getattr(self, "gradient_checkpointing", False):
+        hidden_states, *after = self._gradient_checkpointing_func(step, hidden_states, *flow)
+    else:
+        hidden_states, *after = step(hidden_states, *flow)
+    ledger.flow = Flow(*after)
+    if own.last:
+        if own.restore:
+            hidden_states = _restored(own, hidden_states, ledger.flow)
+        if not own.pooled:
+            ledger.flow = None
+    return hidden_states
+
+
+def _reduce(
+    block: nn.Module, own: Reduction, tokens: Tensor, flow: Flow, padded: bool, kwargs: dict[str, Any]
+) -> tuple[Tensor, Flow]:
+    """Return the block's output (B, M, C) and what it tells the next block. Depends on tensors and constants only."""
+    mask = None
+    if flow.sizes is not None and (own.proportional or padded):
+        bias = log_size_bias(flow.sizes, tokens.dtype, padded=padded, proportional=own.proportional)
+        mask = bias[:, None, None, :]  # (B, 1, 1, N)
+    branch, keys = tokens, None
+    for name in own.attend:
+        child = block.get_submodule(name)
+        if name == own.attention:
+            branch, keys = child(branch, attention_mask=mask, **kwargs)
+        else:
+            branch = child(branch)
+    tokens = tokens + branch
+    if own.merged:
+        if keys is None:
+            raise RuntimeError(f"{type(block).__name__}.{own.attention} gave no keys; its config was replaced after merging")
+        tokens, flow = _merged(own, tokens, keys, flow, padded)
+    elif own.kept:
+        tokens, flow = _dropped(own, tokens, flow)
+    branch = tokens
+    for name in own.feed:
+        branch = block.get_submodule(name)(branch)
+    return tokens + branch, flow
+
+
+def _merged(own: Reduction, tokens: Tensor, keys: Tensor, flow: Flow, padded: bool) -> tuple[Tensor, Flow]:
+    assignment = bipartite_soft_matching(keys, own.merged, own.protected, flow.sizes if padded else None)
+    tokens, sizes = merge(tokens, assignment, flow.sizes)
+    origin = None
+    if own.restore:
+        origin = assignment if flow.origin is None else assignment @ flow.origin
+    return tokens, Flow(sizes, origin)
+
+
+def _dropped(own: Reduction, tokens: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+    if tokens.shape[1] != own.tokens:
+        raise UsageError(
+            f"random selection was made for {own.tokens} tokens, but here are {tokens.shape[1]}",
+            hint="give images of the model's own size, or use method tome",
+        )
+    kept = torch.tensor(own.kept, device=tokens.device)
+    sizes = None if flow.sizes is None else flow.sizes.index_select(1, kept)
+    return tokens.index_select(1, kept), Flow(sizes)
+
+
+def _restored(own: Reduction, tokens: Tensor, flow: Flow) -> Tensor:
+    if own.survivors:
+        survivors = torch.tensor(own.survivors, device=tokens.device)
+        weights = tokens.new_ones(tokens.shape[:2]) if flow.sizes is None else flow.sizes.to(tokens.dtype)
+        return restoring(survivors, own.original, own.protected, weights) @ tokens
+    return tokens if flow.origin is None else unmerge(tokens, flow.origin)
+
+
+def _sizes(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Return sizes (B, N) of 1 and, where the mask hides a token, 0; None without a mask.
+
+    `mask`: (B, 1, N or 1, N), true or 0 where attention is allowed. Raises UsageError for other forms (flash attention's).
+    """
+    if mask is None:
+        return None
+    if mask.dim() != 4:
+        raise UsageError(
+            f"token reduction got a mask of {mask.dim()} dimensions; expected 4",
+            hint='set the attention implementation to "sdpa" or "eager"',
+        )
+    seen = mask[:, 0, 0, :]
+    allowed = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+    return allowed.to(tokens.dtype).expand(tokens.shape[0], -1)
+
+
+def _pool_forward(self: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
+    ledger, proportional = self.reduction
+    flow, ledger.flow = ledger.flow, None
+    if flow is not None and flow.sizes is not None and (proportional or ledger.padded):
+        bias = log_size_bias(flow.sizes, query.dtype, padded=ledger.padded, proportional=proportional)
+        # (B, M) -> (B * H, 1, M), every head of an image the same
+        kwargs["attn_mask"] = bias.repeat_interleave(self.num_heads, dim=0)[:, None, :]
+    return type(self).forward(self, query, key, value, **kwargs)
+
+
+def _maskless_forward(self: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Any:
+    return type(self).forward(self, hidden_state)
