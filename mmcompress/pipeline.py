@@ -127,7 +127,7 @@ def run(
         after(done[-1], bundle, place.checkpoint_of(done[-2]) if len(done) > 1 else None)
     for stage in todo[len(done) :]:
         with _named(stage, [earlier.step.name for earlier in todo[: stage.number - 1]]):
-            run_stage(bundle, stage, dataclasses.replace(context, workdir=place.scratch(stage)))
+            run_stage(bundle, stage, dataclasses.replace(_with_teacher(stage, context), workdir=place.scratch(stage)))
             checkpoint.save(bundle, place.checkpoint_of(stage), seed=context.seed)
         shutil.rmtree(place.scratch(stage))
         if after:
@@ -170,6 +170,12 @@ def verify(bundle: Bundle, name: str) -> None:
             raise MmcError(
                 f"after {name} the {tower.name} tower gives one embedding for every input", hint="use milder parameters"
             )
+
+
+def _with_teacher(stage: Stage, context: Context) -> Context:
+    """A pass that names its teacher gets that checkpoint; the others the uncompressed original."""
+    named = getattr(stage.made, "teacher", "")
+    return dataclasses.replace(context, teacher=lambda: checkpoint.load(named)) if named else context
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -79,7 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.Abort:
         fail("interrupted", "repeat the command with --resume to go on", 130, arguments)
     except click.ClickException as error:
-        where = f"; see mmc {error.ctx.info_name} --help" if getattr(error, "ctx", None) and error.ctx.info_name != "mmc" else ""
+        where = (
+            f"; see mmc {error.ctx.info_name} --help"
+            if getattr(error, "ctx", None) and error.ctx.info_name != "mmc"
+            else ""
+        )
         fail(error.format_message(), f"see mmc --help{where}", 2, arguments)
     except KeyboardInterrupt:
         fail("interrupted", "repeat the command with --resume to go on", 130, arguments)

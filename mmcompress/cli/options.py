@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,22 +40,35 @@ def device_option(function: F) -> F:
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(function)
 
 
-def data_options(function: F) -> F:
-    """--data for what passes look at, --eval-data for what is only measured."""
-    function = click.option(
-        "--data", help="Data that passes look at: a folder with metadata.jsonl, tar shards, demo:train."
-    )(function)
-    function = click.option(
-        "--eval-data", help="Data that is only measured. Without it nothing is said about accuracy."
-    )(function)
-    function = click.option("--num-samples", type=click.IntRange(1), help="Samples calibration looks at.  [default: 128]")(function)
-    function = click.option("--batch-size", type=click.IntRange(1), help="Samples at a time.  [default: 16]")(function)
-    return click.option("--seed", type=click.IntRange(0), help="Same seed, same artifact.  [default: 0]")(function)
+def data_options(taken: Sequence[str] = ()) -> Callable[[F], F]:
+    """--data for what passes look at, --eval-data for what is only measured; `taken` are names a pass has of its own."""
+    made = {
+        "data": click.option(
+            "--data", help="Data that passes look at: a folder with metadata.jsonl, tar shards, demo:train."
+        ),
+        "eval_data": click.option(
+            "--eval-data", help="Data that is only measured. Without it nothing is said about accuracy."
+        ),
+        "num_samples": click.option(
+            "--num-samples", type=click.IntRange(1), help="Samples calibration looks at.  [default: 128]"
+        ),
+        "batch_size": click.option("--batch-size", type=click.IntRange(1), help="Samples at a time.  [default: 16]"),
+        "seed": click.option("--seed", type=click.IntRange(0), help="Same seed, same artifact.  [default: 0]"),
+    }
+
+    def decorate(function: F) -> F:
+        for name in reversed(made):
+            function = function if name in taken else made[name](function)
+        return function
+
+    return decorate
 
 
 def run_options(function: F) -> F:
     """--dry-run, --resume, --set, --no-control, --allow-pickle."""
-    function = click.option("--dry-run", is_flag=True, help="Print what would be done, its time, memory and disk.")(function)
+    function = click.option("--dry-run", is_flag=True, help="Print what would be done, its time, memory and disk.")(
+        function
+    )
     function = click.option("--resume", is_flag=True, help="Go on with the interrupted run of this output.")(function)
     function = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value, such as prune.ratio=0.4."

@@ -104,3 +104,8 @@ def number(value: float) -> str:
 def mebibytes(count: float) -> str:
     """Return bytes as MiB with one decimal."""
     return f"{count / 2**20:,.1f}"
+
+
+def interval(estimate: Any, digits: int = 3) -> str:
+    """Return an estimate as "0.431 [0.412, 0.450]"."""
+    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"

@@ -79,3 +79,6 @@ class Pass(Protocol):
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Tune values; return facts worth recording."""
+
+    def control(self) -> Pass | None:
+        """Return this pass with a random selection in place of its own, or None when it selects nothing."""

@@ -1,0 +1,12 @@
+"""`mmc quantize`: the pass "quantize" as a command."""
+
+from __future__ import annotations
+
+from mmcompress.cli.single import single_pass
+
+command = single_pass(
+    "quantize",
+    "quantize",
+    """  mmc quantize MODEL -o OUT --scheme W8A8 --data pairs/
+  mmc quantize MODEL -o OUT --scheme W8A8 --text-scheme W8A16 --target tensorrt --data pairs/""",
+)

@@ -1,0 +1,60 @@
+"""A command that runs one pass: a recipe of one step, with the pass's parameters as options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mmcompress import passes
+from mmcompress.cli import options
+from mmcompress.recipe import Recipe, Step, parse
+
+
+def single_pass(command: str, pass_name: str, examples: str) -> click.Command:
+    """Return the click command `command` for the pass `pass_name`; `examples` end its help."""
+    schema = passes.schema(pass_name)
+
+    @click.command(
+        command,
+        help=schema.summary,
+        epilog=f"\b\nExamples:\n{examples}",
+        context_settings={"max_content_width": 110},
+    )
+    @options.model_argument
+    @options.output_option()
+    @options.pass_options(schema)
+    @options.data_options([parameter.name for parameter in schema.parameters])
+    @options.device_option
+    @options.run_options
+    @options.talk_options
+    def run(model: str, output: Path, **given: Any) -> None:
+        step = Step(pass_name, options.given(schema, given))
+        recipe = one_step(step, given)
+        from mmcompress.cli.compress import run_recipe
+
+        run_recipe(model, recipe, output, **{key: given[key] for key in RUN_KEYS})
+
+    return run
+
+
+RUN_KEYS = ("dry_run", "resume", "allow_pickle", "as_json", "quiet", "verbose")
+
+
+def one_step(step: Step, given: dict[str, Any]) -> Recipe:
+    """Return the recipe of one step that the command's options describe."""
+    data = {
+        "calibration": given["data"] or "",
+        "evaluation": given["eval_data"] or "",
+        **({"num_samples": given["num_samples"]} if given.get("num_samples") else {}),
+        **({"batch_size": given["batch_size"]} if given.get("batch_size") else {}),
+    }
+    document = {
+        "steps": [{step.name: step.params}],
+        "device": given["device"],
+        "data": data,
+        **({"seed": given["seed"]} if given.get("seed") is not None else {}),
+        **({"control": given["control"]} if given["control"] is not None else {}),
+    }
+    return parse(document, given["overrides"])

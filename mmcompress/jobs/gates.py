@@ -1,0 +1,71 @@
+"""The gates of a recipe: what must hold of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmcompress.errors import UsageError, closest
+from mmcompress.evaluate.evaluation import compare
+from mmcompress.evaluate.verdict import Facts
+from mmcompress.jobs.speed import TowerSpeed
+from mmcompress.recipe import Gates
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate, its limit and what was measured."""
+
+    name: str
+    passed: bool
+    measured: float
+    limit: float
+    text: str
+
+
+def judge(gates: Gates, facts: Facts, speeds: Sequence[TowerSpeed]) -> tuple[GateResult, ...]:
+    """Return the result of every gate that is set.
+
+    A drop is judged by its point estimate: the interval says how sure that is and stands in the text. Raises UsageError for a
+    gate on something that was not measured.
+    """
+    results = []
+    differences = compare(facts.original, facts.compressed) if facts.original and facts.compressed else {}
+    known = {f"{task}.{metric}": value for task, by in differences.items() for metric, value in by.items()}
+    for name, limit in gates.max_drop.items():
+        if name not in known:
+            raise UsageError(f"gates.max_drop names '{name}', which was not measured", hint=closest(name, known))
+        drop = -known[name].value
+        results.append(
+            GateResult(
+                name,
+                drop <= limit,
+                drop,
+                limit,
+                f"{name} dropped by {drop:.4f} (difference {known[name]}); limit {limit}",
+            )
+        )
+    if gates.min_speedup:
+        if not speeds:
+            raise UsageError(
+                "gates.min_speedup is set, but nothing was timed", hint="add export: {to: onnx, runners: […]}"
+            )
+        slowest = min(speeds, key=lambda speed: speed.ratio.value)
+        results.append(
+            GateResult(
+                "speedup",
+                slowest.ratio.value >= gates.min_speedup,
+                slowest.ratio.value,
+                gates.min_speedup,
+                f"{slowest.what}: ×{slowest.ratio}; at least ×{gates.min_speedup} is asked for",
+            )
+        )
+    if gates.max_size and facts.bytes_before and facts.bytes_after:
+        share = facts.bytes_after / facts.bytes_before
+        results.append(
+            GateResult(
+                "size", share <= gates.max_size, share, gates.max_size,
+                f"size is {share:.3f} of the original's; at most {gates.max_size} is asked for",
+            )
+        )  # fmt: skip
+    return tuple(results)
