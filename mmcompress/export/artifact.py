@@ -41,6 +41,8 @@ class Component:
     """How often each operator occurs."""
     weights: dict[str, int]
     """Bytes of initialisers by dtype."""
+    tokens: int = 0
+    """The most tokens it takes; 0 without a token axis."""
     quantized: int = 0
     """How many weight matrices are stored as integers."""
     parity: tuple[dict[str, Any], ...] = ()

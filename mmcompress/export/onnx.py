@@ -24,9 +24,9 @@ from mmcompress.export.artifact import Artifact, Component, TensorSpec, sha256
 from mmcompress.export.graph import simplify
 from mmcompress.export.parity import Kind, ParityRow, as_records, check_parity
 from mmcompress.export.promises import check_promise, promise, quantized_matrices, weights
-from mmcompress.export.trace import PRECISIONS, encoder, trace
+from mmcompress.export.trace import AXES, PRECISIONS, encoder, token_limit, trace
 from mmcompress.progress import Progress, Silent
-from mmcompress.staging import refuse_existing, staging
+from mmcompress.staging import staging
 
 OPSETS = (20, 23)
 """What is tested: 20 is the first with Gelu, 23 the last the exporter of torch 2.13 writes."""
@@ -87,25 +87,40 @@ def export_onnx(
     Raises UsageError (existing output, unknown tower or precision, a model torch cannot trace), GateFailed (the graph
     does not compute or hold what the model does), OutOfMemory (disk full).
     """
-    out = Path(out)
-    refuse_existing(out)
+    with staging(Path(out)) as directory:
+        report = write_onnx(
+            bundle, directory, towers=towers, precision=precision, opset=opset, batches=batches, progress=progress
+        )
+    final = Artifact(**{**vars(report.artifact), "directory": Path(out)})
+    return ExportReport(final, report.components, report.seconds)
+
+
+def write_onnx(
+    bundle: Bundle,
+    directory: Path,
+    *,
+    towers: Sequence[str] | None = None,
+    precision: str = "float32",
+    opset: int | None = None,
+    batches: Sequence[int] = (1, 2, 7),
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Do what `export_onnx` does, into a directory that the caller has made and stages."""
     opset = _check_options(precision, opset, batches)
     names = tuple(bundle.tower(name).name for name in towers or [tower.name for tower in bundle.towers()])
     progress = progress or Silent()
     begun = time.perf_counter()
     reports = []
-    with staging(out) as directory:
-        progress.start("export", 3 * len(names))
-        try:
-            for name in names:
-                reports.append(_export_tower(bundle, directory, name, precision, opset, batches, progress))
-        finally:
-            progress.finish()
-        bundle.processor.save(str(directory))
-        artifact = _describe(bundle, directory, reports, precision, opset)
-        artifact.write()
-    final = Artifact(**{**vars(artifact), "directory": out})
-    return ExportReport(final, tuple(reports), time.perf_counter() - begun)
+    progress.start("export", 3 * len(names))
+    try:
+        for name in names:
+            reports.append(_export_tower(bundle, directory, name, precision, opset, batches, progress))
+    finally:
+        progress.finish()
+    bundle.processor.save(str(directory))
+    artifact = _describe(bundle, directory, reports, precision, opset)
+    artifact.write()
+    return ExportReport(artifact, tuple(reports), time.perf_counter() - begun)
 
 
 def _export_tower(
@@ -138,6 +153,7 @@ def _export_tower(
         outputs=_specs(model.graph.outputs),
         nodes=dict(sorted(operators.items())),
         weights=weights(model),
+        tokens=token_limit(module) if any(AXES[1] in spec.dims for spec in _specs(model.graph.inputs)) else 0,
         quantized=quantized_matrices(model),
         parity=as_records(rows),
     )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import GateFailed
-from mmcompress.export.trace import Encoder
+from mmcompress.export.trace import Encoder, token_limit
 
 Kind = Literal["float32", "float16", "bfloat16", "quantized"]
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
@@ -71,8 +71,7 @@ def corners(module: Encoder, batches: Sequence[int]) -> Iterator[dict[str, Tenso
             yield _resized(example, tokens)
     example = module.family.example_inputs(module.model, module.tower, 1)
     if "input_ids" in example:
-        config: Any = module.model.config
-        limit = getattr(config.get_text_config(), "max_position_embeddings", 0)
+        limit = token_limit(module)
         if limit > example["input_ids"].shape[1]:
             yield _resized(example, limit)
 
@@ -226,6 +225,8 @@ def _open(graph: onnx.ModelProto) -> tuple[Run, str]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # onnxruntime quantizes the activations of weight-only linears as well unless told that float32 is wanted.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return (lambda inputs: session.run(None, inputs)), "onnxruntime"
 

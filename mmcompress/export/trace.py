@@ -74,6 +74,12 @@ def encoder(bundle: Bundle, tower: str, precision: str) -> Encoder:
     return Encoder(bundle.family, model, tower, names, dtype)
 
 
+def token_limit(module: Encoder) -> int:
+    """Return the most tokens a text may have, 0 where the config does not say."""
+    config: Any = module.model.config
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0))
+
+
 def dynamic_axes(inputs: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """Return the dynamic axes of each input: the batch, and the tokens of integer inputs shaped like token ids."""
     return {
