@@ -1,0 +1,102 @@
+"""`mmc eval`: accuracy with intervals, of a checkpoint or of an exported artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmcompress.cli import options
+
+
+@click.command(
+    "eval",
+    epilog="\b\nExamples:\n  mmc eval MODEL --data demo:test\n  mmc eval OUT --data held-out/ --baseline MODEL\n"
+    "  mmc eval OUT-onnx --data held-out/ --baseline MODEL --runner openvino",
+)
+@options.model_argument
+@click.option("--data", required=True, help="A folder with metadata.jsonl, tar shards, demo:test.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    help="retrieval, zero-shot, agreement; repeatable.  [default: all the data allows]",
+)
+@click.option(
+    "--baseline", help="The model to compare with, sample by sample: a checkpoint, an artifact or a .npz of --save."
+)
+@click.option(
+    "--classes", type=click.Path(path_type=Path), help="classes.json for zero-shot.  [default: beside the data]"
+)
+@click.option("--runner", default="onnxruntime", show_default=True, help="What runs exported artifacts.")
+@click.option("--num-samples", type=click.IntRange(1), help="Evaluate a random subset.  [default: all]")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Samples at a time.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the subset and the intervals.")
+@click.option(
+    "--save", type=click.Path(path_type=Path), help="Keep every sample's value in this .npz, for later pairing."
+)
+@options.device_option
+@options.talk_options
+def command(
+    model: str,
+    data: str,
+    tasks: tuple[str, ...],
+    baseline: str | None,
+    classes: Path | None,
+    runner: str,
+    num_samples: int | None,
+    batch_size: int,
+    seed: int,
+    save: Path | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+) -> None:
+    """Measure accuracy: every number with its n and 95% interval, paired with --baseline sample by sample."""
+    from mmcompress.cli import render
+    from mmcompress.data import open_data
+    from mmcompress.evaluate.store import write_evaluation
+    from mmcompress.jobs.embedders import evaluate_target
+
+    if save is not None:
+        from mmcompress.staging import refuse_existing
+
+        refuse_existing(save)
+    terminal = render.Terminal(quiet)
+    dataset = open_data(data, classes)
+    if num_samples:
+        dataset = dataset.subset(num_samples, seed)
+    settings = {"dataset": dataset, "seed": seed, "batch": batch_size, "progress": terminal}
+    reference = None
+    if baseline:
+        wanted = [task for task in tasks if task != "agreement"] or None
+        reference = evaluate_target(baseline, runner, device, tasks=wanted, **settings)
+    found = evaluate_target(model, runner, device, tasks=tasks or None, reference=reference, **settings)
+    if save is not None:
+        write_evaluation(found, save)
+    document = found.to_json()
+    if as_json:
+        render.document(document)
+        return
+    render.table(
+        f"{model} on {document['config']['data']}",
+        ["task", "metric", "value [95%]", "chance", "difference [95%]"],
+        [
+            [
+                task, metric, f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}] n={row['n']}",
+                f"{row['chance']:.4f}" if row["chance"] is not None else "", _difference(row),
+            ]
+            for task, by_metric in document["results"].items()
+            for metric, row in by_metric.items()
+        ],
+        left=2,
+    )  # fmt: skip
+    render.findings(document["findings"])
+
+
+def _difference(row: dict[str, object]) -> str:
+    found = row.get("difference")
+    if not isinstance(found, dict):
+        return ""
+    return f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"

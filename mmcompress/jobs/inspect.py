@@ -1,0 +1,72 @@
+"""What a model is made of, and which passes apply to which of its towers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmcompress import checkpoint, passes
+from mmcompress.bundle import Bundle, Tower
+from mmcompress.errors import UsageError
+from mmcompress.measure.cost import cost_of
+
+# What to ask a pass about one tower: parameters that make it do something there.
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "prune": {"ratio": 0.3},
+    "merge-tokens": {"keep": 0.5},
+    "quantize": {},
+    "distill": {},
+}
+
+
+def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Return a document about the model: towers with sizes and costs, passes with reasons, history."""
+    bundle = checkpoint.load(model, allow_pickle=allow_pickle)
+    cost = cost_of(bundle)
+    return {
+        "model": bundle.source.id,
+        "class": type(bundle.model).__name__,
+        "family": bundle.family.name,
+        "sha256": bundle.source.sha256,
+        "dtype": bundle.source.dtype,
+        "parameters": cost.parameters,
+        "bytes": cost.bytes,
+        "towers": [{**_tower(tower), **vars(cost.towers[tower.name])} for tower in bundle.towers()],
+        "passes": [
+            {"pass": name, "tower": tower.name, **_applies(bundle, name, tower)}
+            for name in passes.PASSES
+            for tower in bundle.towers()
+        ],
+        "history": [{"pass": record.name, "params": record.params} for record in bundle.history],
+    }
+
+
+def _tower(tower: Tower) -> dict[str, Any]:
+    return {
+        "name": tower.name,
+        "blocks": len(tower.blocks),
+        "heads": _span([block.attention.heads for block in tower.blocks]),
+        "head_dim": _span([block.attention.head_dim for block in tower.blocks]),
+        "neurons": _span([block.mlp.neurons for block in tower.blocks]),
+        "tokens": tower.stream.tokens if tower.stream else None,
+        "readout": tower.stream.readout if tower.stream else None,
+    }
+
+
+def _span(values: Sequence[int]) -> str:
+    """ "12" where all are equal, else "8-12"."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _applies(bundle: Bundle, name: str, tower: Tower) -> dict[str, Any]:
+    known = {parameter.name for parameter in passes.schema(name).parameters}
+    where: dict[str, Any] = (
+        {"tower": tower.name} if "tower" in known else {"towers": [tower.name]} if "towers" in known else {}
+    )
+    try:
+        passes.build(name, {**QUESTIONS.get(name, {}), **where}).check(bundle)
+    except UsageError as error:
+        return {"applies": False, "reason": error.message}
+    return {"applies": True, "reason": ""}
