@@ -78,7 +78,7 @@ def _broken(facts: Facts) -> Iterator[_Weighed]:
 
 def _speed(facts: Facts) -> Iterator[_Weighed]:
     if not facts.speeds:
-        yield _Weighed(9, 0, Finding("note", "speed was not measured"))
+        yield _Weighed(9, 1, Finding("note", "speed was not measured"))
     for speed in facts.speeds:
         ratio = speed.ratio
         shown = f"×{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] n={ratio.n}"
@@ -95,11 +95,11 @@ def _speed(facts: Facts) -> Iterator[_Weighed]:
 
 def _accuracy(facts: Facts, seed: int) -> Iterator[_Weighed]:
     if facts.compressed is None:
-        yield _Weighed(9, 1, Finding("note", "accuracy was not measured"))
+        yield _Weighed(9, 3, Finding("note", "accuracy was not measured"))
         return
     yield from _against_chance(facts.compressed)
     if facts.original is None:
-        yield _Weighed(9, 1, Finding("note", "the original was not evaluated, so the loss of accuracy is unknown"))
+        yield _Weighed(9, 3, Finding("note", "the original was not evaluated, so the loss of accuracy is unknown"))
     else:
         yield from _against_original(facts, facts.original, facts.compressed, seed)
         yield from _slices(facts.original, facts.compressed, seed)
@@ -144,22 +144,24 @@ def _against_original(facts: Facts, original: Evaluation, compressed: Evaluation
 
 
 def _slices(original: Evaluation, compressed: Evaluation, seed: int) -> Iterator[_Weighed]:
-    """The slice that lost most, if it lost more than the whole did, allowing for how many were looked at (Bonferroni)."""
+    """The slice that most clearly lost more than the whole, allowing for how many were looked at (Bonferroni)."""
     whole = compare(original, compressed, seed)
     looked = [(part, part.difference) for part in compressed.slices if part.difference is not None]
     if not looked:
         return
     needed = NormalDist().inv_cdf(1 - 0.025 / len(looked))
-    spoken = []
+    worst: tuple[float, str] | None = None
     for part, difference in looked:
         usual = whole[part.task][part.metric]
         spread = (difference.high - difference.low) / (2 * NormalDist().inv_cdf(0.975))
         if difference.value < usual.value - needed * spread:
             text = f"damage is concentrated: {part.part}, {part.task} {part.metric} {_points(difference)} "
             text += f"against {_points(usual)} on all (the worst of {len(looked)} slices)"
-            spoken.append(_Weighed(7, usual.value - difference.value, Finding("bad", text)))
-    if spoken:
-        yield max(spoken, key=lambda item: item.size)
+            # The strongest evidence, not the largest gap: in a small slice chance makes large gaps.
+            weight = (usual.value - difference.value) * difference.n**0.5
+            worst = max(worst or (0.0, ""), (weight, text))
+    if worst is not None:
+        yield _Weighed(7, worst[0], Finding("bad", worst[1]))
 
 
 def _against_random(random: Sequence[Evaluation], compressed: Evaluation, seed: int) -> Iterator[_Weighed]:
@@ -199,7 +201,7 @@ def _against_sibling(sibling: Evaluation, name: str, compressed: Evaluation, see
 def _size(facts: Facts) -> Iterator[_Weighed]:
     before, after = facts.bytes_before, facts.bytes_after
     if not before or not after:
-        yield _Weighed(9, 3, Finding("note", "size was not measured"))
+        yield _Weighed(9, 0, Finding("note", "size was not measured"))
         return
     shown = f"{before / MIB:.1f} → {after / MIB:.1f} MiB on disk, exact"
     if after > before:

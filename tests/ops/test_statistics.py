@@ -49,12 +49,25 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
 
 
 def test_same_seed_same_interval_whatever_is_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(3).random(50)
+    values = np.random.default_rng(3).random(100)
     assert bootstrap(values, seed=4) == bootstrap(values, seed=4)
     assert bootstrap(values, seed=4) != bootstrap(values, seed=5)
     whole = bootstrap(values, seed=4)
-    monkeypatch.setattr(statistics, "DRAWN_AT_ONCE", 50 * 7)
+    monkeypatch.setattr(statistics, "DRAWN_AT_ONCE", 100 * 7)
     assert bootstrap(values, seed=4) == whole
+
+
+def test_counting_few_values_gives_the_intervals_of_drawing_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(10)
+    hits, clusters = (rng.random(300) < 0.2).astype(float), rng.integers(0, 80, 300)
+    counted = bootstrap(hits), bootstrap(hits, clusters=clusters)
+    monkeypatch.setattr(statistics, "FEW_VALUES", 0)
+    drawn = bootstrap(hits), bootstrap(hits, clusters=clusters)
+    for one, other in zip(counted, drawn, strict=True):
+        assert (one.value, one.n) == (other.value, other.n)
+        # The ends of an interval from 2000 resamples vary by about a tenth of its half width.
+        slack = 0.1 * (other.high - other.low)
+        assert (one.low, one.high) == pytest.approx((other.low, other.high), abs=slack)
 
 
 def test_unanimous_hits_get_the_exact_binomial_bound() -> None:
