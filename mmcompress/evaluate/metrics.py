@@ -82,11 +82,13 @@ def cosines(first: np.ndarray, second: np.ndarray) -> Floats:
 
 
 def nearest(queries: np.ndarray, gallery: np.ndarray, k: int) -> Integers:
-    """Return (Q, k): the gallery indices most similar to each query, best first, the lower index where they are equal."""
+    """Return (Q, k): the gallery indices most similar to each query, best first; of equal ones the lower index first."""
     found = np.empty((len(queries), k), dtype=np.int64)
     for rows, similarity in _similarities(queries, gallery):
-        usable = np.where(np.isnan(similarity), -np.inf, similarity)
-        found[rows.start : rows.stop] = np.argsort(-usable, axis=1, kind="stable")[:, :k]
+        distance = np.where(np.isnan(similarity), np.inf, -similarity)
+        few = np.sort(np.argpartition(distance, k - 1, axis=1)[:, :k], axis=1)
+        order = np.argsort(np.take_along_axis(distance, few, axis=1), axis=1, kind="stable")
+        found[rows.start : rows.stop] = np.take_along_axis(few, order, axis=1)
     return found
 
 
