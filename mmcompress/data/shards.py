@@ -22,7 +22,7 @@ from mmcompress.errors import UsageError
 
 BLOCK = 512
 # Behind its last member a tar has zeros only, two blocks of them and padding up to 10 KiB; more of it need not be read.
-TAIL = 2**20
+TAIL = 2**16
 
 
 class TarShards:

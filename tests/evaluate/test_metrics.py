@@ -130,6 +130,11 @@ def test_nearest_is_ordered_and_prefers_the_lower_index() -> None:
     assert metrics.nearest(np.array([[1.0, 0]]), gallery, 3).tolist() == [[1, 2, 3]]
 
 
+def test_nan_is_nobodys_nearest() -> None:
+    gallery = np.array([[np.nan, 1], [0.0, 1], [1, 0]])
+    assert metrics.nearest(np.array([[1.0, 0]]), gallery, 3).tolist() == [[2, 1, 0]]
+
+
 def test_overlap_ignores_order() -> None:
     found = metrics.overlap(np.array([[1, 2, 3, 4], [1, 2, 3, 4]]), np.array([[4, 3, 2, 1], [1, 7, 8, 9]]))
     assert found.tolist() == [1.0, 0.25]

@@ -15,7 +15,7 @@ from mmcompress.evaluate.verdict import LEVELS
 from mmcompress.ops.statistics import Estimate
 from tests.evaluate.worlds import Constant, Guessing, Seeing, world
 
-FASTER, SLOWER, SAME = Estimate(2.0, 1.8, 2.2, 50), Estimate(0.5, 0.4, 0.6, 50), Estimate(1.01, 0.97, 1.05, 50)
+FASTER, SLOWER = Estimate(2.0, 1.8, 2.2, 50), Estimate(0.5, 0.4, 0.6, 50)
 INTERVAL = re.compile(r"\[[-+\d.]+, [-+\d.]+\].* n=\d+")
 
 
@@ -41,8 +41,9 @@ def test_slower_than_the_original_is_the_first_line_whatever_else_is_good() -> N
     assert said(facts, "faster than the original: vision, batch 1, speed ×2.00 [1.80, 2.20] n=50").level == "good"
 
 
-def test_a_speed_whose_interval_holds_one_is_neither() -> None:
-    facts = Facts(speeds=[Speed("vision", SAME, "the original in bf16")])
+@pytest.mark.parametrize("value", [0.98, 1.0, 1.02])
+def test_a_speed_whose_interval_holds_one_is_neither(value: float) -> None:
+    facts = Facts(speeds=[Speed("vision", Estimate(value, value - 0.04, value + 0.04, 50), "the original in bf16")])
     assert said(facts, "not measurably faster than the original in bf16: vision").level == "note"
 
 
@@ -103,6 +104,9 @@ def test_guessing_is_called_guessing() -> None:
     guess = evaluate(Guessing(), world(200), tasks=["retrieval"])
     assert said(Facts(guess), "no better than guessing: retrieval image_to_text_r1").level == "bad"
     assert not [finding for finding in verdict(Facts(seen(0))) if "guessing" in finding.text]
+    # Above chance, but not by more than the interval.
+    barely = {"retrieval": {**guess.estimates["retrieval"], "image_to_text_r1": Estimate(0.01, 0.004, 0.02, 200)}}
+    assert said(Facts(replace(guess, estimates=barely)), "no better than guessing: retrieval image_to_text_r1 0.010")
 
 
 def test_broken_embeddings_come_before_everything() -> None:

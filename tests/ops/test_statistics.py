@@ -127,6 +127,16 @@ def test_blocks_widen_the_interval_of_a_series_whose_neighbours_resemble_each_ot
     assert blocks.high - blocks.low > 2 * (alone.high - alone.low)
 
 
+def test_a_block_is_a_run_of_neighbours() -> None:
+    # One block as long as the series is a rotation of it: the same values, so the same median every time.
+    series = np.random.default_rng(11).uniform(1, 2, 40)
+    ratio = ratio_of_medians(series, np.ones(40), block=40)
+    assert (ratio.low, ratio.high) == (ratio.value, ratio.value)
+    # Pairs of neighbours that average to 1.5 have one median, which single draws would not.
+    swings = ratio_of_medians(np.tile([1.0, 2.0], 50), np.ones(100), block=2)
+    assert (swings.low, swings.high) == (1.5, 1.5)
+
+
 def test_a_single_pair_of_latencies_proves_nothing() -> None:
     assert ratio_of_medians([4.0], [2.0]) == Estimate(2.0, -math.inf, math.inf, 1)
 
