@@ -61,7 +61,7 @@ class Parameter:
                 raise TypeError
             return tuple(_scalar(inner, part) for part in parts)
         if self.kind.startswith("dict["):
-            inner = SCALARS[self.kind[10:-1]]
+            inner = SCALARS[self.kind[len("dict[str,") : -1]]
             if isinstance(value, str):
                 value = dict(part.split("=", 1) for part in value.split(","))
             if not isinstance(value, dict):
