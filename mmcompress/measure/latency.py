@@ -160,7 +160,7 @@ def compare(before: LatencySamples, after: LatencySamples, seed: int = 0) -> Est
 def speed_verdict(ratio: Estimate) -> str:
     """`compare`'s estimate in words; "no difference" unless the whole interval lies on one side of 1."""
     interval = f"[{ratio.low:.2f}, {ratio.high:.2f}] n={ratio.n}"
-    if math.isnan(ratio.low) or math.isinf(ratio.low):
+    if math.isinf(ratio.low):
         return f"no difference can be shown from {ratio.n} round"
     if ratio.low > 1:
         return f"{ratio.value:.2f}x faster {interval}"

@@ -5,7 +5,7 @@ replacement, recompute the statistic, keep the middle 95 % of the results. Laten
 their noise is autocorrelated, so rounds are resampled in circular blocks of neighbours (Politis and Romano 1992);
 treating them as independent would give intervals that are too narrow.
 
-What a bootstrap cannot know: with one sample there is no interval (it is nan, printed as "unknown"), and where all
+What a bootstrap cannot know: with one sample the interval is unbounded, and where all
 samples agree (20 right out of 20) the interval has no width although the truth may lie elsewhere. `n` is always
 shown so that a reader can judge.
 """
@@ -14,13 +14,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmcompress.errors import UsageError
+from mmcompress.ops.statistics import Estimate
+
+__all__ = [
+    "Estimate",
+    "bootstrap",
+    "paired_difference",
+    "percentiles",
+    "ratio_of_medians",
+    "samples_needed",
+    "usual_block",
+]
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -33,48 +43,6 @@ class Statistic(Protocol):
     def __call__(self, values: NDArray[np.float64], /, *, axis: int) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A measured value with its 95 % interval `low`..`high` over `n` samples (nan bounds: the interval is unknown)."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def includes(self, value: float) -> bool:
-        """Whether `value` cannot be ruled out: it lies inside the interval, or there is no interval."""
-        return math.isnan(self.low) or math.isnan(self.high) or self.low <= value <= self.high
-
-    def scaled(self, factor: float) -> Estimate:
-        """The same estimate in another unit; `factor` must be positive so that the bounds keep their order."""
-        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n)
-
-    def to_json(self) -> dict[str, float | int | None]:
-        """JSON has no nan: an unknown bound is written as null."""
-
-        def plain(number: float) -> float | None:
-            return None if math.isnan(number) else float(number)
-
-        return {"value": plain(self.value), "low": plain(self.low), "high": plain(self.high), "n": int(self.n)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Estimate:
-        """The inverse of `to_json`. Raises UsageError where a key is missing or not a number."""
-        try:
-            value, low, high = (math.nan if data[key] is None else float(data[key]) for key in ("value", "low", "high"))
-            return cls(value, low, high, int(data["n"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"not an estimate: {data!r}", hint="expected the keys value, low, high and n, each a number"
-            ) from error
-
-    def __str__(self) -> str:
-        if math.isnan(self.low) or math.isnan(self.high):
-            return f"{self.value:.3f} [unknown] n={self.n}"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] n={self.n}"
-
-
 def bootstrap(
     values: ArrayLike, statistic: Statistic = np.mean, seed: int = 0, resamples: int = RESAMPLES, block: int = 1
 ) -> Estimate:
@@ -85,7 +53,7 @@ def bootstrap(
     data = _samples(values, "values")
     centre = float(statistic(data, axis=-1))
     if len(data) == 1:
-        return Estimate(centre, math.nan, math.nan, 1)
+        return Estimate(centre, -math.inf, math.inf, 1)
     return _interval(
         centre, [statistic(data[index], axis=-1) for index in _resampled(len(data), seed, resamples, block)], len(data)
     )
@@ -117,7 +85,7 @@ def ratio_of_medians(
     n = len(first)
     centre = float(np.median(first) / np.median(second))
     if n == 1:
-        return Estimate(centre, math.nan, math.nan, 1)
+        return Estimate(centre, -math.inf, math.inf, 1)
     draws = _resampled(n, seed, resamples, usual_block(n) if block is None else block)
     return _interval(
         centre, [np.median(first[index], axis=-1) / np.median(second[index], axis=-1) for index in draws], n
