@@ -6,7 +6,7 @@ is never called a gain or "no loss", but by what it cannot exclude.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -64,9 +64,20 @@ class _Weighed:
 
 def verdict(facts: Facts, seed: int = 0) -> list[Finding]:
     """Return the findings, the worst first. Raises UsageError when evaluations were made on different samples."""
-    found = [*_broken(facts), *_speed(facts), *_accuracy(facts, seed), *_size(facts)]
-    found.sort(key=lambda item: (LEVELS[item.finding.level], item.order, -item.size))
-    return [item.finding for item in found]
+    return _worst_first([*_broken(facts), *_speed(facts), *_accuracy(facts, seed), *_size(facts)])
+
+
+def random_findings(random: Sequence[Evaluation], compressed: Evaluation, seed: int = 0) -> list[Finding]:
+    """Return only how `compressed` compares with random selections at the same ratio, the worst first.
+
+    For a single step of a longer sequence. Raises UsageError when evaluations were made on different samples.
+    """
+    return _worst_first(_against_random(random, compressed, seed))
+
+
+def _worst_first(found: Iterable[_Weighed]) -> list[Finding]:
+    placed = sorted(found, key=lambda item: (LEVELS[item.finding.level], item.order, -item.size))
+    return [item.finding for item in placed]
 
 
 def _broken(facts: Facts) -> Iterator[_Weighed]:

@@ -11,7 +11,7 @@ import pytest
 
 from mmcompress.errors import UsageError
 from mmcompress.evaluate import Evaluation, Facts, Finding, Speed, evaluate, verdict
-from mmcompress.evaluate.verdict import LEVELS
+from mmcompress.evaluate.verdict import LEVELS, random_findings
 from mmcompress.ops.statistics import Estimate
 from tests.evaluate.worlds import Constant, Guessing, Seeing, world
 
@@ -66,6 +66,13 @@ def test_worse_and_better_than_random() -> None:
     better = Facts(seen(1.0, 1), seen(0), [seen(3.0, 2)])
     assert said(better, "better than random selection at the same ratio").level == "good"
     assert said(better, "better than random").text.endswith("1 random seed")
+
+
+def test_a_step_alone_can_be_set_beside_random() -> None:
+    alone = random_findings([seen(3.0, 2)], seen(1.0, 1))
+    assert [(finding.level, finding.text[:18]) for finding in alone] == [("good", "better than random")] * 2
+    with_all = verdict(Facts(seen(1.0, 1), seen(0), [seen(3.0, 2)]))
+    assert set(alone) <= set(with_all)
 
 
 def test_an_accuracy_drop_beyond_its_interval_gives_both_levels_and_points() -> None:
