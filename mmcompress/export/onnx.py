@@ -22,7 +22,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError, closest
 from mmcompress.export.artifact import Artifact, Component, TensorSpec, sha256
 from mmcompress.export.graph import simplify
-from mmcompress.export.parity import Kind, ParityRow, as_records, check_parity
+from mmcompress.export.parity import ParityRow, as_records, check_parity
 from mmcompress.export.promises import check_promise, promise, quantized_matrices, weights
 from mmcompress.export.trace import AXES, PRECISIONS, encoder, token_limit, trace
 from mmcompress.progress import Progress, Silent
@@ -141,8 +141,7 @@ def _export_tower(
     onnx.checker.check_model(str(path), full_check=True)
     progress.advance(note=f"{name} written")
     operators = Counter(node.op_type for node in model.graph)
-    kind: Kind = "quantized" if operators["QuantizeLinear"] else precision  # type: ignore[assignment]
-    rows = check_parity(bundle, module, path, kind=kind, batches=batches)
+    rows = check_parity(module, path, precision=precision, batches=batches)
     progress.advance(note=f"{name} agrees with torch")
     component = Component(
         name=name,

@@ -4,7 +4,7 @@
   at run time, and guards every softmax against rows that are masked everywhere. Here it is MatMul, Mul, Add, Softmax,
   MatMul: the form that onnxruntime, OpenVINO and TensorRT recognise. A row that is masked everywhere gives the mean of
   the values instead of zeros.
-* Quantize and dequantize with scale and zero point in tensors, which the exporter only accepts as Python numbers.
+* Quantized layers, by the table of `surgery.quantized`.
 
 Shape alphabet: B batch, H heads, N tokens, D head width.
 """
@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from onnxscript import ir, opset18
+
+from mmcompress.surgery.quantized import translation_table
 
 op: Any = opset18
 """Builds nodes; its annotations describe tensors, while constants are given as numbers here."""
@@ -51,19 +52,6 @@ def attention(
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
-def quantize_per_tensor(input: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int, dtype: int) -> Any:
-    """Round to integers of `dtype`; its whole range is used, as QuantizeLinear does."""
-    return op.QuantizeLinear(input, op.CastLike(scale, input), op.Cast(zero_point, to=dtype))
-
-
-def dequantize_per_tensor(
-    input: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int, dtype: int, out_dtype: int | None = None
-) -> Any:
-    """Return (input - zero_point) * scale."""
-    made = op.DequantizeLinear(input, scale, op.Cast(zero_point, to=dtype))
-    return made if out_dtype is None else op.Cast(made, to=out_dtype)
-
-
 def _like(number: float, tensor: Any) -> Any:
     return op.CastLike(op.Constant(value_float=number), tensor)
 
@@ -86,9 +74,4 @@ def _repeat_heads(tensor: Any, groups: int) -> Any:
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return the table torch.onnx.export takes as `custom_translation_table`."""
-    quantized = torch.ops.quantized_decomposed
-    return {
-        torch.ops.aten.scaled_dot_product_attention.default: attention,
-        quantized.quantize_per_tensor.tensor: quantize_per_tensor,
-        quantized.dequantize_per_tensor.tensor: dequantize_per_tensor,
-    }
+    return {torch.ops.aten.scaled_dot_product_attention.default: attention, **translation_table()}

@@ -1,0 +1,99 @@
+"""Taking the rounding of activations out of a graph and out of its torch module, so that the rest can be compared strictly.
+
+Two correct engines disagree on a quantized network: a value within 1e-6 of the middle between two integers goes up in one
+and down in the other, that step is as large as the quantization error itself, and it spreads through the layers behind
+it. So a quantized graph is checked in three parts: everything but the rounding to float accuracy, the rounding's own
+parameters for equality, and the whole within a loose cosine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+
+from mmcompress.errors import GateFailed
+from mmcompress.export.trace import Encoder
+
+Grid = tuple[float, int]
+"""(scale, zero point)."""
+
+
+def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in which activations pass QuantizeLinear and DequantizeLinear unchanged; weights stay integers."""
+    made = onnx.ModelProto()
+    made.CopyFrom(graph)
+    source = {node.output[0]: node.input[0] for node in made.graph.node if node.op_type == "QuantizeLinear"}
+    passed = {
+        node.output[0]: source[node.input[0]]
+        for node in made.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in source
+    }
+    kept = [
+        node for node in made.graph.node if node.op_type != "QuantizeLinear" and not (set(node.output) & set(passed))
+    ]
+    for node in kept:
+        for index, name in enumerate(node.input):
+            while name in passed:
+                name = passed[name]
+            node.input[index] = name
+    del made.graph.node[:]
+    made.graph.node.extend(kept)
+    return made
+
+
+@contextlib.contextmanager
+def no_rounding(module: Encoder) -> Iterator[None]:
+    """While active, the module's quantized layers take their inputs as they come."""
+    held: dict[Any, Any] = {layer: layer.input_scale for layer in _rounding_layers(module)}
+    for layer in held:
+        layer.input_scale = None
+    try:
+        yield
+    finally:
+        for layer, scale in held.items():
+            layer.input_scale = scale
+
+
+def check_grids(module: Encoder, graph: onnx.ModelProto) -> None:
+    """Raise GateFailed unless activations are rounded with the scales and zero points of the torch module, and no others."""
+    want, got = torch_grids(module), graph_grids(graph)
+    if want != got:
+        odd = sorted(want ^ got)[0]
+        where = "the torch model" if odd in want else "the exported graph"
+        raise GateFailed(
+            f"activations of the {module.tower} tower are rounded differently: only {where} has scale {odd[0]:.6g}, "
+            f"zero point {odd[1]} ({len(want)} in torch, {len(got)} in the graph)",
+            hint="report it with the model's config and the versions of torch and onnxscript",
+        )
+
+
+def torch_grids(module: Encoder) -> set[Grid]:
+    """Return the grids of the tower's quantized layers."""
+    tower = next(tower for tower in module.family.towers(module.model) if tower.name == module.tower)
+    layers = {name: layer for name, layer in module.model.named_modules() if tower.owns(name)}
+    own = set(layers.values())
+    return {
+        (float(layer.input_scale), int(layer.input_zero_point)) for layer in _rounding_layers(module) if layer in own
+    }
+
+
+def graph_grids(graph: onnx.ModelProto) -> set[Grid]:
+    """Return the grids of the graph's QuantizeLinear nodes."""
+    constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+
+    def value(name: str) -> float:
+        return float(onnx.numpy_helper.to_array(constants[name]).astype(np.float64))
+
+    return {
+        (value(node.input[1]), int(value(node.input[2])) if len(node.input) > 2 else 0)
+        for node in graph.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+
+
+def _rounding_layers(module: Encoder) -> list[Any]:
+    return [layer for layer in module.model.modules() if getattr(layer, "input_scale", None) is not None]
