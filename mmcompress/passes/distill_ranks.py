@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,8 @@ class Ranks:
             raise MissingError(
                 f"training with {world_size()} processes needs accelerate", hint="pip install 'mmcompress[train]'"
             ) from error
-        # A tower may hold parameters its embedding does not use (mask tokens); buffers never change while training.
-        options = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+        # Buffers (integer weights among them) never change while training, so they need not be sent at every step.
+        options = DistributedDataParallelKwargs(broadcast_buffers=False)
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[options])
         return cls(accelerator.process_index, accelerator.num_processes, accelerator)
 
@@ -51,10 +52,13 @@ class Ranks:
         return alone if self.accelerator is None else torch.device(self.accelerator.device)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Return `module` so that its backward averages gradients over all processes."""
+        """Return `module` so that its backward averages gradients over all processes; every backward must reach all of them."""
         if self.accelerator is None:
             return module
-        wrapped: nn.Module = self.accelerator.prepare_model(module)
+        with warnings.catch_warnings():
+            # torch 2.13 renamed the option; the new name is unknown to the older versions we serve.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            wrapped: nn.Module = self.accelerator.prepare_model(module)
         return wrapped
 
     def alone(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -117,6 +117,23 @@ def trainable(bundle: Bundle, towers: tuple[str, ...], train: str) -> dict[str, 
     return found
 
 
+def reached(bundle: Bundle, towers: tuple[str, ...], parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return those of `parameters` that the towers' embeddings depend on; a mask token or a second pooler is left out."""
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        total = torch.stack([bundle.encode(name, bundle.example_inputs(name)).sum() for name in towers]).sum()
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(flags[name])
+    return {
+        name: parameter
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+        if gradient is not None
+    }
+
+
 def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Json]:
     """Train `bundle` in place; return facts. See `Distill.fit`."""
     started = time.monotonic()
@@ -153,13 +170,14 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
             warmup=settings.warmup, clip=settings.clip, ema=settings.ema, save_minutes=settings.save_minutes,
             seconds=settings.max_minutes and settings.max_minutes * 60 - (time.monotonic() - started),
         )  # fmt: skip
-        parameters = trainable(bundle, towers, settings.train)
+        parameters = reached(bundle, towers, trainable(bundle, towers, settings.train))
         trainer = Trainer(bundle, parameters, feeder, objective, targets, schedule, ranks, context.progress, half=half)
         state = trainer.run(state)
         after = examine(bundle, towers, corpus, objective, targets, settings.batch_size)
         bundle.model.to(home)
     return {
         **job.decisions(bundle),
+        "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "steps": state.steps,
         "samples_seen": state.steps * feeder.samples,
         "processes": ranks.world,

@@ -88,7 +88,8 @@ class Trainer:
         """Train from `state` to the end. Raises UsageError when the loss stops being a number."""
         with _only_trainable(self.bundle.model, self.parameters), deterministic(self.bundle.device):
             self._student = self.ranks.wrap(Student(self.bundle, self.half))
-            optimizer = torch.optim.AdamW(self._groups(), lr=self.schedule.learning_rate, betas=(0.9, 0.98))
+            # A nearly perfect student has gradients of rounding size; a smaller eps would blow them up into full steps.
+            optimizer = torch.optim.AdamW(self._groups(), lr=self.schedule.learning_rate, betas=(0.9, 0.98), eps=1e-6)
             average = {n: p.detach().clone() for n, p in self.parameters.items()} if self.schedule.ema else {}
             state.restore(self.parameters, optimizer, average)
             if not state.steps:

@@ -1,0 +1,70 @@
+"""Killed and resumed, or split over processes: the weights are those of one run at one go."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.passes import distilling
+
+ROOT = Path(__file__).parents[2]
+# A server that has everything imported and forks: each process then starts at once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.passes.distilling"])
+
+
+def facts(out: Path) -> dict[str, Any]:
+    """What the run that wrote `out` reported, without how long it took."""
+    found: dict[str, Any] = json.loads(out.with_suffix(".json").read_text())
+    assert found.pop("seconds_per_step") > 0
+    return found
+
+
+def run(out: Path, workdir: Path, settings: dict[str, Any]) -> None:
+    process = PROCESSES.Process(target=distilling.main, args=(out, workdir, settings))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("settings", [{"augment": True, "ema": 0.9}, {"accumulate": 2, "max_minutes": 60.0}])
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings = {"save_minutes": 0.0, **settings}
+    whole, broken, workdir = tmp_path / "whole", tmp_path / "broken", tmp_path / "work"
+    run(whole, tmp_path / "other", settings)
+    reached = PROCESSES.Event()
+    process = PROCESSES.Process(target=distilling.hang_after, args=(3, reached, broken, workdir, settings))
+    process.start()
+    assert reached.wait(120)
+    process.kill()
+    process.join()
+    assert not broken.exists()
+    run(broken, workdir, settings)
+    assert broken.read_bytes() == whole.read_bytes()
+    assert facts(broken) == facts(whole)
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    # Gradients far below AdamW's eps make its steps as large as the gradient, so that half a gradient would show.
+    weights = {"feature": 1e-6, "interactive": 1e-6, "relational": 1e-6, "logit": 1e-6}
+    settings = {"steps": 3, "augment": True, "clip": 0.0, "learning_rate": 1e-3, **weights}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", distilling.__file__]
+    arguments = [str(tmp_path / "pair"), str(tmp_path / "work"), json.dumps({**settings, "batch_size": 4})]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    run(tmp_path / "alone", tmp_path / "other", {**settings, "batch_size": 8})
+    one, two = load_file(tmp_path / "alone"), load_file(tmp_path / "pair")
+    assert max((value - two[name]).abs().max().item() for name, value in one.items()) < 1e-5
+    found = facts(tmp_path / "pair")
+    assert found["processes"] == 2
+    assert found["samples_seen"] == 24
