@@ -24,6 +24,7 @@ Mask = NDArray[np.bool_]
 SMALLEST = 20
 MOST_A_FIELD = 12
 CONTROL_IMAGES = 32
+BLIND = "text only: always the commonest answer"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def controls(embedder: Embedder, dataset: Dataset, scene: Scene, tasks: list[str
         # All blank pictures get the same answer, so the bar is what the best single answer scores on these samples.
         bar = float(metrics.commonest(seen, len(samples)).mean())
         found.append(Control("blank image", task, metric, proportion(hits, seed=seed), bar))
-        found.append(Control("text only: always the commonest answer", task, metric, proportion(commonest, seed), None))
+        found.append(Control(BLIND, task, metric, proportion(commonest, seed), None))
     return found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmcompress.evaluate.evaluation import Evaluation, compare, same_samples
 from mmcompress.evaluate.findings import Finding, Level
+from mmcompress.evaluate.slices import BLIND
 from mmcompress.evaluate.tasks import TASKS, Measured
 from mmcompress.ops.statistics import Estimate
 
@@ -128,8 +129,13 @@ def _accuracy(facts: Facts, seed: int) -> Iterator[_Weighed]:
 def _against_chance(compressed: Evaluation) -> Iterator[_Weighed]:
     for task, metric, measured in _headlines(compressed):
         estimate = compressed.estimates[task][metric]
-        if task != "agreement" and measured.chance is not None and not estimate.low > measured.chance:
-            text = f"no better than guessing: {task} {metric} {estimate}, chance {measured.chance:.4f}"
+        if task == "agreement" or measured.chance is None:
+            continue
+        # Where one class is common, always naming it beats chance without looking.
+        answers = [c.estimate.value for c in compressed.controls if (c.name, c.task, c.metric) == (BLIND, task, metric)]
+        bar = max([measured.chance, *answers])
+        if not estimate.low > bar:
+            text = f"no better than guessing: {task} {metric} {estimate}, without looking {bar:.4f}"
             yield _Weighed(4, 0, Finding("bad", text))
 
 

@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from mmcompress.data import Dataset, Memory
 from mmcompress.errors import UsageError
 from mmcompress.evaluate import Evaluation, Facts, Finding, Speed, evaluate, verdict
 from mmcompress.evaluate.verdict import LEVELS, random_findings
@@ -111,6 +112,10 @@ def test_guessing_is_called_guessing() -> None:
     guess = evaluate(Guessing(), world(200), tasks=["retrieval"])
     assert said(Facts(guess), "no better than guessing: retrieval image_to_text_r1").level == "bad"
     assert not [finding for finding in verdict(Facts(seen(0))) if "guessing" in finding.text]
+    # Three of four samples are of one class: naming it always is right three times in four without looking.
+    uneven = Dataset(Memory([replace(s, label="kind 0" if i % 4 < 3 else s.label) for i, s in enumerate(world(200))]))
+    blind = Facts(evaluate(Seeing(), uneven, tasks=["zero-shot"]))
+    assert re.search(r"zero-shot top1 0\.[4-7].*, without looking 0\.75", said(blind, "no better than guessing").text)
     # Above chance, but not by more than the interval.
     barely = {"retrieval": {**guess.estimates["retrieval"], "image_to_text_r1": Estimate(0.01, 0.004, 0.02, 200)}}
     assert said(Facts(replace(guess, estimates=barely)), "no better than guessing: retrieval image_to_text_r1 0.010")
