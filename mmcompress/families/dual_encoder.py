@@ -98,9 +98,9 @@ class DualEncoder(TwoTowers):
                 config.head_dim = vision.blocks[0].attention.head_dim
                 config.num_attention_heads = heads
             if config.model_type == "dinov2":
-                # DINOv2 knows only a ratio and rounds down; the half keeps the rounding away from the edge.
-                if int(config.hidden_size * config.mlp_ratio) != neurons:
-                    config.mlp_ratio = (neurons + 0.5) / config.hidden_size
+                # DINOv2's config knows only a whole ratio (transformers 5.23 checks its type); other widths cannot be said.
+                if neurons % config.hidden_size == 0:
+                    config.mlp_ratio = neurons // config.hidden_size
             else:
                 config.intermediate_size = neurons
         config = model.config.text_config

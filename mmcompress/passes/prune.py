@@ -3,10 +3,10 @@
 Units are scored, priced exactly and chosen by `ops.allocation`; their rows and columns are then cut out of the Linears, so the
 model is smaller, not masked. What stays can be repaired in closed form from calibration statistics (`ops.reconstruction`).
 
-How scores of different layers compare (`normalise`): with "layer", scores are divided by their layer's mean and a unit is worth that
-times its cost, so every layer gives up its relatively least useful units and layers differ by how uneven their scores are. With
-"none" scores are taken as the damage of removing a unit, in one currency for all layers and both towers, and the least damage per
-parameter or MAC goes first; Taylor scores mean just that. "auto" is "none" for Taylor, "layer" otherwise.
+How scores of different layers compare (`normalise`): with "layer", scores are divided by their layer's mean and a unit is
+worth that times its cost, so every layer gives up its relatively least useful units and layers differ by how uneven their
+scores are. With "none" scores are taken as the damage of removing a unit, in one currency for all layers and both towers, and
+the least damage per parameter or MAC goes first; Taylor scores mean just that. "auto" is "none" for Taylor, "layer" otherwise.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Prune:
     normalise: Literal["auto", "layer", "none"] = "auto"
     """How scores of layers compare: relative to their layer, as they are, or (auto) whichever suits the score."""
     compensate: Literal["least-squares", "bias", "none"] = "least-squares"
-    """Repair what stays: refit the reading Linears, fold the removed mean into their biases, or neither. Needs data. Not for blocks."""
+    """Repair what stays: refit the reading Linears, fold the removed mean into their biases, or neither. Needs data.
+
+    Blocks are removed without repair."""
     ridge: float = 0.01
     """Least squares only: how strongly refitted weights are held to the original, relative to the channels' variance."""
     uniform: bool = False

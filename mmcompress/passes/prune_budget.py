@@ -106,8 +106,8 @@ def choose(
 def worth(groups: Sequence[Group], scores: Sequence[Tensor], normalise: str, measure: str) -> list[Tensor]:
     """Return what each unit is worth, comparable over all groups: scores as they are, or relative to their layer.
 
-    "layer" divides by the mean of the layer (for blocks: of the tower) and multiplies by the cost; "cost" only multiplies by the cost, so
-    that cheap and expensive units are as likely to go.
+    "layer" divides by the mean of the layer (for blocks: of the tower) and multiplies by the cost; "cost" only multiplies by the
+    cost, so that cheap and expensive units are as likely to go.
     """
     if normalise == "none":
         return list(scores)

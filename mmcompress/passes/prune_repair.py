@@ -36,10 +36,10 @@ def repaired_readers(
             moments = Moments(seen.mean(), seen.second_moment() if full else None)
             columns = spread(torch.tensor(kept[group], device=reader.weight.device), group.width)
             bias = None if reader.bias is None else reader.bias.detach()
-            weight, bias = repair(reader.weight.detach(), bias, columns, moments, ridge)
+            weight, moved = repair(reader.weight.detach(), bias, columns, moments, ridge)
             tensors[f"{group.reader}.weight"] = weight
-            if bias is not None:
-                tensors[f"{group.reader}.bias"] = bias
+            if moved is not None:
+                tensors[f"{group.reader}.bias"] = moved
     return tensors
 
 

@@ -9,8 +9,9 @@ Two objectives for Taylor:
 - *embedding*: a random direction r of each sample's normalised embedding u. E (r . du)^2 = |du|^2, so the mean square of the gate
   gradient is the squared displacement of the embedding when the unit goes, to first order (a Gauss-Newton step). Needs no
   labels and no pairs, and both towers speak the same unit, so one budget over both is meaningful.
-- *contrastive*: the symmetric InfoNCE loss of a batch of pairs; the mean absolute gate gradient per sample (Michel et al. 2019). The
-  gradient with respect to all embeddings is taken first, without any graph of the towers; then each tower is walked in slices.
+- *contrastive*: the symmetric InfoNCE loss of a batch of pairs; the mean absolute gate gradient per sample (Michel et al.
+  2019). The gradient with respect to all embeddings is taken first, without any graph of the towers; then each tower is walked
+  in slices.
 """
 
 from __future__ import annotations

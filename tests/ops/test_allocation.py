@@ -1,0 +1,89 @@
+import itertools
+import random
+
+import pytest
+
+from mmcompress.ops.allocation import Layer, allocate, removable_cost
+
+
+def test_equal_costs_are_a_global_sort() -> None:
+    layers = [Layer((5, 1, 4), cost=10, bound=1), Layer((2, 3, 9), cost=10, bound=1)]
+    assert allocate(layers, 0) == [[0, 1, 2], [0, 1, 2]]
+    assert allocate(layers, 10) == [[0, 2], [0, 1, 2]]
+    assert allocate(layers, 21) == [[0, 2], [2]]
+    assert allocate(layers, 40) == [[0], [2]]
+
+
+def test_value_per_cost_decides() -> None:
+    # Worth 6 for 10 (0.6 each) goes before worth 2 for 2 (1 each).
+    layers = [Layer((6, 60), cost=10, bound=1), Layer((2, 2, 20), cost=2, bound=1)]
+    assert allocate(layers, 10) == [[1], [0, 1, 2]]
+
+
+def test_overshoot_is_put_back() -> None:
+    # The cheap units go first and then the dear one covers the rest alone, so both cheap ones may return.
+    layers = [Layer((1, 1, 90), cost=2, bound=1), Layer((10, 90), cost=10, bound=1)]
+    assert allocate(layers, 5) == [[0, 1, 2], [1]]
+
+
+def test_bounds_and_multiples() -> None:
+    layer = Layer(tuple(range(21)), cost=1, bound=3, multiple=8)
+    assert removable_cost([layer]) == 13
+    # 21 is no multiple: the first chunk is 5 wide, the next 8.
+    assert allocate([layer], 1) == [list(range(5, 21))]
+    assert allocate([layer], 6) == [list(range(13, 21))]
+    with pytest.raises(ValueError, match="14 to remove, 13 removable"):
+        allocate([layer], 14)
+    assert removable_cost([Layer((1, 1, 1), cost=1, bound=1, multiple=8)]) == 0
+
+
+def test_tied_layers_keep_equal_numbers_but_their_own_units() -> None:
+    layers = [Layer((1, 2, 9), 1, 1, tie="a"), Layer((9, 1, 2), 1, 1, tie="a"), Layer((5, 5), 1, 1)]
+    assert allocate(layers, 2) == [[1, 2], [0, 2], [0, 1]]
+    with pytest.raises(ValueError, match="differ in width"):
+        allocate([layers[0], Layer((1, 2), 1, 1, tie="a")], 1)
+
+
+def test_ties_go_to_the_first() -> None:
+    assert allocate([Layer((1, 1), 1, 0), Layer((1, 1), 1, 0)], 3) == [[], [1]]
+
+
+def _lost(layers: list[Layer], kept: list[list[int]]) -> tuple[int, float]:
+    gone = [set(range(len(layer.values))) - set(stay) for layer, stay in zip(layers, kept, strict=True)]
+    cost = sum(layer.cost * len(units) for layer, units in zip(layers, gone, strict=True))
+    return cost, sum(layer.values[unit] for layer, units in zip(layers, gone, strict=True) for unit in units)
+
+
+def _optimum(layers: list[Layer], remove: int) -> float:
+    choices = [
+        [
+            units
+            for n in range(len(layer.values) - layer.bound + 1)
+            for units in itertools.combinations(range(len(layer.values)), n)
+        ]
+        for layer in layers
+    ]
+    worths = []
+    for picked in itertools.product(*choices):
+        cost = sum(layer.cost * len(units) for layer, units in zip(layers, picked, strict=True))
+        if cost >= remove:
+            worths.append(sum(layer.values[u] for layer, units in zip(layers, picked, strict=True) for u in units))
+    return min(worths)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_against_brute_force(seed: int) -> None:
+    rng = random.Random(seed)
+    layers = [Layer(tuple(rng.random() for _ in range(4)), rng.choice((2, 3, 7)), rng.choice((0, 1))) for _ in range(3)]
+    for remove in range(1, removable_cost(layers) + 1):
+        cost, value = _lost(layers, allocate(layers, remove))
+        assert remove <= cost < remove + max(layer.cost for layer in layers)
+        dearest = max(value for layer in layers for value in layer.values)
+        assert value < _optimum(layers, remove) + dearest
+
+
+def test_removing_more_never_costs_more_by_a_unit() -> None:
+    rng = random.Random(1)
+    layers = [Layer(tuple(rng.random() for _ in range(30)), cost, 2) for cost in (3, 3, 40, 11)]
+    costs = [_lost(layers, allocate(layers, remove))[0] for remove in range(0, removable_cost(layers), 40)]
+    assert costs == sorted(costs)

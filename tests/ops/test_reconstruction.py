@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from mmcompress.ops.reconstruction import Moments, repair
+
+
+def _case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    inputs = torch.randn(400, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64) + torch.arange(8.0)
+    return inputs, torch.randn(5, 8, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+
+
+def _error(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, new: tuple, kept: torch.Tensor
+) -> float:
+    have = torch.nn.functional.linear(inputs[:, kept], *new)
+    return float((have - torch.nn.functional.linear(inputs, weight, bias)).square().mean())
+
+
+def test_bias_by_hand() -> None:
+    # Channel 1 has mean 3 and weight 2: its part of the output, 6, goes into the bias.
+    weight, bias = repair(
+        torch.tensor([[1.0, 2]]), torch.tensor([0.5]), torch.tensor([0]), Moments(torch.tensor([7.0, 3])), 0
+    )
+    assert weight.tolist() == [[1]]
+    assert bias is not None
+    assert bias.tolist() == [6.5]
+
+
+def test_a_copy_of_a_kept_channel_is_taken_over_exactly() -> None:
+    inputs, weight, bias = _case()
+    inputs[:, 3] = 2 * inputs[:, 1] + 5
+    kept = torch.tensor([0, 1, 2, 4, 5, 6, 7])
+    moments = Moments(inputs.mean(0), inputs.T @ inputs / len(inputs))
+    new = repair(weight, bias, kept, moments, 0)
+    torch.testing.assert_close(new[0][:, 1], weight[:, 1] + 2 * weight[:, 3])
+    assert _error(inputs, weight, bias, new, kept) < 1e-15
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.01, 10.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_each_level_is_no_worse_than_the_one_before(seed: int, ridge: float) -> None:
+    inputs, weight, bias = _case(seed)
+    kept = torch.tensor([0, 2, 3, 6])
+    moments = Moments(inputs.mean(0), inputs.T @ inputs / len(inputs))
+    none = _error(inputs, weight, bias, (weight[:, kept], bias), kept)
+    folded = _error(inputs, weight, bias, repair(weight, bias, kept, Moments(moments.mean), ridge), kept)
+    refitted = _error(inputs, weight, bias, repair(weight, bias, kept, moments, ridge), kept)
+    assert refitted <= folded <= none
+    # Without a bias to write to, the uncentred fit is still no worse than nothing.
+    bare = _error(inputs, weight, None, repair(weight, None, kept, moments, ridge), kept)
+    assert bare <= _error(inputs, weight, None, (weight[:, kept], None), kept)
+
+
+def test_least_squares_is_the_optimum() -> None:
+    inputs, weight, bias = _case()
+    kept = torch.tensor([1, 4, 5])
+    moments = Moments(inputs.mean(0), inputs.T @ inputs / len(inputs))
+    new_weight, new_bias = repair(weight, bias, kept, moments, 0)
+    known = torch.cat([inputs[:, kept], torch.ones(len(inputs), 1, dtype=torch.float64)], 1)
+    best = torch.linalg.lstsq(known, inputs @ weight.T + bias).solution.T
+    torch.testing.assert_close(new_weight, best[:, :-1])
+    torch.testing.assert_close(new_bias, best[:, -1])
+
+
+def test_a_large_ridge_gives_the_bias_alone_and_nothing_removed_changes_nothing() -> None:
+    inputs, weight, bias = _case()
+    kept = torch.tensor([1, 4, 5])
+    moments = Moments(inputs.mean(0), inputs.T @ inputs / len(inputs))
+    stiff, folded = repair(weight, bias, kept, moments, 1e12), repair(weight, bias, kept, Moments(moments.mean), 0)
+    torch.testing.assert_close(stiff, folded)
+    same = repair(weight, bias, torch.arange(8), moments, 0.01)
+    assert torch.equal(same[0], weight)
+    assert same[1] is not None
+    assert torch.equal(same[1], bias)

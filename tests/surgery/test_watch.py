@@ -1,0 +1,108 @@
+import pytest
+import torch
+from torch import nn
+
+from mmcompress.surgery.watch import Sums, evaluating, padding_mask, watch_blocks, watch_gradients, watch_inputs
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+
+
+def test_inputs_are_seen_and_masked_and_hooks_go_away() -> None:
+    model, seen = _model().eval(), []
+    inputs = torch.randn(2, 5, 3)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 1]])
+    with watch_inputs({"first": model[0]}, lambda name, tokens: seen.append((name, tokens))) as watch:
+        model(inputs)
+        watch.mask = mask
+        model(inputs)
+    model(inputs)
+    assert [name for name, _ in seen] == ["first", "first"]
+    assert torch.equal(seen[0][1], inputs.flatten(0, 1))
+    assert torch.equal(seen[1][1], inputs[mask.bool()])
+
+
+def test_hooks_go_away_after_an_error() -> None:
+    model = _model()
+    with pytest.raises(RuntimeError, match="shapes"), watch_inputs({"0": model[0]}, lambda *_: None):
+        model(torch.zeros(1, 99))
+    with pytest.raises(ValueError, match="mine"), watch_gradients({"0": model[0]}, lambda *_: None, updates=True):
+        raise ValueError("mine")
+    assert not model[0]._forward_pre_hooks
+    assert not model[0]._forward_hooks
+
+
+def test_blocks_are_seen_from_both_sides() -> None:
+    model, seen = _model().eval(), []
+    inputs = torch.randn(1, 5, 3)
+    with watch_blocks({"b": model[0]}, lambda name, before, after: seen.append((before, after))):
+        model(inputs)
+    assert torch.equal(seen[0][0], inputs[0])
+    assert torch.equal(seen[0][1], model[0](inputs)[0])
+
+
+def test_gradients_equal_autograd_although_parameters_are_frozen() -> None:
+    model, inputs, seen = _model(), torch.randn(2, 5, 3), {}
+
+    def record(name: str, states: torch.Tensor, gradient: torch.Tensor) -> None:
+        seen[name] = (states, gradient)
+
+    with evaluating(model), watch_gradients({"2": model[2]}, record):
+        model(inputs).tanh().sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    hidden = model.eval()[0](inputs).detach().requires_grad_()
+    model[2](hidden).tanh().sum().backward()
+    torch.testing.assert_close(seen["2"][0], hidden.detach())
+    torch.testing.assert_close(seen["2"][1], hidden.grad)
+
+
+def test_updates_are_what_a_block_added() -> None:
+    class Block(nn.Module):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states + hidden_states.square()
+
+    block, inputs, seen = Block(), torch.randn(1, 2, 3), []
+    with watch_gradients({"b": block}, lambda name, added, gradient: seen.append((added, gradient)), updates=True):
+        (3 * block(hidden_states=inputs)).sum().backward()
+    torch.testing.assert_close(seen[0][0], inputs.square())
+    torch.testing.assert_close(seen[0][1], torch.full_like(inputs, 3))
+
+
+def test_evaluating_puts_every_flag_back() -> None:
+    model = _model()
+    model[0].eval()
+    model[2].weight.requires_grad_(False)
+
+    def run() -> None:
+        with evaluating(model):
+            assert not any(m.training for m in model.modules())
+            assert not any(p.requires_grad for p in model.parameters())
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        run()
+    assert [m.training for m in (model, *model)] == [True, False, True, True]
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
+
+
+def test_sums_stream_to_the_same_moments() -> None:
+    states = torch.randn(50, 4, dtype=torch.float64) + 3
+    whole, parts, diagonal = Sums(full=True), Sums(full=True), Sums(full=False)
+    whole.add(states)
+    diagonal.add(states)
+    for part in states.split(7):
+        parts.add(part)
+    torch.testing.assert_close(parts.mean(), states.mean(0))
+    torch.testing.assert_close(parts.second_moment(), whole.second_moment())
+    torch.testing.assert_close(diagonal.norms(centred=False), states.square().mean(0).sqrt())
+    torch.testing.assert_close(diagonal.norms(centred=True), states.std(0, correction=0))
+    torch.testing.assert_close(parts.norms(centred=True), states.std(0, correction=0))
+
+
+def test_padding_mask() -> None:
+    mask = torch.ones(2, 5)
+    assert padding_mask({"input_ids": mask, "attention_mask": mask}) is mask
+    assert padding_mask({"pixel_values": mask, "pixel_attention_mask": mask}) is mask
+    assert padding_mask({"pixel_values": mask}) is None
