@@ -4,7 +4,8 @@ Each rewrite is a function of the graph that returns how often it applied. What 
 (torch 2.13, opset 20): linears as MatMul and Add, weights of quantized linears as DequantizeLinear and Transpose, masks
 as Where.
 
-Rounding: only `fold_channel_scales` changes values, by one rounding of float32.
+Rounding: only the two `fold_…_scales` change values, by one rounding of float32; a pass over the activations is what they
+save, once per residual branch and once per attention.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ def simplify(model: ir.Model) -> dict[str, int]:
     name_nodes(model)
     counts = {
         rewrite.__name__: rewrite(model)
-        for rewrite in (split_constants, transpose_weights, drop_open_masks, fold_channel_scales, drop_same_casts)
+        for rewrite in (
+            split_constants,
+            transpose_constants,
+            drop_open_masks,
+            fold_channel_scales,
+            fold_attention_scales,
+            drop_same_casts,
+        )
     }
     cleanups.RemoveUnusedNodesPass()(model)
     cleanups.RemoveUnusedOpsetsPass()(model)
@@ -68,25 +76,16 @@ def split_constants(model: ir.Model) -> int:
     return count
 
 
-def transpose_weights(model: ir.Model) -> int:
-    """DequantizeLinear(weight) then Transpose -> DequantizeLinear(transposed weight): what integer kernels match on."""
+def transpose_constants(model: ir.Model) -> int:
+    """Transpose constants now: the exporter leaves large ones, which are the integer weights of linears."""
     count = 0
     for node in _nodes(model, "Transpose"):
-        dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        whole = _constant(node.inputs[0])
+        if whole is None:
             continue
-        weight = _constant(dequantize.inputs[0])
-        if weight is None or weight.ndim != 2:
-            continue
-        axis = dequantize.attributes.get_int("axis", 1)
-        made = _initializer(model, np.ascontiguousarray(weight.T), f"{_name(dequantize.inputs[0])}_transposed")
-        replaced = ir.node(
-            "DequantizeLinear",
-            [made, *dequantize.inputs[1:]],
-            attributes={**_plain(dequantize), "axis": 1 - axis},
-            name=f"{dequantize.name}_transposed",
-        )
-        _replace(model, node, replaced)
+        turned = np.ascontiguousarray(whole.transpose(node.attributes["perm"].as_ints()))
+        made = _initializer(model, turned, f"{_name(node.inputs[0])}_transposed")
+        ir.convenience.replace_all_uses_with(node.outputs[0], made)
         count += 1
     return count
 
@@ -125,6 +124,39 @@ def fold_channel_scales(model: ir.Model) -> int:
                 ir.convenience.replace_all_uses_with(node.outputs[0], scaled, replace_graph_outputs=True)
                 count += 1
                 break
+    return count
+
+
+def fold_attention_scales(model: ir.Model) -> int:
+    """softmax(scale * queries keysᵀ): the scale moves into the linear that makes the queries; float32 only."""
+    count = 0
+    for node in _nodes(model, "Mul"):
+        product, factor = node.inputs
+        scale = _constant(factor)
+        matmul = product.producer() if product is not None else None
+        if (
+            scale is None
+            or scale.size != 1
+            or scale.dtype != np.float32
+            or matmul is None
+            or matmul.op_type != "MatMul"
+        ):
+            continue
+        source = matmul.inputs[0]
+        # (B, N, H * D) -> (B, N, H, D) -> (B, H, N, D), which a scale may pass.
+        while (
+            source is not None
+            and (maker := source.producer()) is not None
+            and maker.op_type in ("Reshape", "Transpose")
+            and len(source.uses()) == 1
+        ):
+            source = maker.inputs[0]
+        if product is None or source is None or len(product.uses()) != 1 or source.shape is None:
+            continue
+        width = source.shape[-1]
+        if isinstance(width, int) and _scale_linear(model, source, np.full(width, scale.item(), np.float32)):
+            ir.convenience.replace_all_uses_with(node.outputs[0], product)
+            count += 1
     return count
 
 
@@ -201,18 +233,6 @@ def _initializer(model: ir.Model, array: np.ndarray, name: str) -> ir.Value:
     made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
     model.graph.register_initializer(made)
     return made
-
-
-def _replace(model: ir.Model, node: ir.Node, replacement: ir.Node) -> None:
-    """Put `replacement` where `node` is; its single output takes over the type, shape and uses."""
-    new, old = replacement.outputs[0], node.outputs[0]
-    new.type, new.shape, new.name = old.type, old.shape, f"{_name(old)}_new"
-    model.graph.insert_before(node, replacement)
-    ir.convenience.replace_all_uses_with(old, new)
-
-
-def _plain(node: ir.Node) -> dict[str, ir.Attr]:
-    return dict(node.attributes)
 
 
 def _name(value: ir.Value | None) -> str:
