@@ -72,7 +72,7 @@ def load(
         source, records = saved.source, saved.records
     made = _build(directory, family, source, records, dtype)
     made.eval()
-    bundle = Bundle(made.to(device), _read_processor(directory), family, source, list(records))
+    bundle = Bundle(made.to(device), read_processor(directory), family, source, list(records))
     if records:
         family.write_config(made)
     return bundle
@@ -256,7 +256,7 @@ def _build(
     return model
 
 
-def _read_processor(directory: Path) -> Processor:
+def read_processor(directory: Path) -> Processor:
     image = tokenizer = None
     with _quiet():
         if any((directory / name).exists() for name in PREPROCESSING):
@@ -316,6 +316,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _set_config_dtype(path: Path, dtype: str) -> None:
     document = _read_json(path)
+    for part in document.values():
+        # transformers adds a dtype to the parts of a loaded config, and none to those of a new one.
+        if isinstance(part, dict):
+            part.pop("dtype", None)
     document["dtype"] = dtype
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 

@@ -20,14 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmcompress.errors import UsageError
-from mmcompress.measure.statistics import (
-    Estimate,
-    bootstrap,
-    percentiles,
-    ratio_of_medians,
-    samples_needed,
-    usual_block,
-)
+from mmcompress.ops.statistics import Estimate, bootstrap, percentiles, ratio_of_medians
 from mmcompress.progress import Progress, Silent
 
 Step = Callable[[], None]
@@ -94,11 +87,11 @@ class LatencySamples:
         found = percentiles(times, (50, 90, 99))
         return Latency(
             batch=batch,
-            p50_ms=bootstrap(times, np.median, seed=seed, block=usual_block(n)),
-            p90_ms=found[90] if n >= samples_needed(90) else None,
-            p99_ms=found[99] if n >= samples_needed(99) else None,
+            p50_ms=bootstrap(times, np.median, seed=seed, block=max(1, round(n ** (1 / 3)))),
+            p90_ms=found["p90"] if n >= samples_needed(90) else None,
+            p99_ms=found["p99"] if n >= samples_needed(99) else None,
             mean_ms=float(times.mean()),
-            throughput=batch / found[50] * 1e3,
+            throughput=batch / found["p50"] * 1e3,
             n=n,
             repeats=self.repeats,
         )
@@ -154,6 +147,10 @@ def compare(before: LatencySamples, after: LatencySamples, seed: int = 0) -> Est
 
     Both must come from the same `interleaved` call; raises UsageError where the rounds differ in number.
     """
+    if len(before.seconds) != len(after.seconds):
+        raise UsageError(
+            f"{len(before.seconds)} and {len(after.seconds)} rounds cannot be paired", hint="time both in one call"
+        )
     return ratio_of_medians(before.seconds, after.seconds, seed=seed)
 
 
@@ -167,6 +164,11 @@ def speed_verdict(ratio: Estimate) -> str:
     if ratio.high < 1:
         return f"{1 / ratio.value:.2f}x slower [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}] n={ratio.n}"
     return f"no difference: {ratio.value:.2f}x {interval}"
+
+
+def samples_needed(rank: float) -> int:
+    """Samples a percentile needs so that at least one is expected beyond it: 10 for p90, 100 for p99."""
+    return math.ceil(round(100 / (100 - rank), 6))
 
 
 def _warm_up(name: str, step: Step, warmup: int, repeats: int | None) -> int:

@@ -66,25 +66,27 @@ def bootstrap(
     seed: int = 0,
     resamples: int = RESAMPLES,
     clusters: ArrayLike | None = None,
+    block: int = 1,
 ) -> Estimate:
     """Return `statistic` of `values` (n,) with its percentile bootstrap interval.
 
+    Values in the order of time depend on their neighbours; with `block` > 1 circular blocks of that many are resampled.
     `clusters` (n,) names the independent thing each value belongs to; whole clusters are then resampled, the statistic
-    is the mean, and the estimate's n counts clusters. Raises ValueError for no values, or another statistic with
-    clusters.
+    is the mean, and the estimate's n counts clusters. Raises ValueError for no values, or another statistic or
+    blocks with clusters.
     """
     sample = _sample(values)
     if clusters is not None:
-        if statistic is not np.mean:
-            raise ValueError("a clustered bootstrap estimates the mean only")
+        if statistic is not np.mean or block > 1:
+            raise ValueError("a clustered bootstrap estimates the mean only, without blocks")
         return _mean(*_gathered(sample, np.asarray(clusters)), seed, resamples)
-    if statistic is np.mean:
+    if statistic is np.mean and block == 1:
         return _mean(sample, np.ones_like(sample), seed, resamples)
     value, n = float(statistic(sample, axis=-1)), len(sample)
     if n == 1:
         return Estimate(value, -math.inf, math.inf, 1)
     rng = np.random.default_rng(seed)
-    drawn = [statistic(sample[rng.integers(0, n, size=(count, n))], axis=-1) for count in _portions(resamples, n)]
+    drawn = [statistic(sample[_blocks(n, block, count, rng)], axis=-1) for count in _portions(resamples, n)]
     return _estimate(value, np.concatenate(drawn), n)
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from mmcompress.errors import UsageError
 from mmcompress.measure import latency
-from mmcompress.measure.latency import LatencySamples, compare, interleaved, speed_verdict
-from mmcompress.measure.statistics import Estimate
+from mmcompress.measure.latency import LatencySamples, compare, interleaved, samples_needed, speed_verdict
+from mmcompress.ops.statistics import Estimate
 
 
 class Clock:
@@ -172,3 +172,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, float], wor
 def test_nothing_to_time_is_refused() -> None:
     with pytest.raises(UsageError, match="nothing to time"):
         interleaved({})
+
+
+def test_samples_needed_for_a_percentile() -> None:
+    assert [samples_needed(rank) for rank in (50, 90, 99, 99.9)] == [2, 10, 100, 1000]

@@ -152,3 +152,8 @@ def test_misuse_is_named() -> None:
         bootstrap([1.0, 2.0], np.median, clusters=[0, 1])
     with pytest.raises(ValueError, match="clusters of shape"):
         bootstrap([1.0, 2.0], clusters=[0])
+
+
+def test_one_block_as_long_as_the_data_only_rotates_it() -> None:
+    found = bootstrap([1.0, 5.0, 9.0], np.median, block=3)
+    assert (found.value, found.low, found.high) == (5.0, 5.0, 5.0)

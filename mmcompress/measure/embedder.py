@@ -1,0 +1,95 @@
+"""An exported artifact as something that embeds images and texts: the files on disk, in an engine, with the saved preprocessing.
+
+Accuracy measured through this is the accuracy of what will be deployed, and not of the model it was exported from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from mmcompress.checkpoint import read_processor
+from mmcompress.errors import UsageError
+from mmcompress.export.artifact import Artifact
+from mmcompress.families import family_for
+from mmcompress.measure.runners import Runner, open_runner
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_ENGINES = ("tensorrt", "tensorrt_rtx")
+
+
+class ArtifactEmbedder:
+    """Embeds with the components of one artifact; a component is loaded when it is first needed.
+
+    `runner`, `threads`, `device` and `precision` are those of `measure.runners.open_runner`.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        runner: str = "onnxruntime",
+        *,
+        threads: int | None = None,
+        device: str | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        self.artifact = artifact
+        self._open = (runner, threads, device, precision)
+        self._runners: dict[str, Runner] = {}
+        self._family = family_for(artifact.config)
+        config = AutoConfig.for_model(**artifact.config)
+        # Preprocessing asks a model for its dtype and limits; one without weights can answer that.
+        with torch.device("meta"):
+            self._model: Any = self._family.model_class(config)(config)
+        self._processor = read_processor(artifact.directory)
+
+    @property
+    def similarity(self) -> tuple[float, float]:
+        """(scale, bias): logits are scale * cosine + bias."""
+        return self.artifact.similarity
+
+    def embed_images(self, images: Sequence[Image]) -> np.ndarray:
+        """Return float32 embeddings (B, C), not normalised. Raises what `open_runner` and preprocessing raise."""
+        return self._run("vision", self._family.prepare_images(self._model, self._processor, images))
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return float32 embeddings (B, C), not normalised. Raises what `open_runner` and preprocessing raise."""
+        return self._run("text", self._family.prepare_texts(self._model, self._processor, texts))
+
+    def runner(self, component: str) -> Runner:
+        """Return the engine that holds `component`, loading it the first time."""
+        if component not in self._runners:
+            name, threads, device, precision = self._open
+            self._runners[component] = open_runner(name, self.path(component), threads, device, precision)
+        return self._runners[component]
+
+    def path(self, component: str) -> Path:
+        """Return the file the engine loads: the graph, or the engine built from it. Raises UsageError where there is none."""
+        graph = self.artifact.path(component)
+        if self._open[0] not in _ENGINES:
+            return graph
+        engine = graph.with_suffix(".engine")
+        if not engine.is_file():
+            raise UsageError(
+                f"{self.artifact.directory} holds no engine for '{component}'", hint="mmc export --to tensorrt"
+            )
+        return engine
+
+    def close(self) -> None:
+        """Give the engines' memory back."""
+        for runner in self._runners.values():
+            runner.close()
+        self._runners.clear()
+
+    def _run(self, component: str, prepared: dict[str, torch.Tensor]) -> np.ndarray:
+        wanted = {spec.name for spec in self.artifact.component(component).inputs}
+        inputs = {name: value.numpy() for name, value in prepared.items() if name in wanted}
+        output = self.artifact.component(component).outputs[0].name
+        return np.asarray(self.runner(component).run(inputs)[output], dtype=np.float32)
