@@ -29,8 +29,8 @@ from mmcompress.progress import Progress, Silent
 from mmcompress.staging import staging
 
 FILE_NAME = "engine.json"
-ApiName = Literal["auto", "tensorrt", "tensorrt-rtx"]
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
+ApiName = Literal["auto", "tensorrt", "tensorrt_rtx"]
+MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx_bindings"}
 INSTALL = "pip install 'mmcompress[tensorrt]' (with a GPU) or 'mmcompress[rtx]' (builds without one)"
 
 
