@@ -54,8 +54,8 @@ VIT_BLOCK = BlockNames(
     mlp="mlp",
     mlp_writers=("mlp.fc1",),
     mlp_reader="mlp.fc2",
-    attend=("layernorm_before", "attention"),
-    feed=("layernorm_after", "mlp"),
+    attend=("layernorm_before", "attention", "dropout"),
+    feed=("layernorm_after", "mlp", "dropout"),
     bookkeeping=(("num_attention_heads", "heads"),),
 )
 
@@ -67,8 +67,8 @@ DINOV2_BLOCK = BlockNames(
     mlp="mlp",
     mlp_writers=("mlp.fc1",),
     mlp_reader="mlp.fc2",
-    attend=("norm1", "attention", "layer_scale1"),
-    feed=("norm2", "mlp", "layer_scale2"),
+    attend=("norm1", "attention", "layer_scale1", "drop_path"),
+    feed=("norm2", "mlp", "layer_scale2", "drop_path"),
     bookkeeping=(("num_attention_heads", "heads"),),
 )
 

@@ -20,12 +20,17 @@ Shapes: B batch, N tokens, R merged, P protected, D key width, Na and Nb the siz
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from mmcompress.errors import UsageError
 from mmcompress.ops.schedule import largest_merge
 
+TINY = 1e-6
+"""Keys shorter than this count as pointing nowhere (float16 keeps it above 0)."""
 FAR = 4.0
 """Beyond any cosine: what is added to or taken from similarities of padding."""
 
@@ -44,8 +49,9 @@ def bipartite_soft_matching(keys: Tensor, merged: int, protected: int = 0, sizes
             f"the limit is {largest_merge(tokens, protected)}",
             hint="merge fewer tokens, or give larger images",
         )
-    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2
-    unit = torch.nn.functional.normalize(keys.detach(), dim=-1)
+    first_a, first_b = _first(protected)
+    keys = keys.detach()
+    unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=TINY)
     similarity = unit[:, first_a::2] @ unit[:, first_b::2].mT  # (B, Na, Nb)
     if sizes is not None:
         similarity = similarity - FAR * (sizes[:, None, first_b::2] == 0).to(similarity.dtype)
@@ -53,24 +59,67 @@ def bipartite_soft_matching(keys: Tensor, merged: int, protected: int = 0, sizes
     if sizes is not None:
         best = torch.where(sizes[:, first_a::2] == 0, FAR, best)
 
-    target = _targets(best, partner, merged)  # (B, Na), rows counted after the protected ones
-    count_a = best.shape[1]
-    positions = torch.arange(tokens, device=keys.device)
-    is_a = (positions >= protected) & (positions % 2 == 0)
-    index_a = ((positions - first_a) // 2).clamp(0, count_a - 1)
-    row_b = protected + count_a - merged + (positions - first_b) // 2
-    stays = torch.where(positions < protected, positions, row_b)
-    rows = torch.where(is_a, target.index_select(1, index_a) + protected, stays)  # (B, N)
-    return (rows[:, None, :] == torch.arange(tokens - merged, device=keys.device)[:, None]).to(keys.dtype)
+    layout = _layout(tokens, merged, protected, unit)
+    target = _targets(best, partner, merged, layout.earlier)  # (B, Na)
+    rows = torch.where(layout.is_a, target.index_select(1, layout.index_a), layout.fixed)  # (B, N)
+    return (rows[:, None, :] == layout.numbers).to(keys.dtype)
 
 
-def _targets(best: Tensor, partner: Tensor, merged: int) -> Tensor:
+def _targets(best: Tensor, partner: Tensor, merged: int, earlier: Tensor) -> Tensor:
     """Return the row (B, Na) of every A token: its place among those that stay, or its partner's row behind them."""
-    count = best.shape[1]
-    order = torch.arange(count, device=best.device)
-    earlier = order[None, :] < order[:, None]  # [i, j]: j comes before i
     mine, other = best[:, :, None], best[:, None, :]
     rank = ((other > mine) | ((other == mine) & earlier)).sum(dim=-1)
     stays = rank >= merged
     place = (stays[:, None, :] & earlier).sum(dim=-1)
-    return torch.where(stays, place, partner + (count - merged))
+    return torch.where(stays, place, partner + (best.shape[1] - merged))
+
+
+class Layout(NamedTuple):
+    """What depends on N, R and P alone. Rows are counted from the first unprotected one, so protected ones are negative."""
+
+    is_a: Tensor
+    """(N,) bool."""
+    index_a: Tensor
+    """(N,): the place of an A token within A; anything for others."""
+    fixed: Tensor
+    """(N,): the row of tokens that never move; anything for A tokens."""
+    numbers: Tensor
+    """(N - R, 1): the rows' numbers."""
+    earlier: Tensor
+    """(Na, Na) bool: [i, j] says that j comes before i."""
+
+
+def _layout(tokens: int, merged: int, protected: int, like: Tensor) -> Layout:
+    """Return the layout on the device of `like`, remembered between calls: at batch 1 making it costs more than matching.
+
+    While a graph is traced nothing is remembered, because the tensors of a trace must not outlive it.
+    """
+    if type(like) is not Tensor or torch.compiler.is_compiling():
+        return _make_layout(tokens, merged, protected, like.device)
+    return _remembered_layout(tokens, merged, protected, like.device)
+
+
+def _make_layout(tokens: int, merged: int, protected: int, device: torch.device) -> Layout:
+    first_a, first_b = _first(protected)
+    count_a = len(range(first_a, tokens, 2))
+    position = torch.arange(tokens, device=device)
+    order = torch.arange(count_a, device=device)
+    row_b = count_a - merged + (position - first_b) // 2
+    return Layout(
+        is_a=(position >= protected) & (position % 2 == 0),
+        index_a=((position - first_a) // 2).clamp(0, count_a - 1),
+        fixed=torch.where(position < protected, position - protected, row_b),
+        numbers=torch.arange(-protected, tokens - merged - protected, device=device)[:, None],
+        earlier=order[None, :] < order[:, None],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered_layout(tokens: int, merged: int, protected: int, device: torch.device) -> Layout:
+    with torch.inference_mode(False):
+        return _make_layout(tokens, merged, protected, device)
+
+
+def _first(protected: int) -> tuple[int, int]:
+    """Return the first position of A (even) and of B (odd)."""
+    return protected + protected % 2, protected + 1 - protected % 2

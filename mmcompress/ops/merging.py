@@ -1,11 +1,11 @@
 """Merging tokens by an assignment matrix, and taking the merge back.
 
-An assignment (B, M, N) of 0s and 1s says which of N tokens went into which of M (see `matching`, `selection`). Merged tokens are means
-weighted by size, where a token's size is the number of original tokens it stands for. One matmul does it: TensorRT rejects scatter
+An assignment (B, M, N) of 0s and 1s says which of N tokens went into which of M (see `matching`). Merged tokens are means weighted
+by size, where a token's size is the number of original tokens it stands for. One matmul does it: TensorRT rejects scatter
 reductions, and a one-hot matmul gives the same sums.
 
-A token of size s must weigh s times in every softmax over tokens: `log_size_bias` is added to the attention logits. Then m equal tokens
-and one token of size m give the same attention output. Padding is a token of size 0.
+A token of size s must weigh s times in every softmax over tokens: `log_size_bias` is added to the attention logits. Then m equal
+tokens and one token of size m give the same attention output. Padding is a token of size 0.
 
 Source: ToMe, arXiv 2210.09461, section 3 (proportional attention).
 """

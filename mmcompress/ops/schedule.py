@@ -99,7 +99,7 @@ def solve_keep(keep: float, tokens: int, protected: int, blocks: int, shape: Sha
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if _removed(scaled(middle)) <= removed else (low, middle)
-    return _closed(scaled(low), removed, tokens, protected)
+    return _closed(scaled(low), [low * part for part in slope], removed, tokens, protected)
 
 
 def _removed(schedule: Sequence[int]) -> int:
@@ -107,15 +107,16 @@ def _removed(schedule: Sequence[int]) -> int:
     return sum(merged * (len(schedule) - index) for index, merged in enumerate(schedule))
 
 
-def _closed(schedule: list[int], removed: int, tokens: int, protected: int) -> list[int]:
-    """Remove single tokens, each time where it closes most of the gap to `removed` without overshooting."""
+def _closed(schedule: list[int], ideal: list[float], removed: int, tokens: int, protected: int) -> list[int]:
+    """Remove single tokens until `removed` is met: where R is lowest beside the ideal, and there as early as does not overshoot."""
     while (done := _removed(schedule)) < removed:
-        tried = [
-            capped([*schedule[:index], schedule[index] + 1, *schedule[index + 1 :]], tokens, protected)
-            for index in range(len(schedule))
-        ]
-        fitting = [one for one in tried if done < _removed(one) <= removed]
+        fitting = []
+        for index, part in enumerate(ideal):
+            raised = [*schedule[:index], schedule[index] + 1, *schedule[index + 1 :]]
+            tried = capped(raised, tokens, protected)
+            if done < _removed(tried) <= removed:
+                fitting.append((schedule[index] - part, -_removed(tried), tried))
         if not fitting:
             break
-        schedule = max(fitting, key=_removed)
+        schedule = min(fitting)[2]
     return schedule

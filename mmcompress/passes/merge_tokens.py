@@ -52,11 +52,15 @@ class MergeTokens:
 
     def __post_init__(self) -> None:
         if self.keep is not None and not 0 < self.keep <= 1:
-            raise UsageError(f"merge-tokens.keep is {self.keep:g}; expected 0 < keep <= 1", hint="0.5 halves the token work")
+            raise UsageError(
+                f"merge-tokens.keep is {self.keep:g}; expected 0 < keep <= 1", hint="0.5 halves the token work"
+            )
         if self.keep is not None and self.merged:
             raise UsageError("merge-tokens has both keep and merged", hint="give one of them")
         if any(number < 0 for number in self.merged):
-            raise UsageError(f"merge-tokens.merged has {min(self.merged)}; expected numbers >= 0", hint="0 merges nothing")
+            raise UsageError(
+                f"merge-tokens.merged has {min(self.merged)}; expected numbers >= 0", hint="0 merges nothing"
+            )
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules that do not fit, and a second merging."""
@@ -145,7 +149,9 @@ class MergeTokens:
             "tokens": before,
             "tokens_after_block": after,
             "keep": round(kept_share(merged, before), 4),
-            "block_macs_kept": round(_macs(bundle, tower, [before, *after]) / _macs(bundle, tower, [before] * (len(after) + 1)), 4),
+            "block_macs_kept": round(
+                _macs(bundle, tower, [before, *after]) / _macs(bundle, tower, [before] * (len(after) + 1)), 4
+            ),
         }
 
     def _schedule(self, tower: Tower) -> list[int]:

@@ -1,8 +1,8 @@
 """Getting the attention keys out of transformers' attention modules, without touching their code.
 
-transformers looks up the attention function by a name in the module's config. `give_keys` gives a tower's attention modules a config
-of their own, with our name in it; the modules then return their keys, averaged over heads, where attention weights would be. The
-tower's config stays as it is: masks are made as before, other towers that share it are not concerned, nothing of it is saved, and
+transformers looks up the attention function by a name in the module's config. `give_keys` gives attention modules a config of their
+own with our name in it; they then return their keys, averaged over heads, where attention weights would be. The tower's config
+stays as it is: masks are made as before, other towers that share it are not concerned, nothing of it is saved, and
 `set_attn_implementation` on the model changes the other modules only.
 
 With ``output_attentions=True`` these modules report the keys.

@@ -1,7 +1,7 @@
 """Blocks that pass on fewer tokens than they were given.
 
-`bind_block` gives one block instance a `forward` of its own: attention, then fewer tokens, then the MLP. The class stays what it was, no
-module is added, and no name in the state dict changes; what the block has to know lies in its attribute `reduction`.
+`bind_block` gives one block instance a `forward` of its own: attention, then fewer tokens, then the MLP. The class stays what it
+was, no module is added, and no name in the state dict changes; what the block has to know lies in its attribute `reduction`.
 
 Token sizes go from block to block in a `Ledger` that the tower's blocks share. The first block of a forward opens it and the last
 one, or the pooling attention behind it, closes it. Each block's arithmetic is a function of tensors alone (`_reduce`), so gradient
@@ -86,7 +86,7 @@ class Reduction:
 def bind_block(block: nn.Module, reduction: Reduction) -> None:
     """Make `block` reduce its tokens; the block must be pre-norm, return a tensor, and take (tokens, mask, ...)."""
     setattr(block, ATTRIBUTE, reduction)
-    block.forward = MethodType(_forward, block)  # type: ignore[method-assign]
+    block.forward = MethodType(_forward, block)
 
 
 def bind_pool(pool: nn.MultiheadAttention, owner: nn.Module, ledger: Ledger, *, proportional: bool) -> None:
@@ -98,7 +98,7 @@ def bind_pool(pool: nn.MultiheadAttention, owner: nn.Module, ledger: Ledger, *, 
     setattr(pool, ATTRIBUTE, (ledger, proportional))
     pool.forward = MethodType(_pool_forward, pool)  # type: ignore[method-assign]
     if "attention_mask" in inspect.signature(type(owner).forward).parameters:
-        owner.forward = MethodType(_maskless_forward, owner)  # type: ignore[method-assign]
+        owner.forward = MethodType(_maskless_forward, owner)
 
 
 def is_reduced(module: nn.Module) -> bool:
@@ -114,7 +114,9 @@ def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = N
         ledger.padded = ledger.flow.sizes is not None
     flow, padded = ledger.flow, ledger.padded
 
-    def step(tokens: Tensor, sizes: Tensor | None, origin: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def step(
+        tokens: Tensor, sizes: Tensor | None, origin: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         made, after = _reduce(self, own, tokens, Flow(sizes, origin), padded, kwargs)
         return made, *after
 
@@ -141,7 +143,7 @@ def _reduce(
         mask = bias[:, None, None, :]  # (B, 1, 1, N)
     branch, keys = tokens, None
     for name in own.attend:
-        child = block.get_submodule(name)
+        child = getattr(block, name)
         if name == own.attention:
             branch, keys = child(branch, attention_mask=mask, **kwargs)
         else:
@@ -149,13 +151,15 @@ def _reduce(
     tokens = tokens + branch
     if own.merged:
         if keys is None:
-            raise RuntimeError(f"{type(block).__name__}.{own.attention} gave no keys; its config was replaced after merging")
+            raise RuntimeError(
+                f"{type(block).__name__}.{own.attention} gave no keys; its config was replaced after merging"
+            )
         tokens, flow = _merged(own, tokens, keys, flow, padded)
     elif own.kept:
         tokens, flow = _dropped(own, tokens, flow)
     branch = tokens
     for name in own.feed:
-        branch = block.get_submodule(name)(branch)
+        branch = getattr(block, name)(branch)
     return tokens + branch, flow
 
 
@@ -188,11 +192,12 @@ def _restored(own: Reduction, tokens: Tensor, flow: Flow) -> Tensor:
 
 
 def _sizes(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Return sizes (B, N) of 1 and, where the mask hides a token, 0; None without a mask.
+    """Return sizes (B, N) of 1 and, where the mask hides a token, 0; None without padding.
 
     `mask`: (B, 1, N or 1, N), true or 0 where attention is allowed. Raises UsageError for other forms (flash attention's).
     """
-    if mask is None:
+    # While exporting, transformers (5.x) makes a mask even without padding, by expanding one column: all keys are alike.
+    if mask is None or mask.stride(-1) == 0:
         return None
     if mask.dim() != 4:
         raise UsageError(
