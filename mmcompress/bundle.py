@@ -9,6 +9,7 @@ Shape alphabet: B batch, N tokens, C channels, H heads, D head width, L blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -140,6 +141,9 @@ class Family(Protocol):
 
     def prepare_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return the inputs of `encode(…, "text", …)` for texts, padded; longer texts are cut at the model's limit."""
+
+    def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While active, `model` computes the same in a way that can be traced with a dynamic batch."""
 
     def write_config(self, model: nn.Module) -> None:
         """Write uniform widths and depths of the modules into model.config, as far as the config can say them."""

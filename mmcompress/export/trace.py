@@ -96,7 +96,7 @@ def trace(module: Encoder, inputs: dict[str, Tensor], opset: int) -> ir.Model:
     """
     axes = dynamic_axes(inputs)
     shapes = tuple(dict.fromkeys(range(len(names)), torch.export.Dim.DYNAMIC) for names in axes.values())
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), module.family.exporting(module.model):
         try:
             program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=(shapes,), strict=False)
             exported = torch.onnx.export(

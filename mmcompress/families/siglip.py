@@ -5,6 +5,8 @@ SigLIP 2 takes patches of images of any aspect ratio, padded to one length with 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from mmcompress.bundle import TokenStream, Tower
 from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, example_tokens, read_blocks
 from mmcompress.families.clip import write_clip_widths
 from mmcompress.families.two_tower import TwoTowers
+from mmcompress.ops.grids import resize_grid
 
 
 class Siglip(TwoTowers):
@@ -80,12 +83,29 @@ class Siglip(TwoTowers):
             "spatial_shapes": torch.full((batch, 2), side),
         }
 
+    @contextlib.contextmanager
+    def exporting(self, model: Any) -> Iterator[None]:
+        """SigLIP 2 resizes its position table in a loop over images, with sizes read from a tensor; see `ops.grids`."""
+        if not self._flexible(model):
+            yield
+            return
+        embeddings = model.vision_model.embeddings
+        embeddings.resize_positional_embeddings = _resize_positions
+        try:
+            yield
+        finally:
+            del embeddings.resize_positional_embeddings
+
     def write_config(self, model: Any) -> None:
         write_clip_widths(self.towers(model), model.config)
 
     @staticmethod
     def _flexible(model: Any) -> bool:
         return bool(model.config.model_type == "siglip2")
+
+
+def _resize_positions(table: Tensor, shapes: Tensor, max_length: int) -> Tensor:
+    return resize_grid(table, shapes, max_length)
 
 
 FAMILY = Siglip()

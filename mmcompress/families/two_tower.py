@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +39,10 @@ class TwoTowers:
         bias = getattr(model, "logit_bias", None)
         scale = model.logit_scale.exp()
         return scale, torch.zeros_like(scale) if bias is None else bias
+
+    def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Change nothing: most models can be traced as they are."""
+        return contextlib.nullcontext()
 
     def text_config(self, model: Any) -> Any:
         """Return the config that holds the text tower's limits."""
