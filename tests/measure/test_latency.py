@@ -150,7 +150,7 @@ def test_a_verdict_claims_a_difference_only_outside_the_interval(ratio: Estimate
 
 
 def test_samples_of_different_runs_are_not_compared() -> None:
-    with pytest.raises(UsageError, match="5 and 6 samples"):
+    with pytest.raises(UsageError, match="5 and 6 rounds"):
         compare(LatencySamples(np.ones(5)), LatencySamples(np.ones(6)))
 
 
