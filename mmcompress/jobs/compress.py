@@ -8,9 +8,9 @@ Everything is written under a hidden directory beside the output and renamed at 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import mmcompress
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
-from mmcompress.errors import GateFailed
+from mmcompress.errors import GateFailed, MissingError, UsageError
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
 from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.store import read_evaluation, write_evaluation
@@ -111,10 +111,15 @@ def compress(
     )
     run = _Run(model, recipe, place, context, evaluation_data)
     run.context = dataclasses.replace(context, teacher=run.fresh)
-    _measure_stage(run, ORIGINAL, bundle)
-    run.reference = run.last
-    bundle = pipeline.run(bundle, todo, run.context, place, after=lambda *stage: _after(run, *stage))
-    return _finish(run, bundle, output)
+    try:
+        _measure_stage(run, ORIGINAL, bundle)
+        run.reference = run.last
+        bundle = pipeline.run(bundle, todo, run.context, place, after=lambda *stage: _after(run, *stage))
+        return _finish(run, bundle, output)
+    except (UsageError, MissingError, OSError):
+        # Going on would fail the same way. What was killed or crashed stays, to be resumed.
+        place.remove()
+        raise
 
 
 def _finish(run: _Run, bundle: Bundle, output: Path) -> Result:
@@ -248,8 +253,6 @@ def _keep_reports(run: _Run, final: Path) -> None:
 
 def _load(model: str | Path | Bundle, device: str, allow_pickle: bool = False) -> Bundle:
     if isinstance(model, Bundle):
-        import copy
-
         # The caller's model stays as it is.
         return copy.deepcopy(model)
     return checkpoint.load(model, device=device, allow_pickle=allow_pickle)
@@ -278,8 +281,3 @@ def _newest(place: Workplace, recipe: Recipe) -> Path:
 
 def _badness(finding: Finding) -> int:
     return {"bad": 0, "note": 1, "good": 2}[finding.level]
-
-
-def list_findings(findings: Sequence[Finding]) -> list[dict[str, str]]:
-    """Return findings as plain dicts, for tables and JSON."""
-    return [finding.to_json() for finding in findings]

@@ -10,17 +10,18 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import MissingError, UsageError, closest
 from mmcompress.export.artifact import Artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
+from mmcompress.jobs.arrays import TOKENS, arrays_for
 from mmcompress.measure.latency import Latency, LatencySamples, compare, interleaved
 from mmcompress.measure.machine import usable_cores
+from mmcompress.measure.runner import Arrays, Runner
 from mmcompress.measure.runners import RUNNERS, open_runner
 from mmcompress.ops.statistics import Estimate
 from mmcompress.progress import Progress
@@ -86,6 +87,37 @@ def usable_runners(wanted: Sequence[str], device: str = "cpu") -> tuple[str, ...
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class Lane:
+    """One tower of one side in one runner: how to load it, and what it is given."""
+
+    side: str
+    runner: str
+    """What the lane is called in tables: a runner's name, with the precision where that is not the stored one."""
+    load: Callable[[], Runner]
+    inputs: Arrays
+
+
+def time_lanes(
+    lanes: Sequence[Lane], *, tower: str, batch: int, rounds: int, progress: Progress | None = None
+) -> list[Timing]:
+    """Time every lane, all interleaved in one run."""
+    with contextlib.ExitStack() as stack:
+        opened: list[Runner] = []
+        for lane in lanes:
+            runner = lane.load()
+            stack.callback(runner.close)
+            opened.append(runner)
+        steps = {
+            f"{lane.side} {lane.runner}": runner.bind(lane.inputs) for lane, runner in zip(lanes, opened, strict=True)
+        }
+        samples = interleaved(steps, rounds=rounds, progress=progress)
+        return [
+            Timing(lane.side, tower, lane.runner, taken.summary(batch), taken, runner.facts())
+            for lane, runner, taken in zip(lanes, opened, samples.values(), strict=True)
+        ]
+
+
 def time_artifacts(
     sides: Mapping[str, Artifact],
     runners: Sequence[str],
@@ -99,51 +131,32 @@ def time_artifacts(
     progress: Progress | None = None,
 ) -> list[Timing]:
     """Time one tower of every artifact in every runner, all interleaved. Inputs are the same for all sides."""
-    with contextlib.ExitStack() as stack:
-        opened = {}
-        for side, artifact in sides.items():
-            for name in runners:
-                runner = open_runner(name, artifact.path(tower), threads, device, precision)
-                stack.callback(runner.close)
-                opened[side, name] = runner
-        steps = {
-            f"{side} {name}": runner.bind(example_arrays(sides[side], tower, batch))
-            for (side, name), runner in opened.items()
-        }
-        samples = interleaved(steps, rounds=rounds, progress=progress)
-        return [
-            Timing(
-                side, tower, name, samples[f"{side} {name}"].summary(batch), samples[f"{side} {name}"], runner.facts()
-            )
-            for (side, name), runner in opened.items()
-        ]
+    lanes = [
+        Lane(
+            side,
+            name,
+            partial(open_runner, name, artifact.path(tower), threads, device, precision),
+            example_arrays(artifact, tower, batch),
+        )
+        for side, artifact in sides.items()
+        for name in runners
+    ]
+    return time_lanes(lanes, tower=tower, batch=batch, rounds=rounds, progress=progress)
 
 
-def example_arrays(artifact: Artifact, tower: str, batch: int, tokens: int = 16) -> dict[str, np.ndarray]:
-    """Return deterministic inputs (B, …) of a component's graph: noise for floats, small ids and full masks for integers."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for spec in artifact.component(tower).inputs:
-        shape = [dim if isinstance(dim, int) else batch if dim == "batch" else tokens for dim in spec.dims]
-        if "float" in spec.dtype:
-            arrays[spec.name] = generator.standard_normal(shape).astype(np.float32)
-        elif "mask" in spec.name:
-            arrays[spec.name] = np.ones(shape, dtype=np.dtype(spec.dtype))
-        elif "shape" in spec.name:
-            side = int(np.sqrt(next(s.dims[1] for s in artifact.component(tower).inputs if "float" in s.dtype)))
-            arrays[spec.name] = np.full(shape, side, dtype=np.dtype(spec.dtype))
-        else:
-            arrays[spec.name] = generator.integers(1, 4, shape).astype(np.dtype(spec.dtype))
-    return arrays
+def example_arrays(artifact: Artifact, tower: str, batch: int, tokens: int = TOKENS) -> Arrays:
+    """Return deterministic inputs (B, …) of a component's graph."""
+    return arrays_for(artifact.component(tower).inputs, batch, tokens)
 
 
 def speeds_between(before: str, after: str, timings: Sequence[Timing], threads: int) -> list[TowerSpeed]:
-    """Return the ratios of one tower's timings: in each runner, and between the two sides' best ones."""
-    sides = {side: {t.runner: t for t in timings if t.side == side} for side in (before, after)}
-    rows = [_ratio(sides[before][name], sides[after][name], name, threads) for name in sides[before]]
-    if len(sides[before]) > 1:
-        first, second = (min(side.values(), key=lambda t: t.latency.p50_ms.value) for side in sides.values())
-        rows.append(_ratio(first, second, f"{BEST}: {first.runner} against {second.runner}", threads))
+    """Return the ratios of one tower's timings: in each runner both sides have, and between the two sides' best ones."""
+    first, second = ({t.runner: t for t in timings if t.side == side} for side in (before, after))
+    both = [name for name in first if name in second]
+    rows = [_ratio(first[name], second[name], name, threads) for name in both]
+    if len(both) != 1 or len(first) > 1 or len(second) > 1:
+        best, rival = (min(side.values(), key=lambda t: t.latency.p50_ms.value) for side in (first, second))
+        rows.append(_ratio(best, rival, f"{BEST}: {best.runner} against {rival.runner}", threads))
     return rows
 
 

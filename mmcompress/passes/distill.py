@@ -97,6 +97,9 @@ class Distill:
         """Whether there is nothing to do."""
         return self.steps == 0 if self.steps is not None else self.epochs == 0
 
+    def control(self) -> None:
+        """Return None: nothing is selected."""
+
     def check(self, bundle: Bundle) -> None:
         """Raise UsageError when a tower is unknown or nothing in the chosen towers can train."""
         for name in self.towers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -61,6 +62,10 @@ class MergeTokens:
             raise UsageError(
                 f"merge-tokens.merged has {min(self.merged)}; expected numbers >= 0", hint="0 merges nothing"
             )
+
+    def control(self) -> MergeTokens | None:
+        """Return the pass that drops as many tokens at random."""
+        return None if self.method == "random" else dataclasses.replace(self, method="random")
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules that do not fit, and a second merging."""

@@ -11,6 +11,7 @@ the least damage per parameter or MAC goes first; Taylor scores mean just that. 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -109,6 +110,10 @@ class Prune:
             )
         if self.uniform and self.protect:
             raise UsageError("prune.uniform and prune.protect contradict each other", hint="drop one of them")
+
+    def control(self) -> Prune | None:
+        """Return the pass that removes as much at random, repaired the same way."""
+        return None if self.score == "random" else dataclasses.replace(self, score="random")
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers, modules and ratios this cannot work on."""

@@ -108,7 +108,8 @@ class Schema:
 def read_schema(module: str, cls: str) -> Schema:
     """Parse the dataclass `cls` in `module`'s source file."""
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, f"{module} is listed in PASSES but does not exist"
+    assert spec is not None, f"{module} is listed in PASSES but does not exist"
+    assert spec.origin is not None, f"{module} has no source file"
     tree = ast.parse(Path(spec.origin).read_text())
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls)
     parameters = []

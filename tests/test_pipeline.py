@@ -1,0 +1,169 @@
+"""A run that is killed anywhere and resumed ends in the same bytes; a run that fails leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mmcompress import checkpoint
+from mmcompress.errors import GateFailed, UsageError
+from mmcompress.jobs.compress import compress
+from mmcompress.recipe import parse
+from mmcompress.staging import partial_path
+from tests import tiny
+
+STEPS = [
+    {"prune": {"ratio": 0.3}},
+    {"merge-tokens": {"keep": 0.6}},
+    {"distill": {"steps": 4, "batch_size": 4, "save_minutes": 0}},
+    {"quantize": {"scheme": "W8A8"}},
+]
+
+
+class Fuse:
+    """Progress that kills its own process at the event number `at`, and counts events otherwise."""
+
+    def __init__(self, at: int = -1) -> None:
+        self.at, self.seen = at, 0
+
+    def _event(self) -> None:
+        if self.seen == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.seen += 1
+
+    def start(self, label: str, total: int | None) -> None:
+        self._event()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._event()
+
+    def finish(self) -> None:
+        self._event()
+
+    def say(self, line: str) -> None:
+        self._event()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("model")
+    checkpoint.save(tiny.bundle("dual_encoder_dinov2"), home / "model")
+    data = home / "data"
+    data.mkdir()
+    rows = []
+    for sample in tiny.dataset(16):
+        sample.image.save(data / f"{sample.key}.png")
+        rows.append({"file_name": f"{sample.key}.png", "text": f"{sample.texts[0]} {sample.key}"})
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home / "model"
+
+
+def recipe(model: Path, steps: list[dict[str, object]] | None = None, **more: object) -> object:
+    data = {"calibration": str(model.parent / "data"), "evaluation": str(model.parent / "data"), "batch_size": 8}
+    return parse({"steps": steps or STEPS, "data": data, **more})
+
+
+def content(directory: Path) -> dict[str, object]:
+    """Every file's bytes; of mmc.json all but the seconds, the one thing that may differ."""
+    found: dict[str, object] = {}
+    for file in sorted(directory.rglob("*")):
+        if file.name == "mmc.json":
+            document = json.loads(file.read_text())
+            for record in document["records"]:
+                record.pop("seconds")
+                record["facts"] = {k: v for k, v in record["facts"].items() if "second" not in k}
+            found[file.name] = document
+        elif file.is_file():
+            found[str(file.relative_to(directory))] = file.read_bytes()
+    return found
+
+
+def in_child(run: object) -> int:
+    """Run in a forked child and return its exit status (negative: the signal that ended it)."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()  # type: ignore[operator]
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], int]:
+    output, fuse = tmp_path_factory.mktemp("whole") / "out", Fuse()
+    compress(model, recipe(model), output, progress=fuse)
+    assert [p.name for p in output.parent.iterdir()] == ["out"]
+    return content(output), fuse.seen
+
+
+@pytest.mark.parametrize("share", [0.02, 0.12, 0.25, 0.4, 0.55, 0.65, 0.75, 0.85, 0.97])
+def test_killed_anywhere_and_resumed_ends_in_the_same_bytes(
+    share: float, model: Path, uninterrupted: tuple[dict[str, object], int], tmp_path: Path
+) -> None:
+    want, events = uninterrupted
+    output = tmp_path / "out"
+    at = int(share * events)
+    assert in_child(lambda: compress(model, recipe(model), output, progress=Fuse(at))) == -signal.SIGKILL
+    assert not output.exists()
+    assert partial_path(output).exists()
+    with pytest.raises(UsageError, match="interrupted run") as caught:
+        compress(model, recipe(model), output)
+    assert "--resume" in caught.value.hint
+    compress(model, recipe(model), output, resume=True)
+    got = content(output)
+    assert sorted(got) == sorted(want)
+    for name in want:
+        assert got[name] == want[name], name
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_recipe_does_not_resume(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert in_child(lambda: compress(model, recipe(model), output, progress=Fuse(9))) == -signal.SIGKILL
+    with pytest.raises(UsageError, match="another one: recipe changed"):
+        compress(model, recipe(model, [{"prune": {"ratio": 0.5}}]), output, resume=True)
+
+
+def test_a_mistake_in_the_last_step_is_found_before_the_first_runs(model: Path, tmp_path: Path) -> None:
+    fuse = Fuse()
+    with pytest.raises(UsageError, match="ratio"):
+        compress(model, recipe(model, [*STEPS, {"prune": {"ratio": 1.5}}]), tmp_path / "out", progress=fuse)
+    assert list(tmp_path.iterdir()) == []
+    assert fuse.seen == 0
+
+
+def test_an_existing_output_is_refused_before_anything_runs(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        compress(model, recipe(model), tmp_path / "out")
+
+
+def test_a_failed_gate_keeps_the_result_aside(model: Path, tmp_path: Path) -> None:
+    made = recipe(model, [{"merge-tokens": {"keep": 0.6}}], gates={"max_size": 0.001})
+    with pytest.raises(GateFailed, match="size is") as caught:
+        compress(model, made, tmp_path / "out")
+    assert "out.rejected" in caught.value.hint
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.rejected"]
+
+
+def test_an_error_names_the_step_and_what_had_run(model: Path, tmp_path: Path) -> None:
+    twice = [{"merge-tokens": {"keep": 0.6}}, {"merge-tokens": {"keep": 0.5}}]
+    with pytest.raises(UsageError, match=r"step 2, merge-tokens \(after merge-tokens\): .*merges tokens already"):
+        compress(model, recipe(model, twice), tmp_path / "out")
+
+
+def test_random_selection_is_measured_beside_what_selects(model: Path, tmp_path: Path) -> None:
+    result = compress(model, recipe(model, STEPS[:2]), tmp_path / "out")
+    stages = [row["stage"] for row in result.rows]
+    assert stages == ["original", "prune", "prune (random)", "merge-tokens", "merge-tokens (random)"]
+    assert any("random selection" in finding.text for finding in result.findings)
