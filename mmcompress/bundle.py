@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -155,11 +156,15 @@ class Processor:
 
     image: Any = None
     tokenizer: Any = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    """The preprocessing files as they were read; written back unchanged, which re-serialising would not do."""
 
     def save(self, directory: str) -> None:
         """Write the preprocessing files beside the weights."""
+        for name, content in self.files.items():
+            (Path(directory) / name).write_bytes(content)
         for part in (self.image, self.tokenizer):
-            if part is not None:
+            if part is not None and not self.files:
                 part.save_pretrained(directory)
 
 

@@ -40,7 +40,8 @@ from mmcompress.staging import staging
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
 
 
 def load(
@@ -263,7 +264,9 @@ def read_processor(directory: Path) -> Processor:
             image = AutoImageProcessor.from_pretrained(directory, backend="pil")
         if any((directory / name).exists() for name in TOKENIZERS):
             tokenizer = _tokenizer_class(directory).from_pretrained(directory)
-    return Processor(image, tokenizer)
+    names = (*PREPROCESSING, *TOKENIZERS, *TOKENIZER_EXTRAS)
+    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+    return Processor(image, tokenizer, files)
 
 
 def _tokenizer_class(directory: Path) -> Any:
