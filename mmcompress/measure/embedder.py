@@ -57,11 +57,16 @@ class ArtifactEmbedder:
 
     def embed_images(self, images: Sequence[Image]) -> np.ndarray:
         """Return float32 embeddings (B, C), not normalised. Raises what `open_runner` and preprocessing raise."""
-        return self._run("vision", self._family.prepare_images(self._model, self._processor, images))
+        return self._run("vision", self.prepare_images(images))
+
+    def prepare_images(self, images: Sequence[Image]) -> dict[str, np.ndarray]:
+        """Return what the vision graph takes for `images`."""
+        return self._arrays("vision", self._family.prepare_images(self._model, self._processor, images))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return float32 embeddings (B, C), not normalised. Raises what `open_runner` and preprocessing raise."""
-        return self._run("text", self._family.prepare_texts(self._model, self._processor, texts))
+        prepared = self._family.prepare_texts(self._model, self._processor, texts)
+        return self._run("text", self._arrays("text", prepared))
 
     def runner(self, component: str) -> Runner:
         """Return the engine that holds `component`, loading it the first time."""
@@ -88,8 +93,10 @@ class ArtifactEmbedder:
             runner.close()
         self._runners.clear()
 
-    def _run(self, component: str, prepared: dict[str, torch.Tensor]) -> np.ndarray:
+    def _arrays(self, component: str, prepared: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
         wanted = {spec.name for spec in self.artifact.component(component).inputs}
-        inputs = {name: value.numpy() for name, value in prepared.items() if name in wanted}
+        return {name: value.numpy() for name, value in prepared.items() if name in wanted}
+
+    def _run(self, component: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         output = self.artifact.component(component).outputs[0].name
         return np.asarray(self.runner(component).run(inputs)[output], dtype=np.float32)
