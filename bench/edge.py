@@ -95,7 +95,12 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         result = run(work, options.rounds, options.threads, options.overrides)
     (assets.RESULTS / "edge.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"speed": result["speedups"], "r1": {k: v["image_to_text_r1"] for k, v in result["accuracy"].items()}}, indent=1))
+    print(
+        json.dumps(
+            {"speed": result["speedups"], "r1": {k: v["image_to_text_r1"] for k, v in result["accuracy"].items()}},
+            indent=1,
+        )
+    )
 
 
 def run(work: Path, rounds: int, threads: int, overrides: list[str]) -> dict[str, Any]:
@@ -126,7 +131,11 @@ def run(work: Path, rounds: int, threads: int, overrides: list[str]) -> dict[str
     )
 
     with contextlib.ExitStack() as stack:
-        files = {(name, engine): side.path("vision") for name, side in sides.items() for engine in ("onnxruntime", "openvino")}
+        files = {
+            (name, engine): side.path("vision")
+            for name, side in sides.items()
+            for engine in ("onnxruntime", "openvino")
+        }
         files["nncf", "openvino"] = nncf_file
         timed: dict[str, Any] = {}
         for batch in (1, 8):
@@ -162,7 +171,10 @@ def speedups(samples: dict[str, Any]) -> dict[str, Any]:
     base = samples["original onnxruntime"]
     rows = {f"{name} against original onnxruntime": compare(base, found) for name, found in samples.items()}
     best = {
-        side: min((name for name in samples if name.startswith(side)), key=lambda name: float(np.median(samples[name].seconds)))
+        side: min(
+            (name for name in samples if name.startswith(side)),
+            key=lambda name: float(np.median(samples[name].seconds)),
+        )
         for side in ("original", "int8", "edge")
     }
     rows[f"best: {best['edge']} against {best['original']}"] = compare(samples[best["original"]], samples[best["edge"]])
