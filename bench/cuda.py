@@ -106,9 +106,8 @@ def main() -> None:
     options.output.write_text(json.dumps(document, indent=1) + "\n")
     for row in rows:
         ratio = row["times_faster_than_same_precision"]
-        print(
-            f"{row['variant']:>16} {row['precision']:>9} batch {row['batch']:>3}: x{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        )
+        what = f"{row['variant']:>16} {row['precision']:>9} batch {row['batch']:>3}"
+        print(f"{what}: x{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]")
 
 
 if __name__ == "__main__":
