@@ -33,6 +33,8 @@ COMMANDS: dict[str, str] = {
     "passes": "List the passes and their parameters.",
 }
 
+RESUMABLE = {"compress", "prune", "merge", "quantize", "distill"}
+
 
 class Commands(click.Group):
     """Imports a command's module only when that command is asked for."""
@@ -61,7 +63,8 @@ class Commands(click.Group):
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Every command has --help and --json. Start with: mmc demo",
+    epilog="\b\nEvery command has --help and --json. Start with: mmc demo\n"
+    'Completion: eval "$(_MMC_COMPLETE=bash_source mmc)"  (or zsh_source, fish_source)',
 )
 @click.version_option(__version__, prog_name="mmc")
 def cli() -> None:
@@ -77,21 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
     except click.Abort:
-        fail("interrupted", "repeat the command with --resume to go on", 130, arguments)
+        fail("interrupted", resume_hint(arguments), 130, arguments)
     except click.ClickException as error:
-        where = (
-            f"; see mmc {error.ctx.info_name} --help"
-            if getattr(error, "ctx", None) and error.ctx.info_name != "mmc"
-            else ""
-        )
-        fail(error.format_message(), f"see mmc --help{where}", 2, arguments)
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        inside = f"{context.info_name} " if context and context.info_name != "mmc" else ""
+        fail(error.format_message(), f"see mmc {inside}--help", 2, arguments)
     except KeyboardInterrupt:
-        fail("interrupted", "repeat the command with --resume to go on", 130, arguments)
+        fail("interrupted", resume_hint(arguments), 130, arguments)
     except BrokenPipeError:
         sys.exit(0)
     except MmcError as error:
-        fail(error.message, error.hint, error.exit_code, arguments)
-    except (MemoryError, OSError, RuntimeError) as error:
+        fail(error.message, error.hint, error.exit_code, arguments, error.document)
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
         known = translate(error)
         if known is None:
             raise
@@ -106,6 +106,13 @@ def normalise(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def resume_hint(arguments: Sequence[str]) -> str:
+    """Return how to go on after an interruption, for the commands that can."""
+    if not set(arguments) & RESUMABLE:
+        return "nothing was left behind"
+    return "repeat the command with --resume to go on"
+
+
 def translate(error: BaseException) -> MmcError | None:
     """Return what running out of memory or disk is called for a person; None when it is neither (then it is our bug)."""
     text = str(error)
@@ -115,16 +122,15 @@ def translate(error: BaseException) -> MmcError | None:
         return OutOfMemory("the disk is full; nothing was left behind under -o", hint="free some space and repeat")
     if isinstance(error, PermissionError):
         return UsageError(f"no permission: {error.filename}", hint="choose another -o")
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and not (error.name or "").startswith("mmcompress"):
         return MissingError(text, hint="mmc doctor lists what is missing")
     return None
 
 
-def fail(message: str, hint: str, code: int, arguments: Sequence[str]) -> None:
+def fail(message: str, hint: str, code: int, arguments: Sequence[str], measured: dict[str, Any] | None = None) -> None:
     """Say what went wrong on the last lines of stderr (and as a document with --json), then exit."""
     if "--json" in arguments:
-        document: dict[str, Any] = {"error": message, "hint": hint, "exit_code": code}
-        print(json.dumps(document))
+        print(json.dumps({"error": message, "hint": hint, "exit_code": code, **(measured or {})}))
     if "-vv" in arguments or "--debug" in arguments:
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)

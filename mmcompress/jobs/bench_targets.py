@@ -1,0 +1,230 @@
+"""What `mmc bench` is given (a checkpoint, an exported directory, one with engines), brought into a form that can be timed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from mmcompress import checkpoint
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.export import tensorrt as engines
+from mmcompress.export.artifact import Artifact, TensorSpec, is_artifact, open_artifact
+from mmcompress.export.onnx import export_onnx
+from mmcompress.families import family_for
+from mmcompress.jobs.arrays import arrays_for
+from mmcompress.measure.machine import cpu_flags
+from mmcompress.measure.runner import Arrays, Runner
+from mmcompress.measure.runners import RUNNERS, open_runner
+from mmcompress.measure.size import artifact_size, macs, onnx_macs
+from mmcompress.progress import Progress
+
+ENGINES = ("tensorrt", "tensorrt_rtx")
+EXPORTED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A runner with a precision."""
+
+    runner: str
+    precision: str = "fp32"
+
+    @property
+    def label(self) -> str:
+        """What tables call it; "fp32" means as stored and is left out."""
+        return self.runner if self.precision == "fp32" else f"{self.runner} {self.precision}"
+
+
+class Target:
+    """One argument of `mmc bench`."""
+
+    def __init__(self, path: str, name: str, device: str, scratch: Path, progress: Progress) -> None:
+        self.name, self._device, self._scratch, self._progress = name, device, scratch, progress
+        self.notes: list[str] = []
+        self.bundle: Bundle | None = None
+        self._exports: dict[str, Artifact] = {}
+        self.path = Path(path)
+        if is_artifact(path):
+            self.artifact: Artifact | None = open_artifact(path)
+            self.engine = _engine_api(self.path)
+            self.kind = "engines" if self.engine else "exported"
+        else:
+            self.artifact, self.engine, self.kind = None, "", "checkpoint"
+            self.path = weights.locate(path)
+            self.bundle = checkpoint.load(path, device=device)
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        if self.bundle is not None:
+            return tuple(tower.name for tower in self.bundle.towers())
+        return tuple(component.name for component in self._own().components)
+
+    def variants(self, runners: Sequence[str], precisions: Sequence[str]) -> list[Variant]:
+        """Return what of the runners and precisions can run this target.
+
+        Without `precisions`: as stored, and for torch also plain bf16 where the hardware computes in it.
+        """
+        fit = [name for name in runners if name in self._runners()]
+        if precisions:
+            return [Variant(name, precision) for name in fit for precision in precisions]
+        made = [Variant(name) for name in fit]
+        if "torch" in fit and self._fast_bf16():
+            made.append(Variant("torch", "bf16"))
+        return made
+
+    def specs(self, tower: str) -> tuple[TensorSpec, ...]:
+        """Return the inputs of a tower's encoder."""
+        if self.bundle is None:
+            return self._own().component(tower).inputs
+        example = self.bundle.example_inputs(tower, 1)
+        text = "input_ids" in example
+        return tuple(
+            TensorSpec(
+                name,
+                str(value.dtype).removeprefix("torch."),
+                ("batch", "tokens") if text and value.dim() == 2 else ("batch", *map(int, value.shape[1:])),
+            )
+            for name, value in example.items()
+        )
+
+    def loader(self, variant: Variant, tower: str, threads: int) -> Callable[[], Runner]:
+        """Return what loads a tower in a runner. A checkpoint is exported first where the runner needs a graph."""
+        name, precision = variant.runner, variant.precision
+        if name == "torch":
+            kind = self._device.partition(":")[0]
+            return partial(open_runner, "torch", self._module(precision, tower), threads, kind, "fp32")
+        if name in ENGINES:
+            path = self._own().path(tower).with_suffix(".engine")
+            return partial(open_runner, name, path, threads, "cuda", precision)
+        # Exported in the precision asked for; an artifact has its own, and a runner that cannot lower it says so.
+        asked = "fp32" if self.artifact is None else precision
+        kind = "cpu" if name == "openvino" else self._device.partition(":")[0]
+        return partial(open_runner, name, self.graph(tower, precision), threads, kind, asked)
+
+    def graph(self, tower: str, precision: str = "fp32") -> Path:
+        """Return a tower's ONNX file, exporting a checkpoint into the scratch directory when that is not done yet."""
+        if self.artifact is not None:
+            return self.artifact.path(tower)
+        assert self.bundle is not None
+        if precision not in self._exports:
+            self._progress.say(
+                f"{self.name} is a checkpoint: exporting it to ONNX for the timing, {EXPORTED[precision]}"
+            )
+            report = export_onnx(
+                self.bundle,
+                self._scratch / f"{len(list(self._scratch.iterdir()))}-{precision}",
+                precision=EXPORTED[precision],
+                progress=self._progress,
+            )
+            self._exports[precision] = report.artifact
+            self.notes.append(f"exported to ONNX ({EXPORTED[precision]}) for this run; the files are not kept")
+        return self._exports[precision].path(tower)
+
+    def macs(self, tower: str, tokens: int) -> int:
+        """Return a tower's multiply-accumulates for one item, recounted on the graph, or on the model without one."""
+        inputs = arrays_for(self.specs(tower), 1, tokens)
+        if self.bundle is not None and not self._exports:
+            tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
+            encode = partial(self.bundle.encode, tower)
+            return macs(lambda **given: encode(given), tensors).total
+        path = self.graph(tower, next(iter(self._exports), "fp32"))
+        return onnx_macs(path, {name: array.shape for name, array in inputs.items()}).total
+
+    def bytes(self) -> int:
+        """Return the weights' bytes on disk: of a checkpoint its weight files, of an export its graphs or engines."""
+        if self.bundle is not None:
+            return sum(file.stat().st_size for file in weights.weight_files(self.path, allow_pickle=True))
+        if self.engine:
+            return sum(file.stat().st_size for file in self.path.glob("*.engine"))
+        own = self._own()
+        return sum(artifact_size(own.path(component.name)).total for component in own.components)
+
+    def preparers(self) -> dict[str, Callable[[Any], Any]]:
+        """Return what turns one image and one text into inputs: {"vision": …, "text": …}."""
+        if self.bundle is not None:
+            return {tower: partial(self.bundle.prepare, tower) for tower in self.towers}
+        own = self._own()
+        family, config = family_for(own.config), AutoConfig.for_model(**own.config)
+        with torch.device("meta"):
+            model = family.model_class(config)(config)
+        processor = checkpoint.read_processor(own.directory)
+        return {
+            "vision": partial(family.prepare_images, model, processor),
+            "text": partial(family.prepare_texts, model, processor),
+        }
+
+    def _own(self) -> Artifact:
+        assert self.artifact is not None, "only checkpoints have none"
+        return self.artifact
+
+    def _runners(self) -> tuple[str, ...]:
+        if self.engine:
+            return (self.engine,)
+        graphs = tuple(name for name, spec in RUNNERS.items() if ".onnx" in spec.suffixes)
+        return ("torch", *graphs) if self.bundle is not None else graphs
+
+    def _fast_bf16(self) -> bool:
+        # A quantized layer's scales would be rounded too, which is not what anybody deploys.
+        plain = self.bundle is not None and not any(record.name == "quantize" for record in self.bundle.history)
+        return plain and (self._device != "cpu" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags())))
+
+    def _module(self, precision: str, tower: str) -> Callable[..., torch.Tensor]:
+        """The tower with weights in `precision`: plain conversion, which beats autocast's casting on every call."""
+        assert self.bundle is not None
+        bundle, dtype = self.bundle, DTYPES[precision]
+        if precision != "fp32":
+            bundle = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model).to(dtype))
+
+        def encode(**inputs: torch.Tensor) -> torch.Tensor:
+            cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+            return bundle.encode(tower, cast)
+
+        return encode
+
+
+def open_targets(paths: Sequence[str], device: str, scratch: Path, progress: Progress) -> list[Target]:
+    """Open every argument; two of the same name are told apart by a number. Raises UsageError, MissingError."""
+    names = [Path(path).name or path for path in paths]
+    labels = [
+        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
+        for index, name in enumerate(names)
+    ]
+    targets = [Target(path, label, device, scratch, progress) for path, label in zip(paths, labels, strict=True)]
+    first = targets[0]
+    for other in targets[1:]:
+        if not set(first.towers) & set(other.towers):
+            raise UsageError(
+                f"{first.name} has {', '.join(first.towers)} and {other.name} has {', '.join(other.towers)}",
+                hint="only models that share a tower can be compared",
+            )
+    return targets
+
+
+def arrays(target: Target, tower: str, batch: int, tokens: int) -> Arrays:
+    """Return the inputs a tower is timed with."""
+    return arrays_for(target.specs(tower), batch, tokens)
+
+
+def _engine_api(directory: Path) -> str:
+    """Which of the two libraries built the engines in `directory`; empty where there are none."""
+    path = directory / engines.FILE_NAME
+    if not path.is_file():
+        return ""
+    try:
+        api = json.loads(path.read_text())["api"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: {error}", hint="export the engines again") from error
+    if api not in ENGINES:
+        raise UsageError(f"{path} names an unknown builder '{api}'", hint="export the engines again")
+    return str(api)
