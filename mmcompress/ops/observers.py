@@ -1,0 +1,162 @@
+"""Ranges of activations, watched over a stream of batches in bounded memory.
+
+Every observer gives the same answer whatever the order of the batches and however they are cut. `MinMax` keeps two numbers.
+`Histogram` counts values in bins of equal width over -2^e..2^e; when a value falls outside, e grows and each pair of bins
+becomes one, and because a pair's edges are edges of the finer grid, that equals having counted in the wider bins at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmcompress.ops.rounding import SHRINKS, Levels, Method, dequantize, quantize, scale_from_range
+
+BINS = 1 << 14
+
+
+class Observer(Protocol):
+    """Watches one tensor position of a model."""
+
+    def watch(self, x: Tensor) -> None:
+        """Take in a batch of any shape."""
+
+    def scale(self, levels: Levels) -> tuple[Tensor, Tensor]:
+        """Return scalar (scale, zero_point) for what was seen, 0 always included. Raises ValueError if nothing was."""
+
+
+class MinMax:
+    """Covers every value seen."""
+
+    def __init__(self) -> None:
+        self.lowest = math.inf
+        self.highest = -math.inf
+
+    def watch(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x.detach().float())
+        self.lowest, self.highest = min(self.lowest, low.item()), max(self.highest, high.item())
+
+    def range(self) -> tuple[float, float]:
+        """Return the range with 0 in it: padding and masked values are exactly 0 and must stay so."""
+        if not (math.isfinite(self.lowest) and math.isfinite(self.highest)):
+            raise ValueError(f"activations span {self.lowest}..{self.highest}: nothing seen, or not finite")
+        return min(self.lowest, 0.0), max(self.highest, 0.0)
+
+    def scale(self, levels: Levels) -> tuple[Tensor, Tensor]:
+        lowest, highest = self.range()
+        return scale_from_range(torch.tensor(lowest), torch.tensor(highest), levels)
+
+
+class ChannelRange:
+    """Lowest and highest value of every channel, the last dimension: (C,) each."""
+
+    def __init__(self) -> None:
+        self.lowest = self.highest = torch.tensor(0.0)
+        self.seen = False
+
+    def watch(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x.detach().float().flatten(0, -2), dim=0)
+        self.lowest = torch.minimum(self.lowest, low) if self.seen else low
+        self.highest = torch.maximum(self.highest, high) if self.seen else high
+        self.seen = True
+
+    def largest(self) -> Tensor:
+        """Return max |x| per channel (C,)."""
+        return torch.maximum(self.lowest.abs(), self.highest.abs())
+
+
+class Histogram(MinMax):
+    """Counts values, so that rare outliers can be cut off. Subclasses say where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exponent: int | None = None
+        self.counts = torch.zeros(BINS, dtype=torch.int64)
+
+    def watch(self, x: Tensor) -> None:
+        super().watch(x)
+        largest = max(abs(self.lowest), abs(self.highest))
+        if not math.isfinite(largest):
+            raise ValueError(f"activations span {self.lowest}..{self.highest}: not finite")
+        # frexp gives the smallest power of two above `largest`, which therefore falls inside the last bin.
+        needed = math.frexp(max(largest, 2.0**-60))[1]
+        if self.exponent is None:
+            self.exponent = needed
+        while self.exponent < needed:
+            self._widen()
+        values = x.detach().float().flatten()
+        bins = torch.ldexp(values, torch.tensor(BINS.bit_length() - 2 - self.exponent)).floor_().to(torch.int64)
+        self.counts += torch.bincount(bins.add_(BINS // 2), minlength=BINS).cpu()
+
+    def _widen(self) -> None:
+        assert self.exponent is not None
+        self.exponent += 1
+        merged = self.counts.reshape(-1, 2).sum(1)
+        self.counts = torch.zeros_like(self.counts)
+        self.counts[BINS // 4 : BINS // 4 + BINS // 2] = merged
+
+    def edges(self) -> Tensor:
+        """Return the (BINS + 1,) edges of the bins, float64."""
+        assert self.exponent is not None
+        return (
+            torch.ldexp(torch.arange(-BINS // 2, BINS // 2 + 1, dtype=torch.float64), torch.tensor(self.exponent + 1))
+            / BINS
+        )
+
+
+class Percentile(Histogram):
+    """Leaves (100 - percentile) / 2 percent of the values out at either end."""
+
+    def __init__(self, percentile: float) -> None:
+        super().__init__()
+        self.percentile = percentile
+
+    def range(self) -> tuple[float, float]:
+        lowest, highest = super().range()
+        total = self.counts.cumsum(0)
+        out = int(total[-1]) * (1 - self.percentile / 100) / 2
+        edges = self.edges()
+        # The lowest bin that does not lie wholly among the values left out; its lower edge, or what was really seen there.
+        first = int(torch.searchsorted(total, math.floor(out), right=True))
+        last = int(torch.searchsorted(total, int(total[-1]) - math.floor(out)))
+        return max(lowest, min(edges[first].item(), 0.0)), min(highest, max(edges[last + 1].item(), 0.0))
+
+
+class LeastError(Histogram):
+    """Cuts both ends to where the expected squared error of rounding and clipping together is least.
+
+    The upper end is searched with the lower one fixed, then the lower one, then both again: one-sided activations (GELU)
+    need only one of them cut.
+    """
+
+    def scale(self, levels: Levels) -> tuple[Tensor, Tensor]:
+        lowest, highest = super().range()
+        seen = self.counts > 0
+        edges = self.edges()
+        centres = ((edges[:-1] + edges[1:]) / 2)[seen].float()
+        weights = self.counts[seen].double()
+        low_share = high_share = 1.0
+        for _ in range(2):
+            high_share = self._best(centres, weights, levels, lambda s, low=low_share: (lowest * low, highest * s))
+            low_share = self._best(centres, weights, levels, lambda s, high=high_share: (lowest * s, highest * high))
+        return scale_from_range(torch.tensor(lowest * low_share), torch.tensor(highest * high_share), levels)
+
+    @staticmethod
+    def _best(centres: Tensor, weights: Tensor, levels: Levels, cut) -> float:  # type: ignore[no-untyped-def]
+        shares = SHRINKS
+        lowest, highest = cut(shares)
+        ranges = torch.as_tensor(lowest).expand_as(shares), torch.as_tensor(highest).expand_as(shares)
+        scale, zero_point = scale_from_range(*ranges, levels)
+        values = centres.expand(len(shares), -1)
+        rounded = dequantize(quantize(values, scale, zero_point, levels, axis=0), scale, zero_point, axis=0)
+        return shares[((rounded - values).double().square() @ weights).argmin()].item()
+
+
+def observer(method: Method, percentile: float) -> MinMax:
+    """Return a fresh observer."""
+    if method == "min-max":
+        return MinMax()
+    return Percentile(percentile) if method == "percentile" else LeastError()

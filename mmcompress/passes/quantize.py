@@ -1,0 +1,270 @@
+"""The pass `quantize`: 8-bit weights, and 8-bit activations where the scheme says so."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.bundle import Bundle, Tower
+from mmcompress.errors import UsageError, closest
+from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8, Levels
+from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.quantize_calibrate import Grid, Judge, calibrate, groups_of, offers
+from mmcompress.progress import track
+from mmcompress.surgery.quantized import QUANTIZED, can_quantize, quantized
+
+SCHEMES = {"W8A8": (True, True), "W8A16": (True, False), "W16A16": (False, False)}
+"""Name -> (weights in 8 bits, activations in 8 bits)."""
+
+SMALL_TABLE = 0.01
+"""Embedding tables below this share of a tower's bytes stay float: they save nothing and cost a multiplication."""
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Store weights as 8-bit integers and, with W8A8, compute with 8-bit activations, per tower.
+
+    Weights get one scale per output channel, activations one per tensor, from calibration samples. What stays float is decided by
+    measurement: every group of layers is quantized alone and the change of the embeddings recorded; groups are given back to
+    float, worst first, until the tower keeps `min_cosine`.
+    """
+
+    name: ClassVar[str] = "quantize"
+
+    scheme: str = "W8A8"
+    """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster) or W16A16 (off)."""
+    vision_scheme: str | None = None
+    """The vision tower's scheme, instead of `scheme`."""
+    text_scheme: str | None = None
+    """The text tower's scheme, instead of `scheme`."""
+    towers: tuple[str, ...] = ()
+    """Towers to quantize; empty means all."""
+    target: Literal["cpu", "openvino", "cuda", "tensorrt"] = "cpu"
+    """Where it will run: cpu gives unsigned activations with a zero point (fast in onnxruntime and in OpenVINO), the others signed
+    ones with zero point 0, which TensorRT demands and OpenVINO multiplies a little faster, at some loss of accuracy."""
+    observer: Literal["min-max", "percentile", "mse"] = "min-max"
+    """How an activation's range is chosen: cover everything, cut off rare outliers, or least squared error. Vision
+    transformers keep what matters in a few huge values, which clipping destroys."""
+    percentile: float = 99.99
+    """For observer percentile: the percent of values inside the range."""
+    embeddings: bool = True
+    """Quantize large embedding tables too, one scale per row."""
+    keep_float: tuple[str, ...] = ()
+    """Layers to leave alone, as path patterns such as "vision_model.encoder.layer.0.*"."""
+    min_cosine: float = 0.99
+    """Give groups of layers back to float until a tower's embeddings keep this mean cosine to the unquantized model's."""
+    sensitivity_samples: int = 16
+    """Samples for measuring sensitivity, each run once per group of layers; 0 skips the measurement (and `min_cosine`)."""
+    smooth: float = 0.75
+    """For W8A8: how much of the spread between an activation's channels moves into the weights (SmoothQuant); 0 is off."""
+    reduce_range: bool = False
+    """Use 7 of the 8 bits of weights: for x86 CPUs without VNNI or AMX, whose 16-bit sums of u8*s8 products overflow."""
+
+    def __post_init__(self) -> None:
+        for field in ("scheme", "vision_scheme", "text_scheme"):
+            given = getattr(self, field)
+            if given is not None and given.upper() not in SCHEMES:
+                known = ", ".join(SCHEMES)
+                raise UsageError(f"quantize.{field} is '{given}'; known schemes: {known}", hint=closest(given, SCHEMES))
+        if not 0 < self.percentile <= 100:
+            raise UsageError(
+                f"quantize.percentile is {self.percentile:g}; expected 0 < percentile <= 100",
+                hint="99.9 to 99.999 are usual",
+            )
+        if not -1 <= self.min_cosine < 1:
+            raise UsageError(
+                f"quantize.min_cosine is {self.min_cosine:g}; expected -1 <= min_cosine < 1",
+                hint="0.99 is a usual limit; 1 would allow no rounding at all",
+            )
+        if not 0 <= self.smooth <= 1:
+            raise UsageError(
+                f"quantize.smooth is {self.smooth:g}; expected 0 <= smooth <= 1", hint="0.5 to 0.85 are usual"
+            )
+        if self.sensitivity_samples < 0:
+            raise UsageError(
+                f"quantize.sensitivity_samples is {self.sensitivity_samples}; expected 0 or more",
+                hint="0 skips the measurement",
+            )
+
+    def control(self) -> None:
+        """Return None: nothing is selected."""
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuse schemes for towers that are not there, towers quantized already, and patterns that match nothing."""
+        towers = {tower.name: tower for tower in bundle.towers()}
+        asked = [name for name in ("vision", "text") if getattr(self, f"{name}_scheme") is not None]
+        for name in (*self.towers, *asked):
+            bundle.tower(name)
+        unlisted = [name for name in asked if self.towers and name not in self.towers]
+        if unlisted:
+            raise UsageError(
+                f"quantize has a scheme for the {unlisted[0]} tower, which quantize.towers does not name",
+                hint="name it in both or neither",
+            )
+        for tower in towers.values():
+            if self._scheme(tower.name) == "W16A16":
+                continue
+            done = [
+                path
+                for path, module in bundle.model.named_modules()
+                if tower.owns(path) and isinstance(module, QUANTIZED)
+            ]
+            if done:
+                raise UsageError(
+                    f"the {tower.name} tower is quantized already ({done[0]} and {len(done) - 1} more)",
+                    hint=f"start from the checkpoint before that, or leave it alone with --{tower.name}-scheme W16A16",
+                )
+        for pattern in self.keep_float:
+            if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in bundle.model.named_modules()):
+                raise UsageError(
+                    f"quantize.keep_float has '{pattern}', which matches no layer",
+                    hint="mmc inspect MODEL names the towers; patterns are such as 'text_model.*'",
+                )
+
+    def plan(self, bundle: Bundle, context: Context) -> Plan:
+        """Choose layers, calibrate, measure sensitivity; the grids of the inputs travel as tensors."""
+        layers: dict[str, str] = {}
+        report: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for tower in bundle.towers():
+            scheme = self._scheme(tower.name)
+            if scheme == "W16A16":
+                continue
+            chosen, report[tower.name] = self._plan_tower(bundle, tower, scheme == "W8A8", context, tensors)
+            if not chosen:
+                raise UsageError(
+                    f"no layer of the {tower.name} tower can be quantized within min_cosine {self.min_cosine:g}",
+                    hint="lower min_cosine, use scheme W8A16, or keep_float fewer layers",
+                )
+            layers |= chosen
+        return Plan({"target": self.target, "layers": layers, "towers": report}, tensors)
+
+    def apply(self, bundle: Bundle, plan: Plan) -> None:
+        """Replace the layers one by one; each float weight is released before the next is rounded."""
+        for path, scheme in plan.decisions["layers"].items():
+            module = bundle.module(path)
+            gain = plan.tensors.get(f"{path}.gain")
+            if gain is None and self._smooths(module, scheme):
+                gain = torch.ones(module.in_features, device="meta")
+            made = quantized(module, self._inputs if scheme == "W8A8" else None, self._weights, gain)
+            if f"{path}.scale" in plan.tensors:
+                made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
+            bundle.replace(path, made)
+
+    def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
+        """Change nothing; report the bytes each tower now takes, recounted."""
+        state = bundle.model.state_dict()
+        return {
+            "bytes": {
+                tower.name: sum(value.nbytes for name, value in state.items() if tower.owns(name))
+                for tower in bundle.towers()
+            }
+        }
+
+    @property
+    def _inputs(self) -> Levels:
+        return UINT8 if self.target == "cpu" else INT8
+
+    @property
+    def _weights(self) -> Levels:
+        return WEIGHT_INT7 if self.reduce_range else WEIGHT_INT8
+
+    def _smooths(self, module: nn.Module, scheme: str) -> TypeGuard[nn.Linear]:
+        return self.smooth > 0 and scheme == "W8A8" and isinstance(module, nn.Linear)
+
+    def _scheme(self, tower: str) -> str:
+        if self.towers and tower not in self.towers:
+            return "W16A16"
+        own: str | None = getattr(self, f"{tower}_scheme", None)
+        return (own or self.scheme).upper()
+
+    def _candidates(self, bundle: Bundle, tower: Tower) -> list[str]:
+        total = sum(p.nbytes for name, p in bundle.model.named_parameters() if tower.owns(name))
+        found = []
+        for path, module in bundle.model.named_modules():
+            if not tower.owns(path) or not can_quantize(module):
+                continue
+            if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.keep_float):
+                continue
+            if isinstance(module, nn.Embedding) and not (
+                self.embeddings and module.weight.nbytes >= SMALL_TABLE * total
+            ):
+                continue
+            found.append(path)
+        return found
+
+    def _plan_tower(
+        self, bundle: Bundle, tower: Tower, activations: bool, context: Context, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, str], dict[str, Any]]:
+        """Return {path: scheme of the layer} and what to report; adds what `apply` sets to `tensors`."""
+        paths = self._candidates(bundle, tower)
+        before = sum(value.nbytes for name, value in bundle.model.state_dict().items() if tower.owns(name))
+        report: dict[str, Any] = {"scheme": self._scheme(tower.name), "bytes_before": before}
+        linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
+        grids: dict[str, Grid] = {}
+        if activations:
+            grids = calibrate(
+                bundle,
+                tower,
+                linears,
+                self._inputs,
+                context,
+                method=self.observer,
+                percentile=self.percentile,
+                smooth=self.smooth,
+            )
+            # Read by their owner without being called: their input cannot be rounded, nor their weight replaced safely.
+            paths = [path for path in paths if path in grids or path not in linears]
+        schemes = {path: "W8A8" if path in grids else "W8A16" for path in paths}
+        made = {path: self._made(bundle, path, grids.get(path), tensors) for path in paths}
+        if paths and self.sensitivity_samples and offers(context, tower.name, self.sensitivity_samples):
+            report |= self._judge(bundle, tower, made, context)
+            for path in report["kept_float"]:
+                schemes.pop(path)
+        return schemes, report
+
+    def _made(self, bundle: Bundle, path: str, grid: Grid | None, tensors: dict[str, Tensor]) -> nn.Module:
+        """Return the quantized layer as `apply` will make it, and note in `tensors` what it needs for that."""
+        if grid is None:
+            return quantized(bundle.module(path), None, self._weights)
+        made = quantized(bundle.module(path), self._inputs, self._weights, grid.gain)
+        made.set_input_grid(grid.scale, grid.zero_point)
+        tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
+        if grid.gain is not None:
+            tensors[f"{path}.gain"] = grid.gain
+        return made
+
+    def _judge(self, bundle: Bundle, tower: Tower, made: dict[str, nn.Module], context: Context) -> dict[str, Any]:
+        """Measure each group alone and all together; give groups back to float, worst first, until `min_cosine` holds."""
+        judge = Judge(bundle, tower.name, context, self.sensitivity_samples)
+        groups = groups_of(tower, list(made))
+        alone = {
+            name: judge.cosine({path: made[path] for path in paths})
+            for name, paths in track(groups.items(), context.progress, f"{tower.name} sensitivity", len(groups))
+        }
+        kept: list[str] = []
+        left = dict(made)
+        reached = judge.cosine(left)
+        everything = reached
+        for name in sorted(groups, key=lambda name: alone[name]):
+            if reached >= self.min_cosine:
+                break
+            kept.extend(groups[name])
+            left = {path: module for path, module in left.items() if path not in groups[name]}
+            reached = judge.cosine(left)
+        if kept:
+            context.progress.say(
+                f"{tower.name}: cosine {everything:.4f} with everything quantized, below {self.min_cosine:g}; "
+                f"{len(kept)} of {len(made)} layers stay float, cosine {reached:.4f}"
+            )
+        return {
+            "cosine": round(reached, 6),
+            "cosine_all_quantized": round(everything, 6),
+            "sensitivity": {name: round(1 - value, 7) for name, value in alone.items()},
+            "kept_float": kept,
+            "judged_on": {"samples": judge.samples, "runs": judge.runs},
+        }

@@ -1,0 +1,188 @@
+"""What `quantize` learns from data: the grid of every layer's input, and how much each group of layers costs in accuracy.
+
+Calibration is one run of the float model over the samples, with an observer on every layer to be quantized (a second run where
+ranges are to be clipped after smoothing). Sensitivity is measured, not assumed: each group of layers (a block's attention, a
+block's MLP, a projection, an embedding table) is swapped in alone, and the embeddings of a few samples are compared with the float
+model's. That takes one run of a few samples per group.
+
+Shape alphabet: T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmcompress.bundle import Bundle, Tower
+from mmcompress.errors import UsageError
+from mmcompress.ops.observers import ChannelRange, MinMax, observer
+from mmcompress.ops.rounding import Levels, Method, scale_from_range, smoothing
+from mmcompress.passes.base import Context
+from mmcompress.progress import track
+from mmcompress.surgery.watch import evaluating, padding_mask, watch_inputs
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero point of one layer's input, and the gain (C,) it gets before, if any."""
+
+    scale: Tensor
+    zero_point: Tensor
+    gain: Tensor | None = None
+
+
+def batches(bundle: Bundle, tower: str, context: Context, samples: int, label: str) -> Iterator[Inputs]:
+    """Yield prepared inputs of up to `samples` samples that have something for this tower.
+
+    Raises UsageError when there is no data, or nothing in it for this tower.
+    """
+    data = context.require_data(f"quantizing the activations of the {tower} tower").subset(samples, context.seed)
+    found = False
+    for start in track(range(0, len(data), context.batch_size), context.progress, f"{tower} {label}"):
+        items: list[object] = []
+        for index in range(start, min(start + context.batch_size, len(data))):
+            sample = data[index]
+            if tower == "text":
+                items.extend(sample.texts[:1])
+            elif sample.picture is not None:
+                items.append(sample.image)
+        if items:
+            found = True
+            yield bundle.prepare(tower, items)
+    if not found:
+        raise UsageError(
+            f"the data '{data.name}' has nothing for the {tower} tower",
+            hint=f"use data that has, or --{tower}-scheme W8A16, which needs none",
+        )
+
+
+def offers(context: Context, tower: str, samples: int) -> bool:
+    """Return whether the data has something for this tower among the samples that would be used."""
+    if context.data is None:
+        return False
+    chosen = context.data.subset(samples, context.seed)
+    return any(sample.texts if tower == "text" else sample.picture is not None for sample in chosen)
+
+
+def calibrate(
+    bundle: Bundle,
+    tower: Tower,
+    paths: Sequence[str],
+    levels: Levels,
+    context: Context,
+    *,
+    method: Method,
+    percentile: float,
+    smooth: float,
+) -> dict[str, Grid]:
+    """Return the input grid of each layer that is called; those without one are read by their owner but never called.
+
+    Memory: two rows of channels and at most one histogram of 128 KiB per layer, whatever the number of samples.
+    """
+    modules = {path: bundle.module(path) for path in paths}
+    ranges = {path: ChannelRange() for path in paths}
+    _watch(bundle, tower.name, modules, lambda path, tokens: ranges[path].watch(tokens), context, "calibration")
+    called = {path: modules[path] for path in paths if ranges[path].seen}
+    gains = _gains(tower, called, ranges, smooth) if smooth else {}
+    observers: dict[str, MinMax] = {path: observer(method, percentile) for path in called}
+    if method != "min-max":
+
+        def record(path: str, tokens: Tensor) -> None:
+            observers[path].watch(tokens * gains[path] if path in gains else tokens)
+
+        _watch(bundle, tower.name, called, record, context, "clipping")
+        return {path: Grid(*observers[path].scale(levels), gains.get(path)) for path in called}
+    grids = {}
+    for path in called:
+        gain = gains.get(path)
+        # 0 is always on the grid: padding and masked values are exactly 0 and must stay so.
+        lowest, highest = (end if gain is None else end * gain for end in (ranges[path].lowest, ranges[path].highest))
+        grids[path] = Grid(*scale_from_range(lowest.min().clamp_max(0), highest.max().clamp_min(0), levels), gain)
+    return grids
+
+
+def _watch(
+    bundle: Bundle,
+    tower: str,
+    modules: Mapping[str, nn.Module],
+    record: Callable[[str, Tensor], None],
+    context: Context,
+    label: str,
+) -> None:
+    """Run the calibration samples and call `record(path, tokens (T, C))` with what each module is given."""
+    with evaluating(bundle.model), torch.inference_mode(), watch_inputs(modules, record) as watch:
+        for inputs in batches(bundle, tower, context, context.num_samples, label):
+            watch.mask = padding_mask(inputs)
+            bundle.encode(tower, inputs)
+
+
+def _gains(
+    tower: Tower, modules: Mapping[str, nn.Module], ranges: Mapping[str, ChannelRange], smooth: float
+) -> dict[str, Tensor]:
+    """Return the gain of every Linear; layers that read the same input share one, so that it is rounded only once."""
+    shared = [group for block in tower.blocks for group in (block.attention.writers, block.mlp.writers)]
+    alone = [(path,) for path in modules if not any(path in group for group in shared)]
+    gains = {}
+    for group in (*shared, *alone):
+        linears = {path: module for path in group if isinstance(module := modules.get(path), nn.Linear)}
+        if linears:
+            largest = torch.stack([linear.weight.detach().abs().amax(0).float() for linear in linears.values()]).amax(0)
+            gain = 1 / smoothing(ranges[next(iter(linears))].largest(), largest, smooth)
+            gains.update(dict.fromkeys(linears, gain))
+    return gains
+
+
+def groups_of(tower: Tower, paths: Sequence[str]) -> dict[str, list[str]]:
+    """Return the layers that are judged together: per block its attention and its MLP, else each layer alone."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        name = path
+        for block in tower.blocks:
+            if path in (*block.attention.writers, block.attention.reader):
+                name = f"{block.path}.attention"
+            elif path in (*block.mlp.writers, block.mlp.reader):
+                name = f"{block.path}.mlp"
+        groups.setdefault(name, []).append(path)
+    return groups
+
+
+@contextmanager
+def swapped(bundle: Bundle, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` in place inside, and everything back as it was afterwards."""
+    before = {path: bundle.module(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            bundle.replace(path, module)
+        yield
+    finally:
+        for path, module in before.items():
+            bundle.replace(path, module)
+
+
+class Judge:
+    """Compares a tower's embeddings of a few samples with those of the float model."""
+
+    def __init__(self, bundle: Bundle, tower: str, context: Context, samples: int) -> None:
+        self.bundle, self.tower = bundle, tower
+        self.inputs = list(batches(bundle, tower, context, samples, "sensitivity"))
+        self.samples = sum(len(next(iter(inputs.values()))) for inputs in self.inputs)
+        self.runs = 0
+        self.wanted = self._embeddings()
+
+    def cosine(self, modules: Mapping[str, nn.Module]) -> float:
+        """Return the mean cosine between the float embeddings and those with `modules` swapped in."""
+        with swapped(self.bundle, modules):
+            found = self._embeddings()
+        return functional.cosine_similarity(found, self.wanted, dim=1).mean().item()
+
+    def _embeddings(self) -> Tensor:
+        self.runs += 1
+        with evaluating(self.bundle.model), torch.inference_mode():
+            return torch.cat([self.bundle.encode(self.tower, inputs).double() for inputs in self.inputs])

@@ -1,0 +1,227 @@
+"""Layers whose weights are stored as 8-bit integers, and that leave as QuantizeLinear/DequantizeLinear when exported.
+
+A quantized layer takes the place of an nn.Linear, nn.Conv2d or nn.Embedding and keeps its call signature:
+
+    weight_int8         the weight's shape, int8, symmetric: weight = weight_int8 * weight_scale
+    weight_scale        (C,) one per output channel (Linear, Conv2d) or per row (Embedding)
+    input_scale         () and
+    input_zero_point    () uint8 or int8, of the layer's input; only where activations are quantized too (W8A8)
+    input_gain          (in,) what a Linear's input is multiplied by before it is rounded, the weight having been divided by
+                        it: channels of very different size then share one grid (SmoothQuant). Optional.
+    bias                as before, trainable
+
+All but the bias are buffers. In torch the arithmetic is done in float on rounded values, with gradients straight through the
+rounding, so such a model can be evaluated anywhere and distilled. While exporting, the rounding is written as two operators of
+our own, because torch's exporter would otherwise fold int8 weights back into float constants; `translation_table` says what they
+are in ONNX. Linear weights leave transposed, (in, out) with the scale on axis 1: the one layout that both onnxruntime and
+OpenVINO multiply as integers without further reshuffling.
+
+Scales follow the model's dtype (`.half()`, `.bfloat16()`); the rounding itself is always computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmcompress.ops.rounding import (
+    INT8,
+    UINT8,
+    WEIGHT_INT8,
+    Levels,
+    choose_scale,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
+
+_LIBRARY = torch.library.Library("mmcompress", "DEF")
+_LIBRARY.define("round_input(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")
+_LIBRARY.define("int8_matrix(Tensor codes, Tensor scale) -> Tensor")
+_LIBRARY.define("int8_filters(Tensor codes, Tensor scale) -> Tensor")
+
+
+def _levels(zero_point: Tensor) -> Levels:
+    return UINT8 if zero_point.dtype == torch.uint8 else INT8
+
+
+@torch.library.impl(_LIBRARY, "round_input", "CompositeExplicitAutograd")
+def _round_input(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return fake_quantize(x, scale, zero_point, _levels(zero_point))
+
+
+@torch.library.impl(_LIBRARY, "int8_matrix", "CompositeExplicitAutograd")
+def _int8_matrix(codes: Tensor, scale: Tensor) -> Tensor:
+    """(out, in) int8 and (out,) -> (in, out) float."""
+    return dequantize(codes, scale, axis=0).t().contiguous()
+
+
+@torch.library.impl(_LIBRARY, "int8_filters", "CompositeExplicitAutograd")
+def _int8_filters(codes: Tensor, scale: Tensor) -> Tensor:
+    """(out, in, h, w) int8 and (out,) -> float."""
+    return dequantize(codes, scale, axis=0)
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """Return what torch.onnx.export(dynamo=True) needs as `custom_translation_table` for models with quantized layers."""
+    from onnxscript import opset19 as op
+
+    def round_input(x: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+    # Without a zero point DequantizeLinear means 0, and no (C,) tensor of zeros is stored beside every weight.
+    def int8_matrix(codes: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(op.Transpose(codes, perm=[1, 0]), scale, axis=1)
+
+    def int8_filters(codes: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=0)
+
+    ops = torch.ops.mmcompress
+    return {
+        ops.round_input.default: round_input,
+        ops.int8_matrix.default: int8_matrix,
+        ops.int8_filters.default: int8_filters,
+    }
+
+
+class _Quantized(nn.Module):
+    """What the three layers share: the stored integers and, for W8A8, the grid of the input."""
+
+    weight_int8: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    input_gain: Tensor | None
+
+    def __init__(self, weight: Tensor, levels: Levels, inputs: Levels | None) -> None:
+        """Round `weight`, one scale per index of its first dimension; on meta tensors everything stays meta."""
+        super().__init__()
+        weight = weight.detach()
+        scale, zero_point = choose_scale(weight, levels, axis=0)
+        self.register_buffer("weight_int8", quantize(weight, scale, zero_point, levels, axis=0))
+        self.register_buffer("weight_scale", scale.to(weight.dtype))
+        input_scale = input_zero_point = None
+        if inputs is not None:
+            input_scale = torch.ones((), dtype=weight.dtype, device=weight.device)
+            input_zero_point = torch.zeros((), dtype=inputs.dtype, device=weight.device)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_zero_point", input_zero_point)
+        self.register_buffer("input_gain", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats, as it multiplies the rounded input. Not a parameter; models ask layers for its dtype and shape."""
+        return dequantize(self.weight_int8, self.weight_scale, axis=0)
+
+    def set_input_grid(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set what calibration found for the layer's input."""
+        assert self.input_scale is not None, "weight-only layer"
+        assert self.input_zero_point is not None, "weight-only layer"
+        self.input_scale.copy_(scale)
+        self.input_zero_point.copy_(zero_point)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        if self.input_scale is None or self.input_zero_point is None:
+            return x
+        if torch.compiler.is_exporting():
+            return torch.ops.mmcompress.round_input(x, self.input_scale, self.input_zero_point)
+        return fake_quantize(x, self.input_scale, self.input_zero_point, _levels(self.input_zero_point))
+
+    def _grid_name(self) -> str:
+        return "W8A16" if self.input_zero_point is None else f"W8A8, {str(self.input_zero_point.dtype)[6:]} inputs"
+
+
+class QuantizedLinear(_Quantized):
+    """nn.Linear with int8 weights; inputs (..., in) -> (..., out)."""
+
+    def __init__(
+        self, linear: nn.Linear, inputs: Levels | None, levels: Levels = WEIGHT_INT8, gain: Tensor | None = None
+    ) -> None:
+        weight = linear.weight.detach()
+        super().__init__(weight if gain is None else weight / gain.to(weight), levels, inputs)
+        if gain is not None:
+            self.input_gain = gain.to(weight)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._rounded(x if self.input_gain is None else x * self.input_gain)
+        if torch.compiler.is_exporting():
+            y = x @ torch.ops.mmcompress.int8_matrix(self.weight_int8, self.weight_scale)
+            return y if self.bias is None else y + self.bias
+        return functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._grid_name()}"
+
+
+class QuantizedConv2d(_Quantized):
+    """nn.Conv2d with int8 weights: (B, in, h, w) -> (B, out, h', w'). Zero padding only, as patch embeddings use."""
+
+    def __init__(self, conv: nn.Conv2d, inputs: Levels | None, levels: Levels = WEIGHT_INT8) -> None:
+        super().__init__(conv.weight, levels, inputs)
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._rounded(x)
+        if torch.compiler.is_exporting():
+            weight = torch.ops.mmcompress.int8_filters(self.weight_int8, self.weight_scale)
+        else:
+            weight = self.weight
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {self._grid_name()}"
+
+
+class QuantizedEmbedding(_Quantized):
+    """nn.Embedding with int8 rows: only the rows looked up become floats. ids (...) -> (..., C)."""
+
+    def __init__(self, embedding: nn.Embedding, levels: Levels = WEIGHT_INT8) -> None:
+        super().__init__(embedding.weight, levels, None)
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight_int8[ids].to(self.weight_scale.dtype) * self.weight_scale[ids].unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self._grid_name()}"
+
+
+QUANTIZED = (QuantizedLinear, QuantizedConv2d, QuantizedEmbedding)
+
+
+def quantized(
+    module: nn.Module, inputs: Levels | None, levels: Levels = WEIGHT_INT8, gain: Tensor | None = None
+) -> QuantizedLinear | QuantizedConv2d | QuantizedEmbedding:
+    """Return the int8 counterpart of a layer, sharing its bias.
+
+    `inputs` is the grid of its input (None: weights only), `gain` (in,) a Linear's `input_gain`.
+    """
+    made: QuantizedLinear | QuantizedConv2d | QuantizedEmbedding
+    if isinstance(module, nn.Linear):
+        made = QuantizedLinear(module, inputs, levels, gain)
+    elif isinstance(module, nn.Conv2d):
+        made = QuantizedConv2d(module, inputs, levels)
+    else:
+        assert isinstance(module, nn.Embedding), f"{type(module).__name__} has no int8 form; ask can_quantize first"
+        made = QuantizedEmbedding(module, levels)
+    return made.train(module.training)
+
+
+def can_quantize(module: nn.Module) -> bool:
+    """Whether `quantized` takes this layer.
+
+    Exact types only: a subclass may be read by its owner without being called, as nn.MultiheadAttention does with its output
+    projection. Padding other than zeros would have to be quantized as well.
+    """
+    if type(module) is nn.Conv2d:
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) in (nn.Linear, nn.Embedding)
