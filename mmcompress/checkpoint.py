@@ -11,18 +11,16 @@ model in memory to what will be stored: what was measured is what was written.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import pickle
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -36,9 +34,9 @@ from mmcompress.manifest import Manifest, Record, Source
 from mmcompress.passes import build
 from mmcompress.passes.base import Plan
 from mmcompress.staging import staging
+from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-INDEX = "model.safetensors.index.json"
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
@@ -57,7 +55,7 @@ def load(
     directory = locate(str(model))
     require_device(device)
     saved = manifests.read(directory)
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     family = family_for(config)
     files = weight_files(directory, allow_pickle)
     if saved is None:
@@ -66,7 +64,7 @@ def load(
             sha256=digest(files),
             config=config,
             bytes=sum(file.stat().st_size for file in files),
-            dtype=_stored_dtype(files),
+            dtype=stored_dtype(files),
         )
         records: tuple[Record, ...] = ()
     else:
@@ -144,74 +142,6 @@ def loads_plainly(bundle: Bundle) -> tuple[bool, str]:
     return True, ""
 
 
-def locate(model: str) -> Path:
-    """Return the local directory of a model, fetching a hub id if that is what it is. Raises UsageError."""
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UsageError(f"{model} has no config.json", hint="give a Hugging Face model directory")
-        return path
-    if path.exists():
-        raise UsageError(
-            f"{model} is a file; expected a model directory", hint="give the directory that holds config.json"
-        )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise UsageError(f"there is no directory {model}", hint="give a model directory or a hub id such as org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise UsageError(
-            f"{model} is no directory, and the hub did not give it: {type(error).__name__}",
-            hint="check the name and the network, or give a local directory",
-        ) from error
-
-
-def weight_files(directory: Path, allow_pickle: bool = False) -> list[Path]:
-    """Return the weight files after checking that each can be read. Raises UsageError naming the damaged one."""
-    if (directory / INDEX).exists():
-        names = sorted(set(_read_json(directory / INDEX)["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise UsageError(
-                f"{directory / INDEX} names files outside its directory", hint="do not use this checkpoint"
-            )
-        files = [directory / name for name in names]
-    else:
-        files = [directory / "model.safetensors"]
-    missing = [file for file in files if not file.exists()]
-    if missing:
-        pickled = sorted(directory.glob("pytorch_model*.bin"))
-        if pickled and allow_pickle:
-            return pickled
-        if pickled:
-            raise UsageError(
-                f"{pickled[0]} is pickled, and pickles can run code",
-                hint="convert it to safetensors, or pass --allow-pickle (read with weights_only=True)",
-            )
-        raise UsageError(
-            f"{missing[0]} is missing", hint="the directory needs model.safetensors (or all shards of its index)"
-        )
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                opened.keys()
-        except SafetensorError as error:
-            raise UsageError(f"{file} is damaged or cut off: {error}", hint="fetch the file again") from error
-    return files
-
-
-def digest(files: list[Path]) -> str:
-    """Return the sha256 over the files' bytes, in the order given."""
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            while chunk := opened.read(1 << 22):
-                total.update(chunk)
-    return total.hexdigest()
-
-
 def require_device(device: str) -> None:
     """Raise MissingError when `device` is not there, UsageError when it is not a device."""
     try:
@@ -272,7 +202,7 @@ def read_processor(directory: Path) -> Processor:
 def _tokenizer_class(directory: Path) -> Any:
     """AutoTokenizer picks by model type even where the files name the generic class (transformers 5.23, siglip2)."""
     path = directory / "tokenizer_config.json"
-    named = _read_json(path).get("tokenizer_class") if path.exists() else None
+    named = read_json(path).get("tokenizer_class") if path.exists() else None
     return PreTrainedTokenizerFast if named in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
 
 
@@ -291,34 +221,8 @@ def _stored_precision(bundle: Bundle) -> Iterator[None]:
         parameter.data = parameter.data.to(computing)
 
 
-def _stored_dtype(files: list[Path]) -> str:
-    """The dtype most floating-point elements are stored in."""
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    counts: dict[str, int] = {}
-    for file in files:
-        if file.suffix != ".safetensors":
-            return "float32"
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (not a dict)
-                view = opened.get_slice(key)
-                name = names.get(view.get_dtype())
-                if name:
-                    counts[name] = counts.get(name, 0) + torch.Size(view.get_shape()).numel()
-    return max(counts, key=lambda name: counts[name]) if counts else "float32"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not JSON: {error}", hint="fetch the file again") from error
-    if not isinstance(document, dict):
-        raise UsageError(f"{path} is not a JSON object", hint="fetch the file again")
-    return document
-
-
 def _set_config_dtype(path: Path, dtype: str) -> None:
-    document = _read_json(path)
+    document = read_json(path)
     for part in document.values():
         # transformers adds a dtype to the parts of a loaded config, and none to those of a new one.
         if isinstance(part, dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcompress import checkpoint, manifest
+from mmcompress import checkpoint, manifest, weights
 from mmcompress.bundle import Bundle
 from mmcompress.errors import MissingError, UsageError
 from tests import tiny
@@ -61,7 +61,9 @@ def test_half_precision_stays_half_on_disk_and_memory_holds_what_was_written(dty
         for parameter in loaded.model.parameters():
             parameter.mul_(1.0001)
     checkpoint.save(loaded, tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").stat().st_size < 1.1 * (tmp_path / "half/model.safetensors").stat().st_size
+    assert (tmp_path / "again/model.safetensors").stat().st_size < 1.1 * (
+        tmp_path / "half/model.safetensors"
+    ).stat().st_size
     assert same_outputs(loaded, checkpoint.load(tmp_path / "again"))
 
 
@@ -151,7 +153,7 @@ def test_a_harmless_pickle_loads_when_allowed(saved: Path) -> None:
 
 
 def test_an_index_may_not_point_outside(saved: Path) -> None:
-    (saved / checkpoint.INDEX).write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    (saved / weights.INDEX).write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     with pytest.raises(UsageError, match="outside"):
         checkpoint.load(saved)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from mmcompress import checkpoint
+from mmcompress import checkpoint, weights
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.export import tensorrt as engines
