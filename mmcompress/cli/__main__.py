@@ -81,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(exit_.exit_code)
     except click.Abort:
         fail("interrupted", resume_hint(arguments), 130, arguments)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         inside = f"{context.info_name} " if context and context.info_name != "mmc" else ""
