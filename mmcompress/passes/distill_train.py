@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
@@ -28,6 +29,9 @@ from mmcompress.passes.distill_state import State
 from mmcompress.passes.distill_targets import Targets
 from mmcompress.progress import Progress
 
+PLAIN_ATTENTION = 256
+"""Tokens up to which bfloat16 on a CPU computes attention as plain matrix products: torch 2.13's fused kernel has a slow
+backward there (a quarter of the whole step at 65 tokens), but more tokens would take too much memory."""
 TIMED_STEPS = 3
 """Gradients computed to learn the speed where a time limit decides the number of steps; the first only warms up."""
 
@@ -60,12 +64,19 @@ class Student(nn.Module):
         self.model = bundle.model
         self._family = bundle.family
         self._half = half
+        self._tokens = {tower.name: tower.stream.tokens for tower in bundle.towers() if tower.stream}
 
     def forward(self, inputs: dict[str, dict[str, Tensor]]) -> Embeddings:
         """Return float32 embeddings (B, C) of each tower in `inputs`."""
         device = next(self.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._half):
-            return {name: self._family.encode(self.model, name, given).float() for name, given in inputs.items()}
+        made = {}
+        for name, given in inputs.items():
+            tokens = self._tokens.get(name) or next(iter(given.values())).shape[1]
+            plain = self._half and device == "cpu" and tokens <= PLAIN_ATTENTION
+            kernel = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+            with torch.autocast(device, torch.bfloat16, enabled=self._half), kernel:
+                made[name] = self._family.encode(self.model, name, given).float()
+        return made
 
 
 @dataclass
@@ -89,7 +100,8 @@ class Trainer:
         with _only_trainable(self.bundle.model, self.parameters), deterministic(self.bundle.device):
             self._student = self.ranks.wrap(Student(self.bundle, self.half))
             # A nearly perfect student has gradients of rounding size; a smaller eps would blow them up into full steps.
-            optimizer = torch.optim.AdamW(self._groups(), lr=self.schedule.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+            groups = parameter_groups(self.bundle.model, self.parameters, self.schedule.weight_decay)
+            optimizer = torch.optim.AdamW(groups, lr=self.schedule.learning_rate, betas=(0.9, 0.98), eps=1e-6)
             average = {n: p.detach().clone() for n, p in self.parameters.items()} if self.schedule.ema else {}
             state.restore(self.parameters, optimizer, average)
             if not state.steps:
@@ -179,19 +191,6 @@ class Trainer:
         with torch.no_grad(), torch.autocast(self.bundle.device.type, torch.bfloat16, enabled=self.half):
             return teacher.encode("vision", inputs).float()
 
-    def _groups(self) -> list[dict[str, object]]:
-        """Return AdamW's parameter groups: decay pulls at the weights of products only, not at norms, biases and tables."""
-        tables = {id(m.weight) for m in self.bundle.model.modules() if isinstance(m, nn.Embedding)}
-        decayed = {
-            name: parameter.ndim >= 2 and name.endswith("weight") and id(parameter) not in tables
-            for name, parameter in self.parameters.items()
-        }
-        groups = ((True, self.schedule.weight_decay), (False, 0.0))
-        return [
-            {"params": [p for n, p in self.parameters.items() if decayed[n] is flag], "weight_decay": decay}
-            for flag, decay in groups
-        ]
-
     def _affordable_steps(self) -> int:
         """Return the steps to make: as many as planned, fewer where the time limit asks for it (measured, then fixed)."""
         if self.schedule.seconds is None:
@@ -206,6 +205,18 @@ class Trainer:
         now = time.monotonic()
         left = self.schedule.seconds - (now - started)
         return max(1, min(self.schedule.steps, int(left / max(1e-6, (now - warm) / (TIMED_STEPS - 1)))))
+
+
+def parameter_groups(
+    model: nn.Module, parameters: dict[str, nn.Parameter], weight_decay: float
+) -> list[dict[str, object]]:
+    """Return AdamW's groups: decay pulls at the weights of products only, not at norms, biases, positions and tables."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in parameters.items():
+        decayed = parameter.ndim >= 2 and name.endswith("weight") and id(parameter) not in tables
+        groups[decayed].append(parameter)
+    return [{"params": groups[1], "weight_decay": weight_decay}, {"params": groups[0], "weight_decay": 0.0}]
 
 
 def same_rows(rows: Rows, device: torch.device, paired: bool) -> Tensor | None:

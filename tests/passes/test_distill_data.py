@@ -16,7 +16,7 @@ from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_run import curve
 from mmcompress.passes.distill_state import State
 from mmcompress.passes.distill_targets import CHUNK, digest, embed_once
-from mmcompress.passes.distill_train import Schedule, same_rows
+from mmcompress.passes.distill_train import Schedule, parameter_groups, same_rows
 from mmcompress.progress import Silent
 from tests import tiny
 
@@ -150,6 +150,20 @@ def test_the_schedule_rises_then_follows_half_a_cosine() -> None:
     assert schedule.rate(4, 100) == pytest.approx(1.0 * (1 + np.cos(np.pi * 0.04)) / 2)
     assert schedule.rate(50, 100) == pytest.approx(1.0)
     assert 0 < schedule.rate(99, 100) < 1e-3
+
+
+def test_only_weights_of_products_decay() -> None:
+    model = tiny.bundle("dual_encoder_dinov2").model
+    parameters = dict(model.named_parameters())
+    decayed, plain = parameter_groups(model, parameters, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found = {names[id(parameter)] for parameter in decayed["params"]}  # type: ignore[attr-defined]
+    assert len(found) + len(plain["params"]) == len(parameters)  # type: ignore[arg-type]
+    assert "visual_projection.weight" in found
+    assert "vision_model.embeddings.patch_embeddings.projection.weight" in found
+    assert not {name for name in found if name.endswith("bias") or "norm" in name.lower() or "position" in name}
+    assert "text_model.embeddings.word_embeddings.weight" not in found
 
 
 def test_the_curve_keeps_twenty_means() -> None:
