@@ -96,7 +96,7 @@ def trace(module: Encoder, inputs: dict[str, Tensor], opset: int) -> ir.Model:
     """
     axes = dynamic_axes(inputs)
     shapes = tuple(dict.fromkeys(range(len(names)), torch.export.Dim.DYNAMIC) for names in axes.values())
-    with _quiet(), torch.no_grad(), module.family.exporting(module.model):
+    with quiet(), torch.no_grad(), module.family.exporting(module.model):
         try:
             program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=(shapes,), strict=False)
             exported = torch.onnx.export(
@@ -153,7 +153,7 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporter's known harmless messages, each by its text; anything else still shows."""
 
     def unknown(record: logging.LogRecord) -> bool:
