@@ -78,6 +78,19 @@ class Workplace:
                 hint="repeat the original command with --resume, or remove the directory to start over",
             )
 
+    @classmethod
+    def join(cls, directory: Path, patience: float = 600) -> Workplace:
+        """Wait for the directory that the leading process of several opens, and share it. Raises MmcError when it never comes."""
+        waited = 0.0
+        while not (directory / RUN_FILE).exists():
+            if waited > patience:
+                raise MmcError(f"the first process did not open {directory} in {patience:.0f} s", hint="look at its output")
+            time.sleep(0.1)
+            waited += 0.1
+        shared = cls.__new__(cls)
+        shared.directory = directory
+        return shared
+
     def checkpoint_of(self, stage: Stage) -> Path:
         """Return where the checkpoint after `stage` lies or will lie."""
         return self.directory / stage.name
@@ -106,11 +119,13 @@ def run(
     context: Context,
     place: Workplace,
     after: Callable[[Stage, Bundle, Path | None], None] | None = None,
+    leads: bool = True,
 ) -> Bundle:
     """Run the stages in order and return the bundle they lead to.
 
     `after(stage, bundle, before)` is called after each finished stage with the checkpoint it started from (None for the
-    model given), for measurements; it must not change the bundle. Raises what a pass raises, naming the step.
+    model given), for measurements; it must not change the bundle. With `leads` false nothing is written: one of several processes
+    that another one leads. Raises what a pass raises, naming the step.
     """
     done = [stage for stage in todo if place.checkpoint_of(stage).exists()]
     before: Path | None = None
@@ -128,8 +143,10 @@ def run(
     for stage in todo[len(done) :]:
         with _named(stage, [earlier.step.name for earlier in todo[: stage.number - 1]]):
             run_stage(bundle, stage, dataclasses.replace(_with_teacher(stage, context), workdir=place.scratch(stage)))
-            checkpoint.save(bundle, place.checkpoint_of(stage), seed=context.seed)
-        shutil.rmtree(place.scratch(stage))
+            if leads:
+                checkpoint.save(bundle, place.checkpoint_of(stage), seed=context.seed)
+        if leads:
+            shutil.rmtree(place.scratch(stage))
         if after:
             after(stage, bundle, before)
         before = place.checkpoint_of(stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +65,12 @@ def run_recipe(
 ) -> None:
     """Run or plan `recipe` and print what came of it."""
     from mmcompress.cli import render
-    from mmcompress.jobs.compress import compress
+    from mmcompress.jobs.compress import compress, follow
     from mmcompress.jobs.estimate import estimate
 
+    if int(os.environ.get("RANK", "0")) > 0:
+        follow(model, recipe, output, allow_pickle=allow_pickle)
+        return
     terminal = render.Terminal(quiet or verbose < 0)
     if dry_run:
         planned = estimate(model, recipe, output, allow_pickle=allow_pickle, progress=terminal)

@@ -122,6 +122,20 @@ def compress(
         raise
 
 
+def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickle: bool = False) -> None:
+    """Take part in a run that another process leads (torchrun, accelerate launch): same steps, nothing measured or written."""
+    todo = pipeline.stages(recipe.steps)
+    context = Context(
+        data=open_data(recipe.data.calibration) if recipe.data.calibration else None,
+        num_samples=recipe.data.num_samples,
+        batch_size=recipe.data.batch_size,
+        seed=recipe.seed,
+        teacher=lambda: _load(model, recipe.device),
+    )
+    place = Workplace.join(partial_path(Path(output)))
+    pipeline.run(_load(model, recipe.device, allow_pickle), todo, context, place, leads=False)
+
+
 def _finish(run: _Run, bundle: Bundle, output: Path) -> Result:
     """Export and time the artifact, judge it, and let it appear under `output`."""
     recipe, place = run.recipe, run.place
