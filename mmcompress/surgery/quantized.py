@@ -144,7 +144,8 @@ class QuantizedLinear(_Quantized):
         weight = linear.weight.detach()
         super().__init__(weight if gain is None else weight / gain.to(weight), levels, inputs)
         if gain is not None:
-            self.input_gain = gain.to(weight)
+            # A copy: layers that share an input share its gain, and a checkpoint stores each tensor once.
+            self.input_gain = gain.to(weight, copy=True)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
 
