@@ -28,6 +28,7 @@ from mmcompress.jobs.gates import GateResult, judge
 from mmcompress.jobs.speed import TowerSpeed, compare_exports
 from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
+from mmcompress.measure.machine import machine_facts
 from mmcompress.passes.base import Context
 from mmcompress.pipeline import Stage, Workplace
 from mmcompress.progress import Progress, Silent
@@ -143,7 +144,9 @@ def _finish(run: _Run, bundle: Bundle, output: Path) -> Result:
     shutil.rmtree(final, ignore_errors=True)
     speeds: tuple[TowerSpeed, ...] = ()
     exported: Path | None = None
+    machine: dict[str, Any] = {}
     if recipe.export.to:
+        machine = machine_facts(recipe.export.threads or None)
         exported = place.directory / "exported"
         speeds = compare_exports(run.fresh, bundle, exported, recipe.export, run.context.progress)
     weights = sum(file.stat().st_size for file in _newest(place, recipe).glob("*.safetensors"))
@@ -165,6 +168,7 @@ def _finish(run: _Run, bundle: Bundle, output: Path) -> Result:
         "gates": [dataclasses.asdict(gate) for gate in gates],
         "metrics": _metric_table(run),
         "bytes": {"original": bundle.source.bytes, "compressed": weights},
+        "machine": machine,
     }
     manifest = checkpoint.save(bundle, final, measured=measured, recipe=recipe.to_dict(), seed=recipe.seed)
     (final / "recipe.yaml").write_text(recipe.to_yaml())
