@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 .PHONY: demo test lint unit real assets readme clean
 
 demo: $(BIN)/.demo  ## The whole job on a small CLIP: compress, export, benchmark, verdict, report.
-	$(BIN)/mmc demo -o out/demo
+	$(BIN)/mmc demo
 
 test: lint unit real  ## Everything CI runs.
 

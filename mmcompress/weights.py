@@ -11,13 +11,22 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mmcompress.errors import UsageError
+from mmcompress.demo import CLIP
+from mmcompress.errors import MissingError, UsageError
 
 INDEX = "model.safetensors.index.json"
+DEMO_MODEL = "demo:clip"
 
 
 def locate(model: str) -> Path:
-    """Return the local directory of a model, fetching a hub id if that is what it is. Raises UsageError."""
+    """Return the local directory of a model, fetching a hub id if that is what it is. Raises UsageError.
+
+    ``demo:clip`` is the model that comes with the package; MissingError where it does not.
+    """
+    if model == DEMO_MODEL:
+        if not (CLIP / "config.json").exists():
+            raise MissingError(f"{model} is not part of this installation", hint="give a model directory")
+        return CLIP
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").exists():

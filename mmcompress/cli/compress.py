@@ -90,7 +90,19 @@ def run_recipe(
 
 
 def show(result: Result) -> None:
-    """Print the verdict, then what each step did, then where the time went."""
+    """Print the verdict, what each step did, how fast the result is, and what loads it."""
+    from mmcompress.cli import render
+
+    tables(result)
+    for gate in result.gates:
+        render.out().print(f"gate passed: {gate.text}", markup=False)
+    loads = "plain transformers loads it" if result.manifest.plain_transformers else f"note: {result.manifest.why}"
+    render.out().print(f"{result.output}: {loads}", markup=False)
+    render.next_step(f"mmc export {result.output} -o {result.output}-onnx --to onnx")
+
+
+def tables(result: Result) -> None:
+    """Print the verdict, then what each step did and the speed of what was exported."""
     from mmcompress.cli import render
 
     render.findings([finding.to_json() for finding in result.findings])
@@ -103,7 +115,7 @@ def show(result: Result) -> None:
     )
     if result.speeds:
         render.table(
-            "Speed of the exported artifact",
+            "Speed",
             ["tower", "runner", "original ms", "compressed ms", "times faster [95%]"],
             [
                 [s.tower, s.runner, f"{s.before_ms:.2f}", f"{s.after_ms:.2f}", render.interval(s.ratio, 2)]
@@ -111,11 +123,6 @@ def show(result: Result) -> None:
             ],
             left=2,
         )
-    for gate in result.gates:
-        render.out().print(f"gate passed: {gate.text}", markup=False)
-    loads = "plain transformers loads it" if result.manifest.plain_transformers else f"note: {result.manifest.why}"
-    render.out().print(f"{result.output}: {loads}", markup=False)
-    render.next_step(f"mmc export {result.output} -o {result.output}-onnx --to onnx")
 
 
 def _row(row: dict[str, Any], towers: list[str], names: list[str]) -> list[str]:
