@@ -64,7 +64,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(model: Path, steps: list[dict[str, object]] | None = None, **more: object) -> object:
     data = {"calibration": str(model.parent / "data"), "evaluation": str(model.parent / "data"), "batch_size": 8}
-    return parse({"steps": steps or STEPS, "data": data, **more})
+    # One thread: a forked child cannot use its parent's pool.
+    return parse({"steps": steps or STEPS, "data": data, "export": {"threads": 1, "rounds": 3}, **more})
 
 
 def content(directory: Path) -> dict[str, object]:

@@ -76,12 +76,14 @@ def document(content: Any) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1) -> None:
     """Print a table on stdout; the first `left` columns are words, the others numbers."""
-    made = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    console = out()
+    console.print(title, markup=False, style="bold")
+    made = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         made.add_row(*(escape(str(cell)) for cell in row))
-    out().print(made)
+    console.print(made)
 
 
 def findings(items: Sequence[dict[str, str]]) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import mmcompress
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
@@ -25,9 +27,10 @@ from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.store import read_evaluation, write_evaluation
 from mmcompress.evaluate.verdict import Facts, Speed, random_findings, verdict
 from mmcompress.jobs.gates import GateResult, judge
-from mmcompress.jobs.speed import TowerSpeed, compare_exports
+from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
+from mmcompress.measure.machine import usable_cores
 from mmcompress.measure.machine import machine_facts
 from mmcompress.passes.base import Context
 from mmcompress.pipeline import Stage, Workplace
@@ -149,6 +152,9 @@ def _finish(run: _Run, bundle: Bundle, output: Path) -> Result:
         machine = machine_facts(recipe.export.threads or None)
         exported = place.directory / "exported"
         speeds = compare_exports(run.fresh, bundle, exported, recipe.export, run.context.progress)
+    elif run.evaluation_data is not None and _computes_in_float(bundle):
+        threads = recipe.export.threads or usable_cores()
+        speeds = compare_in_torch(run.fresh(), bundle, threads, recipe.export.rounds, run.context.progress)
     weights = sum(file.stat().st_size for file in _newest(place, recipe).glob("*.safetensors"))
     facts = Facts(
         compressed=run.last if run.evaluation_data else None,
@@ -274,6 +280,11 @@ def _load(model: str | Path | Bundle, device: str, allow_pickle: bool = False) -
         # The caller's model stays as it is.
         return copy.deepcopy(model)
     return checkpoint.load(model, device=device, allow_pickle=allow_pickle)
+
+
+def _computes_in_float(bundle: Bundle) -> bool:
+    """Torch emulates integer layers in float, so timing them there would say nothing about where they run."""
+    return not any(tensor.dtype == torch.int8 for tensor in bundle.model.state_dict().values())
 
 
 def _evaluation_data(recipe: Recipe) -> Dataset | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,3 +197,26 @@ def compare_exports(
         )
         rows += speeds_between("original", "compressed", timings, threads)
     return tuple(rows)
+
+
+def compare_in_torch(original: Bundle, bundle: Bundle, threads: int, rounds: int, progress: Progress) -> tuple[TowerSpeed, ...]:
+    """Time the towers of two bundles against each other in torch, batch 1, on the device they are on."""
+    rows = []
+    for tower in bundle.towers():
+        with contextlib.ExitStack() as stack:
+            steps = {}
+            for side, made in (("original", original), ("compressed", bundle)):
+                inputs = {k: v.cpu().numpy() for k, v in made.example_inputs(tower.name).items()}
+                encode = functools.partial(_encode, made, tower.name)
+                runner = open_runner("torch", encode, threads, bundle.device.type)
+                stack.callback(runner.close)
+                steps[side] = runner.bind(inputs)
+            samples = interleaved(steps, rounds=rounds, progress=progress)
+        before, after = (samples[side].summary().p50_ms.value for side in ("original", "compressed"))
+        ratio = compare(samples["original"], samples["compressed"])
+        rows.append(TowerSpeed(tower.name, "torch", 1, threads, before, after, ratio))
+    return tuple(rows)
+
+
+def _encode(bundle: Bundle, tower: str, **inputs: Any) -> Any:
+    return bundle.encode(tower, inputs)
