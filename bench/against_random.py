@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="random selections to average")
     options = parser.parse_args()
     model = assets.dual_encoder()
-    calibration = open_data(assets.training_drawings())
-    held_out = open_data(assets.heldout_drawings())
+    calibration = open_data(assets.training_pairs())
+    held_out = open_data("demo:test")
     held_out = held_out.subset(options.samples, 0) if options.samples else held_out
     original = evaluate(checkpoint.load(model), held_out, ["retrieval"])
 

@@ -9,6 +9,7 @@ appears under its final name only when it is complete, so an interrupted one lea
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -198,6 +199,22 @@ def training_drawings() -> Path:
     return _drawn(names, cache_dir() / "built" / f"training-drawings-{SIZE}-{BUILD}")
 
 
+def training_pairs() -> Path:
+    """The same folder with one metadata.jsonl over all vendors, as `mmc --data` reads it."""
+    folder = training_drawings()
+    table = folder / "metadata.jsonl"
+    if not table.exists():
+        rows = [
+            json.dumps({**row, "file_name": f"{part.parent.name}/{row['file_name']}"}, ensure_ascii=False)
+            for part in sorted(folder.glob("*/metadata.jsonl"))
+            for row in map(json.loads, part.read_text(encoding="utf-8").splitlines())
+        ]
+        temporary = table.with_suffix(".partial")
+        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        temporary.replace(table)
+    return folder
+
+
 def redrawn_heldout() -> Path:
     """The held-out vendor drawn from its package: what the committed test.tar was made of."""
     names = tuple(vendor.name for vendor in VENDORS if vendor.heldout)
@@ -231,7 +248,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("all", "training"), default="all")
     try:
         if parser.parse_args().what == "training":
-            print(training_drawings())
+            print(training_pairs())
         print(heldout_drawings())
         print(dual_encoder())
     except AssetError as error:

@@ -105,7 +105,7 @@ def main() -> None:
 
 def run(work: Path, rounds: int, threads: int, overrides: list[str]) -> dict[str, Any]:
     """Return everything measured; what is in `work` already is not built again."""
-    model, train, held_out = assets.dual_encoder(), str(assets.training_drawings()), str(assets.heldout_drawings())
+    model, train, held_out = assets.dual_encoder(), str(assets.training_pairs()), "demo:test"
     data = [f"data.calibration={train}", f"data.evaluation={held_out}"]
     sources = {
         "edge": recipe.read(RECIPES / "dual-encoder-edge.yaml", [*data, "export.to=''", *overrides]),
