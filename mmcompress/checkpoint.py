@@ -11,6 +11,7 @@ model in memory to what will be stored: what was measured is what was written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import pickle
@@ -88,7 +89,7 @@ def save(
 ) -> Manifest:
     """Write the bundle as a checkpoint directory with mmc.json and a model card; all of it appears at once or not at all.
 
-    Raises UsageError when `output` exists, OutOfMemory when the disk is full.
+    Raises UsageError when `output` exists, OSError (ENOSPC) when the disk is full.
     """
     bundle.family.write_config(bundle.model)
     plain, why = loads_plainly(bundle)
@@ -106,7 +107,12 @@ def save(
     )
     with staging(Path(output), overwrite=overwrite) as directory:
         with _quiet(), _stored_precision(bundle):
-            bundle.model.save_pretrained(directory)
+            try:
+                bundle.model.save_pretrained(directory)
+            except SafetensorError as error:  # it has no errno
+                if "No space left" in str(error):
+                    raise OSError(errno.ENOSPC, str(error)) from error
+                raise
             bundle.processor.save(str(directory))
         _set_config_dtype(directory / "config.json", bundle.source.dtype)
         written.write(directory)
@@ -216,9 +222,11 @@ def _stored_precision(bundle: Bundle) -> Iterator[None]:
     changed = [(p, p.dtype) for p in bundle.model.parameters() if p.is_floating_point() and p.dtype != stored]
     for parameter, _ in changed:
         parameter.data = parameter.data.to(stored)
-    yield
-    for parameter, computing in changed:
-        parameter.data = parameter.data.to(computing)
+    try:
+        yield
+    finally:
+        for parameter, computing in changed:
+            parameter.data = parameter.data.to(computing)
 
 
 def _set_config_dtype(path: Path, dtype: str) -> None:

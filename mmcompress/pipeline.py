@@ -109,8 +109,8 @@ class Workplace:
         return json.loads(file.read_text())
 
     def remove(self) -> None:
-        """Delete the directory after a successful run."""
-        shutil.rmtree(self.directory)
+        """Delete the directory, after success or after an error that resuming would only repeat."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def run(

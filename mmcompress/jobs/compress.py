@@ -21,7 +21,7 @@ import mmcompress
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
-from mmcompress.errors import GateFailed, MissingError, UsageError
+from mmcompress.errors import GateFailed, MmcError
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
 from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.store import read_evaluation, write_evaluation
@@ -120,7 +120,7 @@ def compress(
         run.reference = run.last
         bundle = pipeline.run(bundle, todo, run.context, place, after=lambda *stage: _after(run, *stage))
         return _finish(run, bundle, output)
-    except (UsageError, MissingError, OSError):
+    except (MmcError, OSError):
         # Going on would fail the same way. What was killed or crashed stays, to be resumed.
         place.remove()
         raise
