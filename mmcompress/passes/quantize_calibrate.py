@@ -90,6 +90,12 @@ def calibrate(
     ranges = {path: ChannelRange() for path in paths}
     _watch(bundle, tower.name, modules, lambda path, tokens: ranges[path].watch(tokens), context, "calibration")
     called = {path: modules[path] for path in paths if ranges[path].seen}
+    for path in called:
+        if not (ranges[path].lowest.isfinite().all() and ranges[path].highest.isfinite().all()):
+            raise UsageError(
+                f"the input of {path} is not finite on the calibration samples",
+                hint="the model itself overflows: load it in float32, or leave bad samples out of the data",
+            )
     gains = _gains(tower, called, ranges, smooth) if smooth else {}
     observers: dict[str, MinMax] = {path: observer(method, percentile) for path in called}
     if method != "min-max":

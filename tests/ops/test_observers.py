@@ -1,0 +1,102 @@
+"""Observers: any order and any batches give the same range; what is cut off is what was asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmcompress.ops.observers import BINS, ChannelRange, Histogram, LeastError, MinMax, Percentile, observer
+from mmcompress.ops.rounding import INT8, UINT8, Method, dequantize, quantize
+
+
+def values(count: int = 20_000) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(0)) * 2 + 0.3
+
+
+@pytest.mark.parametrize("method", ["min-max", "percentile", "mse"])
+@pytest.mark.parametrize("levels", [UINT8, INT8])
+def test_order_and_batching_do_not_matter(method: Method, levels: object) -> None:
+    x = torch.cat([values(), torch.tensor([300.0, -7.0])])
+    orders = [[x], list(x.flip(0).split(777)), list(x[torch.randperm(len(x))].split(5000))]
+    found = []
+    for parts in orders:
+        watcher = observer(method, 99.9)
+        for part in parts:
+            watcher.watch(part)
+        found.append(watcher.scale(levels))  # type: ignore[arg-type]
+    assert all(torch.equal(scale, found[0][0]) and torch.equal(zero, found[0][1]) for scale, zero in found)
+
+
+def test_growing_bins_equal_counting_in_wide_bins() -> None:
+    x = values()
+    grown, wide = Histogram(), Histogram()
+    grown.watch(x)
+    grown.watch(torch.tensor([1000.0]))
+    wide.watch(torch.tensor([1000.0]))
+    wide.watch(x)
+    assert grown.exponent == wide.exponent == 10
+    assert torch.equal(grown.counts, wide.counts)
+    assert int(grown.counts.sum()) == len(x) + 1
+
+
+def test_bins_hold_what_their_edges_say() -> None:
+    watcher = Histogram()
+    watcher.watch(torch.tensor([-4.0, -0.001, 0.0, 3.999]))
+    edges = watcher.edges()
+    assert edges[0] == -8
+    assert edges[-1] == 8
+    hit = watcher.counts.nonzero().flatten()
+    for value, index in zip([-4.0, -0.001, 0.0, 3.999], hit.tolist(), strict=True):
+        assert edges[index] <= value < edges[index + 1]
+
+
+def test_min_max_is_the_range_with_zero_in_it() -> None:
+    watcher = MinMax()
+    watcher.watch(torch.tensor([[2.0, 5.0], [3.0, 4.0]]))
+    assert watcher.range() == (0.0, 5.0)
+
+
+def test_percentile_cuts_the_share_asked_for() -> None:
+    watcher = Percentile(90.0)
+    watcher.watch(torch.linspace(-1, 1, 100_001))
+    low, high = watcher.range()
+    assert low == pytest.approx(-0.9, abs=4 / BINS)
+    assert high == pytest.approx(0.9, abs=4 / BINS)
+
+
+def test_percentile_of_everything_is_min_max() -> None:
+    x = values()
+    every, ends = Percentile(100.0), MinMax()
+    every.watch(x)
+    ends.watch(x)
+    assert every.range() == ends.range()
+
+
+def test_least_error_beats_min_max_with_an_outlier() -> None:
+    x = torch.cat([values(), torch.tensor([60.0])])
+
+    def error(watcher: MinMax) -> float:
+        watcher.watch(x)
+        scale, zero = watcher.scale(UINT8)
+        return (dequantize(quantize(x, scale, zero, UINT8), scale, zero) - x).square().mean().item()
+
+    assert error(LeastError()) < error(MinMax())
+
+
+def test_channel_ranges() -> None:
+    watcher = ChannelRange()
+    watcher.watch(torch.tensor([[[1.0, -3.0], [2.0, 0.5]]]))
+    watcher.watch(torch.tensor([[-4.0, 1.0]]))
+    assert watcher.lowest.tolist() == [-4, -3]
+    assert watcher.highest.tolist() == [2, 1]
+    assert watcher.largest().tolist() == [4, 3]
+
+
+@pytest.mark.parametrize("method", ["min-max", "percentile", "mse"])
+def test_nothing_seen_and_not_finite_are_errors(method: Method) -> None:
+    with pytest.raises(ValueError, match="nothing seen, or not finite"):
+        observer(method, 99.9).scale(INT8)
+    watcher = observer(method, 99.9)
+    with pytest.raises(ValueError, match="not finite"):  # noqa: PT012 (a histogram refuses at once, min-max when asked)
+        watcher.watch(torch.tensor([1.0, torch.inf]))
+        watcher.scale(INT8)
