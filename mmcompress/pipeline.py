@@ -84,7 +84,9 @@ class Workplace:
         waited = 0.0
         while not (directory / RUN_FILE).exists():
             if waited > patience:
-                raise MmcError(f"the first process did not open {directory} in {patience:.0f} s", hint="look at its output")
+                raise MmcError(
+                    f"the first process did not open {directory} in {patience:.0f} s", hint="look at its output"
+                )
             time.sleep(0.1)
             waited += 0.1
         shared = cls.__new__(cls)

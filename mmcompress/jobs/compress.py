@@ -30,8 +30,7 @@ from mmcompress.jobs.gates import GateResult, judge
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
-from mmcompress.measure.machine import usable_cores
-from mmcompress.measure.machine import machine_facts
+from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.passes.base import Context
 from mmcompress.pipeline import Stage, Workplace
 from mmcompress.progress import Progress, Silent
@@ -147,9 +146,8 @@ def _finish(run: _Run, bundle: Bundle, output: Path) -> Result:
     shutil.rmtree(final, ignore_errors=True)
     speeds: tuple[TowerSpeed, ...] = ()
     exported: Path | None = None
-    machine: dict[str, Any] = {}
+    machine = machine_facts(recipe.export.threads or None)
     if recipe.export.to:
-        machine = machine_facts(recipe.export.threads or None)
         exported = place.directory / "exported"
         speeds = compare_exports(run.fresh, bundle, exported, recipe.export, run.context.progress)
     elif run.evaluation_data is not None and _computes_in_float(bundle):
@@ -174,7 +172,7 @@ def _finish(run: _Run, bundle: Bundle, output: Path) -> Result:
         "gates": [dataclasses.asdict(gate) for gate in gates],
         "metrics": _metric_table(run),
         "bytes": {"original": bundle.source.bytes, "compressed": weights},
-        "machine": machine,
+        "machine": machine if speeds else {},
     }
     manifest = checkpoint.save(bundle, final, measured=measured, recipe=recipe.to_dict(), seed=recipe.seed)
     (final / "recipe.yaml").write_text(recipe.to_yaml())

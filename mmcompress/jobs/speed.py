@@ -199,7 +199,9 @@ def compare_exports(
     return tuple(rows)
 
 
-def compare_in_torch(original: Bundle, bundle: Bundle, threads: int, rounds: int, progress: Progress) -> tuple[TowerSpeed, ...]:
+def compare_in_torch(
+    original: Bundle, bundle: Bundle, threads: int, rounds: int, progress: Progress
+) -> tuple[TowerSpeed, ...]:
     """Time the towers of two bundles against each other in torch, batch 1, on the device they are on."""
     rows = []
     for tower in bundle.towers():
