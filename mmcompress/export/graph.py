@@ -4,8 +4,8 @@ Each rewrite is a function of the graph that returns how often it applied. What 
 (torch 2.13, opset 20): linears as MatMul and Add, weights of quantized linears as DequantizeLinear and Transpose, masks
 as Where.
 
-Rounding: only the two `fold_…_scales` change values, by one rounding of float32; a pass over the activations is what they
-save, once per residual branch and once per attention.
+Rounding: only the three `fold_…` change values, by one rounding of float32; a pass over the activations is what they save, once
+per residual branch, per attention and per norm.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def simplify(model: ir.Model) -> dict[str, int]:
             drop_open_masks,
             fold_channel_scales,
             fold_attention_scales,
+            fold_norm_gains,
             drop_same_casts,
         )
     }
@@ -157,6 +158,27 @@ def fold_attention_scales(model: ir.Model) -> int:
         if isinstance(width, int) and _scale_linear(model, source, np.full(width, scale.item(), np.float32)):
             ir.convenience.replace_all_uses_with(node.outputs[0], product)
             count += 1
+    return count
+
+
+def fold_norm_gains(model: ir.Model) -> int:
+    """LayerNormalization whose only use is a Mul by a constant per channel (a quantized layer's gain) -> one that scales itself."""
+    count = 0
+    for node in _nodes(model, "Mul"):
+        for states, factor in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+            by = _constant(factor)
+            norm = states.producer() if states is not None else None
+            if by is None or norm is None or norm.op_type != "LayerNormalization" or len(norm.outputs[0].uses()) != 1:
+                continue
+            parts = [_constant(value) for value in norm.inputs[1:]]
+            if any(part is None or part.shape != by.shape or part.dtype != np.float32 for part in parts):
+                continue
+            for index, part in enumerate(parts, 1):
+                assert part is not None
+                norm.replace_input_with(index, _initializer(model, part * by, f"{_name(norm.inputs[index])}_scaled"))
+            ir.convenience.replace_all_uses_with(node.outputs[0], norm.outputs[0], replace_graph_outputs=True)
+            count += 1
+            break
     return count
 
 

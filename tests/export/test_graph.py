@@ -175,3 +175,16 @@ def test_casts_to_the_same_dtype_disappear():
            }"""
     )
     assert operators(rewritten(model, {"drop_same_casts": 1})) == ["Relu", "Abs"]
+
+
+def test_a_gain_goes_into_the_norm_before_it_unless_others_read_the_norm():
+    text = """g (float[B, 4] x) => (float[B, 4] y%s) {
+             n = LayerNormalization(x, w, b)
+             y = Mul(n, gain)%s
+           }"""
+    constants = {"w": normal(4), "b": normal(4), "gain": normal(4)}
+    folded = rewritten(build(text % ("", ""), **constants), {"fold_norm_gains": 1})
+    assert operators(folded) == ["LayerNormalization"]
+    # A post-norm block adds the norm's output to the next residual too.
+    shared = build(text % (", float[B, 4] z", "\n             z = Add(n, x)"), **constants)
+    assert operators(rewritten(shared, {})) == ["LayerNormalization", "Mul", "Add"]
