@@ -36,7 +36,7 @@ FAR = 4.0
 
 
 def bipartite_soft_matching(keys: Tensor, merged: int, protected: int = 0, sizes: Tensor | None = None) -> Tensor:
-    """Return the assignment (B, N - R, N) of 0s and 1s, in the dtype of `keys`; every column holds a single 1.
+    """Return the assignment (B, N - R, N) of 0s and 1s, in float32 or float64; every column holds a single 1.
 
     `keys`: (B, N, D), any scale. `sizes`: (B, N), tokens each one stands for; needed only where some are padding (0).
     Rows are the protected tokens, then what is left of A, then B. No gradient flows into `keys`.
@@ -50,7 +50,7 @@ def bipartite_soft_matching(keys: Tensor, merged: int, protected: int = 0, sizes
             hint="merge fewer tokens, or give larger images",
         )
     first_a, first_b = _first(protected)
-    keys = keys.detach()
+    keys = keys.detach().to(torch.promote_types(keys.dtype, torch.float32))
     unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=TINY)
     similarity = unit[:, first_a::2] @ unit[:, first_b::2].mT  # (B, Na, Nb)
     if sizes is not None:

@@ -36,7 +36,7 @@ class Flow(NamedTuple):
     """What goes from block to block beside the tokens."""
 
     sizes: Tensor | None = None
-    """(B, N) float; None while every token has size 1."""
+    """(B, N), at least float32 so that they stay whole numbers; None while every token has size 1."""
     origin: Tensor | None = None
     """(B, N, N at the start): which original tokens went where; kept only when they are to be put back."""
 
@@ -206,7 +206,7 @@ def _sizes(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
         )
     seen = mask[:, 0, 0, :]
     allowed = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-    return allowed.to(tokens.dtype).expand(tokens.shape[0], -1)
+    return allowed.to(torch.promote_types(tokens.dtype, torch.float32)).expand(tokens.shape[0], -1)
 
 
 def _pool_forward(self: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:

@@ -91,6 +91,15 @@ def test_after_inference_mode_training_still_works() -> None:
     assert values.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keys_give_whole_sizes(dtype: torch.dtype) -> None:
+    assignment = bipartite_soft_matching(torch.ones(1, 1025, 4, dtype=dtype), 512, 1)
+    assert assignment.dtype == torch.float32
+    assert assignment.sum(2).max() == 513
+    small = torch.randn(1, 9, 4).mul(1e-4).to(dtype)
+    assert torch.equal(bipartite_soft_matching(small, 2, 1), bipartite_soft_matching(small.float() * 1e4, 2, 1))
+
+
 def test_more_than_half_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot merge 4 of 8 tokens with 1 protected; the limit is 3"):
         bipartite_soft_matching(torch.randn(1, 8, 4), 4, 1)

@@ -4,25 +4,39 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.schedule import (
     capped,
     check_schedule,
-    constant,
-    decreasing,
     kept_share,
     largest_merge,
     solve_keep,
+    spread,
     tokens_after,
 )
 
 
 def test_decreasing_golden() -> None:
     # 16 - 16/11 * l, rounded down: the sum is 91 and not 96 (ToMe's schedule (8, -1) for 12 blocks).
-    assert decreasing(8, 12) == [16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0]
-    assert decreasing(8, 1) == [8]
+    assert spread(8, 12, "decreasing") == [16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0]
+    # Whole numbers stay whole: 22 - 2 l.
+    assert spread(11, 12, "decreasing") == list(range(22, -1, -2))
+    assert spread(8, 1, "decreasing") == [8]
+
+
+def test_every_nth_block_by_hand() -> None:
+    assert spread(6, 5, every=2) == [6, 0, 6, 0, 6]
+    # 4 blocks of 31 tokens, 40% of 124 is 50 when rounded: in blocks 0 and 2, 4 * 8 + 2 * 9.
+    assert solve_keep(0.6, 31, 1, 4, every=2) == [8, 0, 9, 0]
+    for every in (1, 2, 3, 4):
+        schedule = solve_keep(0.7, 197, 1, 12, every=every)
+        assert [index for index, merged in enumerate(schedule) if merged] == list(range(0, 12, every))
+        assert 0 <= kept_share(schedule, 197) - 0.7 + 0.5 / (12 * 197) < 1 / 197
+    with pytest.raises(UsageError, match="merging in 1 of 12 blocks") as raised:
+        solve_keep(0.4, 65, 1, 12, every=12)
+    assert "or a smaller every" in raised.value.hint
 
 
 def test_constant_is_cut_at_half_of_the_unprotected_tokens() -> None:
     # 197 tokens, r = 16: eleven blocks leave 21, and half of 20 is 10. r = 50: 97 are left after two, then halves of 96, 48, 24.
-    assert capped(constant(16, 12), 197, 1) == [16] * 11 + [10]
-    assert capped(constant(50, 5), 197, 1) == [50, 50, 48, 24, 12]
+    assert capped([16] * 12, 197, 1) == [16] * 11 + [10]
+    assert capped([50] * 5, 197, 1) == [50, 50, 48, 24, 12]
     assert tokens_after([50, 50, 48, 24, 12], 197) == [147, 97, 49, 25, 13]
 
 
@@ -78,7 +92,7 @@ def test_keep_one_merges_nothing() -> None:
 
 def test_impossible_keep_says_what_is_possible() -> None:
     # 9 tokens, 1 protected: halving leaves 5 and 3 of 9, so 8/18 = 0.444 is the least.
-    with pytest.raises(UsageError, match=r"keep at least 0\.444") as raised:
+    with pytest.raises(UsageError, match=r"keeps 0\.444") as raised:
         solve_keep(0.3, 9, 1, 2)
     assert "0.445" in raised.value.hint
     assert solve_keep(0.445, 9, 1, 2) == [4, 2]

@@ -213,6 +213,7 @@ def test_merged_takes_one_number_or_one_per_block() -> None:
     assert schedule(merged=(8,), schedule="decreasing") == [16, 8, 0]
     # 50 tokens: 24 of 49 in the first block, 12 of 25 in the second, 6 of 13 in the third.
     assert schedule(merged=(40,)) == [24, 12, 6]
+    assert schedule(merged=(8,), every=2) == [8, 0, 8]
     assert schedule(merged=(0, 5, 9)) == [0, 5, 9]
     assert schedule() == schedule(keep=0.5)
 
@@ -224,6 +225,7 @@ def test_merged_takes_one_number_or_one_per_block() -> None:
         ({"keep": 0.0}, r"merge-tokens.keep is 0"),
         ({"keep": 0.5, "merged": (3,)}, "both keep and merged"),
         ({"merged": (-1,)}, "has -1; expected numbers >= 0"),
+        ({"every": 0}, "every is 0; expected a number >= 1"),
         ({"tower": "audio"}, "no tower 'audio'"),
         ({"tower": "text"}, "the text tower's tokens cannot be merged: CLIP reads"),
         ({"merged": (1, 2)}, "has 2 numbers, but the vision tower has 3 blocks"),
@@ -254,6 +256,7 @@ def test_parameters_have_help() -> None:
         "keep",
         "merged",
         "schedule",
+        "every",
         "method",
         "tower",
         "proportional",
