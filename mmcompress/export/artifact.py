@@ -34,13 +34,17 @@ class Component:
     name: str
     file: str
     bytes: int
+    """Size on disk, weights kept beside the graph included."""
     sha256: str
+    """Over the graph file, then the weights beside it."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     nodes: dict[str, int]
     """How often each operator occurs."""
     weights: dict[str, int]
     """Bytes of initialisers by dtype."""
+    data: str = ""
+    """The file with the weights, for graphs larger than protobuf can hold."""
     tokens: int = 0
     """The most tokens it takes; 0 without a token axis."""
     quantized: int = 0
@@ -127,17 +131,21 @@ def open_artifact(directory: str | Path, *, verify: bool = True) -> Artifact:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged: {error}", hint="export the model again") from error
     for component in components:
-        _check_file(directory / component.file, component, verify)
+        _check_files(directory, component, verify)
     for name in artifact.preprocessing:
         if not (directory / name).is_file():
             raise UsageError(f"{directory / name} is missing", hint="export the model again")
     return artifact
 
 
-def sha256(path: Path) -> str:
-    """Return the digest of a file's bytes."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def sha256(*paths: Path) -> str:
+    """Return the digest of the files' bytes, one after the other."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as opened:
+            while chunk := opened.read(1 << 22):
+                total.update(chunk)
+    return total.hexdigest()
 
 
 def _component(document: dict[str, Any]) -> Component:
@@ -147,11 +155,15 @@ def _component(document: dict[str, Any]) -> Component:
     return Component(**document)
 
 
-def _check_file(path: Path, component: Component, verify: bool) -> None:
-    # A file name from a document someone else wrote must not lead out of the directory.
-    if Path(component.file).name != component.file:
-        raise UsageError(f"{FILE_NAME} names a file outside its directory: {component.file}", hint="do not use it")
-    if not path.is_file():
-        raise UsageError(f"{path} is missing", hint="export the model again")
-    if path.stat().st_size != component.bytes or (verify and sha256(path) != component.sha256):
-        raise UsageError(f"{path} is damaged: its bytes are not the exported ones", hint="export the model again")
+def _check_files(directory: Path, component: Component, verify: bool) -> None:
+    names = [name for name in (component.file, component.data) if name]
+    for name in names:
+        # A file name from a document someone else wrote must not lead out of the directory.
+        if Path(name).name != name:
+            raise UsageError(f"{FILE_NAME} names a file outside its directory: {name}", hint="do not use it")
+        if not (directory / name).is_file():
+            raise UsageError(f"{directory / name} is missing", hint="export the model again")
+    paths = [directory / name for name in names]
+    size = sum(path.stat().st_size for path in paths)
+    if size != component.bytes or (verify and sha256(*paths) != component.sha256):
+        raise UsageError(f"{paths[0]} is damaged: its bytes are not the exported ones", hint="export the model again")

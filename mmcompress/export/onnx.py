@@ -136,8 +136,9 @@ def _export_tower(
     check_promise(model, promised, name)
     _stamp(model, bundle, name)
     path = directory / f"{name}.onnx"
-    external = sum(weights(model).values()) > EXTERNAL_BYTES
-    ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+    data = f"{path.name}.data" if sum(weights(model).values()) > EXTERNAL_BYTES else ""
+    ir.save(model, path, external_data=data or None)
+    files = [path, directory / data] if data else [path]
     onnx.checker.check_model(str(path), full_check=True)
     progress.advance(note=f"{name} written")
     operators = Counter(node.op_type for node in model.graph)
@@ -146,8 +147,9 @@ def _export_tower(
     component = Component(
         name=name,
         file=path.name,
-        bytes=path.stat().st_size,
-        sha256=sha256(path),
+        bytes=sum(file.stat().st_size for file in files),
+        sha256=sha256(*files),
+        data=data,
         inputs=_specs(model.graph.inputs),
         outputs=_specs(model.graph.outputs),
         nodes=dict(sorted(operators.items())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,20 @@ from mmcompress.export.trace import Encoder
 Run = Callable[[dict[str, Tensor]], list[np.ndarray]]
 
 
-def open_graph(graph: onnx.ModelProto) -> tuple[Run, str]:
+def open_graph(graph: onnx.ModelProto | Path) -> tuple[Run, str]:
     """Return a function that runs the graph, and the name of what runs it: onnxruntime, else the (slow) onnx reference.
 
-    bfloat16 graphs are widened in place, see `widen_bfloat16`.
+    A file is not read into a protobuf, which may hold 2 GiB only. A bfloat16 graph must be given in memory; it is widened
+    in place, see `widen_bfloat16`.
     """
-    widen_bfloat16(graph)
+    if not isinstance(graph, Path):
+        widen_bfloat16(graph)
     try:
         import onnxruntime
     except ImportError:
         from onnx.reference import ReferenceEvaluator
 
-        evaluator = ReferenceEvaluator(graph)
+        evaluator = ReferenceEvaluator(str(graph) if isinstance(graph, Path) else graph)
         return (
             lambda inputs: [np.asarray(output) for output in evaluator.run(None, _arrays(inputs))]
         ), "onnx.reference"
@@ -35,7 +38,8 @@ def open_graph(graph: onnx.ModelProto) -> tuple[Run, str]:
     options.log_severity_level = 3
     # onnxruntime quantizes the activations of weight-only linears as well unless told that float32 is wanted.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = str(graph) if isinstance(graph, Path) else graph.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return (lambda inputs: session.run(None, _arrays(inputs))), "onnxruntime"
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+import torch
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import MissingError, UsageError
@@ -120,6 +121,7 @@ def export_tensorrt(
             shutil.copytree(source.directory, directory, dirs_exist_ok=True)
             artifact = Artifact(**{**vars(source), "directory": directory})
         else:
+            _refuse_unsigned_layers(source)
             report: ExportReport = write_onnx(
                 source, directory, towers=towers, precision=precision, batches=batches, progress=progress
             )
@@ -266,6 +268,17 @@ def profile_shapes(
         spec.name: (shape(spec.dims, "least"), shape(spec.dims, "usual"), shape(spec.dims, "most"))
         for spec in component.inputs
     }
+
+
+def _refuse_unsigned_layers(bundle: Bundle) -> None:
+    """Say before minutes of tracing what `refuse_unsigned` would say after them."""
+    for name, buffer in bundle.model.named_buffers():
+        if name.endswith(".input_zero_point") and (buffer.dtype == torch.uint8 or bool(buffer)):
+            layer = name.removesuffix(".input_zero_point")
+            raise UsageError(
+                f"{layer} rounds its input with a zero point; TensorRT takes symmetric int8 only",
+                hint="quantize with --target tensorrt",
+            )
 
 
 def refuse_unsigned(path: Path) -> None:

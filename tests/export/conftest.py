@@ -9,7 +9,7 @@ from torch import nn
 from mmcompress.bundle import Bundle
 from mmcompress.export.onnx import ExportReport, export_onnx
 from mmcompress.ops.rounding import INT8, UINT8, Levels
-from mmcompress.surgery.quantized import QuantizedLinear, quantized
+from mmcompress.surgery.quantized import QuantizedConv2d, QuantizedLinear, quantized
 from tests import tiny
 
 
@@ -41,8 +41,14 @@ def clip_export(clip, tmp_path_factory) -> ExportReport:
 
 @pytest.fixture(scope="session")
 def unsigned() -> Bundle:
-    """DINOv2 with W8A8 vision for CPUs."""
-    return quantize_tower(tiny.bundle("dual_encoder_dinov2"), "vision", UINT8)
+    """DINOv2 with W8A8 vision for CPUs, its patch embedding included."""
+    bundle = quantize_tower(tiny.bundle("dual_encoder_dinov2"), "vision", UINT8)
+    (patches,) = bundle.tower("vision").embeddings
+    layer = quantized(bundle.module(patches), UINT8)
+    assert isinstance(layer, QuantizedConv2d)
+    layer.set_input_grid(torch.tensor(0.02), torch.tensor(128, dtype=torch.uint8))
+    bundle.replace(patches, layer)
+    return bundle
 
 
 @pytest.fixture(scope="session")

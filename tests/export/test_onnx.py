@@ -11,6 +11,7 @@ from mmcompress.export import onnx as exporting
 from mmcompress.export.artifact import is_artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
 from mmcompress.measure.embedder import ArtifactEmbedder
+from mmcompress.surgery.quantized import QUANTIZED, quantized
 from tests import tiny
 from tests.export.conftest import quantize_tower
 
@@ -61,11 +62,11 @@ def test_files_say_where_they_come_from_and_nothing_about_this_machine(clip_expo
 
 def test_integers_stay_integers(unsigned, unsigned_export):
     component = unsigned_export.artifact.component("vision")
-    layers = [m for m in unsigned.model.modules() if type(m).__name__ == "QuantizedLinear"]
-    assert component.quantized == len(layers) == 18
+    layers = [module for module in unsigned.model.modules() if isinstance(module, QUANTIZED)]
+    assert component.quantized == len(layers) == 18 + 1
     assert component.weights["INT8"] == sum(layer.weight_int8.nbytes for layer in layers)
     # q, k and v share one QuantizeLinear only where their grids are equal; here every layer has its own.
-    assert component.nodes["QuantizeLinear"] == 18
+    assert component.nodes["QuantizeLinear"] == 18 + 1
     exact, rounded = (
         [row for row in unsigned_export.components[0].parity if row.rounding is rounding] for rounding in (False, True)
     )
@@ -105,9 +106,8 @@ def test_the_artifact_embeds_like_the_model(clip, clip_export):
     embedder.close()
 
 
-@pytest.mark.parametrize("family", ["siglip", "siglip2"])
-def test_attention_pooling_exports(family, tmp_path):
-    bundle = tiny.bundle(family)
+def test_images_of_any_shape(tmp_path):
+    bundle = tiny.bundle("siglip2")
     report = export_onnx(bundle, tmp_path / "out", towers=["vision"], batches=(2,))
     # Images of other shapes are the point of SigLIP 2: their patches are padded and masked, their positions resized.
     images = [image.resize(size) for image, size in zip(tiny.images(3), ((56, 56), (64, 32), (24, 72)), strict=True)]
@@ -117,11 +117,30 @@ def test_attention_pooling_exports(family, tmp_path):
 
 def test_weights_only(tmp_path):
     bundle = quantize_tower(tiny.bundle("dual_encoder_dinov2"), "text", None)
+    words = "text_model.embeddings.word_embeddings"
+    bundle.replace(words, quantized(bundle.module(words), None))
     report = export_onnx(bundle, tmp_path / "out", towers=["text"], batches=(1, 2))
     component = report.artifact.component("text")
-    assert component.quantized == 13  # 2 blocks of 6 linears, and the pooler
+    assert component.quantized == 14  # 2 blocks of 6 linears, the pooler, the words
     assert "QuantizeLinear" not in component.nodes
     assert max(row.relative for row in report.components[0].parity) <= 1e-4
+
+
+def test_what_protobuf_cannot_hold_goes_beside_the_graph(clip, clip_export, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "EXTERNAL_BYTES", 1000)
+    report = export_onnx(clip, tmp_path / "out", towers=["text"], batches=(1,))
+    artifact = open_artifact(tmp_path / "out")
+    component = artifact.component("text")
+    assert component.data == "text.onnx.data"
+    assert component.bytes > clip_export.artifact.component("text").weights["FLOAT"]
+    assert max(row.relative for row in report.components[0].parity) <= 1e-4
+    texts = tiny.texts(3)
+    embedder = ArtifactEmbedder(artifact, threads=1)
+    np.testing.assert_allclose(embedder.embed_texts(texts), clip.embed_texts(texts), atol=1e-4)
+    data = tmp_path / "out" / component.data
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    with pytest.raises(UsageError, match="damaged"):
+        open_artifact(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

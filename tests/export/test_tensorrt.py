@@ -101,9 +101,10 @@ def test_a_text_tower_builds_in_bfloat16_straight_from_the_model(clip, tmp_path)
 
 
 @rtx
-def test_unsigned_activations_are_refused_with_the_way_out(unsigned_export, tmp_path):
+@pytest.mark.parametrize("exported", [True, False])
+def test_unsigned_activations_are_refused_with_the_way_out(exported, unsigned, unsigned_export, tmp_path):
     with pytest.raises(UsageError, match="symmetric int8 only") as caught:
-        export_tensorrt(unsigned_export.artifact, tmp_path / "out")
+        export_tensorrt(unsigned_export.artifact if exported else unsigned, tmp_path / "out")
     assert caught.value.hint == "quantize with --target tensorrt"
     assert list(tmp_path.iterdir()) == []
 
