@@ -146,6 +146,9 @@ class Family(Protocol):
     def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
         """While active, `model` computes the same in a way that can be traced with a dynamic batch."""
 
+    def cut_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> tuple[int, int]:
+        """Return how many texts lose their end in `prepare_texts`, and the limit in tokens."""
+
     def write_config(self, model: nn.Module) -> None:
         """Write uniform widths and depths of the modules into model.config, as far as the config can say them."""
 
@@ -221,6 +224,10 @@ class Bundle:
         """Return float32 embeddings (B, C) of images or texts, in evaluation mode."""
         self.model.eval()
         return self.encode(tower, self.prepare(tower, items)).float().cpu().numpy()
+
+    def cut_texts(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Return how many texts are longer than the model takes, and that limit in tokens."""
+        return self.family.cut_texts(self.model, self.processor, texts)
 
     def embed_images(self, images: Sequence[Image]) -> np.ndarray:
         """Return float32 embeddings (B, C), not normalised."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,14 @@ class Embedder(Protocol):
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return (B, C), not normalised."""
+
+
+@runtime_checkable
+class CutsTexts(Protocol):
+    """An embedder that knows which texts it cannot take whole."""
+
+    def cut_texts(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Return how many texts are longer than the model takes, and that limit in tokens."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mmcompress.data import Dataset
 from mmcompress.errors import UsageError
 from mmcompress.evaluate.asked import Asked, ask
-from mmcompress.evaluate.embed import Embedder, embed_dataset, embed_texts
+from mmcompress.evaluate.embed import CutsTexts, Embedder, embed_dataset, embed_texts
 from mmcompress.evaluate.findings import Finding, health
 from mmcompress.evaluate.metrics import class_vectors
 from mmcompress.evaluate.slices import Control, Results, Slice, controls, measure_slices, parts
@@ -99,7 +99,7 @@ def evaluate(
         differences=_differences(results, before, seed),
         slices=tuple(measure_slices(results, before, parts(dataset, embeddings), seed)),
         controls=tuple(seen),
-        findings=(*_health(scene), *_leaks(seen)),
+        findings=(*_health(scene), *_leaks(seen), *_cut(embedder, embeddings.texts)),
     )
 
 
@@ -152,6 +152,16 @@ def _health(scene: Scene) -> list[Finding]:
     if scene.class_vectors is not None:
         found += health("class prompt", scene.class_vectors)
     return found
+
+
+def _cut(embedder: Embedder, texts: Sequence[str]) -> list[Finding]:
+    """What was not read cannot be found: texts beyond the model's limit lose their end without a trace in any metric."""
+    count, limit = embedder.cut_texts(texts) if isinstance(embedder, CutsTexts) else (0, 0)
+    if not count:
+        return []
+    return [
+        Finding("note", f"{count} of {len(texts)} texts are longer than the model takes and were cut at {limit} tokens")
+    ]
 
 
 def _leaks(seen: Sequence[Control]) -> list[Finding]:

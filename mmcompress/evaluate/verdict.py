@@ -84,7 +84,10 @@ def _worst_first(found: Iterable[_Weighed]) -> list[Finding]:
 def _broken(facts: Facts) -> Iterator[_Weighed]:
     for finding in facts.compressed.findings if facts.compressed else ():
         yield _Weighed(0, 0, finding)
+    said = facts.compressed.findings if facts.compressed else ()
     for finding in facts.original.findings if facts.original else ():
+        if finding.level == "note" and finding in said:  # about the data, not about either model
+            continue
         yield _Weighed(1, 0, Finding(finding.level, f"in the original: {finding.text}"))
 
 

@@ -60,7 +60,7 @@ class TwoTowers:
         """Return token inputs for texts, cut at the model's limit; see `Family.prepare_texts`."""
         if processor.tokenizer is None:
             raise UsageError("this checkpoint has no tokenizer", hint="add its tokenizer.json")
-        limit = getattr(self.text_config(model), self.text_limit_key)
+        limit = self.text_limit(model)
         prepared = processor.tokenizer(
             list(texts),
             padding="max_length" if self.pad_to_limit else True,
@@ -69,3 +69,13 @@ class TwoTowers:
             return_tensors="pt",
         )
         return {name: prepared[name] for name in self.text_inputs if name in prepared}
+
+    def text_limit(self, model: Any) -> int:
+        """Return the most tokens a text may have."""
+        return int(getattr(self.text_config(model), self.text_limit_key))
+
+    def cut_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> tuple[int, int]:
+        """Return how many texts lose their end in `prepare_texts`, and the limit in tokens."""
+        limit = self.text_limit(model)
+        tokens = processor.tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+        return sum(len(found) > limit for found in tokens), limit

@@ -68,6 +68,10 @@ class ArtifactEmbedder:
         prepared = self._family.prepare_texts(self._model, self._processor, texts)
         return self._run("text", self._arrays("text", prepared))
 
+    def cut_texts(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Return how many texts are longer than the model takes, and that limit in tokens."""
+        return self._family.cut_texts(self._model, self._processor, texts)
+
     def runner(self, component: str) -> Runner:
         """Return the engine that holds `component`, loading it the first time."""
         if component not in self._runners:
