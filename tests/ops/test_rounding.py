@@ -46,6 +46,8 @@ def test_symmetric_by_hand() -> None:
 def test_smoothing_by_hand() -> None:
     s = smoothing(torch.tensor([8.0, 1.0]), torch.tensor([0.5, 2.0]), 0.5)
     assert s.tolist() == pytest.approx([4.0, 0.70710678])
+    # 16^0.75 / 16^0.25 = 8 / 2.
+    assert smoothing(torch.tensor([16.0]), torch.tensor([16.0]), 0.75).item() == pytest.approx(4.0)
     assert (torch.tensor([8.0, 1.0]) / s).tolist() == pytest.approx([2.0, 1.41421356])
     assert (torch.tensor([0.5, 2.0]) * s).tolist() == pytest.approx([2.0, 1.41421356])
 
