@@ -139,9 +139,11 @@ def run(
         for stage in todo:
             with _named(stage, []):
                 stage.made.check(bundle)
-    if done and after:
-        # The run may have died between finishing the step and measuring it; measuring twice costs only time.
-        after(done[-1], bundle, place.checkpoint_of(done[-2]) if len(done) > 1 else None)
+    starts = [None, *(place.checkpoint_of(stage) for stage in done)]
+    for stage, start in zip(done, starts, strict=False):
+        # All but the last were measured before the next one began, so they need no bundle of their own any more.
+        if after:
+            after(stage, bundle, start)
     for stage in todo[len(done) :]:
         with _named(stage, [earlier.step.name for earlier in todo[: stage.number - 1]]):
             run_stage(bundle, stage, dataclasses.replace(_with_teacher(stage, context), workdir=place.scratch(stage)))
