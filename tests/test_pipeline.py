@@ -52,6 +52,7 @@ class Fuse:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("model")
     checkpoint.save(tiny.bundle("dual_encoder_dinov2"), home / "model")
+    (home / "model/mmc.json").unlink()  # as if it came from elsewhere
     data = home / "data"
     data.mkdir()
     rows = []
