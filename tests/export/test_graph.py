@@ -188,3 +188,51 @@ def test_a_gain_goes_into_the_norm_before_it_unless_others_read_the_norm():
     # A post-norm block adds the norm's output to the next residual too.
     shared = build(text % (", float[B, 4] z", "\n             z = Add(n, x)"), **constants)
     assert operators(rewritten(shared, {})) == ["LayerNormalization", "Mul", "Add"]
+
+
+def test_casts_that_change_the_dtype_stay():
+    model = build(
+        """g (float[B, 4] x) => (float[B, 4] y) {
+             a = Cast <to: int = 11> (x)
+             b = Abs(a)
+             y = Cast <to: int = 1> (b)
+           }"""
+    )
+    rewritten(model, {})
+
+
+def test_masks_that_add_a_bias_stay():
+    model = build(
+        """g (float[2, 3] x) => (float[2, 3] y) {
+             m = Where(shown, bias, low)
+             y = Add(x, m)
+           }""",
+        shown=np.ones((1, 3), bool), bias=normal(2, 3), low=np.array(-1e4, np.float32),
+    )  # fmt: skip
+    rewritten(model, {})
+
+
+def test_masks_that_make_the_scores_larger_stay():
+    model = build(
+        """g (float[1, 3] x) => (float[2, 3] y) {
+             m = Where(shown, zero, low)
+             y = Add(x, m)
+           }""",
+        shown=np.ones((2, 1), bool), zero=np.array(0, np.float32), low=np.array(-1e4, np.float32),
+    )  # fmt: skip
+    rewritten(model, {})
+
+
+@pytest.mark.parametrize(("axis", "points"), [(0, [0, 0, 0]), (1, [3, 0, 5])])
+def test_scales_per_input_and_zero_points_are_left_alone(axis, points):
+    model = build(
+        f"""g (float[B, 3] x) => (float[B, 3] y) {{
+             d = DequantizeLinear <axis: int = {axis}> (w, c, z)
+             p = MatMul(x, d)
+             l = Add(p, b)
+             y = Mul(l, s)
+           }}""",
+        w=RNG.integers(-120, 120, (3, 3)).astype(np.int8), c=np.array([0.1, 0.2, 0.3], np.float32),
+        z=np.array(points, np.int8), b=normal(3), s=np.array([-0.5, 2, 1], np.float32),
+    )  # fmt: skip
+    rewritten(model, {})
