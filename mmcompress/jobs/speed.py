@@ -21,7 +21,7 @@ from mmcompress.export.artifact import Artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.arrays import TOKENS, arrays_for
 from mmcompress.measure.latency import Latency, LatencySamples, compare, interleaved
-from mmcompress.measure.machine import usable_cores
+from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.measure.runner import Arrays, Runner
 from mmcompress.measure.runners import RUNNERS, open_runner
 from mmcompress.ops.statistics import Estimate
@@ -29,6 +29,7 @@ from mmcompress.progress import Progress
 from mmcompress.recipe import Export
 
 BEST = "best of each"
+HALF = "the original in bf16"
 
 
 @dataclass(frozen=True)
@@ -119,30 +120,40 @@ def time_lanes(
         ]
 
 
-def time_artifacts(
+def _lanes(
     sides: Mapping[str, Artifact],
     runners: Sequence[str],
-    *,
     tower: str,
     batch: int,
     threads: int,
-    rounds: int,
-    device: str = "cpu",
     precision: str = "fp32",
-    progress: Progress | None = None,
-) -> list[Timing]:
-    """Time one tower of every artifact in every runner, all interleaved. Inputs are the same for all sides."""
-    lanes = [
+) -> list[Lane]:
+    """One tower of every artifact in every runner; the inputs are the same for all sides."""
+    return [
         Lane(
             side,
             name,
-            partial(open_runner, name, artifact.path(tower), threads, device, precision),
+            partial(open_runner, name, artifact.path(tower), threads, "cpu", precision),
             example_arrays(artifact, tower, batch),
         )
         for side, artifact in sides.items()
         for name in runners
     ]
-    return time_lanes(lanes, tower=tower, batch=batch, rounds=rounds, progress=progress)
+
+
+def _plain_half(original: Artifact, runners: Sequence[str], tower: str, batch: int, threads: int) -> list[Lane]:
+    """The original in bfloat16, which costs nobody any work, where the processor has it in hardware."""
+    flags = set(machine_facts().get("flags", ()))
+    if "openvino" not in runners or not flags & {"avx512_bf16", "amx_bf16"}:
+        return []
+    return _lanes({HALF: original}, ["openvino"], tower, batch, threads, precision="bf16")
+
+
+def _against_half(timings: Sequence[Timing], threads: int) -> list[TowerSpeed]:
+    halves = [timing for timing in timings if timing.side == HALF]
+    best = min((t for t in timings if t.side == "compressed"), key=lambda t: t.latency.p50_ms.value)
+    rows = [_ratio(half, best, f"{BEST}: {half.runner} bf16 against {best.runner}", threads) for half in halves]
+    return [dataclasses.replace(row, against=HALF) for row in rows]
 
 
 def example_arrays(artifact: Artifact, tower: str, batch: int, tokens: int = TOKENS) -> Arrays:
@@ -186,16 +197,12 @@ def compare_exports(
     sides = {side: open_artifact(directory / side) for side in ("original", "compressed")}
     rows: list[TowerSpeed] = []
     for component in sides["compressed"].components:
-        timings = time_artifacts(
-            sides,
-            names,
-            tower=component.name,
-            batch=export.batch,
-            threads=threads,
-            rounds=export.rounds,
-            progress=progress,
-        )
+        tower = component.name
+        lanes = _lanes(sides, names, tower, export.batch, threads)
+        lanes += _plain_half(sides["original"], names, tower, export.batch, threads)
+        timings = time_lanes(lanes, tower=tower, batch=export.batch, rounds=export.rounds, progress=progress)
         rows += speeds_between("original", "compressed", timings, threads)
+        rows += _against_half(timings, threads)
     return tuple(rows)
 
 

@@ -79,7 +79,9 @@ def test_selection_beats_random(
     document = compress(capsys, dual_encoder, tmp_path, step)
     assert r1(document, name) > r1(document, f"{name} (random)")
     texts = [finding["text"] for finding in document["verdict"]]
-    assert any(text.startswith(f"{name}: better than random selection") and "image_to_text_r1" in text for text in texts)
+    assert any(
+        text.startswith(f"{name}: better than random selection") and "image_to_text_r1" in text for text in texts
+    )
 
 
 def test_plain_transformers_loads_a_uniform_cut_bit_equal(
