@@ -108,7 +108,7 @@ def run(work: Path, rounds: int, threads: int, overrides: list[str]) -> dict[str
     model, train, held_out = assets.dual_encoder(), str(assets.training_pairs()), "demo:test"
     data = [f"data.calibration={train}", f"data.evaluation={held_out}"]
     sources = {
-        "edge": recipe.read(RECIPES / "dual-encoder-edge.yaml", [*data, "export.to=''", *overrides]),
+        "edge": recipe.read(RECIPES / "dual-encoder-edge.yaml", [*data, *overrides]),
         "int8": recipe.parse({**INT8, "data": {"num_samples": SAMPLES, "batch_size": 32}}, data),
     }
     if not (work / "original-onnx").exists():
