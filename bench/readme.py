@@ -1,4 +1,4 @@
-"""Writes every command's --help between two markers in README.md, so that the page never says what the program does not.
+"""Writes every command's --help and the measured results into README.md, so that the page never says what the program does not.
 
     python -m bench.readme            write it
     python -m bench.readme --check    exit 1 when README.md is out of date, writing nothing
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from bench import measured
 from mmcompress.cli.__main__ import COMMANDS, cli
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -53,7 +54,20 @@ def section() -> str:
 
 
 def updated(document: str) -> str:
-    """Return the README with the section replaced, or added at the end where it has no markers."""
+    """Return the README with its made parts made anew."""
+    return _with_measured(_with_commands(document))
+
+
+def _with_measured(document: str) -> str:
+    before, found, rest = document.partition(measured.BEGIN)
+    _, ended, after = rest.partition(measured.END)
+    if not found or not ended:
+        sys.exit(f"README.md must hold {measured.BEGIN} before {measured.END}")
+    return before + measured.section() + after
+
+
+def _with_commands(document: str) -> str:
+    """Replace the section, or add it at the end where there are no markers."""
     if document.count(BEGIN) > 1 or document.count(BEGIN) != document.count(END):
         sys.exit(f"README.md must hold {BEGIN} and {END} once each, or neither")
     if BEGIN not in document:

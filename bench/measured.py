@@ -1,0 +1,127 @@
+"""The "Measured" part of README.md, made from bench/results/*.json: no number is typed in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN = "<!-- measured -->"
+END = "<!-- end measured -->"
+MIB = 2**20
+
+
+def section() -> str:
+    """Return the part of README.md from marker to marker."""
+    parts = [table() for table in (edge, against_random, memory, demo_model)]
+    return "\n\n".join([BEGIN, *(part for part in parts if part), END])
+
+
+def edge() -> str:
+    """The main claim on the real dual encoder."""
+    found = _read("edge")
+    if not found:
+        return ""
+    latency, accuracy, size = found["latency_ms"]["batch 1"], found["accuracy"], found["bytes"]
+    speed = found["speedups"]["batch 1"]
+    lines = [
+        f"**DINOv2-S + MiniLM, vision tower, batch 1, {_machine(found)}** (`{found['command']}`)",
+        "",
+        "| tower | runner | p50 ms | times faster than fp32 onnxruntime [95%] | R@1 [95%] | points against the original [95%] |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in latency.items():
+        side, runner = name.split(" ")
+        score = accuracy[side]["image_to_text_r1"]
+        ratio = speed[f"{name} against original onnxruntime"]
+        difference = score.get("difference")
+        lines.append(
+            f"| {side} | {runner} | {row['p50_ms']['value']:.2f} | ×{_interval(ratio, 2)} | {_interval(score)} | "
+            f"{_points(difference) if difference else ''} |"
+        )
+    compared = {name: ratio for name, ratio in speed.items() if "against original onnxruntime" not in name}
+    lines += [
+        "",
+        f"n = {accuracy['original']['image_to_text_r1']['n']} drawings of a vendor never trained on, retrieval among all "
+        f"their captions. Weights: {size['original'] / MIB:.1f} → {size['edge'] / MIB:.1f} MiB "
+        f"(÷{size['original'] / size['edge']:.1f}); the int8 step alone {size['int8'] / MIB:.1f} MiB. "
+        + ". ".join(f"{name[0].upper()}{name[1:]}: ×{_interval(ratio, 2)}" for name, ratio in compared.items())
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+def against_random() -> str:
+    """Selections beside random ones."""
+    found = _read("against_random")
+    if not found:
+        return ""
+    lines = [
+        f"**Against random selection, same model** (`{found['command']}`)",
+        "",
+        "| | R@1 image → text [95%] |",
+        "|---|---|",
+    ]
+    lines.append(f"| original | {_interval(found['original']['image_to_text_r1'])} |")
+    for contest, outcome in found["contests"].items():
+        lines += [
+            f"| {contest}: {name} | {_interval(row['image_to_text_r1'])} |" for name, row in outcome["rows"].items()
+        ]
+    lines.append("")
+    for contest, outcome in found["contests"].items():
+        for score, findings in outcome["findings"].items():
+            lines += [f"- {contest}, {score}: {f['text']}" for f in findings if "image_to_text_r1" in f["text"]]
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """Peak memory and the start of the command line."""
+    found = _read("memory")
+    if not found:
+        return ""
+    lines = [
+        f"**Memory**, a {found['model_mib']:,} MiB model (`{found['command']}`): peak above an interpreter with torch and "
+        "transformers imported, in models",
+        "",
+        "| pass | peak |",
+        "|---|---|",
+        *(f"| {name} | {row['above_interpreter_in_models']:.2f} |" for name, row in found["passes"].items()),
+        "",
+        f"`mmc --help`: median {sorted(found['help_seconds'])[len(found['help_seconds']) // 2]:.2f} s of "
+        f"{len(found['help_seconds'])} starts.",
+    ]
+    return "\n".join(lines)
+
+
+def demo_model() -> str:
+    """What the demo's CLIP can do before compression."""
+    found = _read("demo_model")
+    if not found:
+        return ""
+    parts = [
+        f"{name} {row['value']:.3f} [{row['interval95'][0]:.3f}, {row['interval95'][1]:.3f}]"
+        for name, row in found["image_to_text"].items()
+        if name in ("R@1", "R@5")
+    ]
+    return f"**The demo's CLIP** before compression, image → text, n = {found['n']}: {', '.join(parts)} (`{found['command']}`)."
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _machine(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    return f"{machine['threads']} threads of {machine['cpu']}"
+
+
+def _interval(estimate: dict[str, Any], digits: int = 3) -> str:
+    return f"{estimate['value']:.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+
+
+def _points(difference: dict[str, Any]) -> str:
+    value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
