@@ -147,7 +147,7 @@ class MergeTokens:
         if stream.readout == "attention":
             pool = bundle.module(stream.pool)
             assert isinstance(pool, nn.MultiheadAttention), "TokenStream.pool names a MultiheadAttention"
-            bind_pool(pool, bundle.module(stream.pool.rpartition(".")[0]), ledger, proportional=self.proportional)
+            bind_pool(pool, ledger, proportional=self.proportional)
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the tokens of each block and the share of multiply-adds that is left."""

@@ -15,7 +15,6 @@ Shapes: B batch, N tokens before, M tokens after, C channels, D key width, H hea
 
 from __future__ import annotations
 
-import inspect
 import threading
 from dataclasses import dataclass, field
 from types import MethodType
@@ -89,16 +88,13 @@ def bind_block(block: nn.Module, reduction: Reduction) -> None:
     block.forward = MethodType(_forward, block)
 
 
-def bind_pool(pool: nn.MultiheadAttention, owner: nn.Module, ledger: Ledger, *, proportional: bool) -> None:
+def bind_pool(pool: nn.MultiheadAttention, ledger: Ledger, *, proportional: bool) -> None:
     """Make the attention pooling `pool` weigh its keys by token size.
 
-    `owner` is the module that calls `pool`. Where it makes a mask from the original padding, that no longer fits; it is left
-    out, since padding has size 0.
+    A mask that its caller makes from the original padding no longer fits and is ignored: padding has size 0.
     """
     setattr(pool, ATTRIBUTE, (ledger, proportional))
     pool.forward = MethodType(_pool_forward, pool)  # type: ignore[method-assign]
-    if "attention_mask" in inspect.signature(type(owner).forward).parameters:
-        owner.forward = MethodType(_maskless_forward, owner)
 
 
 def is_reduced(module: nn.Module) -> bool:
@@ -212,12 +208,10 @@ def _sizes(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
 def _pool_forward(self: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
     ledger, proportional = self.reduction
     flow, ledger.flow = ledger.flow, None
-    if flow is not None and flow.sizes is not None and (proportional or ledger.padded):
-        bias = log_size_bias(flow.sizes, query.dtype, padded=ledger.padded, proportional=proportional)
-        # (B, M) -> (B * H, 1, M), every head of an image the same
-        kwargs["attn_mask"] = bias.repeat_interleave(self.num_heads, dim=0)[:, None, :]
+    if flow is not None:
+        kwargs["attn_mask"] = None
+        if flow.sizes is not None and (proportional or ledger.padded):
+            bias = log_size_bias(flow.sizes, query.dtype, padded=ledger.padded, proportional=proportional)
+            # (B, M) -> (B * H, 1, M), every head of an image the same
+            kwargs["attn_mask"] = bias.repeat_interleave(self.num_heads, dim=0)[:, None, :]
     return type(self).forward(self, query, key, value, **kwargs)
-
-
-def _maskless_forward(self: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Any:
-    return type(self).forward(self, hidden_state)

@@ -261,17 +261,23 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_pooling_weighs_keys_by_size_and_hides_padding() -> None:
     torch.manual_seed(0)
     pool = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
-    owner = nn.Identity()
     query, tokens = noise(2, 1, 8), noise(2, 4, 8)
     number = torch.tensor([1, 3, 2, 1])
     repeated = tokens.repeat_interleave(number, dim=1)
     expected = pool(query, repeated, repeated)[0]
     ledger = Ledger()
     bound = copy.deepcopy(pool)
-    bind_pool(bound, owner, ledger, proportional=True)
+    bind_pool(bound, ledger, proportional=True)
     ledger.flow = Flow(number.double().expand(2, -1))
-    assert (bound(query, tokens, tokens)[0] - expected).abs().max() <= 1e-12
+    stale = torch.zeros(4, 1, 4, dtype=torch.float64)
+    assert (bound(query, tokens, tokens, attn_mask=stale)[0] - expected).abs().max() <= 1e-12
     assert ledger.flow is None
+    ledger.flow = Flow()
+    assert torch.equal(bound(query, tokens, tokens, attn_mask=stale[:, :, :2])[0], pool(query, tokens, tokens)[0])
+    # Called by itself it keeps its caller's mask.
+    hidden = torch.full_like(stale, -1e9).index_fill(2, torch.tensor([1]), 0.0)
+    alone = tokens[:, 1:2]
+    assert torch.allclose(bound(query, tokens, tokens, attn_mask=hidden)[0], pool(query, alone, alone)[0])
     # Samples with different padding, in one batch.
     ledger.padded = True
     ledger.flow = Flow(torch.tensor([[1.0, 3, 0, 0], [1, 3, 2, 1]], dtype=torch.float64))
