@@ -8,31 +8,27 @@ Activations must be quantized symmetrically (int8, zero point 0): 8-bit unsigned
 
 from __future__ import annotations
 
-import functools
-import importlib
 import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 
 from mmcompress.bundle import Bundle
-from mmcompress.errors import MissingError, UsageError
+from mmcompress.errors import UsageError
 from mmcompress.export.artifact import Artifact, Component, sha256
 from mmcompress.export.onnx import ExportReport, write_onnx
+from mmcompress.export.tensorrt_api import Api, ApiName, load_api, logger_of
 from mmcompress.progress import Progress, Silent
 from mmcompress.staging import staging
 
 FILE_NAME = "engine.json"
-ApiName = Literal["auto", "tensorrt", "tensorrt_rtx"]
-MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx_bindings"}
-INSTALL = "pip install 'mmcompress[tensorrt]' (with a GPU) or 'mmcompress[rtx]' (builds without one)"
 
 
 @dataclass(frozen=True)
@@ -132,37 +128,6 @@ def export_tensorrt(
     return EngineReport(Path(out), api.name, api.version, engines, final)
 
 
-@dataclass(frozen=True)
-class Api:
-    """The one of the two libraries that is used."""
-
-    name: str
-    trt: Any
-
-    @property
-    def version(self) -> str:
-        return str(self.trt.__version__)
-
-
-def load_api(name: ApiName = "auto") -> Api:
-    """Import TensorRT or TensorRT-RTX. "auto" prefers TensorRT where it has a GPU. Raises MissingError."""
-    problems = []
-    for candidate in MODULES if name == "auto" else (name,):
-        try:
-            api = Api(candidate, importlib.import_module(MODULES[candidate]))
-        except ImportError as error:
-            problems.append(f"{candidate}: {error}")
-            continue
-        try:
-            api.trt.Builder(_logger(api.trt))
-        except (TypeError, RuntimeError):
-            # TensorRT's builder asks the driver for a device; the binding then has nothing to return.
-            problems.append(f"{candidate}: it needs a GPU and its driver")
-            continue
-        return api
-    raise MissingError("no usable TensorRT: " + "; ".join(problems), hint=INSTALL)
-
-
 def build_engines(
     artifact: Artifact, api: Api, options: EngineOptions, progress: Progress | None = None
 ) -> tuple[Engine, ...]:
@@ -182,7 +147,7 @@ def build_engines(
 def _build(artifact: Artifact, component: Component, api: Api, options: EngineOptions) -> Engine:
     begun, trt, path = time.perf_counter(), api.trt, artifact.path(component.name)
     refuse_unsigned(path)
-    logger = _logger(trt)
+    logger = logger_of(trt)
     logger.errors.clear()
     builder = trt.Builder(logger)
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -302,22 +267,6 @@ def _parse_errors(parser: Any) -> str:
         error = parser.get_error(index)
         found.append(f"{error.node_name()} ({error.node_operator()}): {error.desc().splitlines()[0]}")
     return "; ".join(dict.fromkeys(found)) or "no reason given"
-
-
-@functools.cache
-def _logger(trt: Any) -> Any:
-    """The one logger of this process: the library keeps the first it is given, whatever comes later."""
-
-    class Collected(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message.strip())
-
-    return Collected()
 
 
 def _write(directory: Path, api: Api, options: EngineOptions, engines: Sequence[Engine]) -> None:
