@@ -6,6 +6,9 @@ as Where.
 
 Rounding: only the three `fold_…` change values, by one rounding of float32; a pass over the activations is what they save, once
 per residual branch, per attention and per norm.
+
+Not done: queries, keys and values as one product and a Split. On DINOv2-S in int8, one thread, it took 7% more processor
+time in onnxruntime and the same in OpenVINO.
 """
 
 from __future__ import annotations
