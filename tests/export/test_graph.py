@@ -236,3 +236,17 @@ def test_scales_per_input_and_zero_points_are_left_alone(axis, points):
         z=np.array(points, np.int8), b=normal(3), s=np.array([-0.5, 2, 1], np.float32),
     )  # fmt: skip
     rewritten(model, {})
+
+
+@pytest.mark.parametrize(("second_use", "folded"), [("", 1), ("z = Abs(n)", 0)])
+def test_a_gain_goes_into_the_norm_before_it(second_use, folded):
+    outputs = "float[B, 4] y, float[B, 4] z" if second_use else "float[B, 4] y"
+    model = build(
+        f"""g (float[B, 4] x) => ({outputs}) {{
+             n = LayerNormalization <axis: int = -1> (x, w, b)
+             y = Mul(n, s)
+             {second_use}
+           }}""",
+        w=normal(4), b=normal(4), s=normal(4),
+    )  # fmt: skip
+    rewritten(model, {"fold_norm_gains": 1} if folded else {})
