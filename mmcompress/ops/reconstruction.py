@@ -8,10 +8,15 @@ R alone leaves the error W_R x_R. Three levels:
   channels from the kept ones, with ``b += W_R m_R - D m_K``. The ridge r pulls D (not the weights) to 0, so a large r gives
   *bias*, and D = 0 being allowed means the calibration error is never larger than that of *bias*.
 
+With few tokens for many channels (short texts) S is mostly noise, and D would fit it. So S is first shrunk towards a multiple
+of the identity by the share that is best for that many Gaussian tokens (OAS: Chen, Wiesel, Eldar and Hero 2010, eq. 23), which
+needs no held-out data; with many tokens the share goes to 0. Shrinking keeps the guarantee above: it adds a multiple of
+|W_R|^2 + |D|^2 to what is minimised.
+
 Without a bias to write to, S and m are replaced by the uncentred second moment and 0.
 
 Source: the normal equations; used for one-shot structured pruning by e.g. ZipLM (Kurtic et al. 2023) and, as mean folding, by
-FLAP (An et al. 2023). Difference: one solve for all removed channels together, in float64, with the ridge on the change.
+FLAP (An et al. 2023). Difference: one solve for all removed channels together, in float64, with ridge and shrinkage.
 """
 
 from __future__ import annotations
@@ -24,10 +29,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of x over T tokens: `mean` (C,), `second` (C, C) = E[x x'], or None where only means are known."""
+    """Moments of x over `count` effective tokens: `mean` (C,), `second` (C, C) = E[x x'] or None where only means are known."""
 
     mean: Tensor
     second: Tensor | None = None
+    count: float = 0
+
+
+def shrinkage(covariance: Tensor, count: float) -> float:
+    """Return the share of a scaled identity to mix into a covariance (C, C) of `count` tokens: OAS, in 0..1."""
+    channels = covariance.shape[0]
+    trace, squares = float(covariance.diagonal().sum()), float(covariance.square().sum())
+    spread = (count + 1 - 2 / channels) * (squares - trace**2 / channels)
+    # A multiple of the identity already: any share gives the same.
+    return min(1.0, ((1 - 2 / channels) * squares + trace**2) / spread) if spread > 0 else 1.0
 
 
 def repair(
@@ -36,7 +51,7 @@ def repair(
     """Return the weight (out, K) and bias (out,) of the Linear that reads only the `kept` input channels.
 
     weight: (out, C), bias: (out,) or None, kept: (K,) ascending. With `moments.second` None only the bias is changed. `ridge` is
-    relative to the mean variance of the kept channels. The result has the dtype of `weight`.
+    relative to the channels' mean variance. The result has the dtype of `weight`.
     """
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
@@ -45,11 +60,13 @@ def repair(
     mean = moments.mean.double() if bias is not None else torch.zeros_like(moments.mean, dtype=torch.float64)
     new_weight, shift = full[:, kept], full[:, gone] @ mean[gone]
     if moments.second is not None and len(gone) and len(kept):
-        rows = moments.second[kept].double() - mean[kept, None] * mean
+        covariance = moments.second.double().addr(mean, mean, alpha=-1)
+        share = shrinkage(covariance, moments.count)
+        scale = covariance.diagonal().mean()
+        rows = covariance[kept].mul_(1 - share)
         inner, cross = rows[:, kept], rows[:, gone]
-        scale = inner.diagonal().mean()
         if scale > 0:
-            inner.diagonal().add_(ridge * scale + 1e-12 * scale)
+            inner.diagonal().add_((share + ridge + 1e-12) * scale)
             change = torch.linalg.solve(inner, cross @ full[:, gone].T).T
             new_weight, shift = new_weight + change, shift - change @ mean[kept]
     new_bias = None if bias is None else (bias.double() + shift).to(bias.dtype)

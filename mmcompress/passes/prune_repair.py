@@ -1,5 +1,8 @@
 """Compensation for `prune`: new readers for the units that stay, from statistics of the uncut model on calibration data.
 
+Tokens are weighted by how much they matter for the embedding (`stream_by_effect`). Unweighted, the repair would trade error at the
+few tokens a tower is read from for error at the many it is not; with a class-token readout that can be worse than no repair.
+
 Memory: a mean per channel for "bias"; for "least-squares" the second moments of a few readers at a time, which together take at
 most about a quarter of the model's bytes (one reader at least), so wide or deep models cost several passes over the data.
 """
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.ops.reconstruction import Moments, repair
 from mmcompress.passes.base import Context
-from mmcompress.passes.prune_scores import stream
+from mmcompress.passes.prune_scores import stream_by_effect
 from mmcompress.passes.prune_units import Group
 from mmcompress.surgery.linears import spread
 from mmcompress.surgery.watch import Sums
@@ -28,12 +31,15 @@ def repaired_readers(
     tensors: dict[str, Tensor] = {}
     for part in _parts(bundle, list(kept), full):
         sums = {group.reader: Sums(full) for group in part}
-        stream(bundle, sums, context, "compensation")
+        stream_by_effect(bundle, sums, context)
         for group in part:
             reader = bundle.module(group.reader)
             assert isinstance(reader, nn.Linear), f"{group.reader} was not checked to be a Linear"
             seen = sums.pop(group.reader)
-            moments = Moments(seen.mean(), seen.second_moment() if full else None)
+            if not seen.weight:
+                # Nothing this Linear writes reaches the embedding; there is nothing to repair.
+                continue
+            moments = Moments(seen.mean(), seen.second_moment() if full else None, seen.count)
             columns = spread(torch.tensor(kept[group], device=reader.weight.device), group.width)
             bias = None if reader.bias is None else reader.bias.detach()
             weight, moved = repair(reader.weight.detach(), bias, columns, moments, ridge)

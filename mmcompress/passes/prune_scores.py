@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def uniform_random(groups: Sequence[Group], seed: int) -> list[Tensor]:
 def activation(bundle: Bundle, groups: Sequence[Group], context: Context, centred: bool) -> list[Tensor]:
     """Return the Wanda norm of each unit over calibration tokens; around the mean with `centred` (FLAP)."""
     sums = {group.reader: Sums(full=False) for group in groups}
-    stream(bundle, sums, context, "activations")
+    _stream(bundle, sums, context, "activations")
     scores = []
     for group in groups:
         weight = bundle.module(group.reader).weight
@@ -65,7 +66,7 @@ def activation(bundle: Bundle, groups: Sequence[Group], context: Context, centre
     return scores
 
 
-def stream(bundle: Bundle, sums: dict[str, Sums], context: Context, label: str) -> None:
+def _stream(bundle: Bundle, sums: dict[str, Sums], context: Context, label: str) -> None:
     """Add the calibration tokens that each Linear reads to its sums. Raises UsageError without data."""
     for tower in bundle.towers():
         mine = {path: bundle.module(path) for path in sums if tower.owns(path)}
@@ -103,12 +104,31 @@ def taylor(bundle: Bundle, groups: Sequence[Group], context: Context, objective:
     effects = Effects(groups, square=objective == "embedding")
     for name, mine in _by_tower(groups):
         modules: dict[str, nn.Module] = {group.reader: bundle.module(group.reader) for group in mine}
-        blocks = mine[0].kind == "blocks"
-        with evaluating(bundle.model), watch_gradients(modules, effects.add, updates=blocks):
+        side: Literal["inputs", "updates"] = "updates" if mine[0].kind == "blocks" else "inputs"
+        with evaluating(bundle.model), watch_gradients(modules, effects.add, side):
             walk = _contrastive if objective == "contrastive" else _directions
             for inputs, differentiate in walk(bundle, name, context):
                 _backward(bundle, name, inputs, differentiate)
     return effects.means()
+
+
+def stream_by_effect(bundle: Bundle, sums: dict[str, Sums], context: Context) -> None:
+    """Add the calibration tokens that each Linear reads to its sums, weighted by how much its output there moves the embedding.
+
+    The weight is the squared gradient of a random direction of the normalised embedding with respect to the Linear's output at
+    the token. What a class-token readout never looks at, and padding, weighs nothing.
+    """
+
+    def record(path: str, states: Tensor, gradient: Tensor) -> None:
+        weights = gradient.float().square().sum(-1).flatten()
+        sums[path].add(states.reshape(-1, states.shape[-1]), weights)
+
+    for tower in bundle.towers():
+        mine = {path: bundle.module(path) for path in sums if tower.owns(path)}
+        if mine:
+            with evaluating(bundle.model), watch_gradients(mine, record, "outputs"):
+                for inputs, differentiate in _directions(bundle, tower.name, context):
+                    _backward(bundle, tower.name, inputs, differentiate)
 
 
 class Effects:

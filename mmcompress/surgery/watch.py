@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,21 +88,25 @@ def watch_blocks(blocks: Mapping[str, nn.Module], record: Callable[[str, Tensor,
 
 @contextmanager
 def watch_gradients(
-    modules: Mapping[str, nn.Module], record: Callable[[str, Tensor, Tensor], None], *, updates: bool = False
+    modules: Mapping[str, nn.Module],
+    record: Callable[[str, Tensor, Tensor], None],
+    of: Literal["inputs", "outputs", "updates"] = "inputs",
 ) -> Iterator[None]:
-    """Call `record(name, states (B, N, C), gradient (B, N, C))` in the backward pass.
+    """Call `record(name, states (B, N, C), gradient (B, N, C'))` in the backward pass, for each module.
 
-    The states are each module's first input or, with `updates`, what the module added: its output minus its first input, with the
-    gradient of the output. Parameters need no gradient for this: the first watched tensor becomes a leaf of the graph.
+    - "inputs": the module's first input, and the gradient with respect to it;
+    - "outputs": its first input, and the gradient with respect to its output;
+    - "updates": what it added (its output minus its first input), and the gradient with respect to its output.
+
+    Parameters need no gradient for this: the first watched input becomes a leaf of the graph.
     """
-
-    def tracked(states: Tensor) -> Tensor:
-        return states if states.requires_grad else states.detach().requires_grad_()
 
     def before(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            states = tracked(_first(args, kwargs))
-            if not updates:
+            states = _first(args, kwargs)
+            if not states.requires_grad:
+                states = states.detach().requires_grad_()
+            if of == "inputs":
                 states.register_hook(lambda gradient: record(name, states.detach(), gradient))
             return _with_first(args, kwargs, states)
 
@@ -110,14 +114,15 @@ def watch_gradients(
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            added = states.detach() - _first(args, kwargs).detach()
-            states.register_hook(lambda gradient: record(name, added, gradient))
+            made = output[0] if isinstance(output, tuple) else output
+            states = _first(args, kwargs).detach()
+            seen = made.detach() - states if of == "updates" else states
+            made.register_hook(lambda gradient: record(name, seen, gradient))
 
         return hook
 
     handles = [m.register_forward_pre_hook(before(name), with_kwargs=True) for name, m in modules.items()]
-    if updates:
+    if of != "inputs":
         handles += [m.register_forward_hook(after(name), with_kwargs=True) for name, m in modules.items()]
     try:
         yield
@@ -149,34 +154,43 @@ def _with_first(
 
 
 class Sums:
-    """Streamed sums of one Linear's inputs: tokens, first moments, and second moments (all, or the diagonal alone).
+    """Streamed, optionally weighted sums of one Linear's inputs: first moments, and second moments (all, or the diagonal alone).
 
     Kept in float32, in float64 for float64 inputs; a full second moment of C channels takes 4*C*C bytes.
     """
 
     def __init__(self, full: bool) -> None:
         self.full = full
-        self.count = 0
+        self.weight = 0.0
+        self.squared_weight = 0.0
         self.first: Tensor | None = None
         self.second: Tensor | None = None
 
-    def add(self, states: Tensor) -> None:
-        """Add the tokens `states` (T, C)."""
+    def add(self, states: Tensor, weights: Tensor | None = None) -> None:
+        """Add the tokens `states` (T, C), each counted `weights` (T,) times, once by default."""
         wide = states if states.dtype == torch.float64 else states.float()
-        second = wide.T @ wide if self.full else wide.square().sum(0)
-        self.count += len(wide)
-        self.first = wide.sum(0) if self.first is None else self.first.add_(wide.sum(0))
+        counts = torch.ones(len(wide), device=wide.device) if weights is None else weights
+        self.weight += float(counts.sum(dtype=torch.float64))
+        self.squared_weight += float(counts.square().sum(dtype=torch.float64))
+        weighted = wide if weights is None else wide * weights.to(wide.dtype)[:, None]
+        second = weighted.T @ wide if self.full else (weighted * wide).sum(0)
+        self.first = weighted.sum(0) if self.first is None else self.first.add_(weighted.sum(0))
         self.second = second if self.second is None else self.second.add_(second)
+
+    @property
+    def count(self) -> float:
+        """How many equally weighted tokens would tell as much (Kish's effective sample size)."""
+        return self.weight**2 / self.squared_weight if self.squared_weight else 0.0
 
     def mean(self) -> Tensor:
         """Return E[x] (C,)."""
         assert self.first is not None, "no tokens were added"
-        return self.first / self.count
+        return self.first / self.weight
 
     def second_moment(self) -> Tensor:
         """Return E[x x'] (C, C), or its diagonal (C,)."""
         assert self.second is not None, "no tokens were added"
-        return self.second / self.count
+        return self.second / self.weight
 
     def norms(self, centred: bool) -> Tensor:
         """Return sqrt(E[x^2]) per channel, or the standard deviation with `centred`: (C,)."""

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
-from mmcompress.passes import prune_repair
+from mmcompress.passes import prune_repair, prune_scores
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune_repair import repaired_readers
 from mmcompress.passes.prune_scores import tower_batches
 from mmcompress.passes.prune_units import Group, count_tokens, list_groups
 from mmcompress.surgery.linears import spread
-from mmcompress.surgery.watch import evaluating, padding_mask, watch_inputs
+from mmcompress.surgery.watch import Sums, evaluating, watch_inputs
 from tests import tiny
 from tests.passes.test_prune_scores import context
 
@@ -25,42 +25,79 @@ def halved(bundle: Bundle) -> dict[Group, list[int]]:
 
 
 def readings(bundle: Bundle, tower: str, data: Context, readers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """All calibration tokens each reader sees, (T, C)."""
-    seen: dict[str, list[Tensor]] = {path: [] for path in readers}
-    with (
-        evaluating(bundle.model),
-        torch.inference_mode(),
-        watch_inputs(readers, lambda path, tokens: seen[path].append(tokens)) as watch,
-    ):
-        for inputs in tower_batches(bundle, tower, data, "test"):
-            watch.mask = padding_mask(inputs)
-            bundle.encode(tower, inputs)
-    return {path: torch.cat(parts) for path, parts in seen.items()}
+    """All calibration tokens each reader sees, (B, N, C): one batch."""
+    seen: dict[str, Tensor] = {}
+    with evaluating(bundle.model), torch.inference_mode(), watch_inputs(readers, seen.__setitem__):
+        (inputs,) = tower_batches(bundle, tower, data, "test")
+        bundle.encode(tower, inputs)
+    size = len(next(iter(inputs.values())))
+    return {path: states.unflatten(0, (size, -1)) for path, states in seen.items()}
+
+
+def sensitivities(bundle: Bundle, tower: str, data: Context, readers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights (B, N) of the same tokens, by plain autograd through each reader's output."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(path: str, output: Tensor) -> Tensor:
+        outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
+        return outputs[path]
+
+    handles = [
+        reader.register_forward_hook(lambda module, args, output, path=path: keep(path, output))
+        for path, reader in readers.items()
+    ]
+    with evaluating(bundle.model):
+        ((inputs, differentiate),) = prune_scores._directions(bundle, tower, data)
+        gradients = torch.autograd.grad(differentiate(bundle.encode(tower, inputs), 0), list(outputs.values()))
+    for handle in handles:
+        handle.remove()
+    return {path: gradient.square().sum(-1) for path, gradient in zip(outputs, gradients, strict=True)}
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@torch.no_grad()
 def test_compensation_never_makes_a_layer_worse_on_calibration_tokens(family: str) -> None:
-    bundle, data = tiny.bundle(family), context(8, batch_size=3)
+    """Each token's error counted by how much it moves the embedding."""
+    bundle, data = tiny.bundle(family), context(8, batch_size=8)
     kept = halved(bundle)
     made = {method: repaired_readers(bundle, kept, data, method, 0.01) for method in ("bias", "least-squares")}
     for tower in bundle.towers():
-        mine = [group for group in kept if group.tower == tower.name]
-        seen = readings(bundle, tower.name, data, {group.reader: bundle.module(group.reader) for group in mine})
-        for group in mine:
-            reader = bundle.module(group.reader)
+        mine = {group.reader: group for group in kept if group.tower == tower.name}
+        readers = {path: bundle.module(path) for path in mine}
+        seen = readings(bundle, tower.name, data, readers)
+        weights = sensitivities(bundle, tower.name, data, readers)
+        for path, group in mine.items():
+            reader = readers[path]
             columns = spread(torch.tensor(kept[group]), group.width)
-            states = seen[group.reader]
-            wanted = reader(states)
-            errors = [
-                float((nn.functional.linear(states[:, columns], weight, bias) - wanted).square().mean())
-                for weight, bias in (
-                    (reader.weight[:, columns], reader.bias),
-                    *((made[m][f"{group.reader}.weight"], made[m][f"{group.reader}.bias"]) for m in made),
-                )
-            ]
+            candidates = [(reader.weight[:, columns], reader.bias)]
+            candidates += [(made[method][f"{path}.weight"], made[method][f"{path}.bias"]) for method in made]
+            with torch.no_grad():
+                wanted = reader(seen[path])
+                errors = [
+                    float(
+                        (
+                            (nn.functional.linear(seen[path][..., columns], *c) - wanted).square().sum(-1)
+                            * weights[path]
+                        ).mean()
+                    )
+                    for c in candidates
+                ]
             none, folded, refitted = errors
-            assert refitted < folded < none
+            # Equal where a few tokens are all that counts: shrinkage then leaves the bias alone.
+            assert refitted <= folded < none
+
+
+def test_padding_and_unread_tokens_weigh_nothing() -> None:
+    """CLIP's last vision block is read at the class token alone, and its text is causal and read at the end of text."""
+    bundle, data = tiny.bundle("clip"), context(8, batch_size=8)
+    last = bundle.tower("vision").blocks[-1].mlp.reader
+    weights = sensitivities(bundle, "vision", data, {last: bundle.module(last)})[last]
+    assert (weights[:, 0] > 0).all()
+    assert (weights[:, 1:] == 0).all()
+    sums = {last: Sums(full=False)}
+    prune_scores.stream_by_effect(bundle, sums, data)
+    seen = readings(bundle, "vision", data, {last: bundle.module(last)})[last][:, 0]
+    torch.testing.assert_close(sums[last].mean(), (seen * weights[:, :1]).sum(0) / weights[:, 0].sum())
+    assert 1 <= sums[last].count <= 8
 
 
 def test_the_memory_limit_splits_the_work_but_not_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def test_hooks_go_away_after_an_error() -> None:
     model = _model()
     with pytest.raises(RuntimeError, match="shapes"), watch_inputs({"0": model[0]}, lambda *_: None):
         model(torch.zeros(1, 99))
-    with pytest.raises(ValueError, match="mine"), watch_gradients({"0": model[0]}, lambda *_: None, updates=True):
+    with pytest.raises(ValueError, match="mine"), watch_gradients({"0": model[0]}, lambda *_: None, "updates"):
         raise ValueError("mine")
     assert not model[0]._forward_pre_hooks
     assert not model[0]._forward_hooks
@@ -58,13 +58,23 @@ def test_gradients_equal_autograd_although_parameters_are_frozen() -> None:
     torch.testing.assert_close(seen["2"][1], hidden.grad)
 
 
+def test_outputs_of_a_module_against_autograd() -> None:
+    model, inputs, seen = _model().eval(), torch.randn(2, 5, 3), []
+    with watch_gradients({"0": model[0]}, lambda name, states, gradient: seen.append((states, gradient)), "outputs"):
+        model(inputs).tanh().sum().backward()
+    hidden = model[0](inputs).detach().requires_grad_()
+    model[2](hidden).tanh().sum().backward()
+    torch.testing.assert_close(seen[0][0], inputs)
+    torch.testing.assert_close(seen[0][1], hidden.grad)
+
+
 def test_updates_are_what_a_block_added() -> None:
     class Block(nn.Module):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return hidden_states + hidden_states.square()
 
     block, inputs, seen = Block(), torch.randn(1, 2, 3), []
-    with watch_gradients({"b": block}, lambda name, added, gradient: seen.append((added, gradient)), updates=True):
+    with watch_gradients({"b": block}, lambda name, added, gradient: seen.append((added, gradient)), "updates"):
         (3 * block(hidden_states=inputs)).sum().backward()
     torch.testing.assert_close(seen[0][0], inputs.square())
     torch.testing.assert_close(seen[0][1], torch.full_like(inputs, 3))
@@ -99,6 +109,19 @@ def test_sums_stream_to_the_same_moments() -> None:
     torch.testing.assert_close(diagonal.norms(centred=False), states.square().mean(0).sqrt())
     torch.testing.assert_close(diagonal.norms(centred=True), states.std(0, correction=0))
     torch.testing.assert_close(parts.norms(centred=True), states.std(0, correction=0))
+
+
+def test_weighted_sums_count_a_token_as_often_as_its_weight_says() -> None:
+    states = torch.randn(6, 4, dtype=torch.float64)
+    weighted, repeated = Sums(full=True), Sums(full=True)
+    weighted.add(states, torch.tensor([1.0, 2, 0, 3, 1, 1]))
+    repeated.add(states.repeat_interleave(torch.tensor([1, 2, 0, 3, 1, 1]), 0))
+    torch.testing.assert_close(weighted.mean(), repeated.mean())
+    torch.testing.assert_close(weighted.second_moment(), repeated.second_moment())
+    # Kish: (1 + 2 + 3 + 1 + 1)^2 / (1 + 4 + 9 + 1 + 1)
+    assert weighted.count == 4
+    assert repeated.count == 8
+    assert Sums(full=True).count == 0
 
 
 def test_padding_mask() -> None:
