@@ -15,9 +15,9 @@ from mmcompress.cli.__main__ import main
 
 pytestmark = pytest.mark.real
 
-# n = 400 drawings: a tenth of `bench.against_random`, enough for effects of ten points.
+# n = 300 drawings: a tenth of `bench.against_random`, enough for effects of ten points.
 RECIPE = """
-data: {calibration: demo:train, evaluation: demo:test, num_samples: 128, evaluation_samples: 400, batch_size: 32}
+data: {calibration: demo:train, evaluation: demo:test, num_samples: 128, evaluation_samples: 300, batch_size: 32}
 steps:
 %s
 """
@@ -45,7 +45,7 @@ def r1(document: dict[str, Any], stage: str) -> float:
 
 
 def test_the_model_is_worth_compressing(capsys: pytest.CaptureFixture[str], dual_encoder: Path) -> None:
-    found = mmc(capsys, "eval", dual_encoder, "--data", "demo:test", "--num-samples", "400", "--task", "retrieval")
+    found = mmc(capsys, "eval", dual_encoder, "--data", "demo:test", "--num-samples", "300", "--task", "retrieval")
     assert found["results"]["retrieval"]["image_to_text_r1"]["low"] > 0.35
 
 
@@ -63,7 +63,7 @@ def test_int8_keeps_accuracy_and_quarters_the_size(
     exported = mmc(capsys, "export", tmp_path / "out", "-o", tmp_path / "onnx", "--to", "onnx")
     assert exported
     measured = mmc(
-        capsys, "eval", tmp_path / "onnx", "--data", "demo:test", "--num-samples", "400", "--task", "retrieval",
+        capsys, "eval", tmp_path / "onnx", "--data", "demo:test", "--num-samples", "300", "--task", "retrieval",
         "--runner", "openvino",
     )  # fmt: skip
     assert measured["results"]["retrieval"]["image_to_text_r1"]["value"] > r1(document, "original") - 0.03
