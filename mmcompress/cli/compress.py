@@ -95,9 +95,9 @@ def show(result: Result) -> None:
 
     tables(result)
     for gate in result.gates:
-        render.out().print(f"gate passed: {gate.text}", markup=False)
+        render.line(f"gate passed: {gate.text}")
     loads = "plain transformers loads it" if result.manifest.plain_transformers else f"note: {result.manifest.why}"
-    render.out().print(f"{result.output}: {loads}", markup=False)
+    render.line(f"{result.output}: {loads}")
     render.next_step(f"mmc export {result.output} -o {result.output}-onnx --to onnx")
 
 

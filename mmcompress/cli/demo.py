@@ -53,4 +53,4 @@ def command(output: Path | None, overrides: tuple[str, ...], as_json: bool, quie
         f"  mmc compress demo:clip {made.compressed / 'recipe.yaml'} -o out/mine --set prune.ratio=0.4",
     ]
     for line in lines:
-        render.out().print(line, markup=False)
+        render.line(line)

@@ -66,7 +66,7 @@ class Terminal:
     def say(self, line: str) -> None:
         """Print one line of talk."""
         if not self._quiet:
-            self._console.print(line, markup=False)
+            self._console.print(line, markup=False, soft_wrap=True)
 
 
 def document(content: Any) -> None:
@@ -91,12 +91,17 @@ def findings(items: Sequence[dict[str, str]]) -> None:
     console = out()
     for item in items:
         console.print(f"[{COLOURS[item['level']]}]{item['level']:>4}[/] ", end="")
-        console.print(item["text"], markup=False)
+        console.print(item["text"], markup=False, soft_wrap=True)
 
 
 def next_step(command: str) -> None:
     """Suggest the next command, on stderr."""
-    err().print(f"next: {command}", markup=False, style="dim")
+    err().print(f"next: {command}", markup=False, style="dim", soft_wrap=True)
+
+
+def line(text: str) -> None:
+    """Print one line on stdout, never broken: what it names is there to be copied."""
+    out().print(text, markup=False, soft_wrap=True)
 
 
 def number(value: float) -> str:

@@ -34,6 +34,6 @@ def command(runs: tuple[Path, ...], output: Path, as_json: bool, quiet: bool, ve
         return
     for run in made:
         if len(made) > 1:
-            render.out().print(f"{run.name}:", markup=False)
+            render.line(f"{run.name}:")
         render.findings(run.measured.get("verdict", []))
-    render.out().print(f"written: {output}", markup=False)
+    render.line(f"written: {output}")

@@ -162,7 +162,11 @@ def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
     publish(final, target)
     place.remove()
     if failed:
-        raise GateFailed("; ".join(gate.text for gate in failed), hint=f"the result was kept as {target}")
+        raise GateFailed(
+            "; ".join(gate.text for gate in failed),
+            hint=f"the result was kept as {target}",
+            document=dataclasses.replace(result, output=target).to_json(),
+        )
     return result
 
 
