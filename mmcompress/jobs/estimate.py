@@ -19,6 +19,8 @@ from mmcompress.staging import refuse_existing
 
 # A training step costs the forward twice again for gradients.
 TRAINING = 3
+# Times the model's size in memory: with room to work; with gradients, AdamW's two moments and the teacher beside it.
+HELD, TRAINED = 1.5, 5.5
 
 
 def estimate(
@@ -40,7 +42,7 @@ def estimate(
     evaluated = len(evaluation) if evaluation else 0
     if recipe.data.evaluation_samples:
         evaluated = min(evaluated, recipe.data.evaluation_samples)
-    steps = []
+    steps: list[dict[str, Any]] = []
     for stage in todo:
         seen = min(recipe.data.num_samples, len(calibration)) if calibration else 0
         seconds = per_sample * seen
@@ -56,12 +58,15 @@ def estimate(
         )
     size = cost_of(bundle).bytes
     stored = bundle.source.bytes or size
+    trains = any(stage.step.name == "distill" for stage in todo)
+    # A checkpoint after every step, the result, and both sides exported.
+    copies = len(todo) + 1 + (2 if recipe.export.to else 0)
     return {
         "model": bundle.source.id,
         "steps": steps,
         "seconds": sum(step["seconds"] for step in steps) + round(per_sample * evaluated),
-        "memory_mib": round(1.5 * size / 2**20),
-        "disk_mib": round(2 * stored / 2**20),
+        "memory_mib": round((TRAINED if trains else HELD) * size / 2**20),
+        "disk_mib": round(copies * stored / 2**20),
         "disk_free_mib": round(shutil.disk_usage(_existing(Path(output).absolute())).free / 2**20),
     }
 
