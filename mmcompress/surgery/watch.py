@@ -107,7 +107,9 @@ def watch_gradients(
             if not states.requires_grad:
                 states = states.detach().requires_grad_()
             if of == "inputs":
-                states.register_hook(lambda gradient: record(name, states.detach(), gradient))
+                # A hook that held the tensor it hangs on would be a cycle, and the whole graph would outlive its batch.
+                seen = states.detach()
+                states.register_hook(lambda gradient: record(name, seen, gradient))
             return _with_first(args, kwargs, states)
 
         return hook

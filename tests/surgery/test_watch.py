@@ -1,3 +1,7 @@
+import gc
+import weakref
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -78,6 +82,27 @@ def test_updates_are_what_a_block_added() -> None:
         (3 * block(hidden_states=inputs)).sum().backward()
     torch.testing.assert_close(seen[0][0], inputs.square())
     torch.testing.assert_close(seen[0][1], torch.full_like(inputs, 3))
+
+
+@pytest.mark.parametrize("of", ["inputs", "outputs", "updates"])
+def test_nothing_outlives_its_batch(of: Literal["inputs", "outputs", "updates"]) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    class Block(nn.Module):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            alive.append(weakref.ref(states))
+            made = states * states
+            alive.append(weakref.ref(made))
+            return made
+
+    block = Block()
+    gc.disable()
+    try:
+        with watch_gradients({"b": block}, lambda *_: None, of):
+            block(torch.randn(1, 2, 3)).sum().backward()
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_evaluating_puts_every_flag_back() -> None:
