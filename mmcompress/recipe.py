@@ -1,13 +1,13 @@
 """Recipes: an ordered list of passes with their data, export and gates, written as YAML with strict keys.
 
-    seed: 0
-    data: {calibration: demo:train, evaluation: demo:test, num_samples: 256}
-    tasks: [retrieval]
-    steps:
-      - prune: {ratio: 0.3}
-      - quantize: {scheme: W8A8}
-    export: {to: onnx, runners: [onnxruntime, openvino]}
-    gates: {max_drop: {retrieval.image_to_text_r1: 0.02}, min_speedup: 1.5, max_size: 0.5}
+seed: 0
+data: {calibration: demo:train, evaluation: demo:test, num_samples: 256}
+tasks: [retrieval]
+steps:
+  - prune: {ratio: 0.3}
+  - quantize: {scheme: W8A8}
+export: {to: onnx, runners: [onnxruntime, openvino]}
+gates: {max_drop: {retrieval.image_to_text_r1: 0.02}, min_speedup: 1.5, max_size: 0.5}
 """
 
 from __future__ import annotations
@@ -102,20 +102,26 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text()
     except FileNotFoundError:
-        raise UsageError(f"there is no recipe {path}", hint="give a YAML file; the project's recipes/ has examples") from None
+        raise UsageError(
+            f"there is no recipe {path}", hint="give a YAML file; the project's recipes/ has examples"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}", hint="give a YAML file") from error
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}", hint="check the indentation there") from error
+        raise UsageError(
+            f"{path} is not YAML: {' '.join(str(error).split())}", hint="check the indentation there"
+        ) from error
     return parse(document, overrides)
 
 
 def parse(document: Any, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe a YAML document says. Raises UsageError naming the wrong key and the closest right one."""
     if not isinstance(document, dict):
-        raise UsageError(f"a recipe is a mapping with 'steps'; this is a {type(document).__name__}", hint="see recipes/")
+        raise UsageError(
+            f"a recipe is a mapping with 'steps'; this is a {type(document).__name__}", hint="see recipes/"
+        )
     document = dict(document)
     _check_keys(document, Recipe, "recipe")
     steps = [_step(item) for item in _list(document.pop("steps", []), "steps")]
@@ -138,7 +144,9 @@ def _step(item: Any) -> Step:
         raise UsageError(f"a step is 'pass: {{parameter: value}}'; this is {item!r}", hint="start each step with '- '")
     ((name, params),) = item.items()
     if params is not None and not isinstance(params, dict):
-        raise UsageError(f"steps.{name} is {params!r}; expected parameters", hint=f"write '{name}: {{parameter: value}}'")
+        raise UsageError(
+            f"steps.{name} is {params!r}; expected parameters", hint=f"write '{name}: {{parameter: value}}'"
+        )
     return Step(str(name).replace("_", "-"), {str(k).replace("-", "_"): v for k, v in (params or {}).items()})
 
 
@@ -210,7 +218,9 @@ def _typed(value: Any, default: Any, where: str) -> Any:
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise UsageError(f"{where} is {value!r}; expected a list", hint="write each item on a line of its own after '- '")
+        raise UsageError(
+            f"{where} is {value!r}; expected a list", hint="write each item on a line of its own after '- '"
+        )
     return list(value)
 
 

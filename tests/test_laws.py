@@ -157,7 +157,10 @@ def test_every_combination_reloads_bit_equal(cases: tuple[str, ...], family: str
         assert (tmp_path / "model" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
     if written.plain_transformers:
         plain = Bundle(
-            type(bundle.model).from_pretrained(tmp_path / "model").eval(), bundle.processor, bundle.family, bundle.source
+            type(bundle.model).from_pretrained(tmp_path / "model").eval(),
+            bundle.processor,
+            bundle.family,
+            bundle.source,
         )
         assert same_outputs(bundle, plain)
 

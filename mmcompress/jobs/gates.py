@@ -65,7 +65,9 @@ def judge(gates: Gates, facts: Facts, speeds: Sequence[TowerSpeed]) -> tuple[Gat
         )
     if gates.max_size:
         if not facts.bytes_before or not facts.bytes_after:
-            raise UsageError("gates.max_size is set, but the original's size is not known", hint="start from a checkpoint on disk")
+            raise UsageError(
+                "gates.max_size is set, but the original's size is not known", hint="start from a checkpoint on disk"
+            )
         share = facts.bytes_after / facts.bytes_before
         results.append(
             GateResult(
