@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-VOID = {"meta", "br", "hr", "line", "rect", "circle", "path", "polyline"}
+VOID = {"meta", "br", "hr", "wbr", "line", "rect", "circle", "path", "polyline"}
 
 
 class Markup(str):
@@ -45,6 +45,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) 
     head = tag("thead", tag("tr", cells("th", columns)))
     body = tag("tbody", join(tag("tr", cells("td", row)) for row in rows))
     return tag("div", tag("table", head, body), class_="scroll")
+
+
+def breakable(name: str) -> Markup:
+    """Return a long name such as "retrieval.image_to_text_r1" that may go on in the next line after each of its parts."""
+    parts = name.replace(".", ".\0").replace("_", "_\0").split("\0")
+    return join(part if index == 0 else join([tag("wbr"), part]) for index, part in enumerate(parts))
 
 
 def section(title: str, *children: Any, note: str = "") -> Markup:
@@ -92,7 +98,7 @@ table { border-collapse: collapse; margin: 6px 0; font-variant-numeric: tabular-
 th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--dim); font-weight: 600; }
 td { overflow-wrap: break-word; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; } td.number { white-space: nowrap; }
 ul.verdict { list-style: none; padding: 0; margin: 10px 0; }
 ul.verdict li { padding: 6px 12px; margin: 4px 0; background: var(--panel); border-left: 5px solid var(--line);
   overflow-wrap: anywhere; }

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmcompress.jobs.report_html import Markup, join, section, table, tag
+from mmcompress.jobs.report_html import Markup, breakable, join, section, table, tag
 from mmcompress.jobs.report_points import MIB, favourite, headline_speeds, total_macs
 from mmcompress.ops.statistics import Estimate
 
@@ -115,7 +115,9 @@ def steps(run: Run) -> Markup:
                 *(_estimate(row.get("metrics", {}).get(name)) for name in names),
             ]
         )
-    return table(["stage", "parameters", *(f"{tower} MMACs" for tower in towers), "MiB in memory", *names], made)
+    return table(
+        ["stage", "parameters", *(f"{tower} MMACs" for tower in towers), "MiB in memory", *map(breakable, names)], made
+    )
 
 
 def accuracy(run: Run) -> Markup:
@@ -190,7 +192,8 @@ def sensitivity(run: Run) -> Markup:
             if not groups:
                 continue
             kept = found.get("kept_float", [])
-            summary = f"{found['scheme']}; cosine with all of it quantized {found['cosine']:.4f}"
+            everything = found.get("cosine_all_quantized", found["cosine"])
+            summary = f"{found['scheme']}; cosine {found['cosine']:.4f}, with every layer quantized {everything:.4f}"
             made.append(tag("h3", tower))
             made.append(tag("p", summary + (f"; left in float: {', '.join(kept)}" if kept else "")))
             made.append(table(["layers", "1 - cosine"], [[name, f"{value:.2e}"] for name, value in groups]))

@@ -13,7 +13,7 @@ import pytest
 
 from mmcompress.errors import UsageError
 from mmcompress.jobs.report import write_report
-from mmcompress.jobs.report_html import VOID, tag
+from mmcompress.jobs.report_html import VOID, breakable, tag
 from mmcompress.jobs.report_plots import (
     HEIGHT,
     WIDTH,
@@ -122,6 +122,10 @@ def test_a_strange_name_is_only_text(tmp_path: Path) -> None:
 
 def test_an_attribute_cannot_end_early() -> None:
     assert tag("p", class_='"><script>') == '<p class="&quot;&gt;&lt;script&gt;"></p>'
+
+
+def test_long_names_may_be_broken_and_still_read_the_same() -> None:
+    assert breakable("a.b_c<d") == "a.<wbr/>b_<wbr/>c&lt;d"
 
 
 def test_several_runs_share_a_page(tmp_path: Path) -> None:
