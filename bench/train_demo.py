@@ -1,14 +1,15 @@
 """Trains the CLIP that ships with the package (mmcompress/demo/clip) by distillation from the dual encoder.
 
-The student sees augmented drawings of the training vendors; it learns (a) to name them among the captions of *all* training
-concepts, against the teacher's text embeddings and against its own, (b) the teacher's distribution over those captions and
-the teacher's image embedding, and (c), in its text tower, the teacher's text embeddings of captions, tags and class prompts.
-No drawing of a held-out vendor is ever seen.
+From drawings of the training vendors the four vision blocks learn the teacher's hidden tokens, first each block by itself, then
+together with the teacher's embedding, its distribution over the captions of *all* training concepts, and the right caption;
+the text tower learns the teacher's text embeddings of captions, tags and class prompts, and to fit its own vision tower. No
+drawing of a held-out vendor is ever seen.
 
-    python -m bench.train_demo [--steps 1000] [--validate fxemoji]
+    python -m bench.train_demo [--steps 300 500] [--validate fxemoji]
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -20,54 +21,44 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, VisionTextDualEncoderModel
 
 from bench import assets
 from bench.demo_student import TEXT_LENGTH, caption_tokenizer, empty_student, inherit
-from bench.pretrained import HEADS, IMAGENET_MEAN, IMAGENET_STD, PATCH, WIDTH, dinov2_small
-from bench.quality import Checkpoint, brief, measure, retrieval
-from bench.training import Average, Drawings, augmented, load_drawings, normalised
+from bench.demo_teacher import Lessons, lessons
+from bench.pretrained import HEADS, IMAGENET_MEAN, IMAGENET_STD, PATCH, WIDTH
+from bench.quality import brief, measure, retrieval
+from bench.training import Average, Drawings, load_drawings, normalised
 
-BLOCKS, JOINT, BATCH, TEXTS = (0, 1, 2, 3), 256, 256, 384
-
-
-def prompts(drawings: Drawings) -> list[str]:
-    """Every text the student's text tower learns; the captions come first, in concept order."""
-    classes = json.loads((assets.DEMO / "classes.json").read_text(encoding="utf-8"))
-    texts = list(drawings.captions)
-    texts += [template.format(text) for template in classes["templates"] for text in drawings.captions]
-    texts += [", ".join(tags) for tags in drawings.tags if tags]
-    texts += [f"{text}, {', '.join(tags[:2])}" for text, tags in zip(drawings.captions, drawings.tags, strict=True)]
-    texts += [tag for tags in drawings.tags for tag in tags]
-    texts += 8 * [template.format(name) for template in classes["templates"] for name in classes["classes"]]
-    return texts
+BLOCKS, JOINT, BATCH = (0, 4, 7, 10), 256, 128
+# The whole starts from blocks that already work: a rate at which blocks learn by themselves would undo them.
+VISION_RATES, TEXT_RATE = (1.2e-3, 2.5e-4), 1.5e-3
+RIVALS, OTHERS = 192, 96  # texts per step beside the batch's captions: other captions; tags, prompts, whatever is there
 
 
-@torch.inference_mode()
-def teacher_embeddings(teacher: Checkpoint, drawings: Drawings, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """The teacher's normalised embeddings of all drawings (B, C) and texts (T, C); images are kept in the cache folder."""
-    unique = list(dict.fromkeys(texts))
-    place = {text: number for number, text in enumerate(unique)}
-    text = teacher.embed_texts(unique)[[place[one] for one in texts]]
-    file = assets.cache_dir() / "training" / f"{assets.dual_encoder().name}-images-{len(drawings)}.safetensors"
-    if file.exists():
-        return load_file(file)["image"], text.clone()
-    parts = []
-    with torch.autocast("cpu", torch.bfloat16):
-        for pixels in drawings.pixels.split(128):
-            inputs = normalised(pixels, IMAGENET_MEAN, IMAGENET_STD)
-            parts.append(teacher.model.get_image_features(pixel_values=inputs).pooler_output.float())
-    image = nn.functional.normalize(torch.cat(parts), dim=-1)
-    file.parent.mkdir(exist_ok=True)
-    save_file({"image": image}, file.with_suffix(".partial"))
-    file.with_suffix(".partial").replace(file)
-    return image.clone(), text.clone()
+def vision_levels(
+    model: CLIPModel, pixels: Tensor, goals: Tensor | None = None, forced: Tensor | None = None
+) -> list[Tensor]:
+    """(B, 3, S, S) uint8 -> the tokens (B, N, C) after each block.
+
+    With `forced` (B, 1, 1) each block's input is cut off from the one below: the teacher's tokens (goals: (4, B, N, C)) where
+    true, else the output of the block below.
+    """
+    vision = model.vision_model
+    tokens = vision.pre_layrnorm(vision.embeddings(normalised(pixels, IMAGENET_MEAN, IMAGENET_STD).to(model.dtype)))
+    levels = []
+    for number, layer in enumerate(vision.encoder.layers):
+        tokens = layer(tokens, None)
+        levels.append(tokens)
+        if forced is not None and goals is not None:
+            tokens = torch.where(forced, goals[number].to(tokens.dtype), tokens.detach())
+    return levels
 
 
-def image_embedding(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> (B, C) normalised."""
-    inputs = normalised(pixels, IMAGENET_MEAN, IMAGENET_STD)
-    return nn.functional.normalize(model.get_image_features(pixel_values=inputs).pooler_output.float(), dim=-1)
+def image_embedding(model: CLIPModel, tokens: Tensor) -> Tensor:
+    """Tokens after the last block (B, N, C) -> (B, E) normalised."""
+    pooled = model.visual_projection(model.vision_model.post_layernorm(tokens[:, 0]))
+    return nn.functional.normalize(pooled.float(), dim=-1)
 
 
 def text_embedding(model: CLIPModel, tokens: Tensor) -> Tensor:
@@ -88,85 +79,172 @@ def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
     return -(target_logits.softmax(1) * nn.functional.log_softmax(logits, 1)).sum(1).mean()
 
 
+class MasterWeights:
+    """Float32 copies of a bfloat16 model's parameters: the model computes in bfloat16 throughout, the optimizer does not."""
+
+    def __init__(self, model: CLIPModel) -> None:
+        self.pairs = {name: (value, value.detach().float().clone()) for name, value in model.named_parameters()}
+        self.masters = {name: master for name, (_, master) in self.pairs.items()}
+
+    def take_gradients(self) -> None:
+        """Moves the model's gradients over."""
+        for value, master in self.pairs.values():
+            master.grad = None if value.grad is None else value.grad.float()
+            value.grad = None
+
+    @torch.no_grad()
+    def give_values(self) -> None:
+        """Rounds the copies back into the model."""
+        for value, master in self.pairs.values():
+            value.copy_(master)
+
+
+def optimizer_for(masters: dict[str, Tensor], vision_rate: float) -> torch.optim.AdamW:
+    """AdamW with its own rate for the vision tower; vectors do not decay."""
+    vision = {name: name.startswith(("vision_model.", "visual_projection.")) for name in masters}
+    groups = [
+        {
+            "params": [v for n, v in masters.items() if vision[n] == inherited and (v.ndim > 1) == matrix],
+            "lr": vision_rate if inherited else TEXT_RATE,
+            "weight_decay": 0.05 if matrix else 0.0,
+        }
+        for inherited in (True, False)
+        for matrix in (True, False)
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+
+
+class HiddenError:
+    """Mean square error of hidden tokens in units of each channel's own spread, class token and patches apart: a few channels of
+    DINOv2 are a hundred times larger than the rest and would drown them."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        some = hidden[:, 0, :: max(1, hidden.shape[2] // 500)].float()
+        self.first = some[:, :, :1].std((1, 2), keepdim=True) + 0.02
+        self.rest = some[:, :, 1:].std((1, 2), keepdim=True) + 0.02
+
+    def __call__(self, level: int, found: Tensor, goal: Tensor) -> Tensor:
+        """found, goal: (B, N, C) -> (); 2 when nothing is explained, 0 when all is."""
+        error = found.float() - goal.float()
+        first, rest = error[:, :1] / self.first[level], error[:, 1:] / self.rest[level]
+        return first.square().mean() + rest.square().mean()
+
+
 def train(
     model: CLIPModel,
     drawings: Drawings,
+    given: Lessons,
     tokens: Tensor,
-    teacher: tuple[Tensor, Tensor, float],
-    steps: int,
+    steps: tuple[int, int],
     seed: int,
     watch: Drawings | None,
 ) -> None:
-    """Trains in place and leaves the averaged parameters in the model.
+    """Trains the bfloat16 model in place and leaves the averaged parameters in it, as float32.
 
-    tokens: (T, TEXT_LENGTH), captions first; teacher: image embeddings (B, C), text embeddings (T, C), logit scale.
+    In the first stage each block learns its group of teacher blocks by itself: it is fed the teacher's tokens or, as often,
+    the detached output of the block below, and no gradient crosses blocks. The second stage trains the whole.
+    tokens: (T, TEXT_LENGTH) token numbers of the lessons' texts, captions first; steps: of both stages.
     """
     generator = torch.Generator().manual_seed(seed)
-    image_goal, text_goal, sharpness = teacher
     concepts = drawings.concept.unique()
-    captions = text_goal[concepts]
-    parameters = dict(model.named_parameters())
-    inherited = [v for n, v in parameters.items() if n.startswith("vision_model.") and v.ndim > 1]
-    fresh = [v for n, v in parameters.items() if not n.startswith("vision_model.") and v.ndim > 1]
-    plain = [v for v in parameters.values() if v.ndim <= 1]
-    groups = [
-        {"params": inherited, "lr": 6e-4, "weight_decay": 0.05},
-        {"params": fresh, "lr": 1.5e-3, "weight_decay": 0.05},
-        {"params": plain, "lr": 1e-3, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1, step / steps))))
-    )
-    average = Average(parameters, 0.995)
+    captions = given.text[concepts]
+    hidden_error = HiddenError(given.hidden)
+    weights = MasterWeights(model)
+    masters = weights.masters
     order = torch.empty(0, dtype=torch.long)
     started = time.monotonic()
     model.train()
-    for step in range(steps):
-        if len(order) < BATCH:
-            order = torch.cat((order, torch.randperm(len(drawings), generator=generator)))
-        rows, order = order[:BATCH], order[BATCH:]
-        pixels = augmented(drawings.pixels[rows], drawings.flippable[rows], generator)
-        named, position = drawings.concept[rows].unique(return_inverse=True)
-        more = torch.randint(len(tokens), (TEXTS - len(named),), generator=generator)
-        chosen = torch.cat((named, more))
-        with torch.autocast("cpu", torch.bfloat16):
-            image, text = image_embedding(model, pixels), text_embedding(model, tokens[chosen])
-        # Against the teacher's captions: the right one, and the teacher's view of all of them.
-        scale = model.logit_scale.exp().clamp(max=100)
-        goal = image_goal[rows]
-        logits = image @ captions.T * scale
-        name = nn.functional.cross_entropy(logits, torch.searchsorted(concepts, drawings.concept[rows]))
-        view = soft_cross_entropy(logits, goal @ captions.T * sharpness)
-        # Against its own texts, so that both towers agree with each other and not only with the teacher.
-        own = nn.functional.cross_entropy(image @ text[: len(named)].T * scale, position)
-        follow = (1 - (image * goal).sum(1)).mean() + 2 * (1 - (text * text_goal[chosen]).sum(1)).mean()
-        loss = 0.5 * name + 0.5 * view + 0.3 * own + 3 * follow
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update(parameters)
-        if step % 25 == 24:
-            losses = " ".join(f"{part.item():.3f}" for part in (name, view, own, follow))
-            pace = (time.monotonic() - started) / (step + 1)
-            print(f"step {step + 1}/{steps} name, view, own, follow {losses} {pace:.2f} s/step", flush=True)
-        if watch and step % 100 == 99:
-            print("validation", brief(evaluate(model, watch, tokens)), flush=True)
-    with torch.no_grad():
-        for key, value in parameters.items():
-            value.copy_(average.values[key])
+    for stage, length in enumerate(steps):
+        saved = assets.cache_dir() / "training" / f"demo-stage{stage}.safetensors"
+        if length == 0:
+            set_values(masters, load_file(saved))
+            weights.give_values()
+            continue
+        optimizer = optimizer_for(masters, VISION_RATES[stage])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(pace, length))
+        average = Average(masters, 0.99)
+        for step in range(length):
+            if len(order) < BATCH:
+                order = torch.cat((order, torch.randperm(len(drawings), generator=generator)))
+            rows, order = order[:BATCH], order[BATCH:]
+            version = torch.randint(len(given.pixels), (BATCH,), generator=generator)
+            goals = given.hidden[:, version, rows]
+            forced = torch.rand(BATCH, 1, 1, generator=generator) < 0.5 if stage == 0 else None
+            levels = vision_levels(model, given.pixels[version, rows], goals, forced)
+            errors = [hidden_error(level, found, goals[level]) for level, found in enumerate(levels)]
+            said = [error.item() for error in errors]
+            loss = sum(errors, start=torch.zeros(()))
+            scaled, concept = None, drawings.concept[rows]
+            if stage == 1:
+                scale, target = model.logit_scale.float().exp().clamp(max=60), given.image[version, rows]
+                image = image_embedding(model, levels[-1])
+                logits = image @ captions.T * scale
+                # The right caption, the teacher's view of all of them, and the teacher's embedding.
+                name = nn.functional.cross_entropy(logits, torch.searchsorted(concepts, concept))
+                view = soft_cross_entropy(logits, target @ captions.T * given.scale)
+                follow = (1 - (image * target).sum(1)).mean()
+                said += [name.item(), view.item(), follow.item()]
+                scaled = image * scale
+                loss = 0.3 * loss + errors[-1] + 0.5 * name + 0.5 * view + 2 * follow
+            if step % 2:  # the text tower has the easier task
+                loss = loss + text_lesson(model, scaled, concept, given.text, tokens, generator)
+            loss.backward()
+            weights.take_gradients()
+            nn.utils.clip_grad_norm_(list(masters.values()), 2.0)
+            optimizer.step()
+            schedule.step()
+            weights.give_values()
+            average.update(masters)
+            if step % 25 == 24:
+                losses = " ".join(f"{value:.3f}" for value in said)
+                spent = time.monotonic() - started
+                print(
+                    f"stage {stage} step {step + 1}/{length} levels, name, view, follow {losses} {spent:.0f} s",
+                    flush=True,
+                )
+            if step % 50 == 49:
+                save_file(average.values, saved)
+            if watch and step % 100 == 99:
+                print("validation", brief(evaluate(model, watch, tokens)), flush=True)
+        set_values(masters, average.values)
+        weights.give_values()
+    model.float()
+    set_values(dict(model.named_parameters()), masters)
+
+
+@torch.no_grad()
+def set_values(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copies values in by name."""
+    for name, value in parameters.items():
+        value.copy_(values[name])
+
+
+def pace(length: int, step: int) -> float:
+    """Learning rate factor: linear warm-up over 30 steps, then a cosine to 2%."""
+    return min(1, (step + 1) / 30) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1, step / length))))
+
+
+def text_lesson(
+    model: CLIPModel, image: Tensor | None, concept: Tensor, goals: Tensor, tokens: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Loss of the text tower: follow the teacher's embeddings, and let the batch's (scaled) image embeddings (B, E), where given,
+    find their captions among others."""
+    named, position = concept.unique(return_inverse=True)
+    rivals = torch.randperm(int(concept.max()) + 1, generator=generator)[:RIVALS]
+    captioned = torch.cat((named, rivals[~torch.isin(rivals, named)]))
+    others = torch.randint(len(tokens), (OTHERS,), generator=generator)
+    text = torch.cat([text_embedding(model, tokens[captioned]), text_embedding(model, tokens[others])])
+    follow = 8 * (1 - (text * goals[torch.cat((captioned, others))]).sum(1)).mean()
+    if image is None:
+        return follow
+    return follow + 0.5 * nn.functional.cross_entropy(image @ text[: len(captioned)].T, position)
 
 
 @torch.inference_mode()
 def evaluate(model: CLIPModel, drawings: Drawings, tokens: Tensor) -> dict[str, Any]:
-    """Retrieval among the drawings' own captions, in bfloat16."""
-    model.eval()
-    with torch.autocast("cpu", torch.bfloat16):
-        image = torch.cat([image_embedding(model, part) for part in drawings.pixels.split(256)])
-        text = torch.cat([text_embedding(model, part) for part in tokens[drawings.concept].split(256)])
-    model.train()
+    """Retrieval among the drawings' own captions, in the model's present precision."""
+    image = torch.cat([image_embedding(model, vision_levels(model, part)[-1]) for part in drawings.pixels.split(128)])
+    text = torch.cat([text_embedding(model, part) for part in tokens[drawings.concept].split(256)])
     return retrieval(image, text)
 
 
@@ -184,39 +262,39 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 def main() -> None:
     """Trains, measures the saved checkpoint on the held-out vendor, writes weights and results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(300, 500), help="block by block, then the whole; 0: take the saved stage"
+    )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, help="the DINOv2 blocks that are inherited")
     parser.add_argument("--validate", help="a training vendor to leave out and watch; nothing is written then")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     drawings = load_drawings(assets.training_drawings())
-    texts = prompts(drawings)
-    tokenizer = caption_tokenizer(texts)
-    teacher = Checkpoint(assets.dual_encoder())
-    image_goal, text_goal = teacher_embeddings(teacher, drawings, texts)
-    sharpness = teacher.model.logit_scale.exp().item()
-    dinov2 = dinov2_small(assets.dinov2_onnx(), assets.IMAGE_SIZE, max(options.blocks) + 1)
+    given = lessons(drawings, seed=0)
+    tokenizer = caption_tokenizer(given.texts)
+    dinov2 = VisionTextDualEncoderModel.from_pretrained(assets.dual_encoder()).vision_model.eval()
     model = empty_student(tokenizer, assets.IMAGE_SIZE, PATCH, WIDTH, HEADS, len(options.blocks), JOINT)
     inherit(model, dinov2, options.blocks, normalised(drawings.pixels[::36], IMAGENET_MEAN, IMAGENET_STD))
-    print(
-        f"{sum(v.numel() for v in model.parameters()):,} parameters, {len(tokenizer)} tokens, {len(texts)} texts",
-        flush=True,
-    )
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(given.projection)
+        model.logit_scale.copy_(given.scale.log())
+    print(f"{sum(v.numel() for v in model.parameters()):,} parameters, {len(given.texts)} texts", flush=True)
     watch = None
     if options.validate:
         held = torch.tensor([name == options.validate for name in drawings.vendor])
-        watch, drawings, image_goal = drawings.only(held), drawings.only(~held), image_goal[~held]
-    tokens = tokenized(tokenizer, texts)
-    train(model, drawings, tokens, (image_goal, text_goal, sharpness), options.steps, options.seed, watch)
+        watch, drawings, given = drawings.only(held), drawings.only(~held), given.only(~held)
+    tokens = tokenized(tokenizer, given.texts)
+    train(model.bfloat16(), drawings, given, tokens, tuple(options.steps), options.seed, watch)
     if watch:
         print("validation, averaged", brief(evaluate(model, watch, tokens)))
         return
     save(model, tokenizer, assets.DEMO / "clip")
     result = measure(assets.DEMO / "clip")
     result |= {
-        "command": f"python -m bench.train_demo --steps {options.steps} --seed {options.seed}",
+        "command": f"python -m bench.train_demo --steps {options.steps[0]} {options.steps[1]} --seed {options.seed}",
         "trained_on": {name: drawings.vendor.count(name) for name in sorted(set(drawings.vendor))},
         "parameters": sum(value.numel() for value in model.parameters()),
         "versions": {

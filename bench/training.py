@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 # A mirrored "left arrow" is a right arrow, a mirrored letter is no letter: such captions are never flipped.
 HANDED = re.compile(
-    r"\b(left|right|clockwise|counterclockwise|button|keycap|sign|mark|o’clock|thirty|square|letters?|input|new)\b"
+    r"\b(left|right|clockwise|counterclockwise|button|keycap|sign|mark|o’clock|thirty|square|letters?|input|new|of)\b"
 )
 
 
