@@ -144,9 +144,9 @@ def test_the_demo_clip_loads_with_plain_transformers() -> None:
     from transformers import AutoProcessor, CLIPModel
 
     model, processor = CLIPModel.from_pretrained(demo.CLIP), AutoProcessor.from_pretrained(demo.CLIP)
-    batch = processor(
-        text=["red apple", "🍎"], images=[Image.new("RGB", (112, 112))], return_tensors="pt", padding=True
-    )
+    picture = processor.image_processor(Image.new("RGB", (112, 112)), return_tensors="pt")
+    assert picture["pixel_values"].shape == (1, 3, assets.IMAGE_SIZE, assets.IMAGE_SIZE)
+    batch = processor.tokenizer(["red apple", "🍎"], padding=True, truncation=True, return_tensors="pt")
     end = model.config.text_config.eos_token_id
     assert (batch["input_ids"] == end).any(1).all()
     # the end token is also the unknown one: it must not turn up inside a text, whatever its letters
