@@ -1,0 +1,114 @@
+"""bench, export, report and demo as commands, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmcompress import demo as assets
+from mmcompress.cli.check import Share
+from mmcompress.cli.export import numbers, profile
+from mmcompress.errors import UsageError
+from mmcompress.export.tensorrt import Profile
+from mmcompress.jobs import demo as jobs
+from mmcompress.recipe import read
+from tests.cli.conftest import Mmc
+from tests.jobs.outputs import output
+
+
+def test_export_then_bench(mmc: Mmc, saved: Path, tmp_path: Path) -> None:
+    made = mmc("export", saved, "-o", tmp_path / "onnx", "--tower", "text", "--check-batches", "1,3")
+    assert made.code == 0
+    assert "text.onnx" in made.out
+    assert "next: mmc bench" in made.err
+    words = ("bench", tmp_path / "onnx", tmp_path / "onnx", "--runner", "onnxruntime", "--rounds", "5", "--no-memory")
+    shown = mmc(*words, "--save", tmp_path / "bench.json")
+    assert shown.code == 0
+    assert "x [" in shown.out.splitlines()[0]
+    assert json.loads((tmp_path / "bench.json").read_text())["kind"] == "bench"
+    gated = mmc(*words, "--require-speedup", "1000", "--json")
+    assert gated.code == 3
+    assert "at least 1000x is asked for" in gated.error
+    assert len(gated.document["results"]) == 2
+
+
+def test_an_export_of_an_export_is_refused(mmc: Mmc, saved: Path, tmp_path: Path) -> None:
+    for words, code in (
+        (("--opset", "99"), 2),
+        (("--tower", "audio"), 2),
+        (("--check-batches", "1,x"), 2),
+        (("--to", "tensorrt", "--batch", "8:1:4"), 2),
+        (("--to", "tensorrt", "--opset", "20"), 2),
+        (("--to", "tensorrt", "--api", "tensorrt"), 4),
+    ):
+        found = mmc("export", saved, "-o", tmp_path / "made", *words)
+        if code == 4 and found.code == 0:
+            pytest.skip("this machine has TensorRT and a GPU")
+        assert (words, found.code) == (words, code)
+        assert found.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_profiles_are_read() -> None:
+    assert profile("1:8:32", "--batch") == Profile(1, 8, 32)
+    assert profile("4", "--batch") == Profile(4, 4, 4)
+    assert numbers("1,2,7", "--check-batches", ",") == (1, 2, 7)
+    for text in ("1:2", "0:1:2", "a:b:c", ""):
+        with pytest.raises(UsageError, match="--batch"):
+            profile(text, "--batch")
+
+
+def test_shares_are_read() -> None:
+    assert Share().convert("5%", None, None) == pytest.approx(0.05)
+    assert Share().convert("0.05", None, None) == 0.05
+
+
+def test_report_prints_the_verdict_and_writes_the_page(mmc: Mmc, tmp_path: Path) -> None:
+    run = output(tmp_path / "run")
+    found = mmc("report", run, "-o", tmp_path / "pages" / "report.html")
+    assert found.code == 0
+    assert "accuracy drop beyond its interval" in found.out.splitlines()[0]
+    assert (tmp_path / "pages" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_second_demo_finds_a_free_name(tmp_path: Path) -> None:
+    assert jobs.free_name(tmp_path / "demo").name == "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert jobs.free_name(tmp_path / "demo").name == "demo-3"
+
+
+def test_the_demo_recipe_has_all_four_passes() -> None:
+    assert [step.name for step in read(assets.RECIPE).steps] == ["prune", "merge-tokens", "distill", "quantize"]
+
+
+def test_the_demo_on_a_tiny_model(
+    mmc: Mmc, saved: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole of `mmc demo`, on a model and six pictures that take seconds."""
+    real = jobs.demo
+    monkeypatch.setattr(jobs, "demo", lambda *rest, **more: real(*rest, **{**more, "model": str(saved)}))
+    settings = {
+        "data.calibration": data, "data.evaluation": data, "distill.max_minutes": 0.02, "distill.batch_size": 3,
+        "export.rounds": 3, "export.runners": "[onnxruntime]", "quantize.min_cosine": 0.5, "quantize.embeddings": "false",
+    }  # fmt: skip
+    changes = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    found = mmc("demo", "-o", tmp_path / "out" / "demo", *changes)
+    assert found.code == 0, found.err
+    made = tmp_path / "out" / "demo"
+    assert sorted(path.name for path in made.iterdir()) == ["compressed", "report.html"]
+    assert (made / "compressed" / "onnx" / "vision.onnx").exists()
+    *_, first, second, third = found.out.strip().splitlines()
+    assert all(line.strip().startswith("mmc ") for line in (first, second, third))
+    assert str(made / "report.html") in found.out
+    assert "prune (random)" in (made / "report.html").read_text()
+
+
+def test_the_demo_without_its_model(mmc: Mmc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcompress.weights.CLIP", tmp_path / "none")
+    found = mmc("demo", "-o", tmp_path / "out")
+    assert found.code == 4
+    assert "not part of this installation" in found.error
+    assert not list(tmp_path.iterdir())
