@@ -59,6 +59,8 @@ def updated(document: str) -> str:
 
 
 def _with_measured(document: str) -> str:
+    if measured.BEGIN not in document and measured.END not in document:
+        return document
     before, found, rest = document.partition(measured.BEGIN)
     _, ended, after = rest.partition(measured.END)
     if not found or not ended:
