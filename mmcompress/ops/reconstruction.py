@@ -39,7 +39,8 @@ class Moments:
 def shrinkage(covariance: Tensor, count: float) -> float:
     """Return the share of a scaled identity to mix into a covariance (C, C) of `count` tokens: OAS, in 0..1."""
     channels = covariance.shape[0]
-    trace, squares = float(covariance.diagonal().sum()), float(covariance.square().sum())
+    trace = float(covariance.diagonal().sum(dtype=torch.float64))
+    squares = float(torch.linalg.vector_norm(covariance, dtype=torch.float64)) ** 2
     spread = (count + 1 - 2 / channels) * (squares - trace**2 / channels)
     # A multiple of the identity already: any share gives the same.
     return min(1.0, ((1 - 2 / channels) * squares + trace**2) / spread) if spread > 0 else 1.0
@@ -51,7 +52,8 @@ def repair(
     """Return the weight (out, K) and bias (out,) of the Linear that reads only the `kept` input channels.
 
     weight: (out, C), bias: (out,) or None, kept: (K,) ascending. With `moments.second` None only the bias is changed. `ridge` is
-    relative to the channels' mean variance. The result has the dtype of `weight`.
+    relative to the channels' mean variance. The result has the dtype of `weight`. `moments.second` is overwritten: with many
+    channels it is the largest thing in memory here.
     """
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
@@ -60,11 +62,12 @@ def repair(
     mean = moments.mean.double() if bias is not None else torch.zeros_like(moments.mean, dtype=torch.float64)
     new_weight, shift = full[:, kept], full[:, gone] @ mean[gone]
     if moments.second is not None and len(gone) and len(kept):
-        covariance = moments.second.double().addr(mean, mean, alpha=-1)
+        offset = mean.to(moments.second.dtype)
+        covariance = moments.second.addr_(offset, offset, alpha=-1)
         share = shrinkage(covariance, moments.count)
-        scale = covariance.diagonal().mean()
-        rows = covariance[kept].mul_(1 - share)
-        inner, cross = rows[:, kept], rows[:, gone]
+        scale = float(covariance.diagonal().mean())
+        inner = covariance[kept[:, None], kept].double().mul_(1 - share)
+        cross = covariance[kept[:, None], gone].double().mul_(1 - share)
         if scale > 0:
             inner.diagonal().add_((share + ridge + 1e-12) * scale)
             change = torch.linalg.solve(inner, cross @ full[:, gone].T).T

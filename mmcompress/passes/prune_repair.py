@@ -4,7 +4,7 @@ Tokens are weighted by how much they matter for the embedding (`stream_by_effect
 few tokens a tower is read from for error at the many it is not; with a class-token readout that can be worse than no repair.
 
 Memory: a mean per channel for "bias"; for "least-squares" the second moments of a few readers at a time, which together take at
-most about a quarter of the model's bytes (one reader at least), so wide or deep models cost several passes over the data.
+most about a sixth of the model's bytes (one reader at least), so wide or deep models cost several passes over the data.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _parts(bundle: Bundle, groups: list[Group], full: bool) -> list[list[Group]]
     """Split the groups so that the second moments of a part fit; one part where only means are kept."""
     if not full:
         return [groups]
-    limit = sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 4
+    limit = sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 6
     parts: list[list[Group]] = []
     used = limit
     for group in groups:

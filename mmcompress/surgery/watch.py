@@ -175,9 +175,16 @@ class Sums:
         self.weight += float(counts.sum(dtype=torch.float64))
         self.squared_weight += float(counts.square().sum(dtype=torch.float64))
         weighted = wide if weights is None else wide * weights.to(wide.dtype)[:, None]
-        second = weighted.T @ wide if self.full else (weighted * wide).sum(0)
-        self.first = weighted.sum(0) if self.first is None else self.first.add_(weighted.sum(0))
-        self.second = second if self.second is None else self.second.add_(second)
+        if self.first is None or self.second is None:
+            width = wide.shape[1]
+            self.first = wide.new_zeros(width)
+            self.second = wide.new_zeros((width, width) if self.full else width)
+        self.first += weighted.sum(0)
+        if self.full:
+            # In place: a second (C, C) for the product would double what this costs.
+            self.second.addmm_(weighted.T, wide)
+        else:
+            self.second += (weighted * wide).sum(0)
 
     @property
     def count(self) -> float:

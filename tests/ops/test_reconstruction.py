@@ -10,6 +10,10 @@ def _case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return inputs, torch.randn(5, 8, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
 
 
+def _moments(inputs: torch.Tensor, count: float = 1e12) -> Moments:
+    return Moments(inputs.mean(0), inputs.T @ inputs / len(inputs), count)
+
+
 def _error(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, new: tuple, kept: torch.Tensor
 ) -> float:
@@ -31,8 +35,7 @@ def test_a_copy_of_a_kept_channel_is_taken_over_exactly() -> None:
     inputs, weight, bias = _case()
     inputs[:, 3] = 2 * inputs[:, 1] + 5
     kept = torch.tensor([0, 1, 2, 4, 5, 6, 7])
-    moments = Moments(inputs.mean(0), inputs.T @ inputs / len(inputs), 10**12)
-    new = repair(weight, bias, kept, moments, 0)
+    new = repair(weight, bias, kept, _moments(inputs), 0)
     torch.testing.assert_close(new[0][:, 1], weight[:, 1] + 2 * weight[:, 3])
     assert _error(inputs, weight, bias, new, kept) < 1e-15
 
@@ -42,21 +45,19 @@ def test_a_copy_of_a_kept_channel_is_taken_over_exactly() -> None:
 def test_each_level_is_no_worse_than_the_one_before(seed: int, ridge: float) -> None:
     inputs, weight, bias = _case(seed)
     kept = torch.tensor([0, 2, 3, 6])
-    moments = Moments(inputs.mean(0), inputs.T @ inputs / len(inputs), 10**12)
     none = _error(inputs, weight, bias, (weight[:, kept], bias), kept)
-    folded = _error(inputs, weight, bias, repair(weight, bias, kept, Moments(moments.mean), ridge), kept)
-    refitted = _error(inputs, weight, bias, repair(weight, bias, kept, moments, ridge), kept)
+    folded = _error(inputs, weight, bias, repair(weight, bias, kept, Moments(inputs.mean(0)), ridge), kept)
+    refitted = _error(inputs, weight, bias, repair(weight, bias, kept, _moments(inputs), ridge), kept)
     assert refitted <= folded <= none
     # Without a bias to write to, the uncentred fit is still no worse than nothing.
-    bare = _error(inputs, weight, None, repair(weight, None, kept, moments, ridge), kept)
+    bare = _error(inputs, weight, None, repair(weight, None, kept, _moments(inputs), ridge), kept)
     assert bare <= _error(inputs, weight, None, (weight[:, kept], None), kept)
 
 
 def test_least_squares_is_the_optimum() -> None:
     inputs, weight, bias = _case()
     kept = torch.tensor([1, 4, 5])
-    moments = Moments(inputs.mean(0), inputs.T @ inputs / len(inputs), 10**12)
-    new_weight, new_bias = repair(weight, bias, kept, moments, 0)
+    new_weight, new_bias = repair(weight, bias, kept, _moments(inputs), 0)
     known = torch.cat([inputs[:, kept], torch.ones(len(inputs), 1, dtype=torch.float64)], 1)
     best = torch.linalg.lstsq(known, inputs @ weight.T + bias).solution.T
     torch.testing.assert_close(new_weight, best[:, :-1])
@@ -76,10 +77,9 @@ def test_few_tokens_are_not_overfitted() -> None:
     torch.manual_seed(0)
     seen, fresh = torch.randn(40, 30, dtype=torch.float64), torch.randn(4000, 30, dtype=torch.float64)
     weight, bias, kept = torch.randn(5, 30, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), torch.arange(20)
-    second = seen.T @ seen / len(seen)
     folded = repair(weight, bias, kept, Moments(seen.mean(0)), 0)
-    trusting = repair(weight, bias, kept, Moments(seen.mean(0), second, 10**12), 0)
-    careful = repair(weight, bias, kept, Moments(seen.mean(0), second, 40), 0)
+    trusting = repair(weight, bias, kept, _moments(seen), 0)
+    careful = repair(weight, bias, kept, _moments(seen, 40), 0)
     errors = [_error(fresh, weight, bias, new, kept) for new in (folded, careful, trusting)]
     assert errors[1] < 1.05 * errors[0] < errors[2]
 
@@ -89,18 +89,19 @@ def test_shrinking_keeps_the_guarantee(count: int) -> None:
     inputs, weight, bias = _case()
     inputs = inputs[:count]
     kept = torch.tensor([0, 2, 3, 6])
-    moments = Moments(inputs.mean(0), inputs.T @ inputs / count, count)
-    folded = _error(inputs, weight, bias, repair(weight, bias, kept, Moments(moments.mean), 0), kept)
-    assert _error(inputs, weight, bias, repair(weight, bias, kept, moments, 0.01), kept) <= folded
+    folded = _error(inputs, weight, bias, repair(weight, bias, kept, Moments(inputs.mean(0)), 0), kept)
+    assert _error(inputs, weight, bias, repair(weight, bias, kept, _moments(inputs, count), 0.01), kept) <= folded
 
 
 def test_a_large_ridge_gives_the_bias_alone_and_nothing_removed_changes_nothing() -> None:
     inputs, weight, bias = _case()
     kept = torch.tensor([1, 4, 5])
-    moments = Moments(inputs.mean(0), inputs.T @ inputs / len(inputs), 10**12)
-    stiff, folded = repair(weight, bias, kept, moments, 1e12), repair(weight, bias, kept, Moments(moments.mean), 0)
+    stiff, folded = (
+        repair(weight, bias, kept, _moments(inputs), 1e12),
+        repair(weight, bias, kept, Moments(inputs.mean(0)), 0),
+    )
     torch.testing.assert_close(stiff, folded)
-    same = repair(weight, bias, torch.arange(8), moments, 0.01)
+    same = repair(weight, bias, torch.arange(8), _moments(inputs), 0.01)
     assert torch.equal(same[0], weight)
     assert same[1] is not None
     assert torch.equal(same[1], bias)
