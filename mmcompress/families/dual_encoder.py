@@ -91,6 +91,10 @@ class DualEncoder(TwoTowers):
         vision, text = self.towers(model)
         config = model.config.vision_config
         config.num_hidden_layers = len(vision.blocks)
+        if config.model_type == "dinov2":
+            # DINOv2's config also names the blocks a backbone would give out, the last by default.
+            config.stage_names = ["stem", *(f"stage{number}" for number in range(1, len(vision.blocks) + 1))]
+            config.set_output_features_output_indices(out_features=None, out_indices=None)
         found = widths(vision.blocks)
         if found:
             heads, neurons = found

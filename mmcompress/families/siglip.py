@@ -97,7 +97,12 @@ class Siglip(TwoTowers):
             del embeddings.resize_positional_embeddings
 
     def write_config(self, model: Any) -> None:
+        head = getattr(model.vision_model, "head", None)
+        before = model.config.vision_config.intermediate_size
         write_clip_widths(self.towers(model), model.config)
+        if head is not None:
+            # The pooling head has an MLP of its own, and the config one width for it and the blocks.
+            model.config.vision_config.intermediate_size = before
 
     @staticmethod
     def _flexible(model: Any) -> bool:
