@@ -12,8 +12,8 @@ Sources and deliberate differences:
   folded into a bias afterwards.
 - Taylor (Molchanov et al. 2019; heads: Michel et al. 2019): the first-order effect of a gate xi on the unit's activation,
   ``dL/dxi = sum x * dL/dx``, which equals ``sum w * dL/dw`` over the reader's columns. The sum over a unit's channels and tokens
-  is taken before the absolute value (the effect of removing all of it; abs first would be an upper bound), the absolute value
-  or square is taken per sample, and the mean over samples after it, so that opposite samples do not cancel.
+  is taken before the square (the effect of removing all of it; squaring first would ignore how channels cancel), the square per
+  sample, and the mean over samples after it, so that opposite samples do not cancel.
 - Block influence (ShortGPT, Men et al. 2024): ``1 - E cos(x_in, x_out)``.
 
 Shape alphabet: B batch, N tokens, C channels, U units.

@@ -16,7 +16,8 @@ needs no held-out data; with many tokens the share goes to 0. Shrinking keeps th
 Without a bias to write to, S and m are replaced by the uncentred second moment and 0.
 
 Source: the normal equations; used for one-shot structured pruning by e.g. ZipLM (Kurtic et al. 2023) and, as mean folding, by
-FLAP (An et al. 2023). Difference: one solve for all removed channels together, in float64, with ridge and shrinkage.
+FLAP (An et al. 2023). Difference: one solve for all removed channels together, with ridge and shrinkage, which
+also make float32 precise enough. The dtype of the moments is used throughout.
 """
 
 from __future__ import annotations
@@ -58,19 +59,18 @@ def repair(
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
     gone = removed.nonzero().squeeze(1)
-    full = weight.double()
-    mean = moments.mean.double() if bias is not None else torch.zeros_like(moments.mean, dtype=torch.float64)
+    mean = moments.mean if bias is not None else torch.zeros_like(moments.mean)
+    full = weight.to(mean.dtype)
     new_weight, shift = full[:, kept], full[:, gone] @ mean[gone]
     if moments.second is not None and len(gone) and len(kept):
-        offset = mean.to(moments.second.dtype)
-        covariance = moments.second.addr_(offset, offset, alpha=-1)
+        covariance = moments.second.addr_(mean, mean, alpha=-1)
         share = shrinkage(covariance, moments.count)
         scale = float(covariance.diagonal().mean())
-        inner = covariance[kept[:, None], kept].double().mul_(1 - share)
-        cross = covariance[kept[:, None], gone].double().mul_(1 - share)
+        inner = covariance[kept[:, None], kept].mul_(1 - share)
+        cross = covariance[kept[:, None], gone].mul_(1 - share)
         if scale > 0:
             inner.diagonal().add_((share + ridge + 1e-12) * scale)
             change = torch.linalg.solve(inner, cross @ full[:, gone].T).T
             new_weight, shift = new_weight + change, shift - change @ mean[kept]
-    new_bias = None if bias is None else (bias.double() + shift).to(bias.dtype)
+    new_bias = None if bias is None else (bias + shift).to(bias.dtype)
     return new_weight.to(weight.dtype), new_bias
