@@ -186,10 +186,15 @@ CROWDED = [
 ]
 
 
+TOGETHER = [point(f"equally good {number}", 30, 0.57 + number / 2000, half=0.01) for number in range(4)]
+"""Each one's nearest free place is also its neighbour's."""
+
+
 def test_labels_do_not_cover_each_other_or_a_point() -> None:
-    x, y = scales(CROWDED)
-    spots = side_by_side(CROWDED, x, y)
-    labels = place_labels(CROWDED, spots, y)
+    points = [*CROWDED, *TOGETHER]
+    x, y = scales(points)
+    spots = side_by_side(points, x, y)
+    labels = place_labels(points, spots, y)
     boxes = [label.box for label in labels]
     for index, box in enumerate(boxes):
         assert box.left >= 0
