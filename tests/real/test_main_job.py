@@ -17,7 +17,7 @@ pytestmark = pytest.mark.real
 
 # n = 300 drawings: a tenth of `bench.against_random`, enough for effects of ten points.
 RECIPE = """
-data: {calibration: demo:train, evaluation: demo:test, num_samples: 128, evaluation_samples: 300, batch_size: 32}
+data: {calibration: demo:train, evaluation: demo:test, num_samples: 48, evaluation_samples: 300, batch_size: 32}
 steps:
 %s
 """
