@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.errors import UsageError
 from mmcompress.manifest import Record
-from mmcompress.passes import build, schema
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_units import count_costs, read_ranges
@@ -299,40 +296,3 @@ def test_quantized_and_merged_models_are_refused() -> None:
     bundle.replace(bundle.tower("text").blocks[0].mlp.reader, other)
     with pytest.raises(UsageError, match=r"fc2 is a Bilinear; prune cuts nn.Linear"):
         Prune().check(bundle)
-
-
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"ratio": 1.5}, "prune.ratio is 1.5; expected 0 <= ratio < 1"),
-        ({"ratio": -0.1}, "prune.ratio is -0.1"),
-        ({"ratios": {"vision": 1.0}}, "prune.ratios.vision is 1.0"),
-        ({"units": ["blocks", "heads"]}, "mixes blocks"),
-        ({"units": ["head"]}, r"prune.units is \['head'\]"),
-        ({"units": ["blocks"], "score": "magnitude"}, "magnitude does not rank blocks"),
-        ({"score": "block-influence"}, "block-influence does not rank heads and neurons"),
-        ({"multiple": 0}, "prune.multiple is 0"),
-        ({"min_keep": 2}, "prune.min_keep is 2"),
-        ({"target": 0}, "prune.target is 0"),
-        ({"uniform": True, "protect": [0]}, "contradict"),
-        ({"score": "best"}, "prune.score is 'best'"),
-    ],
-)
-def test_bad_parameters(params: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        build("prune", params)
-
-
-def test_unknown_towers_and_missing_data() -> None:
-    bundle = tiny.bundle("clip")
-    with pytest.raises(UsageError, match="clip has no tower 'visoin'") as caught:
-        Prune(towers=("visoin",)).check(bundle)
-    assert caught.value.hint == "did you mean 'vision'?"
-    with pytest.raises(UsageError, match=r"prune\.ratios names 'text'"):
-        Prune(towers=("vision",), ratios={"text": 0.1}).check(bundle)
-    with pytest.raises(UsageError, match="needs data"):
-        Prune().plan(bundle, Context())
-
-
-def test_every_parameter_has_help() -> None:
-    assert all(len(parameter.help) > 20 for parameter in schema("prune").parameters)
