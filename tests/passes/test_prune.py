@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+
 import pytest
 import torch
 from torch import Tensor
