@@ -189,7 +189,7 @@ def run(work: Path, rounds: int, threads: int, images: int) -> dict[str, Any]:
                 runner = open_runner(engine, file, threads)
                 stack.callback(runner.close)
                 steps[name] = runner.bind(inputs)
-            taken = interleaved(steps, rounds=rounds if batch == 1 else max(10, rounds // 4), settle=1)
+            taken = interleaved(steps, rounds=rounds if batch == 1 else max(10, rounds // 4))
         latency[f"batch {batch}"] = {name: samples.summary(batch).to_json() for name, samples in taken.items()}
         ratios[f"batch {batch}"] = {
             f"{ours} against nncf {preset}": compare(

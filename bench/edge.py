@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -103,6 +104,11 @@ def main() -> None:
     )
 
 
+def digest(made: recipe.Recipe) -> str:
+    """Eight hex digits of the resolved recipe: what was built by another one is never taken for this one's."""
+    return hashlib.sha256(made.to_yaml().encode()).hexdigest()[:8]
+
+
 def run(work: Path, rounds: int, threads: int, overrides: list[str]) -> dict[str, Any]:
     """Return everything measured; what is in `work` already is not built again."""
     model, train, held_out = assets.dual_encoder(), str(assets.training_pairs()), "demo:test"
@@ -113,12 +119,15 @@ def run(work: Path, rounds: int, threads: int, overrides: list[str]) -> dict[str
     }
     if not (work / "original-onnx").exists():
         export_onnx(checkpoint.load(model), work / "original-onnx")
+    folders = {name: work / f"{name}-{digest(made)}" for name, made in sources.items()}
+    sides = {"original": open_artifact(work / "original-onnx")}
     for name, made in sources.items():
-        if not (work / name).exists():
-            compress(model, made, work / name, resume=True)
-        if not (work / f"{name}-onnx").exists():
-            export_onnx(checkpoint.load(work / name), work / f"{name}-onnx")
-    sides = {name: open_artifact(work / f"{name}-onnx") for name in ("original", *sources)}
+        artifact = folders[name].with_name(folders[name].name + "-onnx")
+        if not folders[name].exists():
+            compress(model, made, folders[name], resume=True)
+        if not artifact.exists():
+            export_onnx(checkpoint.load(folders[name]), artifact)
+        sides[name] = open_artifact(artifact)
     nncf_file = nncf_vision(sides["original"], train, work / "nncf.xml")
 
     dataset = open_data(held_out)
@@ -159,7 +168,7 @@ def run(work: Path, rounds: int, threads: int, overrides: list[str]) -> dict[str
         "speedups": {batch: speedups(by_name) for batch, by_name in timed.items()},
         "bytes": {
             "original": sum(file.stat().st_size for file in model.glob("*.safetensors")),
-            **{name: sum(file.stat().st_size for file in (work / name).glob("*.safetensors")) for name in sources},
+            **{name: sum(file.stat().st_size for file in folder.glob("*.safetensors")) for name, folder in folders.items()},
             **{f"{name}-onnx": side.bytes for name, side in sides.items()},
             "nncf vision": nncf_file.with_suffix(".bin").stat().st_size,
         },

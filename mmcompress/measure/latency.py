@@ -1,8 +1,10 @@
 """Latency, measured so that two runners can be compared on a machine that is never quiet.
 
 All runners are timed in turn, once per round, in an order shuffled anew each round: whatever disturbs a round disturbs
-all of them, and a ratio taken over rounds stays true where absolute times drift. Times are wall-clock around a step that
-returns only when its device is done. Very short steps are repeated within a round, so that the clock's grain and the
+all of them, and a ratio taken over rounds stays true where absolute times drift. A turn opens with untimed calls of the same
+step, as if it ran in a loop of its own: the first calls after another model find that one's weights in the caches and
+sleeping threads, which costs a small model more than a large one (`settle=0` measures just that). Times are wall-clock
+around a step that returns only when its device is done. Very short steps are repeated within a round, so that the clock's grain and the
 loop do not matter; a sample is then the mean of its repeats, which smooths the upper percentiles (`repeats` says so).
 """
 
@@ -14,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,8 @@ Step = Callable[[], None]
 
 SHORTEST_SAMPLE = 1e-3
 """Seconds: steps below this are repeated until a sample takes at least as long."""
+SETTLING = 0.02
+"""Seconds of untimed calls that open a turn, between 1 and 8 calls."""
 DEFAULT_ROUNDS = 30
 FEWEST_ROUNDS = 10
 """With `min_seconds`, at least so many rounds are run."""
@@ -104,15 +108,15 @@ def interleaved(
     rounds: int | None = None,
     min_seconds: float | None = None,
     repeats: int | None = None,
-    settle: int = 0,
+    settle: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, LatencySamples]:
     """Time `steps` against each other; a step is what `Runner.bind` returns: it computes once and waits for the device.
 
     Every step is called `warmup` times, then once (or `repeats` times) per round, for `rounds` rounds (default 30) or
-    until `min_seconds` have passed. `settle` untimed calls precede each timed one: with 0 a step starts with the caches
-    the previous one left, as in a program that does other work between calls; with 1 or more as in a tight loop.
+    until `min_seconds` have passed. `settle` untimed calls precede each timed one, by default as many as take SETTLING
+    seconds; with 0 a step starts with the caches the previous one left, as in a program with other work between calls.
     The garbage collector is off while timing. Raises UsageError for settings that make no sense; what a step raises
     carries a note that names it.
     """
@@ -123,7 +127,7 @@ def interleaved(
     names = list(steps)
     taken: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
-        counts = {name: _warm_up(name, steps[name], warmup, repeats) for name in names}
+        counts = {name: _warm_up(name, steps[name], warmup, repeats, settle) for name in names}
         progress.start(f"timing {', '.join(names)}", limit)
         try:
             start = time.perf_counter()
@@ -132,14 +136,14 @@ def interleaved(
                 for i in order.permutation(len(names)):
                     name = names[i]
                     with _Named(name):
-                        for _ in range(settle):
+                        for _ in range(counts[name].settle):
                             steps[name]()
-                        taken[name].append(_timed(steps[name], counts[name]))
+                        taken[name].append(_timed(steps[name], counts[name].repeats))
                 done += 1
                 progress.advance()
         finally:
             progress.finish()
-    return {name: LatencySamples(np.array(taken[name]), counts[name]) for name in names}
+    return {name: LatencySamples(np.array(taken[name]), counts[name].repeats) for name in names}
 
 
 def compare(before: LatencySamples, after: LatencySamples, seed: int = 0) -> Estimate:
@@ -171,15 +175,21 @@ def samples_needed(rank: float) -> int:
     return math.ceil(round(100 / (100 - rank), 6))
 
 
-def _warm_up(name: str, step: Step, warmup: int, repeats: int | None) -> int:
-    """Call `step` as often as asked, and find how many repeats make a sample long enough."""
+class _Counts(NamedTuple):
+    repeats: int
+    settle: int
+
+
+def _warm_up(name: str, step: Step, warmup: int, repeats: int | None, settle: int | None) -> _Counts:
+    """Call `step` as often as asked, and find how many calls make a sample long enough and settle a turn."""
     with _Named(name):
         for _ in range(warmup):
             step()
-        if repeats is not None:
-            return repeats
-        usual = sorted(_timed(step, 1) for _ in range(3))[1]
-        return max(1, math.ceil(SHORTEST_SAMPLE / max(usual, 1e-7)))
+        if repeats is None or settle is None:
+            usual = max(sorted(_timed(step, 1) for _ in range(3))[1], 1e-7)
+            repeats = repeats or math.ceil(SHORTEST_SAMPLE / usual)
+            settle = min(8, math.ceil(SETTLING / usual)) if settle is None else settle
+        return _Counts(repeats, settle)
 
 
 def _timed(step: Step, repeats: int) -> float:
@@ -227,7 +237,7 @@ def _check(
     min_seconds: float | None,
     warmup: int,
     repeats: int | None,
-    settle: int,
+    settle: int | None,
 ) -> None:
     if not steps:
         raise UsageError("there is nothing to time", hint="name at least one artifact")

@@ -41,7 +41,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_every_round_times_every_step_once_in_a_shuffled_order(clock: Clock) -> None:
     steps = {"a": clock.step("a", 0.004), "b": clock.step("b", 0.002)}
-    found = interleaved(steps, warmup=0, repeats=1, rounds=20, seed=1)
+    found = interleaved(steps, warmup=0, repeats=1, settle=0, rounds=20, seed=1)
     rounds = [tuple(clock.calls[i : i + 2]) for i in range(0, 40, 2)]
     assert Counter(rounds).keys() == {("a", "b"), ("b", "a")}
     assert np.allclose(found["a"].seconds, 0.004)
@@ -49,7 +49,7 @@ def test_every_round_times_every_step_once_in_a_shuffled_order(clock: Clock) -> 
     assert compare(found["a"], found["b"]).value == pytest.approx(2.0)
     again = [*clock.calls]
     clock.calls.clear()
-    interleaved(steps, warmup=0, repeats=1, rounds=20, seed=1)
+    interleaved(steps, warmup=0, repeats=1, settle=0, rounds=20, seed=1)
     assert clock.calls == again
 
 
@@ -59,8 +59,15 @@ def test_warm_up_and_settling_calls_are_not_timed(clock: Clock) -> None:
     assert np.allclose(found["a"].seconds, 0.002)
 
 
+def test_a_turn_opens_with_as_many_untimed_calls_as_settle_it(clock: Clock) -> None:
+    steps = {"short": clock.step("short", 0.0003), "usual": clock.step("usual", 0.006), "long": clock.step("long", 2.0)}
+    interleaved(steps, warmup=0, rounds=2)
+    turns = {"short": 8 + 4, "usual": 4 + 1, "long": 1 + 1}  # 20 ms, at most 8 calls and at least 1; then the timed ones
+    assert Counter(clock.calls) == {name: 3 + 2 * calls for name, calls in turns.items()}
+
+
 def test_short_steps_are_repeated_until_a_sample_is_long_enough(clock: Clock) -> None:
-    found = interleaved({"short": clock.step("short", 0.0003), "long": clock.step("long", 0.02)}, rounds=5)
+    found = interleaved({"short": clock.step("short", 0.0003), "long": clock.step("long", 0.02)}, settle=0, rounds=5)
     assert (found["short"].repeats, found["long"].repeats) == (4, 1)
     assert np.allclose(found["short"].seconds, 0.0003)
     assert clock.calls.count("short") == 3 + 3 + 5 * 4
@@ -69,7 +76,7 @@ def test_short_steps_are_repeated_until_a_sample_is_long_enough(clock: Clock) ->
 def test_a_time_limit_keeps_a_least_number_of_rounds(clock: Clock) -> None:
     steps = {"a": clock.step("a", 0.5)}
     assert len(interleaved(steps, min_seconds=0.1)["a"].seconds) == latency.FEWEST_ROUNDS
-    assert len(interleaved(steps, min_seconds=10.0)["a"].seconds) == 20
+    assert len(interleaved(steps, min_seconds=10.0, settle=0)["a"].seconds) == 20
     assert len(interleaved(steps)["a"].seconds) == latency.DEFAULT_ROUNDS
 
 
