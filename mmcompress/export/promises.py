@@ -66,7 +66,8 @@ def check_promise(model: ir.Model, promised: Promise, tower: str) -> None:
     if integers < promised.quantized_bytes:
         raise GateFailed(
             f"the exported {tower} tower holds {integers} bytes of integer weights; the model has {promised.quantized_bytes}",
-            hint="the exporter unpacked quantized weights; report it with the versions of torch and onnxscript",
+            hint="the exporter unpacked quantized weights; quantize with --keep-float for the layer, and report it "
+            "with the versions of torch and onnxscript",
         )
     total, limit = sum(found.values()), promised.bytes * (1 + SLACK_SHARE) + SLACK_BYTES
     if total > limit:

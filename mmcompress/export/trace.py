@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from onnxscript import ir
+from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle, Family
@@ -108,17 +108,28 @@ def trace(module: Encoder, inputs: dict[str, Tensor], opset: int) -> ir.Model:
                 custom_translation_table=translations(),
                 verbose=False,
                 verify=False,
+                optimize=False,
             )
+            assert exported is not None
+            model = exported.model
+            optimizer.optimize_ir(model, should_fold=_should_fold)
         except (torch._dynamo.exc.UserError, torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(
                 f"the {module.tower} tower cannot be exported: {reason.strip()}",
                 hint="mmc passes NAME says what each pass supports; export the model before the last pass to find the one",
             ) from error
-    assert exported is not None
-    model = exported.model
     _name_axes(model, axes)
     return model
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Keep small integer tables integers: rows looked up at fixed positions are constant, and would be folded to floats.
+
+    None leaves the choice to the optimizer.
+    """
+    source = node.inputs[0] if node.op_type == "Cast" else None
+    return False if source is not None and source.dtype in (ir.DataType.INT8, ir.DataType.UINT8) else None
 
 
 def _name_axes(model: ir.Model, axes: dict[str, tuple[str, ...]]) -> None:

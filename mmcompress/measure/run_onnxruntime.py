@@ -1,8 +1,8 @@
 """ONNX Runtime as a runner, on the CPU or through its CUDA provider.
 
 A session that cannot use the provider it was asked for quietly takes the CPU. Here that is an error: the session's
-providers are compared with the request, and on CUDA no matrix product may have been placed on the CPU. TF32 is off, so
-that fp32 stays fp32. Idle worker threads stop spinning after each run: in interleaved rounds they would otherwise
+providers are compared with the request, and on CUDA no matrix product may have been placed on the CPU. TF32 is off, and
+so is the quantization of activations that meet weight-only int8 linears, so that a file runs as stored. Idle worker threads stop spinning after each run: in interleaved rounds they would otherwise
 take cores from whoever is measured next (about 20 ms of processor time after every run, measured on two cores).
 """
 
@@ -113,6 +113,8 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OnnxRuntim
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # By default (1.32) a linear with int8 weights and float inputs rounds its inputs to int8 at run time; 1 is float32.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     requested: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":

@@ -1,8 +1,8 @@
 """OpenVINO as a runner on the CPU; it reads ONNX directly.
 
 Its defaults are chosen for speed: float work goes to bf16 where the processor has it, and int8 weights multiply
-activations that are quantized on the fly. fp32 therefore pins both, so that fp32 stays fp32 and a weight-only model is
-measured as one. Pinning threads to cores is off, because the engines it is compared with do not pin either. Only the
+activations that are quantized on the fly. Both are pinned, so that a precision is the one asked for and a weight-only
+model is measured as one. Pinning threads to cores is off, because the engines it is compared with do not pin either. Only the
 core library is used: it sends no telemetry (the converter, which may, is never called).
 """
 
@@ -102,9 +102,8 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OpenVinoRu
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
-    if precision == "fp32":
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     try:
         compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
     except RuntimeError as error:

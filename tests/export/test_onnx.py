@@ -126,6 +126,16 @@ def test_weights_only(tmp_path):
     assert max(row.relative for row in report.components[0].parity) <= 1e-4
 
 
+def test_rows_read_at_fixed_positions_stay_integers(tmp_path):
+    bundle = tiny.bundle("clip")
+    positions = "vision_model.embeddings.position_embedding"
+    bundle.replace(positions, quantized(bundle.module(positions), None))
+    report = export_onnx(bundle, tmp_path / "out", towers=["vision"], batches=(2,))
+    # 7 x 7 patches and the class token, 48 channels.
+    assert report.artifact.component("vision").weights["INT8"] == 50 * 48
+    assert report.components[0].parity[0].relative <= 1e-4
+
+
 def test_what_protobuf_cannot_hold_goes_beside_the_graph(clip, clip_export, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "EXTERNAL_BYTES", 1000)
     report = export_onnx(clip, tmp_path / "out", towers=["text"], batches=(1,))
