@@ -21,7 +21,9 @@ from mmcompress.passes.distill_run import distill, read_job, trainable
 class Distill:
     """Recover accuracy by training towards a teacher's embeddings.
 
-    Runs alone or under `torchrun` / `accelerate launch`; continues after being killed where the run has a work folder.
+    Runs alone or in several processes: under `torchrun`, on CPUs (over gloo) or with `--device cuda` on one GPU each, or on GPUs
+    under `accelerate launch --multi_gpu`. On CPUs `accelerate launch` starts one process whatever its `--num_processes`. What is
+    tested is two CPU processes under `torchrun`. Continues after being killed where the run has a work folder.
     """
 
     name: ClassVar[str] = "distill"

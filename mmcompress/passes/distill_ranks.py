@@ -1,4 +1,8 @@
-"""One process or many: which share of a batch is ours, and how shares meet. Many means torchrun or `accelerate launch`."""
+"""One process or many: which share of a batch is ours, and how shares meet.
+
+Many means torchrun, or `accelerate launch --multi_gpu`: both set WORLD_SIZE. `accelerate launch --cpu` (1.15) does not, and starts
+one process.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """prune: remove attention heads, MLP neurons or whole blocks, under one budget across towers.
 
 Units are scored, priced exactly and chosen by `ops.allocation`; their rows and columns are then cut out of the Linears, so the
-model is smaller, not masked. What stays can be repaired in closed form from calibration statistics (`ops.reconstruction`).
+model is smaller, not masked. What stays can be repaired in closed form from calibration statistics (`ops.reconstruction`). Scores
+and statistics all come from the uncut model, in one shot; several prune steps with smaller ratios measure afresh in between.
 
 How scores of different layers compare (`normalise`): with "layer", scores are divided by their layer's mean and a unit is
 worth that times its cost, so every layer gives up its relatively least useful units and layers differ by how uneven their
@@ -12,6 +13,7 @@ the least damage per parameter or MAC goes first; Taylor scores mean just that. 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -54,7 +56,7 @@ class Prune:
     ratio: float = 0.3
     """Share of the towers' parameters or MACs to remove, embeddings and projections counted in; 0 changes nothing."""
     target: float | None = None
-    """Instead of a ratio: the parameters or MACs all chosen towers may have together afterwards."""
+    """Instead of `ratio` and `ratios`: the parameters or MACs all chosen towers may have together afterwards."""
     ratios: dict[str, float] = field(default_factory=dict)
     """Separate ratios for towers, such as vision=0.5,text=0.1; the other towers share `ratio`."""
     budget: Literal["parameters", "macs"] = "parameters"
@@ -68,9 +70,8 @@ class Prune:
     normalise: Literal["auto", "layer", "none"] = "auto"
     """How scores of layers compare: relative to their layer, as they are, or (auto) whichever suits the score."""
     compensate: Literal["least-squares", "bias", "none"] = "least-squares"
-    """Repair what stays: refit the reading Linears, fold the removed mean into their biases, or neither. Needs data.
-
-    Blocks are removed without repair."""
+    """Repair what stays: refit the reading Linears to their outputs in the uncut model, fold the removed mean into their biases,
+    or neither. Needs data. Blocks are removed without repair."""
     ridge: float = 0.01
     """Least squares only: how strongly refitted weights are held to the original, relative to the channels' variance."""
     uniform: bool = False
@@ -80,9 +81,9 @@ class Prune:
     min_keep: float = 0.1
     """Share of a block's heads and neurons (of a tower's blocks) that always stays; at least one does."""
     multiple: int = 8
-    """Neuron counts are rounded to multiples of this, which matrix kernels like."""
+    """Neuron counts are rounded to multiples of this, which matrix kernels like. 64 suits int8 kernels (AMX, VNNI)."""
     protect: tuple[int, ...] = ()
-    """Blocks never touched, by index; negative ones count from the end."""
+    """Blocks never touched, by index in each tower that has so many; negative ones count from the end."""
     crosscheck: bool = False
     """Compare what belongs to a unit with torch-pruning's dependency graph first (needs torch-pruning)."""
 
@@ -90,13 +91,15 @@ class Prune:
         for key, value in {"ratio": self.ratio, **{f"ratios.{k}": v for k, v in self.ratios.items()}}.items():
             if not 0 <= value < 1:
                 raise UsageError(f"prune.{key} is {value}; expected 0 <= ratio < 1", hint="it is the share removed")
-        if self.target is not None and self.target < 1:
+        if self.target is not None and not 1 <= self.target < math.inf:
             raise UsageError(f"prune.target is {self.target}; expected at least 1", hint=f"it counts {self.budget}")
+        if self.target is not None and self.ratios:
+            raise UsageError("prune has both target and ratios", hint="give one of them")
         if not 0 <= self.min_keep <= 1:
             raise UsageError(f"prune.min_keep is {self.min_keep}; expected 0..1", hint="it is the share that stays")
         if self.multiple < 1:
             raise UsageError(f"prune.multiple is {self.multiple}; expected at least 1", hint="8 suits most kernels")
-        if self.ridge < 0:
+        if not 0 <= self.ridge < math.inf:
             raise UsageError(f"prune.ridge is {self.ridge}; expected 0 or more", hint="0.01 is the default")
         unknown = [unit for unit in self.units if unit not in KINDS]
         if unknown or not self.units:
@@ -199,6 +202,13 @@ class Prune:
         """Return what the towers cost, their groups, bounds and pools. Raises UsageError when the budget cannot be met."""
         totals = {tower.name: count_costs(bundle, tower) for tower in towers}
         tokens = {path: count for tower in towers for path, count in count_tokens(bundle, tower).items()}
+        depth = max(len(tower.blocks) for tower in towers)
+        for index in self.protect:
+            if not -depth <= index < depth:
+                raise UsageError(
+                    f"prune.protect names block {index}, and no tower has more than {depth} blocks",
+                    hint=f"use 0 to {depth - 1}, or -1 for the last",
+                )
         groups = list_groups(bundle, towers, self.units, self.protect, tokens)
         if not groups:
             raise UsageError("prune matched nothing: every block is protected", hint="protect fewer blocks")
@@ -209,6 +219,16 @@ class Prune:
         return totals, groups, bounds, wanted
 
     def _scores(self, bundle: Bundle, groups: Sequence[Group], context: Context) -> list[Tensor]:
+        scores = self._measured(bundle, groups, context)
+        for group, found in zip(groups, scores, strict=True):
+            if not found.isfinite().all():
+                raise UsageError(
+                    f"the {self.score} score of {group.kind} in {group.tower} block {group.block} is not finite",
+                    hint="the model overflows on this data: load it in float32, or leave bad samples out",
+                )
+        return scores
+
+    def _measured(self, bundle: Bundle, groups: Sequence[Group], context: Context) -> list[Tensor]:
         if self.score == "random":
             return prune_scores.uniform_random(groups, context.seed)
         if self.score == "magnitude":

@@ -1,5 +1,10 @@
 """Compensation for `prune`: new readers for the units that stay, from statistics of the uncut model on calibration data.
 
+Every reader is refitted to give what it gives in the uncut model, from what the kept units give it there. Blocks are not cut and
+refitted one after the other with activations measured again, as Wanda and SparseGPT do, because a plan changes nothing. So once
+earlier blocks are cut, a reader's inputs differ from those it was fitted on, and the guarantee of `ops.reconstruction` holds for
+each Linear by itself, not for the embedding.
+
 Tokens are weighted by how much they matter for the embedding (`stream_by_effect`). Unweighted, the repair would trade error at the
 few tokens a tower is read from for error at the many it is not; with a class-token readout that can be worse than no repair.
 
@@ -31,7 +36,7 @@ def repaired_readers(
     tensors: dict[str, Tensor] = {}
     for part in _parts(bundle, list(kept), full):
         sums = {group.reader: Sums(full) for group in part}
-        stream_by_effect(bundle, sums, context)
+        stream_by_effect(bundle, sums, context, f"compensate={method}")
         for group in part:
             reader = bundle.module(group.reader)
             assert isinstance(reader, nn.Linear), f"{group.reader} was not checked to be a Linear"

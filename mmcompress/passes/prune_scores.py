@@ -2,7 +2,8 @@
 
 Everything is streamed: forward statistics keep one number per channel. Taylor scores need no weight gradients: parameters are
 frozen and the gradient is taken with respect to the activations each reader sees, one small slice of a batch at a time, so memory
-is that of a few samples' activations (`_slice_size` keeps it near a quarter of the model's size).
+is that of a few samples' activations (`_slice_size` keeps it near a quarter of the model's size). All scores are those of the uncut
+model: how units stand in for one another, and what is left to do once others are gone, they do not know.
 
 Two objectives for Taylor:
 
@@ -110,12 +111,12 @@ def taylor(bundle: Bundle, groups: Sequence[Group], context: Context, objective:
         side: Literal["inputs", "updates"] = "updates" if mine[0].kind == "blocks" else "inputs"
         with evaluating(bundle.model), watch_gradients(modules, effects.add, side):
             walk = _contrastive if objective == "contrastive" else _directions
-            for inputs, differentiate in walk(bundle, name, context):
+            for inputs, differentiate in walk(bundle, name, context, "Taylor score"):
                 _backward(bundle, name, inputs, differentiate)
     return effects.means()
 
 
-def stream_by_effect(bundle: Bundle, sums: dict[str, Sums], context: Context) -> None:
+def stream_by_effect(bundle: Bundle, sums: dict[str, Sums], context: Context, label: str) -> None:
     """Add the calibration tokens that each Linear reads to its sums, weighted by how much its output there moves the embedding.
 
     The weight is the squared gradient of a random direction of the normalised embedding with respect to the Linear's output at
@@ -130,7 +131,7 @@ def stream_by_effect(bundle: Bundle, sums: dict[str, Sums], context: Context) ->
         mine = {path: bundle.module(path) for path in sums if tower.owns(path)}
         if mine:
             with evaluating(bundle.model), watch_gradients(mine, record, "outputs"):
-                for inputs, differentiate in _directions(bundle, tower.name, context):
+                for inputs, differentiate in _directions(bundle, tower.name, context, label):
                     _backward(bundle, tower.name, inputs, differentiate)
 
 
@@ -154,10 +155,12 @@ class Effects:
         return [self.totals[path] / self.counts[path] for path in self.groups]
 
 
-def _directions(bundle: Bundle, tower: str, context: Context) -> Iterator[tuple[dict[str, Tensor], Objective]]:
+def _directions(
+    bundle: Bundle, tower: str, context: Context, label: str
+) -> Iterator[tuple[dict[str, Tensor], Objective]]:
     """Yield each batch with a random direction of every sample's normalised embedding."""
     generator = torch.Generator().manual_seed(context.seed)
-    for inputs in tower_batches(bundle, tower, context, "gradients"):
+    for inputs in tower_batches(bundle, tower, context, label):
         seed = int(torch.randint(2**31, (), generator=generator))
 
         def differentiate(embeddings: Tensor, start: int, seed: int = seed) -> Tensor:
@@ -172,9 +175,16 @@ def _signs(width: int, seed: int) -> Tensor:
     return torch.randint(0, 2, (width,), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
 
 
-def _contrastive(bundle: Bundle, tower: str, context: Context) -> Iterator[tuple[dict[str, Tensor], Objective]]:
+def _contrastive(
+    bundle: Bundle, tower: str, context: Context, label: str
+) -> Iterator[tuple[dict[str, Tensor], Objective]]:
     """Yield each batch of pairs with the gradient of its InfoNCE loss with respect to this tower's embeddings."""
-    data = context.require_data("prune with a Taylor score").subset(context.num_samples, context.seed)
+    if context.batch_size < 2:
+        raise UsageError(
+            f"the contrastive Taylor score tells the samples of a batch apart, and batch_size is {context.batch_size}",
+            hint="use a batch_size of 2 or more (16 is usual), or objective=embedding",
+        )
+    data = context.require_data(f"prune with {label}").subset(context.num_samples, context.seed)
     paired = [index for index in range(len(data)) if data[index].picture is not None and data[index].texts]
     if len(paired) < 2:
         raise UsageError(
@@ -183,7 +193,7 @@ def _contrastive(bundle: Bundle, tower: str, context: Context) -> Iterator[tuple
         )
     scale = bundle.family.similarity(bundle.model)[0].detach().float()
     starts = range(0, len(paired), context.batch_size)
-    for start in track(starts, context.progress, f"{tower} gradients", len(starts)):
+    for start in track(starts, context.progress, f"{tower} {label}", len(starts)):
         samples = [data[index] for index in paired[start : start + context.batch_size]]
         inputs = {
             "vision": bundle.prepare("vision", [sample.image for sample in samples]),

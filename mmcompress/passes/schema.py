@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,18 +57,23 @@ class Parameter:
     def _convert(self, value: Any) -> Any:
         if self.kind.startswith("list["):
             inner = SCALARS[self.kind[5:-1]]
-            parts = value.split(",") if isinstance(value, str) else value
+            parts = _parts(value) if isinstance(value, str) else value
             if not isinstance(parts, list | tuple):
                 raise TypeError
             return tuple(_scalar(inner, part) for part in parts)
         if self.kind.startswith("dict["):
             inner = SCALARS[self.kind[len("dict[str,") : -1]]
             if isinstance(value, str):
-                value = dict(part.split("=", 1) for part in value.split(","))
+                value = dict(part.split("=", 1) for part in _parts(value))
             if not isinstance(value, dict):
                 raise TypeError
             return {str(key): _scalar(inner, item) for key, item in value.items()}
         return _scalar(SCALARS[self.kind], value)
+
+
+def _parts(text: str) -> list[str]:
+    """Return the parts of "a, b"; none for an empty text."""
+    return [part.strip() for part in text.split(",")] if text.strip() else []
 
 
 def _scalar(kind: type, value: Any) -> Any:
@@ -79,9 +85,13 @@ def _scalar(kind: type, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError
-    if kind is int and isinstance(value, float) and value != int(value):
+    if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError
-    return kind(value)
+    made = kind(value)
+    # Every limit is a comparison, and nan passes most of them.
+    if kind is float and not math.isfinite(made):
+        raise ValueError
+    return made
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def read_schema(module: str, cls: str) -> Schema:
     spec = importlib.util.find_spec(module)
     assert spec is not None, f"{module} is listed in PASSES but does not exist"
     assert spec.origin is not None, f"{module} has no source file"
-    tree = ast.parse(Path(spec.origin).read_text())
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls)
     parameters = []
     for node, following in zip(body.body, [*body.body[1:], None], strict=True):

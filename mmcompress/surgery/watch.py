@@ -98,11 +98,14 @@ def watch_gradients(
     - "outputs": its first input, and the gradient with respect to its output;
     - "updates": what it added (its output minus its first input), and the gradient with respect to its output.
 
-    Parameters need no gradient for this: the first watched input becomes a leaf of the graph.
+    Parameters need no gradient for this: the first watched input becomes a leaf of the graph. Forward passes with gradients
+    turned off are not watched: they have no backward pass.
     """
 
     def before(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not torch.is_grad_enabled():
+                return None
             states = _first(args, kwargs)
             if not states.requires_grad:
                 states = states.detach().requires_grad_()
@@ -116,6 +119,8 @@ def watch_gradients(
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
             made = output[0] if isinstance(output, tuple) else output
             states = _first(args, kwargs).detach()
             seen = made.detach() - states if of == "updates" else states

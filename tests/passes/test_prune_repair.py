@@ -47,7 +47,7 @@ def sensitivities(bundle: Bundle, tower: str, data: Context, readers: dict[str, 
         for path, reader in readers.items()
     ]
     with evaluating(bundle.model):
-        ((inputs, differentiate),) = prune_scores._directions(bundle, tower, data)
+        ((inputs, differentiate),) = prune_scores._directions(bundle, tower, data, "repair")
         gradients = torch.autograd.grad(differentiate(bundle.encode(tower, inputs), 0), list(outputs.values()))
     for handle in handles:
         handle.remove()
@@ -94,7 +94,7 @@ def test_padding_and_unread_tokens_weigh_nothing() -> None:
     assert (weights[:, 0] > 0).all()
     assert (weights[:, 1:] == 0).all()
     sums = {last: Sums(full=False)}
-    prune_scores.stream_by_effect(bundle, sums, data)
+    prune_scores.stream_by_effect(bundle, sums, data, "repair")
     seen = readings(bundle, "vision", data, {last: bundle.module(last)})[last][:, 0]
     torch.testing.assert_close(sums[last].mean(), (seen * weights[:, :1]).sum(0) / weights[:, 0].sum())
     assert 1 <= sums[last].count <= 8

@@ -151,6 +151,15 @@ def test_embedding_taylor_is_the_squared_displacement_of_a_weak_unit() -> None:
     torch.testing.assert_close(found, (before - after).square().sum(), rtol=0.25, atol=0)
 
 
+def test_contrastive_taylor_ranks_blocks_and_tells_samples_apart() -> None:
+    bundle = tiny.bundle("clip")
+    groups = groups_of(bundle, ("blocks",))
+    scores = prune_scores.taylor(bundle, groups, context(), "contrastive")
+    assert all(float(score) > 0 for score in scores)
+    with pytest.raises(UsageError, match="batch_size is 1"):
+        prune_scores.taylor(bundle, groups, context(batch_size=1), "contrastive")
+
+
 def test_data_without_what_a_tower_needs() -> None:
     bundle = tiny.bundle("clip")
     groups = groups_of(bundle)
