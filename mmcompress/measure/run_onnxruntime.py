@@ -2,8 +2,9 @@
 
 A session that cannot use the provider it was asked for quietly takes the CPU. Here that is an error: the session's
 providers are compared with the request, and on CUDA no matrix product may have been placed on the CPU. TF32 is off, and
-so is the quantization of activations that meet weight-only int8 linears, so that a file runs as stored. Idle worker threads stop spinning after each run: in interleaved rounds they would otherwise
-take cores from whoever is measured next (about 20 ms of processor time after every run, measured on two cores).
+so is the quantization of activations that meet weight-only int8 linears, so that a file runs as stored. Idle worker
+threads stop spinning after each run: in interleaved rounds they would otherwise take cores from whoever is measured
+next (about 20 ms of processor time after every run, measured on two cores).
 """
 
 from __future__ import annotations

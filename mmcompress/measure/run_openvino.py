@@ -31,8 +31,9 @@ class OpenVinoRunner:
     def __init__(self, compiled: Any, threads: int, precision: str, output_names: list[str]) -> None:
         self._compiled, self._threads, self._precision, self._outputs = compiled, threads, precision, output_names
         self._request = compiled.create_infer_request()
+        # By its node: a cast that compiling removed leaves its name behind as one more name of the port.
         self._declared = {
-            port.any_name: Declared(
+            port.get_node().get_friendly_name(): Declared(
                 _numpy_dtype(port),
                 tuple(dim.get_length() if dim.is_static else None for dim in port.partial_shape),
             )
@@ -53,15 +54,17 @@ class OpenVinoRunner:
         }
 
     def run(self, inputs: Mapping[str, Array]) -> Arrays:
-        found = self._request.infer(fitted(inputs, self._declared), share_outputs=False)
+        found = self._request.infer(list(fitted(inputs, self._declared).values()), share_outputs=False)
         return {name: np.array(found[port]) for name, port in zip(self._outputs, self._compiled.outputs, strict=True)}
 
     def bind(self, inputs: Mapping[str, Array]) -> Step:
-        import openvino
-
-        request, held = self._compiled.create_infer_request(), fitted(inputs, self._declared)
-        for name, array in held.items():
-            request.set_tensor(name, openvino.Tensor(array, shared_memory=False))
+        request = self._compiled.create_infer_request()
+        for index, array in enumerate(fitted(inputs, self._declared).values()):
+            # Into the request's own tensor: one of ours, set with set_tensor, becomes the place where every request of this
+            # model puts its inputs, even after it was freed (2026.4).
+            own = request.get_input_tensor(index)
+            own.shape = array.shape
+            own.data[...] = array
 
         def step() -> None:
             request.infer()
@@ -86,7 +89,7 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OpenVinoRu
     if path.suffix == ".xml":
         if not path.is_file():
             raise UsageError(f"no OpenVINO file at '{path}'", hint="check the path")
-        names = None
+        names: list[str] = []
     else:
         names = [output.name for output in read_graph(path).graph.output]
         external_files(path)
@@ -105,7 +108,10 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OpenVinoRu
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
     try:
-        compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
+        model = core.read_model(str(path))
+        # Before compiling, which adds names of nodes that it removed.
+        names = names or [port.any_name if port.names else f"output_{i}" for i, port in enumerate(model.outputs)]
+        compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise UsageError(
             f"openvino cannot load '{path}': {str(error).strip().splitlines()[-1]}", hint="export it again"
@@ -113,8 +119,6 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OpenVinoRu
     used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if used != _HINTS[precision]:
         raise MissingError(f"{precision} was asked for and openvino uses {used}", hint="ask for fp32")
-    if names is None:
-        names = [port.any_name if port.get_names() else f"output_{i}" for i, port in enumerate(compiled.outputs)]
     return OpenVinoRunner(compiled, threads, precision, names)
 
 

@@ -322,6 +322,46 @@ class TestOpenVino:
         compiled = open_runner("openvino", tiny_onnx, threads=1, precision=precision)._compiled  # type: ignore[attr-defined]
         assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
 
+    def test_a_binding_keeps_its_inputs_whatever_runs_in_between(
+        self, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runner: Any = open_runner("openvino", tiny_onnx, threads=1)
+        compiled, made = runner._compiled, []
+
+        class Recording:
+            def create_infer_request(self) -> Any:
+                made.append(compiled.create_infer_request())
+                return made[-1]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(runner, "_compiled", Recording())
+            step = runner.bind(pixels(2, seed=1))
+        step()
+        expected = made[0].get_output_tensor(0).data.copy()
+        runner.run(pixels(2, seed=2))
+        step()
+        np.testing.assert_array_equal(made[0].get_output_tensor(0).data, expected)
+
+    def test_half_precision_files_keep_the_names_of_their_inputs_and_outputs(self, tmp_path: Path) -> None:
+        # fp32 makes the two casts needless; compiling removes them and lumps their names together with the input's.
+        graph = onnx.parser.parse_model(
+            """<ir_version: 10, opset_import: ["" : 20]> g (float[batch, 4] x) => (float[batch, 4] embeddings) {
+                 a_cast = Cast <to: int = 10> (x)
+                 b_product = MatMul(a_cast, weight)
+                 embeddings = Cast <to: int = 1> (b_product)
+               }"""
+        )
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(2 * np.eye(4, dtype=np.float16), "weight"))
+        onnx.save(graph, tmp_path / "half.onnx")
+        import openvino
+
+        openvino.save_model(openvino.Core().read_model(str(tmp_path / "half.onnx")), str(tmp_path / "half.xml"))
+        for file in ("half.onnx", "half.xml"):
+            runner = open_runner("openvino", tmp_path / file, threads=1)
+            inputs = {"x": np.array([[0.5, 1, 2, -4]], np.float32)}
+            runner.bind(inputs)()
+            np.testing.assert_array_equal(runner.run(inputs)["embeddings"], [[1, 2, 4, -8]])
+
     def test_a_precision_the_processor_lacks_is_missing(self, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import openvino
 
