@@ -44,6 +44,10 @@ class DualEncoder(TwoTowers):
                     f"a dual encoder with a '{part.model_type}' tower is not supported",
                     hint=f"supported: {', '.join((*VISION, *TEXT))}; add a line in mmcompress/families/dual_encoder.py",
                 )
+        if getattr(config.vision_config, "use_swiglu_ffn", False):
+            raise UsageError(
+                "DINOv2 with gated MLPs (the giant) is not supported", hint="use DINOv2 small, base or large"
+            )
         return VisionTextDualEncoderModel
 
     def towers(self, model: Any) -> tuple[Tower, ...]:

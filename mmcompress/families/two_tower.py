@@ -58,10 +58,8 @@ class TwoTowers:
 
     def prepare_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return token inputs for texts, cut at the model's limit; see `Family.prepare_texts`."""
-        if processor.tokenizer is None:
-            raise UsageError("this checkpoint has no tokenizer", hint="add its tokenizer.json")
         limit = self.text_limit(model)
-        prepared = processor.tokenizer(
+        prepared = _tokenizer(processor)(
             list(texts),
             padding="max_length" if self.pad_to_limit else True,
             truncation=True,
@@ -77,5 +75,11 @@ class TwoTowers:
     def cut_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> tuple[int, int]:
         """Return how many texts lose their end in `prepare_texts`, and the limit in tokens."""
         limit = self.text_limit(model)
-        tokens = processor.tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+        tokens = _tokenizer(processor)(list(texts), verbose=False)["input_ids"] if texts else []
         return sum(len(found) > limit for found in tokens), limit
+
+
+def _tokenizer(processor: Processor) -> Any:
+    if processor.tokenizer is None:
+        raise UsageError("this checkpoint has no tokenizer", hint="add its tokenizer.json")
+    return processor.tokenizer

@@ -8,14 +8,17 @@ becomes one, and because a pair's edges are edges of the finer grid, that equals
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from mmcompress.ops.rounding import SHRINKS, Levels, Method, dequantize, quantize, scale_from_range
+from mmcompress.ops.rounding import Levels, dequantize, quantize, scale_from_range
 
+Method = Literal["min-max", "percentile", "mse"]
 BINS = 1 << 14
+SHRINKS = torch.linspace(1.0, 0.4, 61)
+"""The shares of the full range that `LeastError` tries."""
 
 
 class Observer(Protocol):

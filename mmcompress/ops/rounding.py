@@ -13,12 +13,9 @@ Shapes: a scale is a scalar for a whole tensor or (C,) for one per channel; `axi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-Method = Literal["min-max", "percentile", "mse"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,9 @@ WEIGHT_INT8 = Levels(-127, 127, torch.int8, symmetric=True)
 WEIGHT_INT7 = Levels(-63, 63, torch.int8, symmetric=True)
 """Half the range: the sum of two u8*s8 products then fits the 16 bits that x86 CPUs without VNNI or AMX accumulate in."""
 
-SHRINKS = torch.linspace(1.0, 0.4, 61)
-"""The shares of the full range that the mean-squared-error search tries."""
-
 
 def scale_from_range(lowest: Tensor, highest: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Return (scale, zero_point) that cover lowest..highest; elementwise, so channels may be given at once.
+    """Return (scale, zero_point) that cover lowest..highest, which include 0; elementwise, so channels may be given at once.
 
     The zero point has the grid's dtype. A range of width 0 gets scale 1: everything in it is then a multiple of the scale
     or far below half of it.
@@ -112,23 +106,13 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Levels) 
     return rounded.to(x.dtype)
 
 
-def choose_scale(
-    x: Tensor, levels: Levels, axis: int | None = None, method: Method = "min-max", percentile: float = 99.99
-) -> tuple[Tensor, Tensor]:
-    """Return (scale, zero_point) for the values of `x`: scalars, or (C,) with `axis`.
+def choose_scale(x: Tensor, levels: Levels, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return (scale, zero_point) that cover every value of `x`: scalars, or (C,) with `axis`.
 
-    min-max covers every value; percentile leaves (100 - percentile) / 2 percent out at either end; mse shrinks the range to
-    where the squared error of rounding and clipping together is least. Streams of activations: see `ops.observers`.
+    For values that are there as a whole, such as weights. Streams of activations: see `ops.observers`.
     """
     rows = x.detach().float().reshape(1, -1) if axis is None else x.detach().float().movedim(axis, 0).flatten(1)
-    if method == "percentile":
-        share = (1 - percentile / 100) / 2
-        lowest, highest = torch.quantile(rows, share, dim=1), torch.quantile(rows, 1 - share, dim=1)
-    else:
-        lowest, highest = rows.amin(1), rows.amax(1)
-    scale, zero_point = scale_from_range(lowest, highest, levels)
-    if method == "mse":
-        scale, zero_point = _least_error(rows, lowest, highest, levels)
+    scale, zero_point = scale_from_range(rows.amin(1), rows.amax(1), levels)
     return (scale[0], zero_point[0]) if axis is None else (scale, zero_point)
 
 
@@ -143,17 +127,3 @@ def smoothing(input_max: Tensor, weight_max: Tensor, strength: float) -> Tensor:
         for part in (input_max, weight_max)
     )
     return inputs**strength / weights ** (1 - strength)
-
-
-def _least_error(rows: Tensor, lowest: Tensor, highest: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Return per row the (scale, zero_point), of those on shrunken ranges, with the least squared error."""
-    best = torch.full_like(lowest, torch.inf)
-    chosen, shifted = scale_from_range(lowest, highest, levels)
-    for shrink in SHRINKS.tolist():
-        scale, zero_point = scale_from_range(lowest * shrink, highest * shrink, levels)
-        rounded = dequantize(quantize(rows, scale, zero_point, levels, axis=0), scale, zero_point, axis=0)
-        error = (rounded - rows).square().sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        chosen, shifted = torch.where(better, scale, chosen), torch.where(better, zero_point, shifted)
-    return chosen, shifted

@@ -112,7 +112,13 @@ class Distill:
         """Decide which towers train, on how many samples, in how many steps (a limit where `max_minutes` is given)."""
         if self.neutral:
             return Plan({"steps": 0})
-        return Plan(read_job(self, bundle, context).decisions(bundle))
+        job = read_job(self, bundle, context)
+        if self.pairing == "auto" and not job.corpus.paired and job.corpus.pairs:
+            context.progress.say(
+                f"{job.corpus.pairs} of {job.corpus.samples} samples have an image and a text; because not all do, "
+                "distill takes images and texts as unpaired"
+            )
+        return Plan(job.decisions(bundle))
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Change nothing: distillation has no structure to make again."""

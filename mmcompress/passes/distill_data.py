@@ -66,6 +66,17 @@ class Corpus:
         """How many training samples one epoch has."""
         return max(len(self.train.images), len(self.train.texts))
 
+    @property
+    def samples(self) -> int:
+        """How many samples the data has."""
+        return len(self.offsets) - 1
+
+    @property
+    def pairs(self) -> int:
+        """How many samples have both an image and a text."""
+        images = np.union1d(self.train.images, self.held.images)
+        return int((np.diff(self.offsets)[images] > 0).sum())
+
     def batch(self, start: int, count: int, seed: int) -> Rows:
         """Return training samples `start` to `start + count` of the endless sequence of shuffled epochs."""
         places = np.arange(start, start + count)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from PIL import Image
 from torch import nn
 
 from mmcompress.bundle import Bundle, Tower
@@ -74,7 +75,7 @@ class MergeTokens:
         return None if self.method == "random" else dataclasses.replace(self, method="random")
 
     def check(self, bundle: Bundle) -> None:
-        """Refuse towers whose tokens cannot be merged, schedules that do not fit, and a second merging."""
+        """Refuse towers whose tokens cannot be merged, schedules and image sizes that do not fit, and a second merging."""
         tower = bundle.tower(self.tower)
         if tower.stream is None:
             raise UsageError(
@@ -92,6 +93,8 @@ class MergeTokens:
                 hint="start from the checkpoint before that, with the smaller keep",
             )
         self._schedule(tower)
+        if tower.name == "vision":
+            _require_own_size(bundle)
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Solve the schedule and, for "random", draw the positions (from the run's seed)."""
@@ -187,6 +190,23 @@ class MergeTokens:
 def _mergeable(bundle: Bundle) -> str:
     names = [tower.name for tower in bundle.towers() if tower.stream and all(block.attend for block in tower.blocks)]
     return f"towers that can be merged: {', '.join(names)}" if names else "no tower of this model can be merged"
+
+
+def _require_own_size(bundle: Bundle) -> None:
+    """Raise UsageError when images are not prepared at the size that the tower's tokens are counted for.
+
+    DINOv2 would take them all the same: its config says 518 pixels, and its usual image processor makes 224.
+    """
+    if bundle.processor.image is None:
+        return
+    images = bundle.prepare("vision", [Image.new("RGB", (64, 64))])["pixel_values"]
+    expected = bundle.example_inputs("vision")["pixel_values"]
+    if images.shape != expected.shape:
+        made, wanted = ("x".join(map(str, shape[1:])) for shape in (images.shape, expected.shape))
+        raise UsageError(
+            f"the image processor makes {made}, config.json says {wanted}: the schedule would count tokens that are not there",
+            hint="give both files one size; positions made for another have to be interpolated once and saved",
+        )
 
 
 def _survivors(kept: list[list[int]], tokens: int) -> tuple[int, ...]:

@@ -43,6 +43,21 @@ def test_an_unknown_class_lists_the_supported_ones_and_the_file_to_copy() -> Non
     assert "families/clip.py" in caught.value.hint
 
 
+def test_a_dual_encoder_with_gated_mlps_is_refused() -> None:
+    bundle = tiny.bundle("dual_encoder_dinov2")
+    bundle.model.config.vision_config.use_swiglu_ffn = True
+    with pytest.raises(UsageError, match="gated MLPs"):
+        bundle.family.model_class(bundle.model.config)
+
+
+def test_without_a_tokenizer_texts_are_refused() -> None:
+    bundle = tiny.bundle("clip")
+    bundle.processor.tokenizer = None
+    for use in (bundle.embed_texts, bundle.cut_texts):
+        with pytest.raises(UsageError, match="no tokenizer"):
+            use(["a cat"])
+
+
 def test_half_a_model_is_not_taken_for_a_whole_one() -> None:
     with pytest.raises(UsageError, match="CLIPVisionModel is not supported"):
         family_for({"model_type": "clip", "architectures": ["CLIPVisionModel"]})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmcompress.ops.observers import BINS, ChannelRange, Histogram, LeastError, MinMax, Percentile, observer
-from mmcompress.ops.rounding import INT8, UINT8, Method, dequantize, quantize
+from mmcompress.ops.observers import BINS, ChannelRange, Histogram, LeastError, Method, MinMax, Percentile, observer
+from mmcompress.ops.rounding import INT8, UINT8, dequantize, quantize
 
 
 def values(count: int = 20_000) -> torch.Tensor:

@@ -17,6 +17,7 @@ from mmcompress.errors import OutOfMemory, UsageError
 from mmcompress.passes import build, schema
 from mmcompress.passes.base import Context
 from mmcompress.passes.distill import Distill
+from mmcompress.progress import Silent
 from tests import tiny
 
 QUICK: dict[str, Any] = {"batch_size": 8, "steps": 6, "learning_rate": 2e-3, "amp": False}
@@ -210,6 +211,19 @@ def test_unrelated_images_and_texts_train_both_towers() -> None:
     assert facts["towers"] == ["vision", "text"]
     assert facts["paired"] is False
     assert all(cosine["after"] > cosine["before"] for cosine in facts["cosine"].values())
+
+
+def test_pairs_that_do_not_count_as_such_are_mentioned() -> None:
+    class Said(Silent):
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+    lines: list[str] = []
+    whole = list(tiny.dataset(12))
+    for samples in (whole, [*whole, Sample("text", ("a cat",))], [Sample("text", ("a cat",)), *images_only(3)]):
+        Distill(**QUICK).plan(damaged(), context(Dataset(Memory(samples)), progress=Said()))
+    (line,) = lines
+    assert line.startswith("12 of 13 samples have an image and a text")
 
 
 def test_a_live_teacher_sees_the_changed_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,6 +250,14 @@ def test_text_towers_and_a_second_merging_are_refused(family: str) -> None:
         MergeTokens(keep=0.8).check(bundle)
 
 
+def test_images_of_another_size_than_the_config_says_are_refused_early() -> None:
+    bundle = tiny.bundle("dual_encoder_dinov2")
+    bundle.processor.image = type(bundle.processor.image)(size={"height": 24, "width": 24})
+    assert bundle.embed_images(tiny.images(1)).shape[0] == 1
+    with pytest.raises(UsageError, match="the image processor makes 3x24x24, config.json says 3x56x56"):
+        MergeTokens(keep=0.5).check(bundle)
+
+
 def test_parameters_have_help() -> None:
     parameters = schema("merge-tokens").parameters
     assert [parameter.name for parameter in parameters] == [
