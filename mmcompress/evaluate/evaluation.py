@@ -89,7 +89,7 @@ def evaluate(
     classes = _class_vectors(embedder, asked, batch, progress)
     scene = Scene(embeddings, classes, asked.class_index, reference.scene if reference else None)
     results = {name: TASKS[name].measure(scene) for name in asked.tasks}
-    seen = controls(embedder, dataset, scene, asked.tasks, seed)
+    seen = controls(embedder, dataset, scene, asked.tasks, seed, batch)
     before = reference.results if reference else {}
     return Evaluation(
         scene,

@@ -115,14 +115,19 @@ def measure_slices(results: Results, reference: Results, all_parts: list[Part], 
     return found
 
 
-def controls(embedder: Embedder, dataset: Dataset, scene: Scene, tasks: list[str], seed: int) -> list[Control]:
+def controls(
+    embedder: Embedder, dataset: Dataset, scene: Scene, tasks: list[str], seed: int, batch: int
+) -> list[Control]:
     """Return what blank pictures score, and what the commonest answer scores without any picture.
 
     White pictures of the first samples' sizes take the place of the samples' own; whatever they hit beyond chance comes
     from elsewhere than the picture.
     """
     samples = list(dataset.take(CONTROL_IMAGES))
-    blank = np.asarray(embedder.embed_images([Image.new("RGB", sample.image.size, "white") for sample in samples]))
+    pages = [Image.new("RGB", sample.image.size, "white") for sample in samples]
+    # Not all at once: an engine may have been built for fewer.
+    portions = [pages[start : start + batch] for start in range(0, len(pages), batch)]
+    blank = np.concatenate([embedder.embed_images(portion) for portion in portions])
     found = []
     for task in tasks:
         if task == "retrieval":

@@ -211,6 +211,8 @@ def _scale_weight(model: ir.Model, matmul: ir.Node, by: np.ndarray) -> bool:
     dequantize = value.producer() if value is not None else None
     if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.attributes.get_int("axis", 1) != 1:
         return False
+    if len(dequantize.outputs[0].uses()) != 1:
+        return False
     scales, codes = _constant(dequantize.inputs[1]), _constant(dequantize.inputs[0])
     if scales is None or scales.shape != by.shape or codes is None or codes.dtype != np.int8:
         return False

@@ -139,7 +139,10 @@ def _count(graph: onnx.GraphProto, known: dict[str, Shape], by_op: Counter[str],
     for node in graph.node:
         name, inner = operator_name(node), subgraphs(node)
         if node.op_type in _LOOPS:
-            uncounted.update(operator_name(n) for body in inner for n in every_node(body) if operator_name(n) in RULES)
+            products = RULES.keys() | NO_RULE
+            uncounted.update(
+                operator_name(n) for body in inner for n in every_node(body) if operator_name(n) in products
+            )
         elif inner:
             branches = [Counter[str]() for _ in inner]
             for body, branch in zip(inner, branches, strict=True):

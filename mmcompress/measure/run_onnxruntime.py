@@ -143,7 +143,7 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OnnxRuntim
         listed = ", ".join(f"{count} {name}" for name, count in heavy.items())
         raise MissingError(
             f"{provider} cannot run parts of '{path}', they fell back to the CPU: {listed}",
-            hint="export for this device ('mmc export --target cuda') or measure with --device cpu",
+            hint="quantize with --target cuda and export that, or run it on the CPU",
         )
     return OnnxRuntimeRunner(session, threads, device, on_cpu)
 

@@ -200,6 +200,12 @@ def test_slices_too_small_to_say_anything_are_left_out() -> None:
     assert {part.part for part in evaluate(Seeing(), world(39)).slices} == {"group=half 0", "tag=even"}
 
 
+def test_controls_keep_to_the_batch_size_too() -> None:
+    embedder = Seeing()
+    evaluate(embedder, world(32), tasks=["retrieval"], batch=7)
+    assert embedder.largest_batch == 7
+
+
 def test_blank_pictures_score_nothing_and_the_commonest_answer_is_known() -> None:
     found = evaluate(Seeing(), world(64))
     controls = {(control.name, control.task): control for control in found.controls}

@@ -106,6 +106,21 @@ def test_a_linear_that_is_used_twice_keeps_its_scale():
     rewritten(model, {})
 
 
+def test_integers_that_two_linears_share_keep_their_scale():
+    model = build(
+        """g (float[B, 4] x) => (float[B, 4] y, float[B, 4] z) {
+             d = DequantizeLinear <axis: int = 1> (w, c)
+             p = MatMul(x, d)
+             l = Add(p, b)
+             y = Mul(l, s)
+             z = MatMul(x, d)
+           }""",
+        w=RNG.integers(-127, 128, (4, 4)).astype(np.int8), c=np.array([0.1, 0.2, 0.3, 0.4], np.float32),
+        b=normal(4), s=normal(4),
+    )  # fmt: skip
+    rewritten(model, {})
+
+
 def attention(scale_of: str, **constants: np.ndarray) -> onnx.ModelProto:
     return build(
         f"""g (float[2, 5, 6] x) => (float[2, 2, 5, 5] y) {{

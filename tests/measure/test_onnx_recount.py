@@ -137,7 +137,10 @@ def test_the_dearer_branch_counts_and_a_loop_is_reported(tmp_path: Path) -> None
 
     body = helper.make_graph(
         [
-            helper.make_node("MatMul", ["carried", "square"], ["next"]),
+            helper.make_node("MatMul", ["carried", "square"], ["product"]),
+            helper.make_node("Unsqueeze", ["product", "n0"], ["step"]),
+            helper.make_node("GRU", ["step", "w", "r"], ["", "states"], hidden_size=8),
+            helper.make_node("Squeeze", ["states", "n0"], ["next"]),
             helper.make_node("Identity", ["go"], ["still"]),
         ],
         "body",
@@ -151,12 +154,14 @@ def test_the_dearer_branch_counts_and_a_loop_is_reported(tmp_path: Path) -> None
             helper.make_tensor_value_info("next", FLOAT, (2, 8)),
         ],
     )
+    gates = np.ones((1, 24, 8), np.float32)
     weights = {"square": np.eye(8, dtype=np.float32), "n": np.array(4), "yes": np.array(True)}
+    weights |= {"n0": np.array([0]), "w": gates, "r": gates}
     looped = graph_file(
         tmp_path, [helper.make_node("Loop", ["n", "yes", "x"], ["y"], body=body)], {"x": (2, 8)}, weights
     )
     found = onnx_macs(looped)
-    assert (found.total, found.uncounted) == (0, {"MatMul": 1})
+    assert (found.total, found.uncounted) == (0, {"MatMul": 1, "GRU": 1})
 
 
 def test_recurrent_layers_are_reported_as_uncounted(tmp_path: Path) -> None:
