@@ -85,6 +85,7 @@ def evaluate(
     asked = ask(dataset, tasks, reference is not None)
     if reference is not None:
         same_samples(reference, asked.keys)
+        same_classes(reference.scene, len(asked.zero_shot.labels) if asked.zero_shot else 0, asked.class_index)
     embeddings = embed_dataset(embedder, dataset, batch, progress, asked.with_texts)
     classes = _class_vectors(embedder, asked, batch, progress)
     scene = Scene(embeddings, classes, asked.class_index, reference.scene if reference else None)
@@ -108,6 +109,8 @@ def compare(before: Evaluation, after: Evaluation, seed: int = 0) -> Comparison:
     same_samples(before, after.scene.embeddings.keys)
     if before.scene.embeddings.texts != after.scene.embeddings.texts:
         raise UsageError("the two evaluations saw different texts", hint="evaluate both on the same data")
+    classes = after.scene.class_vectors
+    same_classes(before.scene, 0 if classes is None else len(classes), after.scene.class_index)
     return _differences(after.results, before.results, seed)
 
 
@@ -125,6 +128,18 @@ def same_samples(reference: Evaluation, keys: Sequence[str]) -> None:
                 f"sample {index} is '{mine}' here but '{other}' in the reference",
                 hint="evaluate both on the same data with the same --num-samples and --seed",
             )
+
+
+def same_classes(reference: Scene, classes: int, class_index: NDArray[np.int64] | None) -> None:
+    """Raises UsageError when both have zero-shot classes that are not the same: accuracies over 2 and over 20 do not pair."""
+    if reference.class_vectors is None or reference.class_index is None or class_index is None:
+        return
+    known = len(reference.class_vectors)
+    if known != classes or not np.array_equal(reference.class_index, class_index):
+        raise UsageError(
+            f"the reference was evaluated with other zero-shot classes ({known} there, {classes} here)",
+            hint="evaluate both with the same --classes",
+        )
 
 
 def _class_vectors(

@@ -112,12 +112,13 @@ def export_tensorrt(
     """
     options, progress = options or EngineOptions(), progress or Silent()
     api = load_api(options.api)
+    _refuse_unused(api, options)
     with staging(Path(out)) as directory:
         if isinstance(source, Artifact):
             shutil.copytree(source.directory, directory, dirs_exist_ok=True)
             artifact = Artifact(**{**vars(source), "directory": directory})
         else:
-            _refuse_unsigned_layers(source)
+            _refuse_unsigned_layers(source, towers)
             report: ExportReport = write_onnx(
                 source, directory, towers=towers, precision=precision, batches=batches, progress=progress
             )
@@ -235,9 +236,30 @@ def profile_shapes(
     }
 
 
-def _refuse_unsigned_layers(bundle: Bundle) -> None:
+def _refuse_unused(api: Api, options: EngineOptions) -> None:
+    """Raise UsageError for an option that the library in use would ignore."""
+    given = {
+        "tensorrt": {
+            "timing_cache": options.timing_cache is not None,
+            "version_compatible": options.version_compatible,
+            "hardware_compatible": options.hardware_compatible,
+        },
+        "tensorrt_rtx": {"capabilities": bool(options.capabilities)},
+    }
+    for owner, fields in given.items():
+        for field, used in fields.items():
+            if used and owner != api.name:
+                raise UsageError(
+                    f"{field} is an option of {owner}; {api.name} is used", hint=f"leave it out, or take --api {owner}"
+                )
+
+
+def _refuse_unsigned_layers(bundle: Bundle, names: Sequence[str] | None) -> None:
     """Say before minutes of tracing what `refuse_unsigned` would say after them."""
+    towers = [tower for tower in bundle.towers() if not names or tower.name in names]
     for name, buffer in bundle.model.named_buffers():
+        if not any(tower.owns(name) for tower in towers):
+            continue
         if name.endswith(".input_zero_point") and (buffer.dtype == torch.uint8 or bool(buffer)):
             layer = name.removesuffix(".input_zero_point")
             raise UsageError(

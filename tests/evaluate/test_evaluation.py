@@ -200,6 +200,15 @@ def test_slices_too_small_to_say_anything_are_left_out() -> None:
     assert {part.part for part in evaluate(Seeing(), world(39)).slices} == {"group=half 0", "tag=even"}
 
 
+def test_accuracies_over_other_classes_are_not_paired() -> None:
+    four, two = world(40), world(40, classes=2)
+    reference = evaluate(Seeing(), four, tasks=["zero-shot"])
+    with pytest.raises(UsageError, match=r"other zero-shot classes \(4 there, 2 here\)"):
+        evaluate(None, two, tasks=["zero-shot"], reference=reference)  # type: ignore[arg-type]  # refused before embedding
+    with pytest.raises(UsageError, match="other zero-shot classes"):
+        compare(reference, evaluate(Seeing(), two, tasks=["zero-shot"]))
+
+
 def test_controls_keep_to_the_batch_size_too() -> None:
     embedder = Seeing()
     evaluate(embedder, world(32), tasks=["retrieval"], batch=7)

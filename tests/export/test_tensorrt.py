@@ -14,6 +14,7 @@ from mmcompress.errors import MissingError, UsageError
 from mmcompress.export import tensorrt as building
 from mmcompress.export.artifact import Component, TensorSpec, open_artifact, sha256
 from mmcompress.export.tensorrt import EngineOptions, Profile, export_tensorrt, load_api, profile_shapes
+from mmcompress.export.tensorrt_api import Api
 
 rtx = pytest.mark.skipif(
     find_spec("tensorrt_rtx_bindings") is None, reason="tensorrt_rtx_bindings is not installed (extra rtx)"
@@ -67,6 +68,23 @@ def test_tensorrt_without_a_gpu_is_missing_not_a_crash(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     with pytest.raises(MissingError, match="it needs a GPU and its driver"):
         load_api("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("used", "options"),
+    [("tensorrt", {"capabilities": ("SM89",)}), ("tensorrt_rtx", {"version_compatible": True})],
+)
+def test_options_of_the_other_library_are_refused_not_ignored(used, options, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "load_api", lambda _name: Api(used, None))
+    with pytest.raises(UsageError, match=f"{next(iter(options))} is an option of .*; {used} is used"):
+        export_tensorrt(clip, tmp_path / "out", EngineOptions(**options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_towers_that_are_exported_must_be_symmetric(unsigned):
+    building._refuse_unsigned_layers(unsigned, ["text"])
+    with pytest.raises(UsageError, match="symmetric int8 only"):
+        building._refuse_unsigned_layers(unsigned, ["vision"])
 
 
 @rtx
