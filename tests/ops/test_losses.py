@@ -117,6 +117,13 @@ def test_a_batch_of_one_has_no_negatives() -> None:
     assert losses.structure(one, other, 10.0).item() == 0.0
 
 
+def test_a_row_does_not_see_itself_in_the_structure() -> None:
+    # With two rows each sees only the other: a softmax over one entry, the same for every model.
+    student, teacher = vectors(2, 3, seed=1), vectors(2, 3, seed=2)
+    assert losses.structure(student, teacher, 10.0).item() == 0.0
+    assert losses.structure(vectors(3, 3, seed=1), vectors(3, 3, seed=2), 10.0).item() > 0.01
+
+
 def test_structure_and_relational_allow_different_widths() -> None:
     student, teacher = (vectors(4, 3, seed=1), vectors(4, 3, seed=2)), (vectors(4, 7, seed=3), vectors(4, 7, seed=4))
     assert losses.relational(student, teacher, 3.0).item() > 0

@@ -72,6 +72,18 @@ def test_shrinkage_by_hand() -> None:
     assert shrinkage(torch.eye(3), 100) == 1
 
 
+def test_what_is_solved_is_the_shrunk_covariance() -> None:
+    """With C = 2 and covariance ((2, 1), (1, 2)), 16 tokens shrink it by half (see above) to ((2, 0.5), (0.5, 2))."""
+    covariance = torch.tensor([[2.0, 1], [1, 2]])
+    weight, bias = torch.tensor([[3.0, 5.0]]), torch.tensor([7.0])
+    moments = Moments(torch.zeros(2), covariance, 16)
+    new_weight, new_bias = repair(weight, bias, torch.tensor([0]), moments, 0)
+    # D = 5 * 0.5 / 2; unshrunk it would be 5 * 1 / 2.
+    assert new_weight.tolist() == [[pytest.approx(3 + 1.25)]]
+    assert new_bias is not None
+    assert new_bias.tolist() == [7.0]
+
+
 def test_few_tokens_are_not_overfitted() -> None:
     """Independent channels: there is nothing to take over, and from few tokens the repair must not think otherwise."""
     torch.manual_seed(0)

@@ -160,6 +160,43 @@ def test_contrastive_taylor_ranks_blocks_and_tells_samples_apart() -> None:
         prune_scores.taylor(bundle, groups, context(batch_size=1), "contrastive")
 
 
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_contrastive_taylor_is_the_gradient_of_the_symmetric_loss(tower: str) -> None:
+    """A gate on one neuron for each sample, differentiated through the whole model and the loss of the whole batch."""
+    bundle = tiny.bundle("clip")
+    group = next(group for group in groups_of(bundle, ("neurons",)) if group.tower == tower)
+    neuron, count = 5, 6
+    data = context(count).data
+    assert data is not None
+    samples = [data.subset(count, 0)[index] for index in range(count)]
+    items = {"vision": [sample.image for sample in samples], "text": [sample.texts[0] for sample in samples]}
+    gate = torch.ones(count, requires_grad=True)
+
+    def close_gate(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        chosen = torch.arange(args[0].shape[-1]) == neuron
+        return (torch.where(chosen, args[0] * gate[:, None, None], args[0]),)
+
+    handle = bundle.module(group.reader).register_forward_pre_hook(close_gate)  # type: ignore[arg-type]
+    found = {
+        name: nn.functional.normalize(bundle.encode(name, bundle.prepare(name, items[name])), dim=-1) for name in items
+    }
+    handle.remove()
+    logits = bundle.model.logit_scale.exp() * found["vision"] @ found["text"].T
+    target = torch.arange(count)
+    loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+    (gradient,) = torch.autograd.grad(loss, gate)
+    score = prune_scores.taylor(bundle, [group], context(count), "contrastive")[0][neuron]
+    torch.testing.assert_close(score, gradient.square().mean(), rtol=1e-3, atol=0)
+
+
+def test_every_text_of_a_sample_counts() -> None:
+    bundle = tiny.bundle("clip")
+    samples = [Sample(key="a", texts=("a cat", "a dog", "a tree")), Sample(key="b", texts=("a car",))]
+    given = Context(Dataset(Memory(samples)), batch_size=2)
+    sizes = [len(inputs["input_ids"]) for inputs in prune_scores.tower_batches(bundle, "text", given, "test")]
+    assert sizes == [2, 2]
+
+
 def test_data_without_what_a_tower_needs() -> None:
     bundle = tiny.bundle("clip")
     groups = groups_of(bundle)
