@@ -86,6 +86,7 @@ def evaluate(
     if reference is not None:
         same_samples(reference, asked.keys)
         same_classes(reference.scene, len(asked.zero_shot.labels) if asked.zero_shot else 0, asked.class_index)
+        _same_content(reference, dataset.fingerprint())
     embeddings = embed_dataset(embedder, dataset, batch, progress, asked.with_texts)
     classes = _class_vectors(embedder, asked, batch, progress)
     scene = Scene(embeddings, classes, asked.class_index, reference.scene if reference else None)
@@ -111,6 +112,7 @@ def compare(before: Evaluation, after: Evaluation, seed: int = 0) -> Comparison:
         raise UsageError("the two evaluations saw different texts", hint="evaluate both on the same data")
     classes = after.scene.class_vectors
     same_classes(before.scene, 0 if classes is None else len(classes), after.scene.class_index)
+    _same_content(before, after.config.get("fingerprint"))
     return _differences(after.results, before.results, seed)
 
 
@@ -128,6 +130,16 @@ def same_samples(reference: Evaluation, keys: Sequence[str]) -> None:
                 f"sample {index} is '{mine}' here but '{other}' in the reference",
                 hint="evaluate both on the same data with the same --num-samples and --seed",
             )
+
+
+def _same_content(reference: Evaluation, fingerprint: str | None) -> None:
+    """Raises UsageError when samples of the same names were other files, texts or labels for `reference`."""
+    known = reference.config.get("fingerprint")
+    if known and fingerprint and known != fingerprint:
+        raise UsageError(
+            "the data has changed since the reference was evaluated: the same names, but other files, texts or labels",
+            hint="evaluate both on the same data",
+        )
 
 
 def same_classes(reference: Scene, classes: int, class_index: NDArray[np.int64] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,17 @@ def test_slices_show_where_the_damage_is() -> None:
 
 def test_slices_too_small_to_say_anything_are_left_out() -> None:
     assert {part.part for part in evaluate(Seeing(), world(39)).slices} == {"group=half 0", "tag=even"}
+
+
+def test_data_that_changed_under_the_same_names_cannot_be_paired() -> None:
+    data = world(20)
+    redrawn = [replace(sample, picture=Image.new("RGB", (3, 2))) for sample in data]
+    changed = replace(data, source=Memory(redrawn))
+    reference = evaluate(Seeing(), data)
+    with pytest.raises(UsageError, match="data has changed"):
+        evaluate(None, changed, reference=reference)  # type: ignore[arg-type]  # refused before embedding
+    with pytest.raises(UsageError, match="data has changed"):
+        compare(reference, evaluate(Seeing(), changed))
 
 
 def test_accuracies_over_other_classes_are_not_paired() -> None:
