@@ -1,8 +1,9 @@
 """mmcompress: make multimodal transformers smaller and faster, and prove what it cost.
 
     import mmcompress as mmc
-    bundle = mmc.load("model")
-    mmc.compress(bundle, "recipe.yaml", output="smaller")
+    from mmcompress import recipe
+    mmc.compress("model", recipe.read("recipe.yaml"), "smaller")
+    bundle = mmc.load("smaller")
 
 Names are imported on first use, so that `import mmcompress` stays light.
 """
@@ -18,7 +19,7 @@ _EXPORTS = {
     "Bundle": "mmcompress.bundle",
     "load": "mmcompress.checkpoint",
     "save": "mmcompress.checkpoint",
-    "compress": "mmcompress.pipeline",
+    "compress": "mmcompress.jobs.compress",
     "Recipe": "mmcompress.recipe",
     "open_data": "mmcompress.data",
     "MmcError": "mmcompress.errors",

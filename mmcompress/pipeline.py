@@ -145,6 +145,7 @@ def run(
         if after:
             after(stage, bundle, start)
     for stage in todo[len(done) :]:
+        context.progress.say(f"step {stage.number} of {len(todo)}: {stage.step.name}")
         with _named(stage, [earlier.step.name for earlier in todo[: stage.number - 1]]):
             run_stage(bundle, stage, dataclasses.replace(_with_teacher(stage, context), workdir=place.scratch(stage)))
             if leads:
@@ -160,7 +161,6 @@ def run(
 def run_stage(bundle: Bundle, stage: Stage, context: Context) -> Record:
     """Check, plan, apply, fit and verify one pass; append its record to the bundle's history and return it."""
     started = time.perf_counter()
-    context.progress.say(f"step {stage.number}: {stage.step.name}")
     torch.manual_seed(context.seed + stage.number)
     stage.made.check(bundle)
     plan = stage.made.plan(bundle, context)

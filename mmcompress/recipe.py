@@ -51,7 +51,7 @@ class Export:
     """What is exported at the end, and on which runtimes it is compared with the original."""
 
     to: str = ""
-    """"onnx", "tensorrt" or "" (nothing)."""
+    """"onnx" or "" (nothing); engines are made from the result, by ``mmc export --to tensorrt``."""
     precision: str = "float32"
     runners: tuple[str, ...] = ()
     threads: int = 0
@@ -97,8 +97,9 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file; `overrides` are ``--set`` values such as "prune.ratio=0.5". Raises UsageError."""
+    path = Path(path)
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -122,7 +123,7 @@ def parse(document: Any, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(
             f"a recipe is a mapping with 'steps'; this is a {type(document).__name__}", hint="see recipes/"
         )
-    document = dict(document)
+    document = _underscored(document)
     _check_keys(document, Recipe, "recipe")
     steps = [_step(item) for item in _list(document.pop("steps", []), "steps")]
     sections = {name: _section(kind, document.pop(name, None) or {}, name) for name, kind in SECTIONS.items()}
@@ -135,6 +136,10 @@ def parse(document: Any, overrides: Sequence[str] = ()) -> Recipe:
 
 
 SECTIONS: dict[str, type] = {"data": Data, "export": Export, "gates": Gates}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "export.to": ("", "onnx"),
+    "export.precision": ("float32", "float16", "bfloat16"),
+}
 
 
 def _step(item: Any) -> Step:
@@ -155,9 +160,14 @@ def _override(recipe: Recipe, text: str) -> Recipe:
     path, equals, raw = text.partition("=")
     if not equals:
         raise UsageError(f"--set {text} has no '='", hint="write --set prune.ratio=0.5")
-    value = yaml.safe_load(raw)
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text} is not YAML: {' '.join(str(error).split())}", hint="quote the value") from error
     head, _, key = path.strip().partition(".")
+    key = key.replace("-", "_")
     if not key:
+        head = head.replace("-", "_")
         if head not in {f.name for f in dataclasses.fields(Recipe)} - {"steps", *SECTIONS}:
             raise UsageError(f"--set {text} names no key", hint="write --set pass.parameter=value")
         return _fill(Recipe, {**vars(recipe), head: value}, "recipe")
@@ -168,16 +178,14 @@ def _override(recipe: Recipe, text: str) -> Recipe:
     if name not in {step.name for step in recipe.steps}:
         known = [*SECTIONS, *(step.name for step in recipe.steps)]
         raise UsageError(f"--set {text}: the recipe has no step '{head}'", hint=closest(head, known))
-    steps = tuple(
-        Step(step.name, {**step.params, key.replace("-", "_"): value}) if step.name == name else step
-        for step in recipe.steps
-    )
+    steps = tuple(Step(step.name, {**step.params, key: value}) if step.name == name else step for step in recipe.steps)
     return dataclasses.replace(recipe, steps=steps)
 
 
 def _section(kind: type, document: Any, where: str) -> Any:
     if not isinstance(document, dict):
         raise UsageError(f"{where} is {document!r}; expected a mapping", hint=f"keys: {', '.join(_keys(kind))}")
+    document = _underscored(document)
     _check_keys(document, kind, where)
     return _fill(kind, document, where)
 
@@ -191,8 +199,17 @@ def _fill(kind: type, values: dict[str, Any], where: str) -> Any:
         value = values[entry.name]
         factory = entry.default_factory
         default = factory() if factory is not dataclasses.MISSING else entry.default
-        checked[entry.name] = _typed(value, default, f"{where}.{entry.name}")
+        name = f"{where}.{entry.name}"
+        checked[entry.name] = _typed(value, default, name)
+        if name in CHOICES and value not in CHOICES[name]:
+            known = ", ".join(choice or "nothing" for choice in CHOICES[name])
+            raise UsageError(f"{name} is '{value}'; expected one of {known}", hint=f"default: {default!r}")
     return kind(**checked)
+
+
+def _underscored(document: dict[str, Any]) -> dict[str, Any]:
+    """Both spellings of a key are accepted."""
+    return {str(key).replace("-", "_"): value for key, value in document.items()}
 
 
 def _typed(value: Any, default: Any, where: str) -> Any:
@@ -211,7 +228,7 @@ def _typed(value: Any, default: Any, where: str) -> Any:
         value = float(value)
     if type(value) is not type(default):
         raise UsageError(f"{where} is {value!r}; expected {type(default).__name__}", hint=f"default: {default!r}")
-    if isinstance(value, int | float) and value < 0:
+    if isinstance(value, int | float) and not value >= 0:  # so that NaN is refused too
         raise UsageError(f"{where} is {value}; expected 0 or more", hint=f"default: {default!r}")
     return value
 

@@ -17,9 +17,21 @@ def partial_path(output: Path) -> Path:
 
 
 def refuse_existing(output: Path) -> None:
-    """Raise UsageError when `output` is there already; nothing a user has is ever overwritten."""
+    """Raise UsageError when `output` is there already, or cannot be made; nothing a user has is ever overwritten."""
     if output.exists():
-        raise UsageError(f"{output} exists", hint="choose another -o, or remove it first")
+        raise UsageError(f"{output} exists", hint="choose another name, or remove it first")
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"{output} cannot be made: {above.name} is a file", hint="choose another name")
+
+
+def free_name(output: Path) -> Path:
+    """Return `output`, or with the first number behind it that is not taken."""
+    number, found = 1, output
+    while found.exists():
+        number += 1
+        found = output.with_name(f"{output.name}-{number}")
+    return found
 
 
 @contextlib.contextmanager

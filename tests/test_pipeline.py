@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmcompress import checkpoint
 from mmcompress.errors import GateFailed, UsageError
@@ -156,6 +158,88 @@ def test_a_failed_gate_keeps_the_result_aside(model: Path, tmp_path: Path) -> No
         compress(model, made, tmp_path / "out")
     assert "out.rejected" in caught.value.hint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.rejected"]
+    with pytest.raises(GateFailed) as caught:
+        compress(model, made, tmp_path / "out")
+    assert "out.rejected-2" in caught.value.hint
+    assert (tmp_path / "out.rejected" / "mmc.json").exists()
+
+
+class Lines(Fuse):
+    """What was said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ({"tasks": ["retrival"]}, "no task 'retrival'"),
+        ({"export": {"to": "onnx", "runners": ["onxruntime"]}}, "no runner 'onxruntime'"),
+        ({"gates": {"max_drop": {"retrieval.r1": 0.1}}}, "names 'retrieval.r1', which is not measured"),
+    ],
+)
+def test_what_could_only_fail_after_the_last_step_is_refused_before_the_first(
+    more: dict[str, object], error: str, model: Path, tmp_path: Path
+) -> None:
+    heard = Lines()
+    with pytest.raises(UsageError, match=error):
+        compress(model, recipe(model, STEPS[:1], **more), tmp_path / "out", progress=heard)
+    assert not any(line.startswith("step") for line in heard.said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gate_on_what_is_not_measured_is_refused_before_the_first_step(model: Path, tmp_path: Path) -> None:
+    unmeasured = {"calibration": str(model.parent / "data")}
+    for steps, gates, data, error in (
+        (STEPS[:1], {"max_drop": {"retrieval.image_to_text_r1": 0.1}}, unmeasured, "accuracy is not measured"),
+        (STEPS[:1], {"min_speedup": 1.5}, unmeasured, "nothing is timed"),
+        (STEPS[3:], {"min_speedup": 1.5}, {**unmeasured, "evaluation": str(model.parent / "data")}, "nothing is timed"),
+    ):
+        heard = Lines()
+        with pytest.raises(UsageError, match=error):
+            compress(model, parse({"steps": steps, "data": data, "gates": gates}), tmp_path / "out", progress=heard)
+        assert not any(line.startswith("step") for line in heard.said)
+
+
+def test_a_step_is_announced_once_and_not_again_by_its_control(model: Path, tmp_path: Path) -> None:
+    heard = Lines()
+    compress(model, recipe(model, STEPS[:2]), tmp_path / "out", progress=heard)
+    assert [line for line in heard.said if line.startswith(("step", "control"))] == [
+        "step 1 of 2: prune",
+        "control: prune with a random selection",
+        "step 2 of 2: merge-tokens",
+        "control: merge-tokens with a random selection",
+    ]
+
+
+def test_size_is_compared_with_the_model_given_even_where_that_is_an_output(model: Path, tmp_path: Path) -> None:
+    """As accuracy and speed are: the first run's gain is not told twice."""
+    compress(model, recipe(model, [{"prune": {"ratio": 0.5}}]), tmp_path / "pruned")
+    result = compress(tmp_path / "pruned", recipe(model, [{"merge-tokens": {"keep": 0.6}}]), tmp_path / "merged")
+    given = (tmp_path / "pruned" / "model.safetensors").stat().st_size
+    assert result.manifest.measured["bytes"] == {"original": given, "compressed": given}
+    assert any("as large as the original" in finding.text for finding in result.findings)
+
+
+def test_agreement_may_be_asked_for(model: Path, tmp_path: Path) -> None:
+    made = recipe(model, [{"merge-tokens": {"keep": 0.6}}], tasks=["retrieval", "agreement"])
+    result = compress(model, made, tmp_path / "out")
+    assert "agreement.top1" in result.rows[1]["metrics"]
+
+
+def test_a_pickle_that_was_allowed_serves_the_control_too(model: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(model, pickled)
+    bundle = checkpoint.load(model)
+    (pickled / "model.safetensors").unlink()
+    torch.save(bundle.model.state_dict(), pickled / "pytorch_model.bin")
+    result = compress(pickled, recipe(model, [{"merge-tokens": {"keep": 0.6}}]), tmp_path / "out", allow_pickle=True)
+    assert [row["stage"] for row in result.rows] == ["original", "merge-tokens", "merge-tokens (random)"]
 
 
 def test_an_error_names_the_step_and_what_had_run(model: Path, tmp_path: Path) -> None:

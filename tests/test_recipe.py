@@ -44,6 +44,13 @@ def test_a_full_recipe_is_read_and_reads_back_as_itself() -> None:
         ("{steps: [prune], seed: x}", "recipe.seed is 'x'; expected int", "default"),
         ("{steps: [prune], seed: true}", "recipe.seed is True; expected int", "default"),
         ("{steps: [prune], data: {num_samples: -1}}", "data.num_samples is -1", "default"),
+        ("{steps: [prune], gates: {max_size: .nan}}", "gates.max_size is nan", "default"),
+        (
+            "{steps: [prune], export: {to: tensorrt}}",
+            "export.to is 'tensorrt'; expected one of nothing, onnx",
+            "default",
+        ),
+        ("{steps: [prune], export: {precision: fp8}}", "export.precision is 'fp8'", "default"),
         ("- prune", "a recipe is a mapping", "recipes/"),
     ],
 )
@@ -56,14 +63,19 @@ def test_mistakes_name_the_key_and_what_to_do(text: str, message: str, hint: str
 def test_overrides_reach_steps_sections_and_top_level_keys() -> None:
     made = recipe.parse(
         yaml.safe_load(FULL),
-        ["prune.ratio=0.5", "merge_tokens.keep=0.25", "data.num-samples=3".replace("-", "_"), "seed=1"],
+        ["prune.ratio=0.5", "merge_tokens.keep=0.25", "data.num-samples=3", "seed=1"],
     )
     assert made.steps[0].params == {"ratio": 0.5}
     assert made.steps[1].params == {"keep": 0.25}
     assert (made.data.num_samples, made.seed) == (3, 1)
 
 
-@pytest.mark.parametrize("text", ["ratio", "prun.ratio=1", "ratio=1", "steps=1", "data.x=1"])
+def test_both_spellings_of_a_key_are_read() -> None:
+    made = recipe.parse(yaml.safe_load("{steps: [prune], data: {num-samples: 3}, gates: {max-size: 0.5}}"))
+    assert (made.data.num_samples, made.gates.max_size) == (3, 0.5)
+
+
+@pytest.mark.parametrize("text", ["ratio", "prun.ratio=1", "ratio=1", "steps=1", "data.x=1", "prune.units=[heads"])
 def test_bad_overrides_are_refused(text: str) -> None:
     with pytest.raises(UsageError):
         recipe.parse(yaml.safe_load(FULL), [text])

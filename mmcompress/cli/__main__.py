@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def normalise(word: str) -> str:
 
 def resume_hint(arguments: Sequence[str]) -> str:
     """Return how to go on after an interruption, for the commands that can."""
-    if not set(arguments) & RESUMABLE:
+    if not set(arguments[:1]) & RESUMABLE:
         return "nothing was left behind"
     return "repeat the command with --resume to go on"
 
@@ -124,7 +125,7 @@ def translate(error: BaseException) -> MmcError | None:
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
         return OutOfMemory("the disk is full; nothing was left behind under -o", hint="free some space and repeat")
     if isinstance(error, PermissionError):
-        return UsageError(f"no permission: {error.filename}", hint="choose another -o")
+        return UsageError(f"no permission: {error.filename}", hint="choose another place")
     if isinstance(error, ImportError) and not (error.name or "").startswith("mmcompress"):
         return MissingError(text, hint="mmc doctor lists what is missing")
     return None
@@ -134,7 +135,7 @@ def fail(message: str, hint: str, code: int, arguments: Sequence[str], measured:
     """Say what went wrong on the last lines of stderr (and as a document with --json), then exit."""
     if "--json" in arguments:
         print(json.dumps({"error": message, "hint": hint, "exit_code": code, **(measured or {})}))
-    if "-vv" in arguments or "--debug" in arguments:
+    if sum(word.count("v") for word in arguments if re.fullmatch("-v+", word)) + arguments.count("--verbose") > 1:
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
     if hint:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     type=click.Choice(("fp32", "bf16", "fp16")),
     help="Of the arithmetic; repeatable.  [default: as stored, and for torch also bf16 where the hardware has it]",
 )
-@click.option("--tower", "towers", multiple=True, help="Only this tower; repeatable.  [default: all]")
+@options.tower_option
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Items per call.")
 @click.option("--tokens", type=click.IntRange(2), default=16, show_default=True, help="Tokens of a text.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of every runner.  [default: every usable core]")
@@ -64,6 +64,9 @@ def command(
 ) -> None:
     """Measure latency, throughput, memory and size; all timed in turn, so that the ratios hold on a busy machine.
 
+    Every round times each once, in a new order. A turn opens with untimed calls, so that each runs as warm as in a loop of
+    its own.
+
     A and B are checkpoints (run by torch, and exported on the fly for the other runners), directories of mmc export, or
     directories with engines.
     """
@@ -77,12 +80,17 @@ def command(
     if save is not None:
         refuse_existing(save)
     require_device(settings["device"])
-    made = bench(targets, Settings(threads=threads or 0, **settings), render.Terminal(quiet))
+    terminal = render.Terminal(quiet, verbose)
+    made = bench(targets, Settings(threads=threads or 0, **settings), terminal)
     reason = missed(made, require_speedup) if require_speedup else None
     if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
         save.write_text(json.dumps(made.to_json(), indent=1, ensure_ascii=False) + "\n")
     if not as_json:
         show(made)
+        for target in made.targets:
+            for note in target["notes"]:
+                terminal.say(f"{target['name']}: {note}")
     if reason:
         raise GateFailed(reason, hint="--save FILE keeps what was measured", document=made.to_json())
     if as_json:
@@ -149,6 +157,3 @@ def show(made: Bench) -> None:
         ["target", *(key.removesuffix("_ms").replace("_", " ") for key in stages)],
         [[row["target"], *(f"{row[key]:.2f}" if key in row else "-" for key in stages)] for row in made.stages],
     )
-    for target in made.targets:
-        for note in target["notes"]:
-            render.err().print(f"{target['name']}: {note}", markup=False)

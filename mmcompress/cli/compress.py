@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mmcompress import recipe as recipes
 from mmcompress.cli import options
 from mmcompress.recipe import Recipe
-
-if TYPE_CHECKING:
-    from mmcompress.jobs.compress import Result
 
 
 @click.command(
@@ -65,77 +62,90 @@ def run_recipe(
 ) -> None:
     """Run or plan `recipe` and print what came of it."""
     from mmcompress.cli import render
+    from mmcompress.errors import GateFailed
     from mmcompress.jobs.compress import compress, follow
     from mmcompress.jobs.estimate import estimate
 
     if int(os.environ.get("RANK", "0")) > 0:
         follow(model, recipe, output, allow_pickle=allow_pickle)
         return
-    terminal = render.Terminal(quiet or verbose < 0)
+    terminal = render.Terminal(quiet, verbose)
     if dry_run:
         planned = estimate(model, recipe, output, allow_pickle=allow_pickle, progress=terminal)
         if as_json:
             render.document(planned)
         else:
-            rows = [[row["step"], row["params"], row["seconds"]] for row in planned["steps"]]
-            render.table("Steps", ["step", "parameters", "seconds"], rows, left=2)
-            for name in ("seconds", "memory_mib", "disk_mib", "disk_free_mib"):
-                render.out().print(f"{name.replace('_', ' ')}: {planned[name]:,}")
+            show_plan(planned)
         return
-    result = compress(model, recipe, output, resume=resume, allow_pickle=allow_pickle, progress=terminal)
+    try:
+        result = compress(model, recipe, output, resume=resume, allow_pickle=allow_pickle, progress=terminal)
+    except GateFailed as failed:
+        if failed.document and not as_json:
+            tables(failed.document)
+        raise
     if as_json:
         render.document(result.to_json())
-    else:
-        show(result)
+        return
+    tables(result.to_json())
+    loads = "plain transformers loads it too" if result.manifest.plain_transformers else result.manifest.why
+    render.line(f"{output} is written; {loads}")
+    terminal.next_step(f"mmc export {output} -o {output}-onnx --to onnx")
 
 
-def show(result: Result) -> None:
-    """Print the verdict, what each step did, how fast the result is, and what loads it."""
+def show_plan(planned: dict[str, Any]) -> None:
+    """Print what a run would do, and roughly what it takes."""
     from mmcompress.cli import render
 
-    tables(result)
-    for gate in result.gates:
-        render.line(f"gate passed: {gate.text}")
-    loads = "plain transformers loads it" if result.manifest.plain_transformers else f"note: {result.manifest.why}"
-    render.line(f"{result.output}: {loads}")
-    render.next_step(f"mmc export {result.output} -o {result.output}-onnx --to onnx")
+    rows = [[row["step"], render.parameters(row["params"]), row["seconds"]] for row in planned["steps"]]
+    render.table("Steps", ["step", "parameters", "seconds, about"], rows, left=2)
+    render.line(
+        f"about {planned['seconds']:,} s in all, {planned['memory_mib']:,} MiB of memory for models and training"
+    )
+    render.line(f"about {planned['disk_mib']:,} MiB of disk while it runs; {planned['disk_free_mib']:,} MiB are free")
 
 
-def tables(result: Result) -> None:
-    """Print the verdict, then what each step did and the speed of what was exported."""
+def tables(document: dict[str, Any]) -> None:
+    """Print what ``--json`` prints, for a person: the verdict, what each step did and cost, the speed, the gates."""
     from mmcompress.cli import render
 
-    render.findings([finding.to_json() for finding in result.findings])
-    names = sorted({name for row in result.rows for name in row.get("metrics", {}) if name.endswith(("_r1", "top1"))})
-    towers = list(result.rows[0].get("towers", {}))
+    render.findings(document["verdict"])
+    stages = document["stages"]
+    costed = [row for row in stages if "towers" in row]
+    towers = list(costed[0]["towers"])
     render.table(
         "Steps",
-        ["stage", "parameters", *(f"{tower} MMACs" for tower in towers), "MiB in memory", *names],
-        [_row(row, towers, names) for row in result.rows],
-    )
-    if result.speeds:
+        ["stage", "parameters", *(f"{tower} MMACs" for tower in towers), "MiB in memory"],
+        [
+            [
+                row["stage"], f"{row['parameters']:,}", *(f"{row['towers'][name]['macs'] / 1e6:,.0f}" for name in towers),
+                render.mebibytes(row["bytes"]),
+            ]
+            for row in costed
+        ],
+    )  # fmt: skip
+    names = sorted({name for row in stages for name in row.get("metrics", {}) if name.endswith(("_r1", "top1"))})
+    if names:
+        render.table(
+            "Accuracy after each step [95%]",
+            ["stage", *(name.replace(".", "\n") for name in names)],
+            [[row["stage"], *(_interval(row["metrics"].get(name)) for name in names)] for row in stages],
+        )
+    if document["speeds"]:
         render.table(
             "Speed",
             ["tower", "runner", "original ms", "compressed ms", "times faster [95%]"],
             [
-                [s.tower, s.runner, f"{s.before_ms:.2f}", f"{s.after_ms:.2f}", render.interval(s.ratio, 2)]
-                for s in result.speeds
+                [s["tower"], s["runner"], f"{s['before_ms']:.2f}", f"{s['after_ms']:.2f}", _interval(s["ratio"], 2)]
+                for s in document["speeds"]
             ],
             left=2,
         )
+    for gate in document["gates"]:
+        render.line(f"gate {'passed' if gate['passed'] else 'FAILED'}: {gate['text']}")
 
 
-def _row(row: dict[str, Any], towers: list[str], names: list[str]) -> list[str]:
-    metrics = row.get("metrics", {})
-    cells = [
-        f"{row['parameters']:,}" if "parameters" in row else "",
-        *(f"{row['towers'][tower]['macs'] / 1e6:,.0f}" if "towers" in row else "" for tower in towers),
-        f"{row['bytes'] / 2**20:,.1f}" if "bytes" in row else "",
-    ]
-    shown = [
-        f"{metrics[name]['value']:.3f} [{metrics[name]['low']:.3f}, {metrics[name]['high']:.3f}]"
-        if name in metrics
-        else ""
-        for name in names
-    ]
-    return [row["stage"], *cells, *shown]
+def _interval(estimate: dict[str, Any] | None, digits: int = 3) -> str:
+    from mmcompress.cli import render
+    from mmcompress.ops.statistics import Estimate
+
+    return render.interval(Estimate.from_json(estimate), digits) if estimate else ""

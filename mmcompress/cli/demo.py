@@ -33,18 +33,24 @@ def command(output: Path | None, overrides: tuple[str, ...], as_json: bool, quie
     """Run the whole job on a small CLIP that comes with mmc: compress, export, time, judge, report. Works offline."""
     from mmcompress.cli import render
     from mmcompress.cli.compress import tables
-    from mmcompress.jobs.demo import demo, free_name
+    from mmcompress.errors import GateFailed
+    from mmcompress.jobs.demo import demo
+    from mmcompress.staging import free_name
 
-    terminal = render.Terminal(quiet)
+    terminal = render.Terminal(quiet, verbose)
     for line in STORY.splitlines():
         terminal.say(line)
-    made = demo(output or free_name(DEFAULT), overrides, progress=terminal)
+    try:
+        made = demo(output or free_name(DEFAULT), overrides, progress=terminal)
+    except GateFailed as failed:
+        if failed.document and not as_json:
+            tables(failed.document)
+        raise
     if as_json:
         render.document({**made.result.to_json(), "report": str(made.report), "seconds": round(made.seconds, 1)})
         return
-    tables(made.result)
+    tables(made.result.to_json())
     lines = [
-        "",
         f"Done in {made.seconds:.0f} s. The compressed model and its ONNX files: {made.compressed}",
         f"The report, with plots: {made.report}",
         "Three things to try next:",

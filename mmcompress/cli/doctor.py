@@ -26,14 +26,14 @@ def command(as_json: bool, quiet: bool, verbose: int) -> None:
         render.table("Machine", ["what", "found"], rows, left=2)
         render.table(
             "Parts",
-            ["part", "state", "version", "used for", "how to get it"],
+            ["part", "state", "version", "used for", "what to do"],
             [
                 [
                     p["part"],
                     MARKS[p["state"]],
                     p["version"],
                     p["used_for"],
-                    p["reason"] if p["state"] == "ok" else p["get"],
+                    _what_to_do(p),
                 ]
                 for p in found["parts"]
             ],
@@ -42,6 +42,13 @@ def command(as_json: bool, quiet: bool, verbose: int) -> None:
     problems = [part for part in found["parts"] if part["state"] == "problem"]
     if problems:
         raise MissingError(f"{problems[0]['part']}: {problems[0]['reason']}", hint=problems[0]["get"])
+
+
+def _what_to_do(part: dict[str, str]) -> str:
+    """Nothing, how to get it, or why what is installed cannot be used here."""
+    if part["state"] == "ok":
+        return ""
+    return part["reason"] if part["state"] == "missing" and part["version"] else part["get"]
 
 
 def _short(value: object) -> str:

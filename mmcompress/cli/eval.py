@@ -63,7 +63,7 @@ def command(
         from mmcompress.staging import refuse_existing
 
         refuse_existing(save)
-    terminal = render.Terminal(quiet)
+    terminal = render.Terminal(quiet, verbose)
     dataset = open_data(data, classes)
     if num_samples:
         dataset = dataset.subset(num_samples, seed)
@@ -74,6 +74,7 @@ def command(
         reference = evaluate_target(baseline, runner, device, tasks=wanted, **settings)
     found = evaluate_target(model, runner, device, tasks=tasks or None, reference=reference, **settings)
     if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
         write_evaluation(found, save)
     document = found.to_json()
     if as_json:

@@ -26,7 +26,7 @@ PRECISIONS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"
 @options.model_argument
 @options.output_option()
 @click.option("--to", type=click.Choice(("onnx", "tensorrt")), default="onnx", show_default=True, help="What to write.")
-@click.option("--tower", "towers", multiple=True, help="Only this tower; repeatable.  [default: all]")
+@options.tower_option
 @click.option(
     "--precision",
     type=click.Choice(tuple(PRECISIONS)),
@@ -100,7 +100,7 @@ def command(
     from mmcompress.staging import refuse_existing
 
     refuse_existing(output)
-    terminal = render.Terminal(quiet)
+    terminal = render.Terminal(quiet, verbose)
     if to == "onnx":
         from mmcompress import checkpoint
         from mmcompress.export.onnx import export_onnx
@@ -130,6 +130,11 @@ def command(
         render.document(document(artifact, engines))
         return
     show(artifact, engines)
+    # What was exported is the best guess at what a user compares with.
+    following = (
+        f"mmc bench {artifact.directory} --device cuda" if engines else f"mmc bench {model} {artifact.directory}"
+    )
+    terminal.next_step(following)
 
 
 def numbers(text: str, option: str, separator: str) -> tuple[int, ...]:
@@ -203,21 +208,18 @@ def show(artifact: Artifact, engines: EngineReport | None) -> None:
         ],
     )  # fmt: skip
     if engines is None:
-        render.next_step(f"mmc bench MODEL {artifact.directory}")
         return
     render.table(
         f"Engines, {engines.api} {engines.version}",
         ["tower", "file", "MiB", "layers", "seconds", "shapes (least, usual, most)"],
         [
             [
-                e.name, e.file, render.mebibytes(e.bytes), e.layers, f"{e.seconds:.1f}",
-_shapes(e.profiles),
+                e.name, e.file, render.mebibytes(e.bytes), e.layers, f"{e.seconds:.1f}", _shapes(e.profiles),
             ]
             for e in engines.engines
         ],
         left=2,
     )  # fmt: skip
-    render.next_step(f"mmc bench {artifact.directory} --device cuda")
 
 
 def _shapes(profiles: dict[str, dict[str, list[int]]]) -> str:

@@ -9,7 +9,7 @@ from mmcompress.cli import options
 
 @click.command("inspect")
 @options.model_argument
-@click.option("--allow-pickle", is_flag=True, help="Read pickled weights (weights_only=True).")
+@options.pickle_option
 @options.talk_options
 def command(model: str, allow_pickle: bool, as_json: bool, quiet: bool, verbose: int) -> None:
     """Show towers, parameters, MACs, tokens, bytes, and which passes apply, with the reason where one does not."""
@@ -39,5 +39,5 @@ def command(model: str, allow_pickle: bool, as_json: bool, quiet: bool, verbose:
         left=4,
     )
     for record in found["history"]:
-        render.out().print(f"already done: {record['pass']} {record['params']}", markup=False)
-    render.next_step(f"mmc prune {model} -o OUT --ratio 0.3 --data DATA --eval-data HELD-OUT")
+        render.line(f"already done: {record['pass']} {render.parameters(record['params'])}")
+    render.Terminal(quiet).next_step(f"mmc prune {model} -o OUT --ratio 0.3 --data DATA --eval-data HELD-OUT")

@@ -32,7 +32,19 @@ def talk_options(function: F) -> F:
     """--json, -q, -v: what goes to stdout and how much is said on stderr."""
     function = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(function)
     function = click.option("-q", "--quiet", is_flag=True, help="No progress and no talk on stderr.")(function)
-    return click.option("-v", "--verbose", count=True, help="More talk; -vv shows tracebacks.")(function)
+    return click.option("-v", "--verbose", count=True, help="A line for each stage; -vv also tracebacks.")(function)
+
+
+def pickle_option(function: F) -> F:
+    """--allow-pickle, for commands that read a checkpoint's weights."""
+    return click.option("--allow-pickle", is_flag=True, help="Read pickled weights (weights_only=True).")(function)
+
+
+def tower_option(function: F) -> F:
+    """--tower, for commands that can leave towers out."""
+    return click.option("--tower", "towers", multiple=True, help="Only this tower; repeatable.  [default: all]")(
+        function
+    )
 
 
 def device_option(function: F) -> F:
@@ -76,7 +88,7 @@ def run_options(function: F) -> F:
     function = click.option(
         "--control/--no-control", default=None, help="Compare with random selection at the same ratio.  [default: on]"
     )(function)
-    return click.option("--allow-pickle", is_flag=True, help="Read pickled weights (weights_only=True).")(function)
+    return pickle_option(function)
 
 
 def pass_options(schema: Schema) -> Callable[[F], F]:

@@ -23,7 +23,7 @@ def command(name: str | None, as_json: bool, quiet: bool, verbose: int) -> None:
             render.document({known: schema.summary for known, schema in schemas.items()})
         else:
             render.table("Passes", ["pass", "what it does"], [[k, s.summary] for k, s in schemas.items()], left=2)
-            render.next_step("mmc passes prune")
+            render.Terminal(quiet).next_step("mmc passes prune")
         return
     schema = passes.schema(name)
     rows: list[dict[str, Any]] = [

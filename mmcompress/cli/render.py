@@ -12,12 +12,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+WIDTH = 140
+"""Of tables that do not go to a terminal: wide enough not to break them."""
 COLOURS = {"good": "green", "note": "yellow", "bad": "bold red"}
 
 
 def out() -> Console:
-    """Return the console for data. Wide enough not to break tables when piped."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, highlight=False)
+    """Return the console for data."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
 def err() -> Console:
@@ -26,19 +28,19 @@ def err() -> Console:
 
 
 class Terminal:
-    """Progress for a person: a bar on a terminal, one line per stage elsewhere (CI logs)."""
+    """Talk and progress for a person, on stderr: a bar on a terminal; with `verbose` also one line per stage, for logs."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, verbose: int = 0) -> None:
         self._console = err()
-        self._quiet = quiet
+        self._quiet, self._verbose = quiet, verbose
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
     def start(self, label: str, total: int | None) -> None:
         """Begin a stage."""
-        if self._quiet:
-            return
-        if not self._console.is_terminal:
+        if self._verbose:
+            self.say(label)
+        if self._quiet or not self._console.is_terminal:
             return
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -68,6 +70,11 @@ class Terminal:
         if not self._quiet:
             self._console.print(line, markup=False, soft_wrap=True)
 
+    def next_step(self, command: str) -> None:
+        """Suggest the next command."""
+        if not self._quiet:
+            self._console.print(f"next: {command}", markup=False, style="dim", soft_wrap=True)
+
 
 def document(content: Any) -> None:
     """Print one JSON document on stdout."""
@@ -75,7 +82,7 @@ def document(content: Any) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1) -> None:
-    """Print a table on stdout; the first `left` columns are words, the others numbers."""
+    """Print a table and an empty line on stdout; the first `left` columns are words, the others numbers."""
     console = out()
     console.print(title, markup=False, style="bold")
     made = Table(box=None, pad_edge=False)
@@ -84,19 +91,17 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     for row in rows:
         made.add_row(*(escape(str(cell)) for cell in row))
     console.print(made)
+    console.print()
 
 
 def findings(items: Sequence[dict[str, str]]) -> None:
-    """Print a verdict on stdout, worst first as it comes."""
+    """Print a verdict, worst first as it comes, and an empty line on stdout."""
     console = out()
     for item in items:
         console.print(f"[{COLOURS[item['level']]}]{item['level']:>4}[/] ", end="")
         console.print(item["text"], markup=False, soft_wrap=True)
-
-
-def next_step(command: str) -> None:
-    """Suggest the next command, on stderr."""
-    err().print(f"next: {command}", markup=False, style="dim", soft_wrap=True)
+    if items:
+        console.print()
 
 
 def line(text: str) -> None:
@@ -104,9 +109,12 @@ def line(text: str) -> None:
     out().print(text, markup=False, soft_wrap=True)
 
 
-def number(value: float) -> str:
-    """Return a count with thousands separators."""
-    return f"{value:,.0f}"
+def parameters(params: dict[str, Any]) -> str:
+    """Return a pass's parameters as they are written in --set: "ratio=0.3, units=heads,neurons"."""
+    return ", ".join(
+        f"{key}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        for key, value in params.items()
+    )
 
 
 def mebibytes(count: float) -> str:

@@ -17,22 +17,23 @@ from typing import Any
 import torch
 
 import mmcompress
-from mmcompress import checkpoint, pipeline
+from mmcompress import checkpoint, pipeline, weights
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
-from mmcompress.errors import GateFailed, MmcError
+from mmcompress.errors import GateFailed, MmcError, UsageError, closest
 from mmcompress.evaluate.findings import Finding
+from mmcompress.evaluate.tasks import TASKS
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
-from mmcompress.jobs.gates import GateResult, judge
-from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
-from mmcompress.jobs.stages import Measurements, load_again
+from mmcompress.jobs.gates import GateResult, judge, require_measurable
+from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch, usable_runners
+from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.manifest import Manifest
 from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.passes.base import Context
 from mmcompress.pipeline import Workplace
 from mmcompress.progress import Progress, Silent
 from mmcompress.recipe import Recipe
-from mmcompress.staging import partial_path, publish, refuse_existing
+from mmcompress.staging import free_name, partial_path, publish, refuse_existing
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def compress(
     output, progress = Path(output), progress or Silent()
     refuse_existing(output)
     todo = pipeline.stages(recipe.steps)
+    require_usable(recipe)
     bundle = load_again(model, recipe.device, allow_pickle)
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
     evaluation_data = _evaluation_data(recipe)
@@ -88,16 +90,29 @@ def compress(
         seed=recipe.seed,
         progress=progress,
     )
-    run = Measurements(model, recipe, place, context, evaluation_data)
+    run = Measurements(model, recipe, place, context, evaluation_data, allow_pickle=allow_pickle)
     run.context = dataclasses.replace(context, teacher=run.fresh)
     try:
         run.original(bundle)
+        measured = headlines(run.reference) if run.reference else ()
+        require_measurable(
+            recipe.gates, measured, timed=_will_be_timed(run, bundle), weighed=bool(_bytes_of(model, bundle))
+        )
         bundle = pipeline.run(bundle, todo, run.context, place, after=run.after)
         return _finish(run, bundle, output)
     except (MmcError, OSError):
         # Going on would fail the same way. What was killed or crashed stays, to be resumed.
         place.remove()
         raise
+
+
+def require_usable(recipe: Recipe) -> None:
+    """Raise now what would otherwise come up after the last step: an unknown task, a runner that is not installed."""
+    for name in recipe.tasks:
+        if name not in TASKS:
+            raise UsageError(f"there is no task '{name}'", hint=closest(name, TASKS))
+    if recipe.export.to:
+        usable_runners(recipe.export.runners)
 
 
 def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickle: bool = False) -> None:
@@ -108,7 +123,7 @@ def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickl
         num_samples=recipe.data.num_samples,
         batch_size=recipe.data.batch_size,
         seed=recipe.seed,
-        teacher=lambda: load_again(model, recipe.device),
+        teacher=lambda: load_again(model, recipe.device, allow_pickle),
     )
     place = Workplace.join(partial_path(Path(output)))
     pipeline.run(load_again(model, recipe.device, allow_pickle), todo, context, place, leads=False)
@@ -128,13 +143,13 @@ def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
     elif run.data is not None and _computes_in_float(bundle):
         threads = recipe.export.threads or usable_cores()
         speeds = compare_in_torch(run.fresh(), bundle, threads, recipe.export.rounds, run.context.progress)
-    weights = sum(file.stat().st_size for file in _newest(place, recipe).glob("*.safetensors"))
+    before, after = _bytes_of(run.model, bundle), _bytes_in(_newest(place, recipe))
     facts = Facts(
         compressed=run.last if run.data else None,
         original=run.reference,
         speeds=[Speed(speed.what, speed.ratio, speed.against) for speed in speeds],
-        bytes_before=bundle.source.bytes or None,
-        bytes_after=weights,
+        bytes_before=before or None,
+        bytes_after=after,
         random_expected=False,
         tolerated=recipe.gates.max_drop,
     )
@@ -146,7 +161,7 @@ def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
         "speeds": [speed.to_json() for speed in speeds],
         "gates": [dataclasses.asdict(gate) for gate in gates],
         "metrics": run.metric_table(),
-        "bytes": {"original": bundle.source.bytes, "compressed": weights},
+        "bytes": {"original": before, "compressed": after},
         "machine": machine if speeds else {},
     }
     manifest = checkpoint.save(bundle, final, measured=measured, recipe=recipe.to_dict(), seed=recipe.seed)
@@ -156,9 +171,7 @@ def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
         shutil.copytree(exported / "compressed", final / recipe.export.to)
     result = Result(output, manifest, findings, tuple(run.rows), speeds, gates)
     failed = [gate for gate in gates if not gate.passed]
-    target = output.with_name(output.name + ".rejected") if failed else output
-    if failed:
-        shutil.rmtree(target, ignore_errors=True)
+    target = free_name(output.with_name(output.name + ".rejected")) if failed else output
     publish(final, target)
     place.remove()
     if failed:
@@ -176,6 +189,23 @@ def _keep_reports(run: Measurements, final: Path) -> None:
     reports.mkdir()
     for file in sorted(run.place.directory.glob("*.npz")):
         shutil.copyfile(file, reports / file.name)
+
+
+def _will_be_timed(run: Measurements, bundle: Bundle) -> bool:
+    """Whether `_finish` will time the result; foretold from the steps where it depends on them."""
+    integers = any(step.name == "quantize" for step in run.recipe.steps) or not _computes_in_float(bundle)
+    return bool(run.recipe.export.to) or (run.data is not None and not integers)
+
+
+def _bytes_of(model: str | Path | Bundle, bundle: Bundle) -> int:
+    """Bytes of the weights that the run started from, which may be an output itself; 0: not known."""
+    if isinstance(model, Bundle):
+        return 0 if model.history else bundle.source.bytes
+    return _bytes_in(weights.locate(str(model)))
+
+
+def _bytes_in(directory: Path) -> int:
+    return sum(file.stat().st_size for file in weights.weight_files(directory, allow_pickle=True))
 
 
 def _computes_in_float(bundle: Bundle) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmcompress import demo as assets
 from mmcompress import recipe as recipes
-from mmcompress.errors import MissingError
+from mmcompress.errors import GateFailed, MissingError
 from mmcompress.jobs.compress import Result, compress
 from mmcompress.jobs.report import write_report
 from mmcompress.jobs.speed import usable_runners
@@ -36,28 +36,24 @@ class Demo:
         return self.output / "compressed"
 
 
-def free_name(output: Path) -> Path:
-    """Return `output`, or with the first number behind it that is not taken, so that a second demo needs no thought."""
-    number, found = 1, output
-    while found.exists():
-        number += 1
-        found = output.with_name(f"{output.name}-{number}")
-    return found
-
-
 def demo(
     output: Path, overrides: Sequence[str] = (), *, model: str = DEMO_MODEL, progress: Progress | None = None
 ) -> Demo:
     """Compress `model` by the packaged recipe into `output`/compressed and write `output`/report.html; all of it or nothing.
 
     `overrides` change the recipe as ``--set`` does. Raises UsageError for an existing output, MissingError when the package
-    came without its model.
+    came without its model, GateFailed where they set a gate that fails.
     """
     started, progress = time.perf_counter(), progress or Silent()
     refuse_existing(output)
     recipe, runners = _exportable(recipes.read(assets.RECIPE, overrides), progress)
     with staging(output) as directory:
-        result = compress(model, recipe, directory / "compressed", progress=progress)
+        try:
+            result = compress(model, recipe, directory / "compressed", progress=progress)
+        except GateFailed as failed:
+            failed.document = {**(failed.document or {}), "output": None}
+            failed.hint = "the demo keeps nothing that a gate refused; mmc compress does"
+            raise
         write_report([directory / "compressed"], directory / "report.html")
     result = dataclasses.replace(result, output=output / "compressed")
     return Demo(output, result, output / "report.html", runners, time.perf_counter() - started)

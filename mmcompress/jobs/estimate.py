@@ -12,6 +12,7 @@ import torch
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import open_data
+from mmcompress.jobs.compress import require_usable
 from mmcompress.measure.cost import cost_of
 from mmcompress.progress import Progress
 from mmcompress.recipe import Recipe
@@ -32,6 +33,7 @@ def estimate(
     """
     refuse_existing(Path(output))
     todo = pipeline.stages(recipe.steps)
+    require_usable(recipe)
     bundle = checkpoint.load(model, device=recipe.device, allow_pickle=allow_pickle)
     for stage in todo:
         stage.made.check(bundle)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mmcompress.errors import UsageError, closest
@@ -23,6 +23,24 @@ class GateResult:
     text: str
 
 
+def require_measurable(gates: Gates, metrics: Collection[str], *, timed: bool, weighed: bool) -> None:
+    """Raise UsageError for a gate on something that is not measured: `metrics` are "task.metric", and speed and size."""
+    for name in gates.max_drop:
+        if not metrics:
+            raise UsageError(
+                f"gates.max_drop names '{name}', but accuracy is not measured",
+                hint="give --eval-data or data.evaluation",
+            )
+        if name not in metrics:
+            raise UsageError(f"gates.max_drop names '{name}', which is not measured", hint=closest(name, metrics))
+    if gates.min_speedup and not timed:
+        raise UsageError("gates.min_speedup is set, but nothing is timed", hint="add export: {to: onnx}")
+    if gates.max_size and not weighed:
+        raise UsageError(
+            "gates.max_size is set, but the original's size is not known", hint="start from a checkpoint on disk"
+        )
+
+
 def judge(gates: Gates, facts: Facts, speeds: Sequence[TowerSpeed]) -> tuple[GateResult, ...]:
     """Return the result of every gate that is set.
 
@@ -32,9 +50,8 @@ def judge(gates: Gates, facts: Facts, speeds: Sequence[TowerSpeed]) -> tuple[Gat
     results = []
     differences = compare(facts.original, facts.compressed) if facts.original and facts.compressed else {}
     known = {f"{task}.{metric}": value for task, by in differences.items() for metric, value in by.items()}
+    require_measurable(gates, known, timed=bool(speeds), weighed=bool(facts.bytes_before and facts.bytes_after))
     for name, limit in gates.max_drop.items():
-        if name not in known:
-            raise UsageError(f"gates.max_drop names '{name}', which was not measured", hint=closest(name, known))
         drop = -known[name].value
         results.append(
             GateResult(
@@ -46,10 +63,6 @@ def judge(gates: Gates, facts: Facts, speeds: Sequence[TowerSpeed]) -> tuple[Gat
             )
         )
     if gates.min_speedup:
-        if not speeds:
-            raise UsageError(
-                "gates.min_speedup is set, but nothing was timed", hint="add export: {to: onnx, runners: […]}"
-            )
         # Each side in its best runner, where several were timed.
         fair = [s for s in speeds if s.against == "the original"]
         fair = [s for s in fair if s.runner.startswith(BEST)] or fair
@@ -63,11 +76,7 @@ def judge(gates: Gates, facts: Facts, speeds: Sequence[TowerSpeed]) -> tuple[Gat
                 f"{slowest.what}: ×{slowest.ratio}; at least ×{gates.min_speedup} is asked for",
             )
         )
-    if gates.max_size:
-        if not facts.bytes_before or not facts.bytes_after:
-            raise UsageError(
-                "gates.max_size is set, but the original's size is not known", hint="start from a checkpoint on disk"
-            )
+    if gates.max_size and facts.bytes_before and facts.bytes_after:
         share = facts.bytes_after / facts.bytes_before
         results.append(
             GateResult(

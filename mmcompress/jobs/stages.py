@@ -40,10 +40,11 @@ class Measurements:
     """One per stage and control, the original first: name, costs, metrics."""
     findings: list[Finding] = field(default_factory=list)
     """How each selecting step compares with a random selection."""
+    allow_pickle: bool = False
 
     def fresh(self) -> Bundle:
         """Load the original again: the teacher of distillation, and the start of a control of the first step."""
-        return load_again(self.model, self.recipe.device)
+        return load_again(self.model, self.recipe.device, self.allow_pickle)
 
     def original(self, bundle: Bundle) -> None:
         """Measure the model before anything is done to it."""
@@ -102,7 +103,8 @@ class Measurements:
 
     def _evaluate(self, bundle: Bundle, reference: Evaluation | None) -> Evaluation:
         assert self.data is not None, "called only where there is data"
-        tasks = [*self.recipe.tasks, *(["agreement"] if reference and "agreement" not in self.recipe.tasks else [])]
+        # Agreement is measured wherever there is something to agree with, asked for or not.
+        tasks = [*(name for name in self.recipe.tasks if name != "agreement"), *(["agreement"] if reference else [])]
         return evaluate(
             bundle,
             self.data,

@@ -152,6 +152,14 @@ def test_an_output_that_exists_is_not_touched(mmc: Mmc, saved: Path, tmp_path: P
     assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
 
 
+def test_an_output_below_a_file(mmc: Mmc, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for words in (("prune", saved), ("export", saved), ("demo",)):
+        found = mmc(*words, "-o", tmp_path / "notes.txt" / "out")
+        assert found.code == 2
+        assert "notes.txt is a file" in found.error
+
+
 def full(*rest: Any, **more: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -227,6 +235,7 @@ def test_wrong_words_on_the_command_line(mmc: Mmc, saved: Path) -> None:
         (("prune", saved, "-o", "x", "--ration", "1"), "No such option", "see mmc prune --help"),
         (("prune", saved, "-o", "x", "--ratio", "half"), "is not a valid float", "see mmc prune --help"),
         (("passes", "shrink"), "shrink", "known: "),
+        (("prune", saved, "-o", "x", "--set", "prune.units=[heads"), "is not YAML", "quote the value"),
     ):
         found = mmc(*words)
         assert found.code == 2

@@ -14,6 +14,7 @@ from mmcompress.errors import UsageError
 from mmcompress.export.tensorrt import Profile
 from mmcompress.jobs import demo as jobs
 from mmcompress.recipe import read
+from mmcompress.staging import free_name
 from tests.cli.conftest import Mmc
 from tests.jobs.outputs import output
 
@@ -73,11 +74,74 @@ def test_report_prints_the_verdict_and_writes_the_page(mmc: Mmc, tmp_path: Path)
     assert (tmp_path / "pages" / "report.html").read_text().startswith("<!doctype html>")
 
 
+GATED = """
+data: {calibration: DATA, evaluation: DATA}
+steps: [merge-tokens: {keep: 0.6}]
+export: {threads: 1, rounds: 2}
+gates: {max_size: SIZE}
+"""
+
+
+def test_a_failed_gate_shows_what_was_measured(mmc: Mmc, saved: Path, data: Path, tmp_path: Path) -> None:
+    for size, code, said in (("0.1", 3, "gate FAILED: size is 1.000"), ("1.0", 0, "gate passed: size is 1.000")):
+        (tmp_path / "recipe.yaml").write_text(GATED.replace("DATA", str(data)).replace("SIZE", size))
+        found = mmc("compress", saved, tmp_path / "recipe.yaml", "-o", tmp_path / "out")
+        assert found.code == code
+        assert "random selection" in found.out  # a finding
+        for word in ("merge-tokens (random)", "image_to_text_r1", "vision MMACs", "times faster", said):
+            assert word in found.out
+    document = mmc(
+        "compress", saved, tmp_path / "recipe.yaml", "-o", tmp_path / "b", "--set", "gates.max_size=0.1", "--json"
+    )
+    assert document.code == 3
+    assert document.document["gates"][0]["passed"] is False
+
+
+def test_tables_fit_a_terminal_of_100_columns(
+    mmc: Mmc, saved: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No number is broken over two lines."""
+    monkeypatch.setattr("mmcompress.cli.render.WIDTH", 100)
+    found = mmc("merge", saved, "-o", tmp_path / "out", "--keep", "0.6", "--eval-data", data)
+    assert found.code == 0
+    accuracy = found.out.split("Accuracy after each step")[1].splitlines()
+    assert any(
+        line.startswith("merge-tokens (random)") and line.count("[") == line.count("]") == 2 for line in accuracy
+    )
+
+
+def test_quiet_is_quiet_and_verbose_names_the_stages(mmc: Mmc, saved: Path, data: Path, tmp_path: Path) -> None:
+    words = ("merge", saved, "--keep", "0.6", "--eval-data", data, "--set", "export.rounds=2")
+    assert mmc(*words, "-o", tmp_path / "a", "-q").err == ""
+    assert mmc("inspect", saved, "-q").err == ""
+    assert "embedding images" not in mmc(*words, "-o", tmp_path / "b").err
+    assert "embedding images" in mmc(*words, "-o", tmp_path / "c", "-v").err
+
+
+def test_tracebacks_are_shown_when_asked_for(mmc: Mmc, tmp_path: Path) -> None:
+    for words, shown in (("-v",), False), (("-vv",), True), (("-v", "-v"), True), (("--verbose", "-v"), True):
+        assert ("Traceback" in mmc("inspect", tmp_path / "nowhere", *words).err) == shown
+
+
+def test_files_are_saved_into_new_folders(mmc: Mmc, saved: Path, data: Path, tmp_path: Path) -> None:
+    assert mmc("eval", saved, "--data", data, "--save", tmp_path / "new" / "a.npz").code == 0
+    assert (tmp_path / "new" / "a.npz").exists()
+
+
+def test_a_dry_run_says_what_would_be_done(mmc: Mmc, saved: Path, data: Path, tmp_path: Path) -> None:
+    words = ("merge", saved, "-o", tmp_path / "out", "--keep", "0.6", "--eval-data", data, "--dry-run")
+    found = mmc(*words)
+    assert "merge-tokens  keep=0.6" in found.out
+    assert "MiB of disk while it runs" in found.out
+    assert mmc(*words, "--json").document["steps"][0]["params"] == {"keep": 0.6}
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_demo_finds_a_free_name(tmp_path: Path) -> None:
-    assert jobs.free_name(tmp_path / "demo").name == "demo"
+    assert free_name(tmp_path / "demo").name == "demo"
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo-2").mkdir()
-    assert jobs.free_name(tmp_path / "demo").name == "demo-3"
+    assert free_name(tmp_path / "demo").name == "demo-3"
 
 
 def test_the_demo_recipe_has_all_four_passes() -> None:
@@ -104,6 +168,11 @@ def test_the_demo_on_a_tiny_model(
     assert all(line.strip().startswith("mmc ") for line in (first, second, third))
     assert str(made / "report.html") in found.out
     assert "prune (random)" in (made / "report.html").read_text()
+    gated = mmc("demo", "-o", tmp_path / "gated", *changes, "--set", "gates.max_size=0.01")
+    assert gated.code == 3
+    assert "gate FAILED: size is" in gated.out
+    assert "the demo keeps nothing" in gated.err
+    assert not (tmp_path / "gated").exists()
 
 
 def test_the_demo_without_its_model(mmc: Mmc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
