@@ -6,9 +6,14 @@ import logging
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+
+
+def pixels(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return {"pixel_values": np.random.default_rng(seed).normal(size=(batch, 3, 8, 8)).astype(np.float32)}
 
 
 class TinyVision(nn.Module):
