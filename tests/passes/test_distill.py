@@ -171,6 +171,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
 def test_the_moving_average_is_what_remains() -> None:
     start, last, mean = weights(damaged()), after(QUICK), after({**QUICK, "ema": 0.99})
     assert 0 < distance(start, mean) < distance(start, last)
+    # After one step the average reaches back (1 + 0) / (10 + 0) of the way, however long its memory will be.
+    one = {"steps": 1, "batch_size": 8, "amp": False, "learning_rate": 1e-3, "warmup": 0.0}
+    last, mean = after(one), after({**one, "ema": 0.99})
+    expected = {name: value.float().lerp(last[name].float(), 0.9) for name, value in start.items()}
+    assert distance(expected, mean) < 1e-6 < distance(start, last)
 
 
 def test_a_frozen_model_in_half_precision_trains_in_full_and_stays_half() -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mmcompress.data import Dataset, Memory, Sample
+from mmcompress.ops import losses
 from mmcompress.passes.distill_data import Feeder, augmented, random_for, read_corpus, shuffled, split
 from mmcompress.passes.distill_objective import Objective
 from mmcompress.passes.distill_ranks import Ranks
@@ -26,6 +27,15 @@ def captioned() -> Dataset:
     texts = [("a cat", "the cat"), ("a dog",), ("the cat",), ("a tree",)]
     pairs = zip(tiny.images(4), texts, strict=True)
     return Dataset(Memory([Sample(str(i), own, picture=image) for i, (image, own) in enumerate(pairs)]))
+
+
+def test_the_softmax_is_as_sharp_as_the_teachers_and_no_sharper_than_clip() -> None:
+    torch.manual_seed(0)
+    own, goal = ({name: torch.randn(4, 5) for name in ("vision", "text")} for _ in range(2))
+    for scale, used in ((7.0, 7.0), (250.0, 100.0)):
+        objective = Objective(0, 1, 0, 0, 0, 1.0, True, student=(3.0, 0.0), teacher=(scale, 0.0))
+        pairs = ((part["vision"], part["text"]) for part in (own, goal))
+        assert float(objective(own, goal, None)) == pytest.approx(float(losses.interactive(*pairs, used)))
 
 
 def test_equal_texts_are_one_text() -> None:

@@ -9,7 +9,6 @@ from mmcompress.errors import UsageError
 from mmcompress.passes.prune_budget import Bounds, Pool, choose, require_possible, worth
 from mmcompress.passes.prune_units import Costs, Group, Kind
 
-
 BOUNDS = Bounds(0.1, 1, False, {"vision": 4})
 
 

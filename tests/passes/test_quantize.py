@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.ops.rounding import UINT8
+from mmcompress.ops.rounding import UINT8, smoothing
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize import Quantize
 from mmcompress.passes.quantize_calibrate import calibrate, groups_of
@@ -85,6 +87,52 @@ def test_min_max_covers_what_calibration_saw() -> None:
     assert grid.gain is None
 
 
+def test_gains_are_the_smoothing_of_all_weights_that_read_one_input() -> None:
+    bundle = tiny.bundle(FAMILY)
+    tower = bundle.tower("vision")
+    writers = tower.blocks[0].attention.writers
+    weights = [bundle.module(path).weight for path in writers]
+    with torch.no_grad():
+        weights[2][:, 5] = 20.0  # type: ignore[index]
+    seen: list[torch.Tensor] = []
+    handle = bundle.module(writers[0]).register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    bundle.embed("vision", tiny.images(8))
+    handle.remove()
+    largest = torch.cat([part.flatten(0, -2) for part in seen]).abs().amax(0)
+    together = torch.cat([weight.detach() for weight in weights]).abs().amax(0)
+    settings = {"method": "min-max", "percentile": 0, "smooth": 0.5}
+    grids = calibrate(bundle, tower, writers, UINT8, context(), **settings)  # type: ignore[arg-type]
+    for path in writers:
+        gain = grids[path].gain
+        assert gain is not None
+        torch.testing.assert_close(gain, 1 / smoothing(largest, together, 0.5), rtol=1e-4, atol=0)
+
+
+def test_clipping_nothing_is_min_max_of_the_smoothed_input() -> None:
+    bundle = tiny.bundle(FAMILY)
+    tower = bundle.tower("vision")
+    paths = [tower.blocks[1].mlp.reader]
+    grids = [
+        calibrate(bundle, tower, paths, UINT8, context(), method=method, percentile=100, smooth=0.5)[paths[0]]
+        for method in ("min-max", "percentile")
+    ]
+    torch.testing.assert_close(grids[0].scale, grids[1].scale)
+    assert torch.equal(grids[0].zero_point, grids[1].zero_point)
+
+
+def test_padding_has_no_say_in_the_grids() -> None:
+    """Texts of a batch are padded to the longest: one at a time there is no padding."""
+    bundle = tiny.bundle(FAMILY)
+    tower = bundle.tower("text")
+    paths = [path for block in tower.blocks for path in (*block.attention.writers, block.mlp.reader)]
+    batched, single = (
+        calibrate(bundle, tower, paths, UINT8, given, method="min-max", percentile=0, smooth=0.0)
+        for given in (context(), dataclasses.replace(context(), batch_size=1))
+    )
+    for path in paths:
+        torch.testing.assert_close(batched[path].scale, single[path].scale, rtol=1e-4, atol=0)
+
+
 def test_smoothing_lowers_the_error_where_channels_differ() -> None:
     bundle = tiny.bundle(FAMILY)
     tower = bundle.tower("vision")
@@ -155,6 +203,16 @@ def test_kept_layers_stay() -> None:
 def test_tables_can_stay_float() -> None:
     bundle, _ = run(towers=("text",), embeddings=False, min_cosine=-1.0)
     assert not any(isinstance(module, QuantizedEmbedding) for module in bundle.model.modules())
+
+
+def test_tables_too_small_to_matter_stay_float() -> None:
+    bundle = tiny.bundle("dual_encoder_vit")
+    settings = Quantize(scheme="W8A16")
+    settings.apply(bundle, settings.plan(bundle, Context()))
+    at = "text_model.embeddings"
+    assert isinstance(bundle.module(f"{at}.word_embeddings"), QuantizedEmbedding)
+    # 2 rows of 32, less than a hundredth of the tower.
+    assert type(bundle.module(f"{at}.token_type_embeddings")) is nn.Embedding
 
 
 def test_weights_alone_need_no_data() -> None:
