@@ -192,6 +192,19 @@ def test_plain_transformers_loads_uniform_widths_and_depths(case: str, family: s
     assert same_outputs(bundle, Bundle(plain, bundle.processor, bundle.family, bundle.source))
 
 
+@pytest.mark.parametrize("family", ["dual_encoder_vit", "dual_encoder_dinov2"])
+def test_plain_transformers_loads_uniform_heads_where_the_config_has_a_head_size(family: str, tmp_path: Path) -> None:
+    params = {"ratio": 0.05, "units": ["heads"], "score": "magnitude", "uniform": True, "towers": ["vision"]}
+    bundle = tiny.bundle(family)
+    pipeline.run_stage(bundle, pipeline.Stage(1, Step("prune", params), passes.build("prune", params)), context(family))
+    heads = {block.attention.heads for block in bundle.tower("vision").blocks}
+    assert heads < {1, 2, 3}
+    written = checkpoint.save(bundle, tmp_path / "model")
+    assert written.plain_transformers, written.why
+    plain = type(bundle.model).from_pretrained(tmp_path / "model").eval()
+    assert same_outputs(bundle, Bundle(plain, bundle.processor, bundle.family, bundle.source))
+
+
 @every_family
 @every_case
 def test_a_copy_is_the_same_model_and_independent(case: str, family: str) -> None:

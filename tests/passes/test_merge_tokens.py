@@ -250,6 +250,18 @@ def test_text_towers_and_a_second_merging_are_refused(family: str) -> None:
         MergeTokens(keep=0.8).check(bundle)
 
 
+@families
+def test_sizes_can_be_left_out_of_attention(family: str) -> None:
+    made = []
+    for proportional in (True, False):
+        bundle = tiny.bundle(family)
+        apply(bundle, MergeTokens(keep=0.6, proportional=proportional))
+        blocks = [bundle.module(block.path) for block in bundle.tower("vision").blocks]
+        assert {block.reduction.proportional for block in blocks} == {proportional}
+        made.append(outputs(bundle)["vision"])
+    assert not torch.allclose(*made)
+
+
 def test_images_of_another_size_than_the_config_says_are_refused_early() -> None:
     bundle = tiny.bundle("dual_encoder_dinov2")
     bundle.processor.image = type(bundle.processor.image)(size={"height": 24, "width": 24})
