@@ -100,10 +100,14 @@ def test_a_failed_gate_shows_what_was_measured(mmc: Mmc, saved: Path, data: Path
 def test_tables_fit_a_terminal_of_100_columns(
     mmc: Mmc, saved: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No number is broken over two lines."""
+    """No number and no name is broken over two lines."""
     monkeypatch.setattr("mmcompress.cli.render.WIDTH", 100)
-    found = mmc("merge", saved, "-o", tmp_path / "out", "--keep", "0.6", "--eval-data", data)
+    found = mmc(
+        "merge", saved, "-o", tmp_path / "out", "--keep", "0.6", "--eval-data", data, "--set", "export.rounds=2"
+    )
     assert found.code == 0
+    assert "image_to_text_r1" in found.out.split("Accuracy")[1]
+    assert "text_to_image_r1" in found.out.split("Accuracy")[1]
     accuracy = found.out.split("Accuracy after each step")[1].splitlines()
     assert any(
         line.startswith("merge-tokens (random)") and line.count("[") == line.count("]") == 2 for line in accuracy
@@ -168,7 +172,7 @@ def test_the_demo_on_a_tiny_model(
     assert all(line.strip().startswith("mmc ") for line in (first, second, third))
     assert str(made / "report.html") in found.out
     assert "prune (random)" in (made / "report.html").read_text()
-    gated = mmc("demo", "-o", tmp_path / "gated", *changes, "--set", "gates.max_size=0.01")
+    gated = mmc("demo", "-o", tmp_path / "gated", *changes, "--set", "gates.max_size=0.01", "--set", "export.to=''")
     assert gated.code == 3
     assert "gate FAILED: size is" in gated.out
     assert "the demo keeps nothing" in gated.err
