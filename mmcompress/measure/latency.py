@@ -4,8 +4,9 @@ All runners are timed in turn, once per round, in an order shuffled anew each ro
 all of them, and a ratio taken over rounds stays true where absolute times drift. A turn opens with untimed calls of the same
 step, as if it ran in a loop of its own: the first calls after another model find that one's weights in the caches and
 sleeping threads, which costs a small model more than a large one (`settle=0` measures just that). Times are wall-clock
-around a step that returns only when its device is done. Very short steps are repeated within a round, so that the clock's grain and the
-loop do not matter; a sample is then the mean of its repeats, which smooths the upper percentiles (`repeats` says so).
+around a step that returns only when its device is done. Very short steps are repeated within a round, so that the
+clock's grain and the loop do not matter; a sample is then the mean of its repeats, which smooths the upper percentiles
+(`repeats` says so).
 """
 
 from __future__ import annotations

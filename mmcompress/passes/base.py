@@ -39,6 +39,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What `Pass.seconds` estimates from."""
+
+    samples: int
+    """How many samples calibration looks at."""
+    dataset: int
+    """How many there are to train on."""
+    forward: float
+    """Seconds that one sample takes through all towers, preprocessing included. With gradients it takes about three times that."""
+
+
+@dataclass(frozen=True)
 class Context:
     """What a pass may use besides the bundle."""
 
@@ -79,6 +91,9 @@ class Pass(Protocol):
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Tune values; return facts worth recording."""
+
+    def seconds(self, bundle: Bundle, work: Work) -> float:
+        """Return about how long plan, apply and fit will take, for `--dry-run`."""
 
     def control(self) -> Pass | None:
         """Return this pass with a random selection in place of its own, or None when it selects nothing."""

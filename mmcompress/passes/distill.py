@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.distill_run import distill, read_job, trainable
 
 
@@ -101,6 +101,16 @@ class Distill:
 
     def control(self) -> None:
         """Return None: nothing is selected."""
+
+    def seconds(self, bundle: Bundle, work: Work) -> float:
+        """The teacher sees every sample once; the student sees it forwards and backwards in every epoch."""
+        if self.neutral:
+            return 0.0
+        seen = self.epochs * work.dataset if self.steps is None else self.steps * self.batch_size * self.accumulate
+        training = 3 * seen * work.forward
+        if self.max_minutes is not None:
+            training = min(training, 60 * self.max_minutes)
+        return training + work.dataset * work.forward
 
     def check(self, bundle: Bundle) -> None:
         """Raise UsageError when a tower is unknown or nothing in the chosen towers can train."""

@@ -21,7 +21,7 @@ from mmcompress.ops.schedule import (
     tokens_after,
 )
 from mmcompress.ops.selection import random_selection
-from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.surgery.attention import give_keys
 from mmcompress.surgery.merging import Ledger, Reduction, bind_block, bind_pool, is_reduced
 
@@ -73,6 +73,10 @@ class MergeTokens:
     def control(self) -> MergeTokens | None:
         """Return the pass that drops as many tokens at random."""
         return None if self.method == "random" else dataclasses.replace(self, method="random")
+
+    def seconds(self, bundle: Bundle, work: Work) -> float:
+        """No sample is looked at."""
+        return 0.0
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules and image sizes that do not fit, and a second merging."""

@@ -24,7 +24,7 @@ from mmcompress.bundle import Bundle, Tower
 from mmcompress.errors import UsageError, closest
 from mmcompress.manifest import Json
 from mmcompress.passes import prune_scores
-from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.prune_budget import Bounds, choose, pools, require_possible, worth
 from mmcompress.passes.prune_crosscheck import crosscheck
 from mmcompress.passes.prune_cut import cut_blocks, cut_heads, cut_neurons, set_parameters
@@ -117,6 +117,12 @@ class Prune:
     def control(self) -> Prune | None:
         """Return the pass that removes as much at random, repaired the same way."""
         return None if self.score == "random" else dataclasses.replace(self, score="random")
+
+    def seconds(self, bundle: Bundle, work: Work) -> float:
+        """One look at the samples for the scores, with gradients for Taylor's, and two for the repair."""
+        scores = {"taylor": 3, "activation": 1, "block-influence": 1}.get(self.score, 0)
+        repair = 2 if self.compensate != "none" and "blocks" not in self.units else 0
+        return (scores + repair) * work.samples * work.forward
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers, modules and ratios this cannot work on."""

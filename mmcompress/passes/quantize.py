@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle, Tower
 from mmcompress.errors import UsageError, closest
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8, Levels
-from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize_calibrate import Grid, Judge, calibrate, groups_of, offers
 from mmcompress.progress import track
 from mmcompress.surgery.quantized import QUANTIZED, can_quantize, quantized
@@ -92,6 +92,13 @@ class Quantize:
 
     def control(self) -> None:
         """Return None: nothing is selected."""
+
+    def seconds(self, bundle: Bundle, work: Work) -> float:
+        """Two looks at the samples for the ranges; then each half of a block is judged, in rounded arithmetic."""
+        ranges = 2 * work.samples if self.scheme.upper() == "W8A8" else 0
+        depth = max(len(tower.blocks) for tower in bundle.towers())
+        judged = 2 * (2 * depth + 3) * min(self.sensitivity_samples, work.samples)
+        return (ranges + judged) * work.forward
 
     def check(self, bundle: Bundle) -> None:
         """Refuse schemes for towers that are not there, towers quantized already, and patterns that match nothing."""

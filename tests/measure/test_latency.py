@@ -62,7 +62,11 @@ def test_warm_up_and_settling_calls_are_not_timed(clock: Clock) -> None:
 def test_a_turn_opens_with_as_many_untimed_calls_as_settle_it(clock: Clock) -> None:
     steps = {"short": clock.step("short", 0.0003), "usual": clock.step("usual", 0.006), "long": clock.step("long", 2.0)}
     interleaved(steps, warmup=0, rounds=2)
-    turns = {"short": 8 + 4, "usual": 4 + 1, "long": 1 + 1}  # 20 ms, at most 8 calls and at least 1; then the timed ones
+    turns = {
+        "short": 8 + 4,
+        "usual": 4 + 1,
+        "long": 1 + 1,
+    }  # 20 ms, at most 8 calls and at least 1; then the timed ones
     assert Counter(clock.calls) == {name: 3 + 2 * calls for name, calls in turns.items()}
 
 
