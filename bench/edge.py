@@ -78,9 +78,10 @@ class OtherVision:
 
 
 def score(found: Evaluation) -> dict[str, Any]:
-    """R@1 and R@5 both ways, with the paired difference where there was a reference."""
-    document = found.to_json()["results"]["retrieval"]
-    return {name: row for name, row in document.items() if name.endswith(("r1", "r5"))}
+    """R@1 and R@5 both ways, with the paired difference where there was a reference, and the agreement with it."""
+    document = found.to_json()["results"]
+    rows = document["retrieval"] | document.get("agreement", {})
+    return {name: row for name, row in rows.items() if name.endswith(("r1", "r5", "cosine", "top1"))}
 
 
 def main() -> None:
@@ -134,11 +135,12 @@ def run(work: Path, rounds: int, threads: int, overrides: list[str]) -> dict[str
     evaluations: dict[str, Evaluation] = {}
     for name, side in sides.items():
         embedder = ArtifactEmbedder(side, runner="openvino", threads=threads)
-        evaluations[name] = evaluate(embedder, dataset, ["retrieval"], reference=evaluations.get("original"))
+        tasks = ["retrieval", "agreement"] if evaluations else ["retrieval"]
+        evaluations[name] = evaluate(embedder, dataset, tasks, reference=evaluations.get("original"))
     # NNCF was given the vision tower alone; beside it stands our int8 vision tower with the same float texts.
     for name, file in (("nncf", nncf_file), ("int8 vision", sides["int8"].path("vision"))):
         replaced = OtherVision(sides["original"], file)
-        evaluations[name] = evaluate(replaced, dataset, ["retrieval"], reference=evaluations["original"])
+        evaluations[name] = evaluate(replaced, dataset, ["retrieval", "agreement"], reference=evaluations["original"])
     beside = evaluate(replaced, dataset, ["retrieval"], reference=evaluations["nncf"])
 
     with contextlib.ExitStack() as stack:
@@ -165,7 +167,9 @@ def run(work: Path, rounds: int, threads: int, overrides: list[str]) -> dict[str
         "machine": machine_facts(threads),
         "recipe": sources["edge"].to_dict()["steps"],
         "accuracy": {name: score(found) for name, found in evaluations.items()},
-        "int8 vision against nncf": {name: row["difference"] for name, row in score(beside).items()},
+        "int8 vision against nncf": {
+            name: row["difference"] for name, row in score(beside).items() if "difference" in row
+        },
         "latency_ms": {
             batch: {name: samples.summary(int(batch[6])).to_json() for name, samples in by_name.items()}
             for batch, by_name in timed.items()

@@ -14,7 +14,7 @@ MIB = 2**20
 
 def section() -> str:
     """Return the part of README.md from marker to marker."""
-    parts = [table() for table in (edge, against_random, memory, demo_model)]
+    parts = [table() for table in (edge, nncf, against_random, memory, demo_model)]
     return "\n\n".join([BEGIN, *(part for part in parts if part), END])
 
 
@@ -51,8 +51,33 @@ def edge() -> str:
         + ". ".join(f"{name[0].upper()}{name[1:]}: ×{_interval(ratio, 2)}" for name, ratio in compared.items())
         + f". Batch 8, {_best(large)}: ×{_interval(large[_best(large)], 2)}. Single calls with cold caches, {_best(cold)}: "
         f"×{_interval(cold[_best(cold)], 2)}. R@1 of our int8 vision tower against NNCF's, both with float texts: "
-        f"{_points(found['int8 vision against nncf']['image_to_text_r1'])} points.",
+        f"{_points(found['int8 vision against nncf']['image_to_text_r1'])} points image → text, "
+        f"{_points(found['int8 vision against nncf']['text_to_image_r1'])} text → image; the same nearest text as fp32 for "
+        f"{_interval(accuracy['int8 vision']['top1'])} against {_interval(accuracy['nncf']['top1'])} of the drawings, cosine to "
+        f"fp32 {_interval(accuracy['int8 vision']['image_cosine'], 4)} against {_interval(accuracy['nncf']['image_cosine'], 4)}.",
     ]
+    return "\n".join(lines)
+
+
+def nncf() -> str:
+    """Our int8 beside NNCF's over several draws of calibration samples."""
+    found = _read("nncf")
+    if not found:
+        return ""
+    original = found["accuracy"].pop("original")
+    lines = [
+        f"**Our int8 vision tower beside NNCF's**, OpenVINO, {_machine(found)} (`{found['command']}`)",
+        "",
+        "| calibrated on | R@1 image → text | R@1 text → image | same nearest text as fp32 | cosine to fp32 |",
+        "|---|---|---|---|---|",
+        f"| fp32 | {_interval(original['image_to_text_r1'])} | {_interval(original['text_to_image_r1'])} | | |",
+    ]
+    for name, row in found["accuracy"].items():
+        cells = [_interval(row[key]) for key in ("image_to_text_r1", "text_to_image_r1", "top1")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_interval(row['image_cosine'], 4)} |")
+    lines.append("")
+    for batch, ratios in found["times_as_fast"].items():
+        lines += [f"- {batch}, {name}: ×{_interval(ratio, 2)} as fast" for name, ratio in ratios.items()]
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -27,6 +27,7 @@ from mmcompress.errors import MmcError, UsageError
 from mmcompress.manifest import Record
 from mmcompress.passes.base import Context, Pass
 from mmcompress.recipe import Step
+from mmcompress.staging import LOCK_FILE, lock
 
 RUN_FILE = "run.json"
 
@@ -55,26 +56,39 @@ class Workplace:
     def __init__(self, directory: Path, identity: dict[str, Any], resume: bool) -> None:
         """Open or create the directory.
 
-        Raises UsageError when an interrupted run is there and `resume` is false, or when it was another run.
+        Raises UsageError when a run is at work there, when an interrupted one is there and `resume` is false, or when that
+        was another run.
         """
         self.directory = directory
-        file = directory / RUN_FILE
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock: IO[bytes] | None = lock(directory)
+        try:
+            self._open(identity, resume)
+        except UsageError:
+            self.close()
+            raise
+
+    def _open(self, identity: dict[str, Any], resume: bool) -> None:
+        file = self.directory / RUN_FILE
         if not file.exists():
             # Without run.json nothing in here can be trusted: the run died while creating it.
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
+            for left in self.directory.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != LOCK_FILE:
+                    left.unlink()
             write_atomically(file, json.dumps(identity, indent=1, sort_keys=True))
             return
         if not resume:
             raise UsageError(
-                f"an interrupted run lies in {directory}",
+                f"an interrupted run lies in {self.directory}",
                 hint="--resume continues it; remove the directory to start over",
             )
         before = json.loads(file.read_text())
         changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
         if changed:
             raise UsageError(
-                f"the interrupted run in {directory} was another one: {', '.join(changed)} changed",
+                f"the interrupted run in {self.directory} was another one: {', '.join(changed)} changed",
                 hint="repeat the original command with --resume, or remove the directory to start over",
             )
 
@@ -90,7 +104,7 @@ class Workplace:
             time.sleep(0.1)
             waited += 0.1
         shared = cls.__new__(cls)
-        shared.directory = directory
+        shared.directory, shared._lock = directory, None
         return shared
 
     def checkpoint_of(self, stage: Stage) -> Path:
@@ -113,6 +127,12 @@ class Workplace:
     def remove(self) -> None:
         """Delete the directory, after success or after an error that resuming would only repeat."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs have the directory; what is in it stays."""
+        if self._lock is not None:
+            self._lock.close()
 
 
 def run(

@@ -7,8 +7,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from mmcompress.errors import UsageError
+
+LOCK_FILE = "lock"
 
 
 def partial_path(output: Path) -> Path:
@@ -23,6 +26,26 @@ def refuse_existing(output: Path) -> None:
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UsageError(f"{output} cannot be made: {above.name} is a file", hint="choose another name")
+
+
+def lock(directory: Path) -> IO[bytes]:
+    """Hold `directory` until the returned file is closed or the process ends, however it ends.
+
+    Raises UsageError when another process holds it.
+    """
+    held = (directory / LOCK_FILE).open("ab")
+    try:
+        import fcntl
+    except ImportError:  # Windows has none; two runs on one output are then not noticed
+        return held
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        held.close()
+        raise UsageError(
+            f"another run is writing in {directory}", hint="wait for it, or choose another name for the output"
+        ) from error
+    return held
 
 
 def free_name(output: Path) -> Path:

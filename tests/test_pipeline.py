@@ -14,6 +14,7 @@ import torch
 from mmcompress import checkpoint
 from mmcompress.errors import GateFailed, UsageError
 from mmcompress.jobs.compress import compress
+from mmcompress.pipeline import Workplace
 from mmcompress.recipe import parse
 from mmcompress.staging import partial_path
 from tests import tiny
@@ -253,3 +254,16 @@ def test_random_selection_is_measured_beside_what_selects(model: Path, tmp_path:
     stages = [row["stage"] for row in result.rows]
     assert stages == ["original", "prune", "prune (random)", "merge-tokens", "merge-tokens (random)"]
     assert any("random selection" in finding.text for finding in result.findings)
+
+
+def test_two_runs_do_not_share_an_output(model: Path, tmp_path: Path) -> None:
+    partial = partial_path(tmp_path / "out")
+    running = Workplace(partial, {"seed": 0}, resume=False)
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="another run is writing"):
+            Workplace(partial, {"seed": 0}, resume)
+    running.close()
+    with pytest.raises(UsageError, match="an interrupted run"):
+        Workplace(partial, {"seed": 0}, resume=False)
+    Workplace(partial, {"seed": 0}, resume=True).remove()
+    assert not partial.exists()

@@ -104,6 +104,8 @@ def compress(
         # Going on would fail the same way. What was killed or crashed stays, to be resumed.
         place.remove()
         raise
+    finally:
+        place.close()
 
 
 def require_usable(recipe: Recipe) -> None:
