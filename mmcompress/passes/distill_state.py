@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,8 @@ class State:
             staged.replace(self.file)
         except (OSError, SafetensorError) as error:
             staged.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+                raise
             size = sum(value.nbytes for value in tensors.values()) / 2**20
             raise OutOfMemory(
                 f"cannot write {size:.0f} MiB of training state to {self.file.parent}: {error}",

@@ -65,6 +65,11 @@ class MergeTokens:
             )
         if self.keep is not None and self.merged:
             raise UsageError("merge-tokens has both keep and merged", hint="give one of them")
+        if len(self.merged) > 1 and (self.schedule != "constant" or self.every != 1):
+            raise UsageError(
+                "merge-tokens.merged says what every block merges; schedule and every would change nothing",
+                hint="give a single number in merged, or leave schedule and every out",
+            )
         if any(number < 0 for number in self.merged):
             raise UsageError(
                 f"merge-tokens.merged has {min(self.merged)}; expected numbers >= 0", hint="0 merges nothing"

@@ -225,6 +225,7 @@ def test_merged_takes_one_number_or_one_per_block() -> None:
         ({"keep": 0.0}, r"merge-tokens.keep is 0"),
         ({"keep": 0.5, "merged": (3,)}, "both keep and merged"),
         ({"merged": (-1,)}, "has -1; expected numbers >= 0"),
+        ({"merged": (3, 2, 1), "every": 2}, "schedule and every would change nothing"),
         ({"every": 0}, "every is 0; expected a number >= 1"),
         ({"tower": "audio"}, "no tower 'audio'"),
         ({"tower": "text"}, "the text tower's tokens cannot be merged: CLIP reads"),
