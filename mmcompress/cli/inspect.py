@@ -22,7 +22,7 @@ def command(model: str, allow_pickle: bool, as_json: bool, quiet: bool, verbose:
         return
     render.table(
         f"{found['model']}: {found['class']} ({found['family']}), {found['parameters']:,} parameters, "
-        f"{render.mebibytes(found['bytes'])} MiB in {found['dtype']}",
+        f"{render.mebibytes(found['bytes'])} MiB in memory, stored as {found['dtype']}",
         ["tower", "blocks", "heads", "head dim", "neurons", "tokens", "readout", "parameters", "MMACs"],
         [
             [

@@ -155,7 +155,8 @@ def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
         random_expected=False,
         tolerated=recipe.gates.max_drop,
     )
-    findings = tuple(sorted((*verdict(facts, recipe.seed), *run.findings), key=_badness))
+    busy = [Finding("note", machine["busy"])] if speeds and machine["busy"] else []
+    findings = tuple(sorted((*verdict(facts, recipe.seed), *run.findings, *busy), key=_badness))
     gates = judge(recipe.gates, facts, speeds)
     measured = {
         "verdict": [finding.to_json() for finding in findings],

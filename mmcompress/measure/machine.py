@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-BUSY_SHARE = 0.5
-"""Above this load per usable core another program is likely to disturb a timing."""
+BUSY_SHARE = 0.15
+"""When other programs take more than this of the usable cores, they are likely to disturb a timing."""
+LOOK = 0.3
+"""Seconds for which other programs are watched."""
 
 _FLAGS = (
     "avx2",
@@ -63,28 +66,54 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     return quota / period if quota > 0 and period > 0 else None
 
 
-def load_average() -> float | None:
-    """Programs running or waiting, averaged over the last minute; None where the system does not tell."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+def taken_cores(cores: int, seconds: float = LOOK, stat: Path = Path("/proc/stat")) -> float | None:
+    """Cores, of the `cores` this process may use, that other programs take now; None where the system does not tell.
+
+    The load average would not do: it is a minute late, and counts what this very process did before. Watched are the ticks
+    of all processors that are neither idle nor ours; only when too few are left idle do the others take anything.
+    """
+    before = _ticks(stat)
+    if before is None:
+        return None
+    time.sleep(seconds)
+    after = _ticks(stat)
+    assert after is not None, "it was there before"
+    (busy, whole, own), (busy_before, whole_before, own_before) = after, before
+    processors = os.cpu_count() or 1
+    others = max(0.0, busy - busy_before - (own - own_before)) / max(1.0, whole - whole_before) * processors
+    return round(min(float(cores), max(0.0, cores - (processors - others))), 2)
 
 
-def busy_warning(load: float | None, cores: int) -> str | None:
-    """One line when the machine was too busy for a timing to be trusted, else None."""
-    if load is None or load <= BUSY_SHARE * cores:
+def _ticks(stat: Path) -> tuple[float, float, float] | None:
+    """Ticks of all processors that were not idle, all their ticks, and this process's own with its children's."""
+    line = _read(stat).split("\n", 1)[0].split()
+    if not line or line[0] != "cpu":
+        return None
+    ticks = [float(part) for part in line[1:9]]  # user nice system idle iowait irq softirq steal; guests are in user
+    times = os.times()
+    own = sum((times.user, times.system, times.children_user, times.children_system)) * os.sysconf("SC_CLK_TCK")
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks), own
+
+
+def busy_warning(taken: float | None, cores: int) -> str | None:
+    """One line when other programs take too much for a timing to be trusted, else None."""
+    if taken is None or taken <= BUSY_SHARE * cores:
         return None
     return (
-        f"the machine was busy: load {load:.2f} on {cores} cores, limit {BUSY_SHARE * cores:.2f}; "
+        f"the machine was busy: other programs took {taken:.2f} of {cores} cores; "
         "ratios from interleaved rounds may hold, absolute times may not"
     )
 
 
 def machine_facts(threads: int | None = None) -> dict[str, Any]:
-    """Facts to store beside every measurement; JSON-able. Call it before measuring: the load is the one at the start.
+    """Facts to store beside every measurement; JSON-able. It watches other programs for LOOK seconds: call it right
+    before measuring.
 
     `threads` is what the measurement was told to use. Keys: cpu, cores, threads, flags, memory_mib, os, python,
-    versions, cuda (None without a device), load_average, busy (None or a warning).
+    versions, cuda (None without a device), taken_cores (by other programs), busy (None or a warning).
     """
-    cores, load = usable_cores(), load_average()
+    cores = usable_cores()
+    taken = taken_cores(cores)
     return {
         "cpu": cpu_model(),
         "cores": cores,
@@ -95,8 +124,8 @@ def machine_facts(threads: int | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": installed_versions(),
         "cuda": cuda_facts(),
-        "load_average": load,
-        "busy": busy_warning(load, cores),
+        "taken_cores": taken,
+        "busy": busy_warning(taken, cores),
     }
 
 

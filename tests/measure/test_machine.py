@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -31,10 +32,24 @@ def test_facts_identify_neither_host_nor_place() -> None:
     assert not {"host", "hostname", "user", "node", "path"} & set(machine.machine_facts())
 
 
-def test_a_busy_machine_warns_above_half_of_its_cores() -> None:
-    assert machine.busy_warning(1.0, cores=2) is None
-    assert "load 1.01 on 2 cores" in str(machine.busy_warning(1.01, cores=2))
+def test_a_machine_is_busy_when_others_take_more_than_their_share() -> None:
+    assert machine.busy_warning(0.3, cores=2) is None
+    assert "other programs took 0.31 of 2 cores" in str(machine.busy_warning(0.31, cores=2))
     assert machine.busy_warning(None, cores=2) is None
+
+
+def test_only_what_others_take_of_our_cores_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processors, 100 ticks each: others used 250 and we 100, so 150 stay idle of the 200 that two cores of ours need."""
+    stat = tmp_path / "stat"
+    times = iter([os.times_result((0, 0, 0, 0, 0)), os.times_result((0.6, 0.2, 0.2, 0, 0))])
+    monkeypatch.setattr(machine.os, "times", lambda: next(times))
+    monkeypatch.setattr(machine.os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    stat.write_text("cpu 1000 0 500 9000 100 0 0 0 0 0\n")
+    later = "cpu 1300 0 550 9040 110 0 0 0 0 0\n"
+    monkeypatch.setattr(machine.time, "sleep", lambda _: stat.write_text(later))
+    assert machine.taken_cores(2, stat=stat) == 0.5
+    assert machine.taken_cores(2, stat=tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
