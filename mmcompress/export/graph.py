@@ -35,6 +35,7 @@ def simplify(model: ir.Model) -> dict[str, int]:
             drop_open_masks,
             fold_channel_scales,
             fold_attention_scales,
+            fold_value_gains,
             fold_norm_gains,
             drop_same_casts,
         )
@@ -146,15 +147,7 @@ def fold_attention_scales(model: ir.Model) -> int:
             or matmul.op_type != "MatMul"
         ):
             continue
-        source = matmul.inputs[0]
-        # (B, N, H * D) -> (B, N, H, D) -> (B, H, N, D), which a scale may pass.
-        while (
-            source is not None
-            and (maker := source.producer()) is not None
-            and maker.op_type in ("Reshape", "Transpose")
-            and len(source.uses()) == 1
-        ):
-            source = maker.inputs[0]
+        source = _past_reshapes(matmul.inputs[0])
         if product is None or source is None or len(product.uses()) != 1 or source.shape is None:
             continue
         width = source.shape[-1]
@@ -162,6 +155,43 @@ def fold_attention_scales(model: ir.Model) -> int:
             ir.convenience.replace_all_uses_with(node.outputs[0], product)
             count += 1
     return count
+
+
+def fold_value_gains(model: ir.Model) -> int:
+    """Heads' outputs times a constant per channel (a quantized output layer's gain) -> into the linear that makes the values.
+
+    Attention mixes tokens, never channels, so what scales a channel of its output may scale that channel of the values.
+    """
+    count = 0
+    for node in _nodes(model, "Mul"):
+        for states, factor in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+            by = _constant(factor)
+            mixed = _past_reshapes(states)
+            matmul = mixed.producer() if mixed is not None else None
+            if by is None or by.ndim != 1 or by.dtype != np.float32 or matmul is None or matmul.op_type != "MatMul":
+                continue
+            weights = matmul.inputs[0].producer() if matmul.inputs[0] is not None else None
+            if weights is None or weights.op_type != "Softmax" or mixed is None or len(mixed.uses()) != 1:
+                continue
+            values = _past_reshapes(matmul.inputs[1])
+            if values is not None and _scale_linear(model, values, by):
+                assert states is not None
+                ir.convenience.replace_all_uses_with(node.outputs[0], states, replace_graph_outputs=True)
+                count += 1
+                break
+    return count
+
+
+def _past_reshapes(value: ir.Value | None) -> ir.Value | None:
+    """What reshapes and transposes made `value` of: (B, N, H * D) <-> (B, H, N, D); stops where something else reads it too."""
+    while (
+        value is not None
+        and (maker := value.producer()) is not None
+        and maker.op_type in ("Reshape", "Transpose")
+        and len(value.uses()) == 1
+    ):
+        value = maker.inputs[0]
+    return value
 
 
 def fold_norm_gains(model: ir.Model) -> int:

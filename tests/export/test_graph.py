@@ -148,6 +148,35 @@ def test_attention_scale_stays_where_scores_are_used_twice():
     rewritten(attention("t = Softmax(s)\n y = Add(a, t)"), {})
 
 
+def attention_output(end: str, weights: str = "Softmax", **constants: np.ndarray) -> onnx.ModelProto:
+    """Two heads of three channels over five tokens, given the scores; `mixed` (2, 5, 6) is what the output layer would read."""
+    return build(
+        f"""g (float[2, 5, 6] x, float[2, 2, 5, 5] s) => (float[2, 5, 6] y) {{
+             vp = MatMul(x, wv)
+             v = Add(vp, bv)
+             vs = Reshape(v, heads)
+             vt = Transpose <perm: ints = [0, 2, 1, 3]> (vs)
+             a = {weights}(s)
+             h = MatMul(a, vt)
+             ht = Transpose <perm: ints = [0, 2, 1, 3]> (h)
+             mixed = Reshape(ht, joined)
+             {end}
+           }}""",
+        wv=normal(6, 6), bv=normal(6), heads=np.array([0, 5, 2, 3]), joined=np.array([0, 5, 6]), gain=normal(6), **constants,
+    )  # fmt: skip
+
+
+def test_an_output_layers_gain_goes_into_the_values():
+    after = rewritten(attention_output("y = Mul(mixed, gain)"), {"fold_value_gains": 1})
+    assert "Mul" not in operators(after)
+
+
+def test_an_output_layers_gain_stays_where_it_is_not_a_gain_of_attention():
+    rewritten(attention_output("t = Mul(mixed, gain)\n y = Add(t, mixed)"), {})  # the heads' outputs are used twice
+    rewritten(attention_output("y = Mul(mixed, gain)", weights="Relu"), {})
+    rewritten(attention_output("y = Mul(mixed, rows)", rows=normal(5, 1)), {})
+
+
 def test_masks_that_hide_nothing_disappear():
     constants = {"shown": np.ones((1, 1, 5, 1), bool), "zero": np.float32(0), "low": np.float32(-1e4)}
     shape = np.array([2, 1, 5, 5])
