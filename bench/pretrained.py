@@ -94,7 +94,9 @@ def dinov2_small(onnx_file: Path, image_size: int, blocks: int = BLOCKS) -> Dino
 
 def minilm(folder: Path) -> BertModel:
     """all-MiniLM-L6-v2 in eval mode from its unpacked package folder (its own pooler is untrained and gets replaced)."""
-    return BertModel.from_pretrained(folder).eval()
+    model = BertModel.from_pretrained(folder).eval()
+    model.config._name_or_path = ""  # where the package was unpacked; the built checkpoint is to be the same anywhere
+    return model
 
 
 def _folded(trained: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
