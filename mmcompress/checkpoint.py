@@ -16,12 +16,12 @@ import importlib.metadata
 import json
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -70,7 +70,7 @@ def load(
         records: tuple[Record, ...] = ()
     else:
         source, records = saved.source, saved.records
-    made = _build(directory, family, source, records, dtype)
+    made = _build(directory, files, family, source, records, dtype)
     made.eval()
     bundle = Bundle(made.to(device), read_processor(directory), family, source, list(records))
     if records:
@@ -161,7 +161,12 @@ def require_device(device: str) -> None:
 
 
 def _build(
-    directory: Path, family: Family, source: Source, records: tuple[Record, ...], dtype: torch.dtype
+    directory: Path,
+    files: Sequence[Path],
+    family: Family,
+    source: Source,
+    records: tuple[Record, ...],
+    dtype: torch.dtype,
 ) -> nn.Module:
     with _quiet():
         config = AutoConfig.for_model(**source.config)
@@ -176,8 +181,10 @@ def _build(
 
     Replayed.__name__ = base.__name__
     try:
-        with _quiet():
-            model, found = Replayed.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
+        with _quiet(), _tensors(files) as tensors:
+            model, found = Replayed.from_pretrained(
+                None if tensors else directory, config=config, dtype=dtype, state_dict=tensors, output_loading_info=True
+            )
     except (RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
@@ -191,6 +198,21 @@ def _build(
         )
     model.__class__ = base
     return model
+
+
+@contextlib.contextmanager
+def _tensors(files: Sequence[Path]) -> Iterator[dict[str, Any] | None]:
+    """Yield what reads each tensor when it is asked for, by name; None for pickled weights.
+
+    Left to itself, transformers maps the file into memory and parameters stay views of that one map: a weight that a pass
+    replaces would stay in memory until the last view is gone.
+    """
+    if any(file.suffix != ".safetensors" for file in files):
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt", backend="pread")) for file in files]
+        yield {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
 
 
 def read_processor(directory: Path) -> Processor:

@@ -208,3 +208,11 @@ def test_the_source_of_a_copy_is_the_same_whatever_its_place(saved: Path, tmp_pa
     (saved / "mmc.json").unlink()
     shutil.copytree(saved, tmp_path / "deep/model")
     assert checkpoint.load(saved).source == checkpoint.load(tmp_path / "deep/model").source
+
+
+def test_every_loaded_weight_has_memory_of_its_own(tmp_path: Path) -> None:
+    """Views of one mapped file would keep all of it in memory until the last of them is replaced."""
+    checkpoint.save(tiny.bundle("clip"), tmp_path / "out")
+    loaded = checkpoint.load(tmp_path / "out")
+    for name, parameter in loaded.model.named_parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name

@@ -38,6 +38,7 @@ from mmcompress.passes.prune_units import (
     read_ranges,
     write_ranges,
 )
+from mmcompress.surgery.freeing import give_back_freed
 
 KINDS = ("heads", "neurons", "blocks")
 BLOCK_SCORES = ("block-influence", "taylor", "random")
@@ -165,6 +166,7 @@ class Prune:
                     cut_heads(bundle, block.attention, read_ranges(kept["heads"][key]))
                 if key in kept["neurons"]:
                     cut_neurons(bundle, block.mlp, read_ranges(kept["neurons"][key]))
+                give_back_freed()
             if tower.name in kept["blocks"]:
                 cut_blocks(bundle, tower, read_ranges(kept["blocks"][tower.name]))
         set_parameters(bundle, plan.tensors)

@@ -9,7 +9,7 @@ Tokens are weighted by how much they matter for the embedding (`stream_by_effect
 few tokens a tower is read from for error at the many it is not; with a class-token readout that can be worse than no repair.
 
 Memory: a mean per channel for "bias"; for "least-squares" the second moments of a few readers at a time, which together take at
-most about a sixth of the model's bytes (one reader at least), so wide or deep models cost several passes over the data.
+most about an eighth of the model's bytes (one reader at least), so wide or deep models cost several passes over the data.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mmcompress.ops.reconstruction import Moments, repair
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune_scores import stream_by_effect
 from mmcompress.passes.prune_units import Group
+from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.linears import spread
 from mmcompress.surgery.watch import Sums
 
@@ -51,6 +52,8 @@ def repaired_readers(
             tensors[f"{group.reader}.weight"] = weight
             if moved is not None:
                 tensors[f"{group.reader}.bias"] = moved
+            del seen, moments
+        give_back_freed()
     return tensors
 
 
@@ -58,7 +61,7 @@ def _parts(bundle: Bundle, groups: list[Group], full: bool) -> list[list[Group]]
     """Split the groups so that the second moments of a part fit; one part where only means are kept."""
     if not full:
         return [groups]
-    limit = sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 6
+    limit = sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 8
     parts: list[list[Group]] = []
     used = limit
     for group in groups:

@@ -2,7 +2,7 @@
 
 Everything is streamed: forward statistics keep one number per channel. Taylor scores need no weight gradients: parameters are
 frozen and the gradient is taken with respect to the activations each reader sees, one small slice of a batch at a time, so memory
-is that of a few samples' activations (`_slice_size` keeps it near a quarter of the model's size). All scores are those of the uncut
+is that of a few samples' activations (`_slice_size` keeps it near an eighth of the model's size). All scores are those of the uncut
 model: how units stand in for one another, and what is left to do once others are gone, they do not know.
 
 Two objectives for Taylor:
@@ -226,9 +226,9 @@ def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: 
 
 
 def _slice_size(bundle: Bundle, name: str) -> int:
-    """Return how many samples may keep their graph at once: about a quarter of the model's bytes (or 32 MiB), at least one."""
+    """Return how many samples may keep their graph at once: about an eighth of the model's bytes (or 32 MiB), at least one."""
     tower = bundle.tower(name)
-    allowed = max(2**25, sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 4)
+    allowed = max(2**25, sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 8)
     longest = max(value.shape[1] for value in bundle.example_inputs(name).values() if value.dim() > 1)
     tokens = tower.stream.tokens if tower.stream else max(64, longest)
     # Saved per token and block: the MLP's hidden states before and after the activation; norms, q, k, v, attention: about 8 C.

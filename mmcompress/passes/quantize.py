@@ -15,6 +15,7 @@ from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8, Level
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize_calibrate import Grid, Judge, calibrate, groups_of, offers
 from mmcompress.progress import track
+from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import QUANTIZED, can_quantize, quantized
 
 SCHEMES = {"W8A8": (True, True), "W8A16": (True, False), "W16A16": (False, False)}
@@ -161,6 +162,8 @@ class Quantize:
             if f"{path}.scale" in plan.tensors:
                 made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
             bundle.replace(path, made)
+            del module
+            give_back_freed()
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the bytes each tower now takes, recounted."""
