@@ -210,9 +210,10 @@ def test_the_source_of_a_copy_is_the_same_whatever_its_place(saved: Path, tmp_pa
     assert checkpoint.load(saved).source == checkpoint.load(tmp_path / "deep/model").source
 
 
-def test_every_loaded_weight_has_memory_of_its_own(tmp_path: Path) -> None:
-    """Views of one mapped file would keep all of it in memory until the last of them is replaced."""
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's mapped files")
+def test_a_loaded_checkpoint_is_not_mapped(tmp_path: Path) -> None:
+    """Weights that are views of a mapped file keep all of it in memory until the last of them is replaced."""
     checkpoint.save(tiny.bundle("clip"), tmp_path / "out")
     loaded = checkpoint.load(tmp_path / "out")
-    for name, parameter in loaded.model.named_parameters():
-        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert loaded.embed_texts(["a cat"]).shape[0] == 1
