@@ -204,7 +204,7 @@ def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 def _describe(
     bundle: Bundle, directory: Path, reports: Sequence[ComponentReport], precision: str, opset: int
 ) -> Artifact:
-    scale, bias = bundle.family.similarity(bundle.model)
+    scale, bias = bundle.dual.similarity(bundle.model)
     source = asdict(bundle.source)
     del source["config"]  # of the original; the exported model's own is kept below
     width = reports[0].component.outputs[0].dims[-1]

@@ -191,7 +191,7 @@ def _contrastive(
             "the contrastive Taylor score needs at least 2 samples with an image and a text",
             hint="use objective=embedding, which needs no pairs",
         )
-    scale = bundle.family.similarity(bundle.model)[0].detach().float()
+    scale = bundle.dual.similarity(bundle.model)[0].detach().float()
     starts = range(0, len(paired), context.batch_size)
     for start in track(starts, context.progress, f"{tower} {label}", len(starts)):
         samples = [data[index] for index in paired[start : start + context.batch_size]]
@@ -247,10 +247,7 @@ def tower_batches(bundle: Bundle, tower: str, context: Context, label: str) -> I
         samples = [data[index] for index in range(start, min(start + context.batch_size, len(data)))]
         items: list[object] = []
         for sample in samples:
-            if tower == "text":
-                items.extend(sample.texts)
-            elif sample.picture is not None:
-                items.append(sample.image)
+            items.extend(bundle.items(tower, sample))
         for first in range(0, len(items), context.batch_size):
             found = True
             yield bundle.prepare(tower, items[first : first + context.batch_size])

@@ -228,7 +228,7 @@ class Quantize:
             paths = [path for path in paths if path in grids or path not in linears]
         schemes = {path: "W8A8" if path in grids else "W8A16" for path in paths}
         made = {path: self._made(bundle, path, grids.get(path), tensors) for path in paths}
-        if paths and self.sensitivity_samples and offers(context, tower.name, self.sensitivity_samples):
+        if paths and self.sensitivity_samples and offers(bundle, context, tower.name, self.sensitivity_samples):
             report |= self._judge(bundle, tower, made, context)
             for path in report["kept_float"]:
                 schemes.pop(path)

@@ -48,11 +48,7 @@ def batches(bundle: Bundle, tower: str, context: Context, samples: int, label: s
     for start in track(range(0, len(data), context.batch_size), context.progress, f"{tower} {label}"):
         items: list[object] = []
         for index in range(start, min(start + context.batch_size, len(data))):
-            sample = data[index]
-            if tower == "text":
-                items.extend(sample.texts[:1])
-            elif sample.picture is not None:
-                items.append(sample.image)
+            items.extend(bundle.items(tower, data[index])[:1])
         if items:
             found = True
             yield bundle.prepare(tower, items)
@@ -63,12 +59,12 @@ def batches(bundle: Bundle, tower: str, context: Context, samples: int, label: s
         )
 
 
-def offers(context: Context, tower: str, samples: int) -> bool:
+def offers(bundle: Bundle, context: Context, tower: str, samples: int) -> bool:
     """Return whether the data has something for this tower among the samples that would be used."""
     if context.data is None:
         return False
     chosen = context.data.subset(samples, context.seed)
-    return any(sample.texts if tower == "text" else sample.picture is not None for sample in chosen)
+    return any(bundle.items(tower, sample) for sample in chosen)
 
 
 def calibrate(
