@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +12,11 @@ from mmcompress.bundle import Bundle, DualEncoder, Generator
 from mmcompress.data import Dataset, Sample, batches
 from mmcompress.errors import UsageError
 from mmcompress.evaluate.embed import Embedder
-from mmcompress.evaluate.words import Wording
+from mmcompress.evaluate.words import Wording, language_code
 from mmcompress.progress import Progress, Silent, track
 
 Need = Literal["embeddings", "answers"]
+SPELLINGS = "normalizer.json"
 
 
 @runtime_checkable
@@ -63,17 +65,39 @@ def abilities(model: Model) -> frozenset[Need]:
 
 
 def wording_of(model: Model, language: str | None = None) -> Wording:
-    """Return how the words of `model` are told apart in `language` (English by default), with its tokenizer's spellings.
+    """Return how the words of `model` are told apart, with its tokenizer's spellings.
 
-    Raises UsageError for a language that is not a code of two or three letters.
+    `language` is by default the one in the model's generation config, else English. Raises UsageError for a language that is
+    neither a code of two or three letters nor a name Whisper knows.
     """
-    code = (language or "en").lower()
+    named = (language or _own_language(model) or "en").lower()
+    code = language_code(named)
     if not (code.isascii() and code.isalpha() and len(code) in (2, 3)):
         raise UsageError(
-            f"'{language}' is not a language code", hint="use its letters in ISO 639, such as en, de, zh, yue"
+            f"'{named}' is not a language code", hint="use its letters in ISO 639, such as en, de, zh, yue"
         )
-    tokenizer = model.processor.tokenizer if isinstance(model, Bundle) else None
-    return Wording(code, getattr(tokenizer, "english_spelling_normalizer", None) or {})
+    return Wording(code, _spelling(model))
+
+
+def _own_language(model: Model) -> str | None:
+    settings = getattr(model.model, "generation_config", None) if isinstance(model, Bundle) else None
+    return getattr(settings, "language", None)
+
+
+def _spelling(model: Model) -> dict[str, str]:
+    """The table of normalizer.json: from the file, because not every tokenizer class reads it."""
+    if not isinstance(model, Bundle):
+        return {}
+    stored = model.processor.files.get(SPELLINGS)
+    if stored is None:
+        return getattr(model.processor.tokenizer, "english_spelling_normalizer", None) or {}
+    try:
+        found = json.loads(stored)
+    except ValueError as error:
+        raise UsageError(f"{SPELLINGS} is not JSON: {error}", hint="fetch the model again") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{SPELLINGS} holds no table of spellings", hint="fetch the model again")
+    return {str(word): str(other) for word, other in found.items()}
 
 
 def answer_dataset(

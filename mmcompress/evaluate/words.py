@@ -47,8 +47,16 @@ class Wording:
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
         if self.language == "en":
-            return EnglishTextNormalizer(dict(self.spelling))  # type: ignore[no-any-return]
-        return BasicTextNormalizer(split_letters=self.language in WITHOUT_SPACES)  # type: ignore[no-any-return]
+            return EnglishTextNormalizer(dict(self.spelling))
+        return BasicTextNormalizer(split_letters=self.language in WITHOUT_SPACES)
+
+
+def language_code(name: str) -> str:
+    """Return the code of a language that is named as in Whisper's settings: "German", "de" or "<|de|>"."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    plain = name.lower().removeprefix("<|").removesuffix("|>")
+    return str(TO_LANGUAGE_CODE.get(plain, plain))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.errors import UsageError
 from mmcompress.evaluate import TASKS, Evaluation, compare, evaluate, read_evaluation, write_evaluation
 from mmcompress.evaluate.answer_findings import loop
+from mmcompress.evaluate.answers import wording_of
+from mmcompress.evaluate.words import Wording
+from tests import tiny
 from tests.evaluate.recordings import Hearing, Saying, recording, speech, spoken, transcript
 from tests.evaluate.worlds import Seeing, picture, world
 
@@ -158,8 +161,8 @@ def test_what_cannot_be_done_is_said_before_the_model_runs() -> None:
         evaluate(Seeing(), speech(4), tasks=["transcription"])
     with pytest.raises(UsageError, match="neither embeddings nor answers"):
         evaluate(object(), speech(4))  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="'german' is not a language code"):
-        evaluate(Hearing(), speech(4), language="german")
+    with pytest.raises(UsageError, match="'klingon' is not a language code"):
+        evaluate(Hearing(), speech(4), language="Klingon")
 
 
 def test_a_model_that_breaks_its_promise_is_named() -> None:
@@ -177,7 +180,7 @@ def test_error_rates_over_other_words_are_not_paired() -> None:
     with pytest.raises(UsageError, match="'whisper en', these by 'whisper de'"):
         evaluate(Hearing(), data, reference=english, language="de")
     with pytest.raises(UsageError, match="told apart"):
-        compare(english, evaluate(Hearing(), data, language="DE"))
+        compare(english, evaluate(Hearing(), data, language="German"))
 
 
 def test_slices_show_where_the_damage_is() -> None:
@@ -288,3 +291,33 @@ def test_an_evaluation_without_answers_is_written_as_before(tmp_path: Path) -> N
         document = json.loads(archive["document"].tobytes())
     assert document["schema"] == 1
     assert "answers" not in document
+
+
+def test_whisper_is_evaluated_like_any_model_that_answers(tmp_path: Path) -> None:
+    bundle, data = tiny.bundle("whisper"), tiny.spoken(6)
+    before = evaluate(bundle, data, batch=4)
+    assert before.config["tasks"] == ["transcription"]
+    assert before.scene.answers.texts == tuple(text for sample in data for text in bundle.generate([sample]))
+    assert [control.name for control in before.controls] == ["silence"]
+    with pytest.raises(UsageError, match="retrieval needs embeddings, and this model gives answers"):
+        evaluate(bundle, data, tasks=["retrieval"])
+    other = tiny.bundle("whisper", seed=1)
+    after = evaluate(other, data, reference=before)
+    assert set(after.results) == {"transcription", "answer-agreement"}
+    write_evaluation(after, tmp_path / "a.npz")
+    assert compare(before, read_evaluation(tmp_path / "a.npz")) == after.differences
+
+
+def test_a_bundle_brings_its_language_and_its_spellings() -> None:
+    bundle = tiny.bundle("whisper")
+    assert wording_of(bundle) == Wording("en")
+    bundle.processor.files = {"normalizer.json": b'{"colour": "color"}'}
+    assert wording_of(bundle).name == "whisper en, 1 spellings"
+    assert evaluate(bundle, tiny.spoken(2)).config["wording"] == "whisper en, 1 spellings"
+    bundle.model.generation_config.language = "<|de|>"
+    assert wording_of(bundle).name == "whisper de"
+    assert wording_of(bundle, "English").name == "whisper en, 1 spellings"
+    for damaged, words in ((b"[]", "holds no table"), (b"{", "is not JSON")):
+        bundle.processor.files = {"normalizer.json": damaged}
+        with pytest.raises(UsageError, match=words):
+            evaluate(bundle, tiny.spoken(2))
