@@ -14,6 +14,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     Dinov2Config,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     Siglip2Config,
     Siglip2ImageProcessorPil,
@@ -141,8 +142,8 @@ def _whisper() -> tuple[Any, Any]:
         decoder_layers=2,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
-        encoder_ffn_dim=96,
-        decoder_ffn_dim=64,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=96,
         num_mel_bins=20,
         max_source_positions=50,
         max_target_positions=24,
@@ -169,8 +170,14 @@ def bundle(name: str, seed: int = 0) -> Bundle:
             elif parameter.dim() == 2:
                 parameter.mul_(3)
     if name == "whisper":
-        model.generation_config.no_timestamps_token_id = 24
-        model.generation_config.suppress_tokens = [0, 1, 2, 24]
+        model.generation_config = GenerationConfig(
+            decoder_start_token_id=1,
+            bos_token_id=1,
+            eos_token_id=3,
+            pad_token_id=0,
+            no_timestamps_token_id=24,
+            suppress_tokens=[0, 1, 2, 24],
+        )
     model.eval()
     part = {"audio" if name in GENERATORS else "image": preprocessor}
     made_source = Source(id=name, config=config.to_dict() | {"architectures": [type(model).__name__]})

@@ -80,9 +80,9 @@ class Whisper:
 
         - "audio": the encoder's last hidden states (B, 1500, C) as (B, 1500 * C).
         - "decoder", led through the reference transcript: sqrt(p) of the next-token distributions p (B, T, V) as (B, T * V), zero
-          where `decoder_mask` is. A cosine is then the mean Bhattacharyya coefficient of two models' distributions, and a
-          squared distance of normalised rows is, to first order, a quarter of their mean KL divergence: Taylor scores in this
-          space are Fisher information.
+          where `decoder_mask` is. A cosine is then the mean Bhattacharyya coefficient of two models' distributions, and 1 - cosine
+          is, to leading order, a quarter of their mean KL divergence. A small change moves the normalised row by a squared distance
+          of a quarter of the mean Fisher information: that is what Taylor scores in this space are.
         """
         if tower == "audio":
             states: Tensor = model.model.encoder(inputs["input_features"]).last_hidden_state
