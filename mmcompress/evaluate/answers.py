@@ -17,6 +17,8 @@ from mmcompress.progress import Progress, Silent, track
 
 Need = Literal["embeddings", "answers"]
 SPELLINGS = "normalizer.json"
+RATE = 16_000
+"""What speech models listen at: fine enough for the length of a recording, which is all that silence has."""
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmcompress.data import Dataset, Sample, Waveform
 from mmcompress.evaluate import metrics
-from mmcompress.evaluate.answers import Answering, Model, answer
+from mmcompress.evaluate.answers import RATE, Answering, Model, answer
 from mmcompress.evaluate.embed import Embedder
 from mmcompress.evaluate.scene import Scene
 from mmcompress.ops.statistics import Estimate, proportion
@@ -20,8 +20,6 @@ BLIND = "text only: always the commonest answer"
 SILENCE = "silence"
 HALLUCINATED = "answered"
 """Of silence: the share of recordings that are answered with words. Higher is worse."""
-# Speech models listen at this rate; silence has no other property.
-RATE = 16_000
 
 
 @dataclass(frozen=True)

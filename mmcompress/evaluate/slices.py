@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmcompress.data import Dataset
+from mmcompress.evaluate.answers import RATE
 from mmcompress.evaluate.embed import Embeddings
 from mmcompress.evaluate.scene import Measured, Scene
 from mmcompress.evaluate.tasks import TASKS
@@ -22,8 +23,6 @@ Mask = NDArray[np.bool_]
 # Below this the interval of a share is wider than +-20 points and says nothing.
 SMALLEST = 20
 MOST_A_FIELD = 12
-# Only a length is wanted, so the rate at which speech models listen is fine enough.
-RATE = 16_000
 
 
 @dataclass(frozen=True)
