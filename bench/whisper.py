@@ -51,7 +51,7 @@ PARTS = {
 
 
 def read_variables(file: Path) -> dict[str, np.ndarray]:
-    """The variables of a CTranslate2 model.bin by name. Raises KeyError or struct.error when it is not one."""
+    """The variables of a CTranslate2 model.bin by name."""
     with file.open("rb") as stream:
         _number(stream, "I")  # version of the format
         _text(stream)  # name of the specification
