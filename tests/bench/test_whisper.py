@@ -15,6 +15,8 @@ from bench.whisper import PARTS, read_variables, renamed
 from mmcompress import checkpoint
 from tests import tiny
 
+LINEAR, NORM = ("weight", "bias"), ("gamma", "beta")
+
 
 def variable(name: str, value: np.ndarray) -> bytes:
     label = name.encode() + b"\0"
@@ -25,29 +27,24 @@ def variable(name: str, value: np.ndarray) -> bytes:
 
 def as_ctranslate2(state: dict[str, torch.Tensor], blocks: dict[str, int]) -> dict[str, np.ndarray]:
     """Return the variables as CTranslate2 would store a Whisper of these parameters, attention joined, in half precision."""
-    kinds = {"weight": "weight", "bias": "bias"}
     found: dict[str, torch.Tensor] = {}
 
-    def put(name: str, sources: list[str], norm: bool) -> None:
-        for kind in kinds:
-            parts = [state.get(f"{source}.{kind}") for source in sources]
-            if kind == "bias":  # keys have none
-                parts = [
-                    torch.zeros(len(state[f"{s}.weight"])) if p is None else p
-                    for s, p in zip(sources, parts, strict=True)
-                ]
-            found[f"{name}/{ {'weight': 'gamma', 'bias': 'beta'}[kind] if norm else kind }"] = torch.cat(parts)  # type: ignore[arg-type]
+    def put(name: str, sources: list[str], kinds: tuple[str, str]) -> None:
+        weights = [state[f"{source}.weight"] for source in sources]
+        # Keys have no bias.
+        biases = [state.get(f"{source}.bias", torch.zeros(len(w))) for source, w in zip(sources, weights, strict=True)]
+        found[f"{name}/{kinds[0]}"], found[f"{name}/{kinds[1]}"] = torch.cat(weights), torch.cat(biases)
 
     for side, count in blocks.items():
         found[f"{side}/position_encodings/encodings"] = state[f"model.{side}.embed_positions.weight"]
-        put(f"{side}/layer_norm", [f"model.{side}.layer_norm"], True)
+        put(f"{side}/layer_norm", [f"model.{side}.layer_norm"], NORM)
         for index in range(count):
             for part, names in PARTS.items():
                 sources = [f"model.{side}.layers.{index}.{name}" for name in names]
                 if f"{sources[0]}.weight" in state:
-                    put(f"{side}/layer_{index}/{part}", sources, part.endswith("norm"))
+                    put(f"{side}/layer_{index}/{part}", sources, NORM if part.endswith("norm") else LINEAR)
     for conv in ("conv1", "conv2"):
-        put(f"encoder/{conv}", [f"model.encoder.{conv}"], False)
+        put(f"encoder/{conv}", [f"model.encoder.{conv}"], LINEAR)
     found["decoder/embeddings/weight"] = state["model.decoder.embed_tokens.weight"]
     return {name: tensor.half().numpy() for name, tensor in found.items()}
 
