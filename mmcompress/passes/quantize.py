@@ -109,7 +109,7 @@ class Quantize:
         return (ranges + judged) * work.forward
 
     def check(self, bundle: Bundle) -> None:
-        """Refuse schemes for towers that are not there, towers quantized already, and patterns that match nothing."""
+        """Refuse schemes for towers that are not there, towers quantized already, broken ties, and patterns that match nothing."""
         towers = {tower.name: tower for tower in bundle.towers()}
         for name in (*self.towers, *self._own_schemes):
             bundle.tower(name)
@@ -132,6 +132,12 @@ class Quantize:
                     f"the {tower.name} tower is quantized already ({done[0]} and {len(done) - 1} more)",
                     hint=f"start from the checkpoint before that, or leave it alone with --{tower.name}-scheme W16A16",
                 )
+            for table, linear in tower.tied:
+                if bundle.module(table).weight is not bundle.module(linear).weight:
+                    raise UsageError(
+                        f"{table} and {linear} hold different weights, and config.json says they share one",
+                        hint="set tie_word_embeddings to false in config.json",
+                    )
         for pattern in self.keep_float:
             if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in bundle.model.named_modules()):
                 raise UsageError(

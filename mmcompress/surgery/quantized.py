@@ -248,6 +248,7 @@ def quantized(
     if table is not None:
         assert isinstance(module, nn.Linear), f"a {type(module).__name__} cannot share a table's weight"
         assert isinstance(table, QuantizedEmbedding), f"the table is a {type(table).__name__}; quantize it first"
+        assert gain is None, "the table's rows are not divided by it"
         made = TiedLinear(module, inputs, table)
     elif isinstance(module, nn.Linear):
         made = QuantizedLinear(module, inputs, levels, gain)

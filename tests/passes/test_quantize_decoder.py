@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
@@ -17,6 +18,7 @@ from mmcompress.errors import UsageError
 from mmcompress.manifest import Record
 from mmcompress.measure.cost import cost_of
 from mmcompress.ops.rounding import UINT8
+from mmcompress.passes import quantize
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize import Quantize
 from mmcompress.passes.quantize_calibrate import Judge, calibrate, groups_of
@@ -108,8 +110,9 @@ def test_smoothing_leaves_the_shared_weight_alone() -> None:
 @pytest.mark.parametrize(
     "params", [{"keep_float": (TABLE,)}, {"keep_float": (LAST,)}, {"embeddings": False}], ids=["table", "last", "none"]
 )
-def test_half_of_a_shared_weight_is_never_quantized(params: dict[str, Any], tmp_path: Path) -> None:
-    bundle, plan = run(min_cosine=-1.0, **params)
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A16"])
+def test_half_of_a_shared_weight_is_never_quantized(scheme: str, params: dict[str, Any], tmp_path: Path) -> None:
+    bundle, plan = run(scheme=scheme, min_cosine=-1.0, **params)
     assert not {LAST, TABLE} & set(plan.decisions["layers"])
     assert plan.decisions["tied"] == {}
     assert decoding.tied(bundle)
@@ -117,6 +120,25 @@ def test_half_of_a_shared_weight_is_never_quantized(params: dict[str, Any], tmp_
     again = checkpoint.load(tmp_path / "model")
     assert decoding.tied(again)
     assert decoding.same(bundle, again)
+
+
+def test_a_tie_that_is_none_is_refused() -> None:
+    bundle = decoding.bundle()
+    bundle.module(LAST).weight = nn.Parameter(torch.randn(25, 48))
+    with pytest.raises(UsageError, match="hold different weights, and config.json says they share one"):
+        Quantize().check(bundle)
+    Quantize(towers=("audio",)).check(bundle)
+    bundle.model.config.tie_word_embeddings = False
+    bundle, plan = run(bundle, scheme="W8A16", min_cosine=-1.0)
+    assert plan.decisions["tied"] == {}
+    assert not torch.equal(bundle.module(LAST).weight_int8, bundle.module(TABLE).weight_int8)
+
+
+def test_a_small_table_is_quantized_where_its_linear_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "SMALL_TABLE", 2.0)
+    bundle, plan = run(scheme="W8A16", min_cosine=-1.0)
+    assert {TABLE, LAST} < set(plan.decisions["layers"])
+    assert not isinstance(bundle.module("model.encoder.embed_positions"), QuantizedEmbedding)
 
 
 def test_a_last_layer_that_is_read_but_not_called_keeps_its_table_float(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +190,14 @@ def test_apply_makes_the_same_structure_on_meta_tensors_and_ties() -> None:
     real = {key: (tensor.shape, tensor.dtype) for key, tensor in bundle.model.state_dict().items()}
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in shell.model.state_dict().items()} == real
     assert shell.module(LAST).table is shell.module(TABLE)
+
+
+def test_a_linear_named_before_its_table_finds_it_quantized() -> None:
+    model = nn.ModuleDict({"a_head": nn.Linear(4, 6), "table": nn.Embedding(6, 4)})
+    bundle = dataclasses.replace(decoding.bundle(), model=model)
+    decisions = {"layers": {"a_head": "W8A16", "table": "W8A16"}, "tied": {"a_head": "table"}}
+    Quantize(scheme="W8A16").apply(bundle, Plan(decisions))  # type: ignore[arg-type]
+    assert bundle.module("a_head").table is bundle.module("table")
 
 
 def test_training_keeps_integers_shared_and_gradients_reach_the_encoder() -> None:
