@@ -29,7 +29,9 @@ from mmcompress.cli import options
 @click.option(
     "--classes", type=click.Path(path_type=Path), help="classes.json for zero-shot.  [default: beside the data]"
 )
-@click.option("--language", help="Of transcripts, as two letters: how their words are compared.  [default: en]")
+@click.option(
+    "--language", help="Of transcripts, as two letters: how their words are compared.  [default: the model's, else en]"
+)
 @click.option("--runner", default="onnxruntime", show_default=True, help="What runs exported artifacts.")
 @click.option("--num-samples", type=click.IntRange(1), help="Evaluate a random subset.  [default: all]")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Samples at a time.")

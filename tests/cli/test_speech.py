@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mmcompress import checkpoint
@@ -42,8 +41,9 @@ def test_eval_measures_word_accuracy_and_says_the_error_rate(mmc: Mmc, whisper: 
     assert "word_accuracy" in done.out
     assert "identical" in done.out
     assert "word error rate" in done.out
-    document = mmc("eval", whisper, "--data", speech, "--json").document
+    document = mmc("eval", whisper, "--data", speech, "--language", "German", "--json").document
     assert document["config"]["tasks"] == ["transcription"]
+    assert document["config"]["wording"] == "whisper de"
     assert document["controls"][0]["control"] == "silence"
     row = document["results"]["transcription"]["word_accuracy"]
     assert row["n"] == 6
@@ -85,4 +85,4 @@ def test_compress_refuses_a_task_before_it_computes(mmc: Mmc, whisper: Path, spe
         done = mmc("compress", whisper, recipe, "-o", tmp_path / "out", *more)
         assert done.code == 2
         assert "zero-shot needs embeddings, and this model gives answers" in done.err
-    assert np.all([not path.name.startswith(".") for path in tmp_path.iterdir()])
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
