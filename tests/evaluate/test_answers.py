@@ -104,15 +104,16 @@ def test_paired_differences_are_after_minus_before_over_all_words() -> None:
 
 
 def test_agreement_by_hand() -> None:
-    data = spoken("red", "blue", "green", "cat")
-    before = evaluate(Saying("one red car", "Two cats.", "", "the stone fell down"), data)
-    after = evaluate(Saying("one red car", "two cats", "you", "the stone went"), data, reference=before)
-    found = after.results["answer-agreement"]
-    # Letter by letter only the first is the same; as words the second too.
-    assert found["identical"].values.tolist() == [1, 0, 0, 0]
-    # Of 4 words one is another and one is missing.
-    assert found["edit_similarity"].values.tolist() == [1, 1, 0, 0.5]
-    assert found["first_divergence"].values.tolist() == [1, 1, 0, 0.5]
+    data = spoken("red", "blue", "green", "cat", "dog", "car")
+    before = evaluate(Saying("one red car", "Two cats.", "", "the stone fell down", "River", "bread"), data)
+    now = Saying("one red car", "two cats", "you", "the stone went", "river", "bread and water")
+    found = evaluate(now, data, reference=before).results["answer-agreement"]
+    # Letter by letter only the first is the same; as words the second and the fifth too.
+    assert found["identical"].values.tolist() == [1, 0, 0, 0, 0, 0]
+    # Of 4 words one is another and one is missing; of 3 words two are new.
+    assert found["edit_similarity"].values.tolist() == pytest.approx([1, 1, 0, 0.5, 1, 1 / 3])
+    # The last begins with all the words there were.
+    assert found["first_divergence"].values.tolist() == [1, 1, 0, 0.5, 1, 1]
     same = evaluate(Hearing(0.2), speech(30), reference=evaluate(Hearing(0.2), speech(30)))
     assert all(estimate.value == 1 for estimate in same.estimates["answer-agreement"].values())
 
