@@ -17,11 +17,12 @@ from mmcompress.errors import UsageError
 from mmcompress.manifest import Record
 from mmcompress.measure.cost import cost_of
 from mmcompress.passes import prune_scores
-from mmcompress.passes.base import Plan
+from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_crosscheck import crosscheck
 from mmcompress.passes.prune_cut import cut_heads
 from mmcompress.passes.prune_units import Group, count_costs, count_tokens, list_groups
+from mmcompress.passes.quantize import Quantize
 from mmcompress.surgery.watch import evaluating, watch_gradients
 from tests import tiny
 from tests.passes import decoding
@@ -129,19 +130,46 @@ def test_what_was_promised_is_what_a_recount_finds_and_it_reloads(params: dict[s
     assert decoding.tied(again)
 
 
-def test_heads_of_both_attentions_are_chosen_and_recorded_apart() -> None:
+def faint_cross_attention() -> Bundle:
+    """The first two cross-attention heads of each block hardly matter."""
     bundle = decoding.bundle()
     with torch.no_grad():
         for block in bundle.tower("decoder").blocks:
             assert block.cross is not None
             bundle.module(block.cross.reader).weight[:, :24] *= 1e-4  # type: ignore[operator]
+    return bundle
+
+
+def heads(bundle: Bundle) -> list[tuple[int, int]]:
+    return [(b.attention.heads, b.cross.heads) for b in bundle.tower("decoder").blocks if b.cross]
+
+
+def test_heads_of_both_attentions_are_chosen_and_recorded_apart() -> None:
+    bundle = faint_cross_attention()
     plan = pruned(bundle, ratio=0.15, units=("heads",), towers=("decoder",))
     assert plan.decisions["kept"]["heads"]["decoder.0.cross"] == "2-3"
     assert plan.decisions["kept"]["heads"]["decoder.1.cross"] == "2-3"
-    for block in bundle.tower("decoder").blocks:
-        assert block.cross is not None
-        assert block.cross.heads == 2
-        assert block.attention.heads > 2
+    assert all(own > cross == 2 for own, cross in heads(bundle))
+
+
+def test_uniform_is_each_attention_by_itself() -> None:
+    bundle = faint_cross_attention()
+    pruned(bundle, ratio=0.08, units=("heads",), towers=("decoder",), uniform=True, normalise="none")
+    assert heads(bundle) == [(4, 2), (4, 2)]
+    # One of them uneven, and the next step cannot make it uniform.
+    view = bundle.tower("decoder").blocks[0].cross
+    assert view is not None
+    cut_heads(bundle, view, [0])
+    with pytest.raises(UsageError, match="decoder has blocks of 1 to 2 heads; uniform needs equal ones"):
+        Prune(uniform=True).check(bundle)
+
+
+def test_quantized_cross_attention_is_refused() -> None:
+    bundle = decoding.bundle()
+    only = Quantize(scheme="W8A16", keep_float=("*self_attn*", "*fc*"), towers=("decoder",))
+    only.apply(bundle, only.plan(bundle, Context()))
+    with pytest.raises(UsageError, match=r"encoder_attn.q_proj is a QuantizedLinear; prune cuts nn.Linear"):
+        Prune(towers=("decoder",)).check(bundle)
 
 
 def test_gate_gradients_predict_what_silencing_a_little_does() -> None:
