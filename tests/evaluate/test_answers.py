@@ -95,7 +95,10 @@ def test_paired_differences_are_after_minus_before_over_all_words() -> None:
     assert difference.high < 0
     assert difference.n == 100
     assert compare(before, after) == after.differences
-    assert "answer-agreement" not in after.differences
+    # How much both agree with a third is nothing to compare.
+    third = evaluate(Hearing(0.1), data, reference=after)
+    assert set(third.differences) == {"transcription"}
+    assert not [part for part in third.slices if part.task == "answer-agreement" and part.difference]
     # The same words misheard in both: pairing sees that nothing but one recording changed.
     many = evaluate(Hearing(0.4), data)
     one = evaluate(Hearing(0.4, deaf=[3]), data, reference=many).differences["transcription"]["word_accuracy"]
@@ -195,6 +198,7 @@ def test_slices_show_where_the_damage_is() -> None:
     median = (lengths[49] + lengths[50]) / 2
     longer = by_name[f"transcript longer than {median:.3g} words"]
     shorter = by_name[f"transcript up to {median:.3g} words"]
+    assert longer.estimate.n == sum(length > median for length in lengths)
     assert longer.estimate.n + shorter.estimate.n == 100
     assert longer.difference is not None
     assert shorter.difference is not None
