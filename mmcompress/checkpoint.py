@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 import mmcompress
 from mmcompress import manifest as manifests
@@ -40,7 +46,13 @@ from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_f
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
-TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
+TOKENIZER_EXTRAS = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "normalizer.json",
+    "chat_template.jinja",
+)
 
 
 def load(
@@ -216,15 +228,28 @@ def _tensors(files: Sequence[Path]) -> Iterator[dict[str, Any] | None]:
 
 
 def read_processor(directory: Path) -> Processor:
-    image = tokenizer = None
+    """Return the preprocessing of a checkpoint: the image processor, feature extractor and tokenizer its files describe."""
+    image = tokenizer = audio = None
+    parts = _preprocessors(directory)
     with _quiet():
-        if any((directory / name).exists() for name in PREPROCESSING):
+        # Old image processors call themselves feature extractors; those of sound know how often it was sampled.
+        if any("sampling_rate" not in part for part in parts):
             image = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        if any("sampling_rate" in part for part in parts):
+            audio = AutoFeatureExtractor.from_pretrained(directory)
         if any((directory / name).exists() for name in TOKENIZERS):
             tokenizer = _tokenizer_class(directory).from_pretrained(directory)
     names = (*PREPROCESSING, *TOKENIZERS, *TOKENIZER_EXTRAS)
     files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
-    return Processor(image, tokenizer, files)
+    return Processor(image, tokenizer, audio, files)
+
+
+def _preprocessors(directory: Path) -> list[dict[str, Any]]:
+    """Return the settings of every preprocessor: in a file of its own, or inside processor_config.json (transformers 5)."""
+    alone, together = (directory / name for name in PREPROCESSING)
+    document = read_json(together) if together.exists() else {}
+    parts = [document[key] for key in ("image_processor", "feature_extractor") if isinstance(document.get(key), dict)]
+    return [*parts, read_json(alone)] if alone.exists() else parts
 
 
 def _tokenizer_class(directory: Path) -> Any:

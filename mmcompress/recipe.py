@@ -79,7 +79,8 @@ class Recipe:
     steps: tuple[Step, ...]
     seed: int = 0
     device: str = "cpu"
-    tasks: tuple[str, ...] = ("retrieval",)
+    tasks: tuple[str, ...] = ()
+    """What is measured; by default retrieval, and of a model that answers in text its transcription."""
     control: bool = True
     """Compare pruning and merging with a random selection at the same ratio."""
     data: Data = field(default_factory=Data)

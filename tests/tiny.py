@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -13,6 +14,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     Dinov2Config,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     Siglip2Config,
     Siglip2ImageProcessorPil,
@@ -21,14 +23,19 @@ from transformers import (
     VisionTextDualEncoderConfig,
     ViTConfig,
     ViTImageProcessorPil,
+    WhisperConfig,
+    WhisperFeatureExtractor,
 )
 
 from mmcompress.bundle import Bundle, Processor
-from mmcompress.data import Dataset, Memory, Sample
+from mmcompress.data import Dataset, Memory, Sample, Waveform
 from mmcompress.families import family_for
 from mmcompress.manifest import Source
 
 FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2")
+"""The dual encoders."""
+GENERATORS = ("whisper",)
+"""Families that answer in text."""
 WORDS = [
     "a",
     "red",
@@ -52,6 +59,7 @@ WORDS = [
     "and",
 ]
 SIDE = 56
+RATE = 16_000
 
 
 @functools.cache
@@ -125,9 +133,32 @@ def _config(name: str) -> tuple[Any, Any]:
     return config, ViTImageProcessorPil(size=size)
 
 
+def _whisper() -> tuple[Any, Any]:
+    """One second of sound in 100 frames of 20 mel bins, 50 states; texts start with [CLS] and an id without a word."""
+    config = WhisperConfig(
+        vocab_size=25,
+        d_model=48,
+        encoder_layers=3,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=96,
+        num_mel_bins=20,
+        max_source_positions=50,
+        max_target_positions=24,
+        decoder_start_token_id=1,
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=0,
+        begin_suppress_tokens=None,
+    )
+    return config, WhisperFeatureExtractor(feature_size=20, sampling_rate=RATE, chunk_length=1)
+
+
 def bundle(name: str, seed: int = 0) -> Bundle:
     """Return a small random model of the family `name`, in evaluation mode; the same weights for the same seed."""
-    config, image = _config(name)
+    config, preprocessor = _whisper() if name == "whisper" else _config(name)
     family = family_for({"model_type": config.model_type})
     torch.manual_seed(seed)
     model = family.model_class(config)(config)
@@ -138,10 +169,23 @@ def bundle(name: str, seed: int = 0) -> Bundle:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif parameter.dim() == 2:
                 parameter.mul_(3)
+    if name == "whisper":
+        model.generation_config = GenerationConfig(
+            decoder_start_token_id=1,
+            bos_token_id=1,
+            eos_token_id=3,
+            pad_token_id=0,
+            no_timestamps_token_id=24,
+            suppress_tokens=[0, 1, 2, 24],
+        )
     model.eval()
+    part = {"audio" if name in GENERATORS else "image": preprocessor}
     made_source = Source(id=name, config=config.to_dict() | {"architectures": [type(model).__name__]})
     return Bundle(
-        model=model, processor=Processor(image=image, tokenizer=tokenizer()), family=family, source=made_source
+        model=model,
+        processor=Processor(tokenizer=tokenizer(), **part),
+        family=family,
+        source=made_source,
     )
 
 
@@ -166,4 +210,24 @@ def dataset(count: int, seed: int = 0) -> Dataset:
     pairs = zip(images(count, seed), texts(count, seed), strict=True)
     return Dataset(
         Memory([Sample(f"{i:04d}", (text,), picture=image) for i, (image, text) in enumerate(pairs)]), "tiny"
+    )
+
+
+def recordings(count: int, seed: int = 0) -> list[Waveform]:
+    """Return `count` different recordings of 0.4 to 1 second: a few tones that swell and fade."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        time = np.arange(int(RATE * generator.uniform(0.4, 1))) / RATE
+        tones = [np.sin(2 * np.pi * pitch * time) for pitch in generator.uniform(100, 4000, 3)]
+        swell = np.sin(2 * np.pi * generator.uniform(0.5, 4) * time)
+        made.append(Waveform((0.3 * swell * sum(tones)).astype(np.float32), RATE))
+    return made
+
+
+def spoken(count: int, seed: int = 0) -> Dataset:
+    """Return `count` samples of a recording with its text, in memory."""
+    pairs = zip(recordings(count, seed), texts(count, seed), strict=True)
+    return Dataset(
+        Memory([Sample(f"{i:04d}", (text,), audio=audio) for i, (audio, text) in enumerate(pairs)]), "spoken"
     )

@@ -20,13 +20,17 @@ from mmcompress.cli import options
     "--task",
     "tasks",
     multiple=True,
-    help="retrieval, zero-shot, agreement; repeatable.  [default: all the data allows]",
+    help="retrieval, zero-shot, agreement; of a model that answers in text: transcription, answer-agreement; repeatable.  "
+    "[default: all that the model and the data allow]",
 )
 @click.option(
     "--baseline", help="The model to compare with, sample by sample: a checkpoint, an artifact or a .npz of --save."
 )
 @click.option(
     "--classes", type=click.Path(path_type=Path), help="classes.json for zero-shot.  [default: beside the data]"
+)
+@click.option(
+    "--language", help="Of transcripts, as two letters: how their words are compared.  [default: the model's, else en]"
 )
 @click.option("--runner", default="onnxruntime", show_default=True, help="What runs exported artifacts.")
 @click.option("--num-samples", type=click.IntRange(1), help="Evaluate a random subset.  [default: all]")
@@ -43,6 +47,7 @@ def command(
     tasks: tuple[str, ...],
     baseline: str | None,
     classes: Path | None,
+    language: str | None,
     runner: str,
     num_samples: int | None,
     batch_size: int,
@@ -57,6 +62,7 @@ def command(
     from mmcompress.cli import render
     from mmcompress.data import open_data
     from mmcompress.evaluate.store import write_evaluation
+    from mmcompress.evaluate.tasks import TASKS
     from mmcompress.jobs.embedders import evaluate_target
 
     if save is not None:
@@ -67,10 +73,12 @@ def command(
     dataset = open_data(data, classes)
     if num_samples:
         dataset = dataset.subset(num_samples, seed)
-    settings = {"dataset": dataset, "seed": seed, "batch": batch_size, "progress": terminal}
+    settings = {
+        "dataset": dataset, "seed": seed, "batch": batch_size, "progress": terminal, "language": language,
+    }  # fmt: skip
     reference = None
     if baseline:
-        wanted = [task for task in tasks if task != "agreement"] or None
+        wanted = [task for task in tasks if task not in TASKS or not TASKS[task].relative] or None
         reference = evaluate_target(baseline, runner, device, tasks=wanted, **settings)
     found = evaluate_target(model, runner, device, tasks=tasks or None, reference=reference, **settings)
     if save is not None:

@@ -7,6 +7,7 @@ from mmcompress.data.classes import ZeroShot, zero_shot_classes
 from mmcompress.data.dataset import Dataset, Memory, Source, batches
 from mmcompress.data.opening import open_data
 from mmcompress.data.sample import Audio, Sample, Stored
+from mmcompress.data.sound import Waveform
 
 __all__ = [
     "Audio",
@@ -15,6 +16,7 @@ __all__ = [
     "Sample",
     "Source",
     "Stored",
+    "Waveform",
     "ZeroShot",
     "batches",
     "open_data",

@@ -1,4 +1,4 @@
-"""One sample: a key, its texts and labels, and where its picture or sound lies. Pictures are decoded when asked for."""
+"""One sample: a key, its texts and labels, and where its picture or sound lies. Both are decoded when asked for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mmcompress.data.sound import Waveform, decode_sound, resampled
 from mmcompress.errors import UsageError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -59,12 +61,12 @@ class Audio:
 
     stored: Stored
     sampling_rate: int | None = None
-    """Samples per second as the metadata says, None where it says nothing."""
+    """Samples per second as the metadata says, None where it says nothing. Decoding believes the file itself."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One item of a dataset. `image` decodes anew at each call, so hold samples rather than pictures."""
+    """One item of a dataset. `image` and `waveform` decode anew at each call, so hold samples rather than pictures."""
 
     key: str
     """Unique in its dataset and the same in every run: what pairs one evaluation with another."""
@@ -73,7 +75,8 @@ class Sample:
     group: str | None = None
     """A coarser label, where the data has one."""
     tags: tuple[str, ...] = ()
-    audio: Audio | None = None
+    audio: Audio | Waveform | None = None
+    """Where the recording lies, or the recording itself for data made in memory."""
     picture: Stored | Image.Image | None = field(default=None, repr=False)
     """Where the image lies, or the image itself for data made in memory."""
 
@@ -87,12 +90,26 @@ class Sample:
             raise UsageError(f"sample '{self.key}' has no image", hint="use data with an image for every sample")
         return decode(self.picture) if isinstance(self.picture, Stored) else to_rgb(self.picture)
 
+    def waveform(self, rate: int) -> np.ndarray:
+        """Return the recording (N,) as float32 in -1..1, one channel, at `rate` samples a second.
+
+        Raises UsageError when there is none, when it is not a recording, is empty or too long, MissingError without the
+        packages that decode and resample.
+        """
+        if self.audio is None:
+            raise UsageError(f"sample '{self.key}' has no audio", hint="use data with a recording for every sample")
+        if isinstance(self.audio, Waveform):
+            return resampled(self.audio, rate, f"the recording of sample '{self.key}'")
+        stored = self.audio.stored
+        return resampled(decode_sound(stored.read(), str(stored)), rate, str(stored))
+
     @property
     def size(self) -> int:
         """Bytes of the stored picture and sound; a picture in memory counts 3 bytes a pixel."""
-        picture = self.picture
+        picture, audio = self.picture, self.audio
         seen = picture.size if isinstance(picture, Stored) else 3 * picture.width * picture.height if picture else 0
-        return seen + (self.audio.stored.size if self.audio else 0)
+        heard = audio.samples.nbytes if isinstance(audio, Waveform) else audio.stored.size if audio else 0
+        return seen + heard
 
 
 def decode(stored: Stored) -> Image.Image:

@@ -1,8 +1,8 @@
-"""What an evaluation will do, settled from the metadata alone, before an hour of embedding: tasks, texts and classes."""
+"""What an evaluation will do, settled from the metadata alone, before an hour of computing: tasks, texts and classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 
 from mmcompress.data import Dataset, Sample, ZeroShot, zero_shot_classes
 from mmcompress.errors import UsageError, closest
+from mmcompress.evaluate.answers import Need
+from mmcompress.evaluate.scene import Scene, has
 from mmcompress.evaluate.tasks import TASKS
+from mmcompress.evaluate.words import Wording
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,38 +24,53 @@ class Asked:
     tasks: list[str]
     keys: tuple[str, ...]
     with_texts: bool
+    """Whether texts are embedded."""
     zero_shot: ZeroShot | None
     class_index: NDArray[np.int64] | None
+    wording: Wording
+    """How the words of answers are told apart."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the model must give."""
+        return frozenset(TASKS[name].needs for name in self.tasks)
 
     def config(self) -> dict[str, Any]:
         """Return the part of an evaluation's configuration that this settles."""
         found: dict[str, Any] = {"tasks": self.tasks, "samples": len(self.keys)}
         if self.zero_shot:
             found |= {"classes": len(self.zero_shot.labels), "templates": list(self.zero_shot.templates)}
+        if "answers" in self.needs:
+            found["wording"] = self.wording.name
         return found
 
 
-def ask(dataset: Dataset, tasks: Sequence[str] | None, has_reference: bool) -> Asked:
-    """Return what to do for `tasks`, by default every task the data allows.
+def ask(
+    dataset: Dataset,
+    tasks: Sequence[str] | None,
+    gives: Collection[Need],
+    wording: Wording,
+    reference: Scene | None = None,
+) -> Asked:
+    """Return what to do for `tasks`, by default every task that the data allows and a model that `gives` so much can do.
 
-    Raises UsageError for an unknown task and for data that lacks what a task needs.
+    Raises UsageError for an unknown task, for one the model cannot do, and for data that lacks what a task needs.
     """
     for name in tasks or ():
-        if name not in TASKS:
-            raise UsageError(f"there is no task '{name}'", hint=closest(name, TASKS))
-    samples = list(dataset)  # metadata only; pictures are not decoded
+        require_able(name, gives)
+    samples = list(dataset)  # metadata only; neither pictures nor sound are decoded
     with_texts = all(sample.texts for sample in samples)
-    chosen = list(dict.fromkeys(tasks)) if tasks else _possible(dataset, samples, with_texts, has_reference)
+    chosen = list(dict.fromkeys(tasks)) if tasks else _possible(dataset, samples, gives, reference)
     if not chosen:
-        raise UsageError(
-            f"{dataset.name} has neither texts nor labels for every sample, so no task can run",
-            hint="add a text or a label to every sample",
-        )
-    if "agreement" in chosen and not has_reference:
-        raise UsageError("agreement needs a reference to agree with", hint="evaluate the original too")
+        raise _nothing(dataset, gives)
     if "retrieval" in chosen and not with_texts:
         missing = next(sample.key for sample in samples if not sample.texts)
         raise UsageError(f"sample '{missing}' has no text", hint="retrieval needs a text for every sample")
+    for name in chosen:
+        if TASKS[name].relative and not has(reference, TASKS[name].needs):
+            raise UsageError(f"{name} needs a reference to agree with", hint="evaluate the original too")
+    if "transcription" in chosen:
+        _require_transcripts(samples, wording)
     zero_shot = (dataset.zero_shot or zero_shot_classes(samples)) if "zero-shot" in chosen else None
     index = np.array([zero_shot.index(sample) for sample in samples], dtype=np.int64) if zero_shot else None
     return Asked(
@@ -61,12 +79,59 @@ def ask(dataset: Dataset, tasks: Sequence[str] | None, has_reference: bool) -> A
         with_texts and ("retrieval" in chosen or "agreement" in chosen),
         zero_shot,
         index,
+        wording,
     )
 
 
-def _possible(dataset: Dataset, samples: list[Sample], with_texts: bool, has_reference: bool) -> list[str]:
+def require_able(name: str, gives: Collection[Need]) -> None:
+    """Raise UsageError when there is no task `name`, or when a model that `gives` so much cannot do it."""
+    if name not in TASKS:
+        raise UsageError(f"there is no task '{name}'", hint=closest(name, TASKS))
+    needs = TASKS[name].needs
+    if needs not in gives:
+        others = [task.name for task in TASKS.values() if task.needs in gives]
+        raise UsageError(
+            f"{name} needs {needs}, and this model gives {' and '.join(sorted(gives)) or 'none'}",
+            hint=f"its tasks are {', '.join(others)}" if others else "evaluate another model",
+        )
+
+
+def _possible(dataset: Dataset, samples: list[Sample], gives: Collection[Need], reference: Scene | None) -> list[str]:
     labels = {sample.label for sample in samples}
     labelled = dataset.zero_shot is not None or (None not in labels and len(labels) > 1)
+    with_texts = all(sample.texts for sample in samples)
     several = len({text for sample in samples for text in sample.texts}) > 1 and len(samples) > 1
-    allowed = {"retrieval": with_texts and several, "zero-shot": labelled, "agreement": has_reference}
-    return [name for name, possible in allowed.items() if possible]
+    allowed = {
+        "retrieval": with_texts and several,
+        "zero-shot": labelled,
+        "agreement": has(reference, "embeddings"),
+        "transcription": all(sample.audio and len(sample.texts) == 1 for sample in samples),
+        "answer-agreement": has(reference, "answers"),
+    }
+    return [name for name, possible in allowed.items() if possible and TASKS[name].needs in gives]
+
+
+def _nothing(dataset: Dataset, gives: Collection[Need]) -> UsageError:
+    if "embeddings" in gives:
+        text = f"{dataset.name} has neither texts nor labels for every sample, so no task can run"
+        return UsageError(text, hint="add a text or a label to every sample")
+    if "answers" in gives:
+        text = f"{dataset.name} has not a recording with one text for every sample, so no task can run"
+        return UsageError(text, hint="add a transcript to every recording")
+    return UsageError("this model gives neither embeddings nor answers", hint="evaluate another model")
+
+
+def _require_transcripts(samples: Sequence[Sample], wording: Wording) -> None:
+    for sample in samples:
+        if not sample.audio:
+            raise UsageError(f"sample '{sample.key}' has no recording", hint="transcription needs one for every sample")
+        if len(sample.texts) != 1:
+            raise UsageError(
+                f"sample '{sample.key}' has {len(sample.texts)} texts, and transcription needs one for every recording",
+                hint="keep the transcript alone",
+            )
+        if not wording.words(sample.texts[0]):
+            raise UsageError(
+                f"the transcript of sample '{sample.key}' has no words: {sample.texts[0]!r}",
+                hint="leave the sample out; what is said to silence is measured anyway",
+            )

@@ -19,6 +19,7 @@ from mmcompress.progress import Progress, Silent, track
 Floats = NDArray[np.float32]
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """Whatever maps pictures and texts into one space: a model, or an exported artifact in a runtime."""
 

@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 
 from mmcompress.data import Dataset
 from mmcompress.errors import UsageError
+from mmcompress.evaluate.answer_findings import answer_findings, silence_findings
+from mmcompress.evaluate.answers import Answering, Model, abilities, answer_dataset, wording_of
 from mmcompress.evaluate.asked import Asked, ask
-from mmcompress.evaluate.embed import CutsTexts, Embedder, embed_dataset, embed_texts
+from mmcompress.evaluate.controls import Control, controls
+from mmcompress.evaluate.embed import CutsTexts, Embedder, Embeddings, embed_dataset, embed_texts
 from mmcompress.evaluate.findings import Finding, health
 from mmcompress.evaluate.metrics import class_vectors
-from mmcompress.evaluate.slices import Control, Results, Slice, controls, measure_slices, parts
-from mmcompress.evaluate.tasks import TASKS, Scene
+from mmcompress.evaluate.scene import Scene
+from mmcompress.evaluate.slices import Results, Slice, measure_slices, parts
+from mmcompress.evaluate.tasks import TASKS
 from mmcompress.ops.statistics import Estimate
 from mmcompress.progress import Progress
 
@@ -26,7 +30,7 @@ Comparison = dict[str, dict[str, Estimate]]
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What one embedder scored on one dataset."""
+    """What one model scored on one dataset."""
 
     scene: Scene
     results: Results
@@ -39,12 +43,12 @@ class Evaluation:
     slices: tuple[Slice, ...] = ()
     controls: tuple[Control, ...] = ()
     findings: tuple[Finding, ...] = ()
-    """What is wrong with the embeddings themselves."""
+    """What is wrong with the embeddings or the answers themselves."""
 
     @property
     def n(self) -> int:
         """The number of samples."""
-        return len(self.scene.embeddings.keys)
+        return len(self.scene.keys)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document `mmc eval --json` prints, close to what lm-eval writes."""
@@ -69,56 +73,78 @@ class Evaluation:
 
 
 def evaluate(
-    embedder: Embedder,
+    model: Model,
     dataset: Dataset,
     tasks: Sequence[str] | None = None,
     reference: Evaluation | None = None,
     seed: int = 0,
     batch: int = 32,
     progress: Progress | None = None,
+    language: str | None = None,
 ) -> Evaluation:
-    """Measure `embedder` on `dataset`, paired with `reference` where one is given.
+    """Measure `model` on `dataset`, paired with `reference` where one is given.
 
-    `tasks` are names of TASKS; by default all that the data allows. Raises UsageError for an unknown task, for data that
-    lacks what a task needs, and for a reference made on other samples; all of it before anything is embedded.
+    `tasks` are names of TASKS; by default all that the model and the data allow. `language` (two letters, by default "en") is
+    what answers are written in. Raises UsageError for an unknown task or one the model cannot do, for data that lacks what a
+    task needs, and for a reference made on other samples; all of it before the model runs.
     """
-    asked = ask(dataset, tasks, reference is not None)
+    before = reference.scene if reference else None
+    asked = ask(dataset, tasks, abilities(model), wording_of(model, language), before)
     if reference is not None:
         same_samples(reference, asked.keys)
         same_classes(reference.scene, len(asked.zero_shot.labels) if asked.zero_shot else 0, asked.class_index)
-        _same_content(reference, dataset.fingerprint())
-    embeddings = embed_dataset(embedder, dataset, batch, progress, asked.with_texts)
-    classes = _class_vectors(embedder, asked, batch, progress)
-    scene = Scene(embeddings, classes, asked.class_index, reference.scene if reference else None)
+        _same_content(reference, {**asked.config(), "fingerprint": dataset.fingerprint()})
+    scene = _scene(model, dataset, asked, before, batch, progress)
     results = {name: TASKS[name].measure(scene) for name in asked.tasks}
-    seen = controls(embedder, dataset, scene, asked.tasks, seed, batch)
-    before = reference.results if reference else {}
+    seen = controls(model, dataset, scene, asked.tasks, seed, batch)
+    earlier = reference.results if reference else {}
     return Evaluation(
         scene,
         results,
         config={**asked.config(), "data": dataset.name, "fingerprint": dataset.fingerprint(), "seed": seed},
         estimates={task: {m: v.estimate(seed) for m, v in values.items()} for task, values in results.items()},
-        differences=_differences(results, before, seed),
-        slices=tuple(measure_slices(results, before, parts(dataset, embeddings), seed)),
+        differences=_differences(results, earlier, seed),
+        slices=tuple(measure_slices(results, earlier, parts(dataset, scene), seed)),
         controls=tuple(seen),
-        findings=(*_health(scene), *_leaks(seen), *_cut(embedder, embeddings.texts)),
+        findings=(
+            *_health(scene),
+            *answer_findings(scene, seed),
+            *_leaks(seen),
+            *silence_findings(seen, reference.controls if reference else ()),
+            *_cut(model, scene.embedded),
+        ),
     )
+
+
+def _scene(
+    model: Model, dataset: Dataset, asked: Asked, reference: Scene | None, batch: int, progress: Progress | None
+) -> Scene:
+    """Let the model embed or answer what the tasks need."""
+    embedded = classes = answered = None
+    if "embeddings" in asked.needs:
+        assert isinstance(model, Embedder), "tasks the model cannot do were refused"
+        embedded = embed_dataset(model, dataset, batch, progress, asked.with_texts)
+        classes = _class_vectors(model, asked, batch, progress)
+    if "answers" in asked.needs:
+        assert isinstance(model, Answering), "tasks the model cannot do were refused"
+        answered = answer_dataset(model, dataset, asked.wording, batch, progress, "transcription" in asked.tasks)
+    return Scene(asked.keys, embedded, answered, classes, asked.class_index, reference)
 
 
 def compare(before: Evaluation, after: Evaluation, seed: int = 0) -> Comparison:
     """Return after - before for every metric both have, paired. Raises UsageError when the samples are not the same."""
-    same_samples(before, after.scene.embeddings.keys)
-    if before.scene.embeddings.texts != after.scene.embeddings.texts:
+    same_samples(before, after.scene.keys)
+    if before.scene.texts != after.scene.texts:
         raise UsageError("the two evaluations saw different texts", hint="evaluate both on the same data")
     classes = after.scene.class_vectors
     same_classes(before.scene, 0 if classes is None else len(classes), after.scene.class_index)
-    _same_content(before, after.config.get("fingerprint"))
+    _same_content(before, after.config)
     return _differences(after.results, before.results, seed)
 
 
 def same_samples(reference: Evaluation, keys: Sequence[str]) -> None:
     """Raises UsageError, naming the first difference, when `reference` was not made on exactly these samples."""
-    known = reference.scene.embeddings.keys
+    known = reference.scene.keys
     if len(known) != len(keys):
         raise UsageError(
             f"the reference was evaluated on {len(known)} samples, this one on {len(keys)}",
@@ -132,14 +158,23 @@ def same_samples(reference: Evaluation, keys: Sequence[str]) -> None:
             )
 
 
-def _same_content(reference: Evaluation, fingerprint: str | None) -> None:
-    """Raises UsageError when samples of the same names were other files, texts or labels for `reference`."""
-    known = reference.config.get("fingerprint")
-    if known and fingerprint and known != fingerprint:
+def _same_content(reference: Evaluation, config: dict[str, Any]) -> None:
+    """Raises UsageError when samples of the same names were other files, texts, labels or words for `reference`."""
+    if _differs("fingerprint", reference.config, config):
         raise UsageError(
             "the data has changed since the reference was evaluated: the same names, but other files, texts or labels",
             hint="evaluate both on the same data",
         )
+    if _differs("wording", reference.config, config):
+        raise UsageError(
+            f"the reference's words were told apart by '{reference.config['wording']}', these by '{config['wording']}'",
+            hint="evaluate both with the same --language and the tokenizer's files of one model",
+        )
+
+
+def _differs(key: str, first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether both say something of `key`, and not the same."""
+    return bool(first.get(key) and second.get(key) and first[key] != second[key])
 
 
 def same_classes(reference: Scene, classes: int, class_index: NDArray[np.int64] | None) -> None:
@@ -167,28 +202,30 @@ def _differences(after: Results, before: Results, seed: int) -> Comparison:
     return {
         task: {m: value.difference(before[task][m], seed) for m, value in values.items() if m in before[task]}
         for task, values in after.items()
-        # Agreement is itself a comparison with the reference.
-        if task in before and task != "agreement"
+        if task in before and not TASKS[task].relative
     }
 
 
 def _health(scene: Scene) -> list[Finding]:
-    found = health("image", scene.embeddings.images)
-    if scene.embeddings.texts:
-        found += health("text", scene.embeddings.text_vectors)
+    if scene.embedded is None:
+        return []
+    found = health("image", scene.embedded.images)
+    if scene.embedded.texts:
+        found += health("text", scene.embedded.text_vectors)
     if scene.class_vectors is not None:
         found += health("class prompt", scene.class_vectors)
     return found
 
 
-def _cut(embedder: Embedder, texts: Sequence[str]) -> list[Finding]:
+def _cut(model: Model, embedded: Embeddings | None) -> list[Finding]:
     """What was not read cannot be found: texts beyond the model's limit lose their end without a trace in any metric."""
-    count, limit = embedder.cut_texts(texts) if isinstance(embedder, CutsTexts) else (0, 0)
+    if embedded is None or not isinstance(model, CutsTexts):
+        return []
+    count, limit = model.cut_texts(embedded.texts)
     if not count:
         return []
-    return [
-        Finding("note", f"{count} of {len(texts)} texts are longer than the model takes and were cut at {limit} tokens")
-    ]
+    total = len(embedded.texts)
+    return [Finding("note", f"{count} of {total} texts are longer than the model takes and were cut at {limit} tokens")]
 
 
 def _leaks(seen: Sequence[Control]) -> list[Finding]:

@@ -1,21 +1,21 @@
-"""Averages hide damage: the same metrics over parts of the data, and controls that must not score."""
+"""Averages hide damage: the same metrics over parts of the data."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from mmcompress.data import Dataset
-from mmcompress.evaluate import metrics
-from mmcompress.evaluate.embed import Embedder, Embeddings
-from mmcompress.evaluate.tasks import TASKS, Measured, Scene
-from mmcompress.ops.statistics import Estimate, proportion
+from mmcompress.evaluate.answers import RATE
+from mmcompress.evaluate.embed import Embeddings
+from mmcompress.evaluate.scene import Measured, Scene
+from mmcompress.evaluate.tasks import TASKS
+from mmcompress.ops.statistics import Estimate
 
 Results = dict[str, dict[str, Measured]]
 Mask = NDArray[np.bool_]
@@ -23,8 +23,6 @@ Mask = NDArray[np.bool_]
 # Below this the interval of a share is wider than +-20 points and says nothing.
 SMALLEST = 20
 MOST_A_FIELD = 12
-CONTROL_IMAGES = 32
-BLIND = "text only: always the commonest answer"
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,16 @@ class Part:
     """Which samples belong to a slice."""
 
     name: str
-    images: Mask
+    samples: Mask
     """(N,)"""
-    texts: Mask
-    """(M,)"""
+    texts: Mask | None = None
+    """(M,), where it is a slice of the texts too."""
 
     def of(self, measured: Measured) -> Mask:
-        """Return the mask for a metric's samples."""
-        return self.images if measured.unit == "image" else self.texts
+        """Return the mask for a metric's samples; nothing of a metric it says nothing of."""
+        if measured.unit != "text":
+            return self.samples
+        return self.texts if self.texts is not None else np.zeros(len(measured.values), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -58,51 +58,38 @@ class Slice:
         return {"slice": self.part, "task": self.task, "metric": self.metric, **self.estimate.to_json(), **difference}
 
 
-@dataclass(frozen=True)
-class Control:
-    """What the data gives away without looking at what the model should look at."""
-
-    name: str
-    task: str
-    metric: str
-    estimate: Estimate
-    chance: float | None
-    """Where known: what it may score at most, beyond noise."""
-
-    @property
-    def leaks(self) -> bool:
-        """Whether a control that must be at chance is above it by more than its interval."""
-        return self.chance is not None and self.estimate.low > self.chance
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "control": self.name, "task": self.task, "metric": self.metric,
-            **self.estimate.to_json(), "chance": self.chance, "leaks": self.leaks,
-        }  # fmt: skip
-
-
-def parts(dataset: Dataset, embeddings: Embeddings) -> list[Part]:
-    """Return the slices this data has: its groups, labels and tags of 20 samples or more, and its longer texts."""
+def parts(dataset: Dataset, scene: Scene) -> list[Part]:
+    """Return the slices this data has: its groups, labels and tags of 20 samples or more, its longer texts, and the
+    shorter and the longer of its recordings and transcripts."""
     fields: dict[str, list[tuple[str, ...]]] = {"group": [], "label": [], "tag": []}
+    seconds: list[float] = []
     for sample in dataset:
         fields["group"].append((sample.group,) if sample.group else ())
         fields["label"].append((sample.label,) if sample.label else ())
         fields["tag"].append(sample.tags)
+        if scene.answered is not None and sample.audio is not None:
+            seconds.append(len(sample.waveform(RATE)) / RATE)
+    embedded, answered = scene.embedded, scene.answered
     found = []
     for field, values in fields.items():
         counts = Counter(value for several in values for value in set(several))
         frequent = [(value, count) for value, count in counts.most_common() if SMALLEST <= count < len(values)]
         for value, _ in sorted(frequent, key=lambda item: (-item[1], item[0]))[:MOST_A_FIELD]:
-            images = np.array([value in several for several in values])
-            found.append(Part(f"{field}={value}", images, images[embeddings.text_owners]))
-    return found + list(_longer_texts(embeddings))
+            samples = np.array([value in several for several in values])
+            found.append(Part(f"{field}={value}", samples, samples[embedded.text_owners] if embedded else None))
+    if embedded is not None:
+        found += _longer_texts(embedded)
+    if answered is not None:
+        found += _halves("recording", "s", seconds) if len(seconds) == len(scene.keys) else ()
+        found += _halves("transcript", "words", [len(words) for words in answered.reference_words])
+    return found
 
 
 def measure_slices(results: Results, reference: Results, all_parts: list[Part], seed: int) -> list[Slice]:
     """Return every headline metric over every part that has 20 samples of it."""
     found = []
     for task, by_metric in results.items():
-        earlier = reference.get(task, {}) if task != "agreement" else {}
+        earlier = reference.get(task, {}) if not TASKS[task].relative else {}
         for metric in TASKS[task].headlines:
             if metric not in by_metric:
                 continue
@@ -115,37 +102,6 @@ def measure_slices(results: Results, reference: Results, all_parts: list[Part], 
     return found
 
 
-def controls(
-    embedder: Embedder, dataset: Dataset, scene: Scene, tasks: list[str], seed: int, batch: int
-) -> list[Control]:
-    """Return what blank pictures score, and what the commonest answer scores without any picture.
-
-    White pictures of the first samples' sizes take the place of the samples' own; whatever they hit beyond chance comes
-    from elsewhere than the picture.
-    """
-    samples = list(dataset.take(CONTROL_IMAGES))
-    pages = [Image.new("RGB", sample.image.size, "white") for sample in samples]
-    # Not all at once: an engine may have been built for fewer.
-    portions = [pages[start : start + batch] for start in range(0, len(pages), batch)]
-    blank = np.concatenate([embedder.embed_images(portion) for portion in portions])
-    found = []
-    for task in tasks:
-        if task == "retrieval":
-            pairs, gallery, metric = scene.embeddings.pairs, scene.embeddings.text_vectors, "image_to_text_r1"
-        elif task == "zero-shot" and scene.class_index is not None and scene.class_vectors is not None:
-            pairs, gallery, metric = metrics.labels_as_pairs(scene.class_index), scene.class_vectors, "top1"
-        else:
-            continue
-        commonest = metrics.commonest(pairs, len(scene.embeddings.keys))
-        seen = pairs[pairs[:, 0] < len(samples)]
-        hits = metrics.within(metrics.ranks(blank, gallery, seen), 1)
-        # All blank pictures get the same answer, so the bar is what the best single answer scores on these samples.
-        bar = float(metrics.commonest(seen, len(samples)).mean())
-        found.append(Control("blank image", task, metric, proportion(hits, seed=seed), bar))
-        found.append(Control(BLIND, task, metric, proportion(commonest, seed), None))
-    return found
-
-
 def _longer_texts(embeddings: Embeddings) -> Iterator[Part]:
     if not embeddings.texts:
         return
@@ -155,3 +111,13 @@ def _longer_texts(embeddings: Embeddings) -> Iterator[Part]:
     images = np.zeros(len(embeddings.keys), dtype=bool)
     images[embeddings.pairs[longer[embeddings.pairs[:, 1]], 0]] = True
     yield Part(f"text longer than {median} characters", images, longer)
+
+
+def _halves(what: str, unit: str, lengths: Sequence[float]) -> Iterator[Part]:
+    """The samples that are longer than the median, and the others: compression may cost the long ones their end."""
+    if not lengths:
+        return
+    median = float(np.median(lengths))
+    longer = np.array(lengths) > median
+    yield Part(f"{what} longer than {median:.3g} {unit}", longer)
+    yield Part(f"{what} up to {median:.3g} {unit}", ~longer)

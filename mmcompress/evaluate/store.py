@@ -12,36 +12,45 @@ from typing import Any
 import numpy as np
 
 from mmcompress.errors import UsageError
+from mmcompress.evaluate.answers import Answers
+from mmcompress.evaluate.controls import Control
 from mmcompress.evaluate.embed import Embeddings
 from mmcompress.evaluate.evaluation import Comparison, Evaluation
 from mmcompress.evaluate.findings import Finding
-from mmcompress.evaluate.slices import Control, Slice
-from mmcompress.evaluate.tasks import Measured, Scene
+from mmcompress.evaluate.scene import Measured, Scene
+from mmcompress.evaluate.slices import Slice
+from mmcompress.evaluate.words import Wording
 from mmcompress.ops.statistics import Estimate
 
-SCHEMA = 1
+# 2 may hold answers; what holds none is written as 1 was, for earlier versions to read.
+SCHEMAS = (1, 2)
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Write `evaluation` with its embeddings and per-sample values to `path` (.npz)."""
-    found = evaluation.scene.embeddings
-    arrays = {"images": found.images, "text_vectors": found.text_vectors, "pairs": found.pairs}
+    """Write `evaluation` with its embeddings, its answers and its per-sample values to `path` (.npz)."""
+    found, answered = evaluation.scene.embedded, evaluation.scene.answered
+    arrays: dict[str, np.ndarray] = {}
+    if found is not None:
+        arrays |= {"images": found.images, "text_vectors": found.text_vectors, "pairs": found.pairs}
     if evaluation.scene.class_vectors is not None and evaluation.scene.class_index is not None:
         arrays |= {"class_vectors": evaluation.scene.class_vectors, "class_index": evaluation.scene.class_index}
     metrics: list[dict[str, Any]] = []
     for task, by_metric in evaluation.results.items():
         for metric, measured in by_metric.items():
             arrays[f"values/{task}/{metric}"] = measured.values
+            if measured.weights is not None:
+                arrays[f"weights/{task}/{metric}"] = measured.weights
             facts = {"unit": measured.unit, "share": measured.share, "chance": measured.chance}
             estimates = {"estimate": evaluation.estimates[task][metric].to_json()}
             if metric in evaluation.differences.get(task, {}):
                 estimates["difference"] = evaluation.differences[task][metric].to_json()
             metrics.append({"task": task, "metric": metric, **facts, **estimates})
     document = {
-        "schema": SCHEMA,
+        "schema": SCHEMAS[answered is not None],
         "config": evaluation.config,
-        "keys": found.keys,
-        "texts": found.texts,
+        "keys": evaluation.scene.keys,
+        "texts": found.texts if found is not None else (),
+        **({"answers": _answers_to_json(answered)} if answered is not None else {}),
         "metrics": metrics,
         "slices": [part.to_json() for part in evaluation.slices],
         "controls": [control.to_json() for control in evaluation.controls],
@@ -58,9 +67,10 @@ def read_evaluation(path: Path) -> Evaluation:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         document = json.loads(arrays.pop("document").tobytes())
-        if document["schema"] != SCHEMA:
+        if document["schema"] not in SCHEMAS:
             raise UsageError(
-                f"{path} has evaluation schema {document['schema']}; this mmc reads {SCHEMA}", hint="evaluate again"
+                f"{path} has evaluation schema {document['schema']}; this mmc reads up to {SCHEMAS[-1]}",
+                hint="evaluate again",
             )
         return _evaluation(document, arrays)
     except OSError as error:
@@ -72,27 +82,32 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _evaluation(document: dict[str, Any], arrays: dict[str, np.ndarray]) -> Evaluation:
-    embeddings = Embeddings(
-        tuple(document["keys"]),
-        arrays["images"],
-        tuple(document["texts"]),
-        arrays["text_vectors"],
-        arrays["pairs"],
-    )
-    owners = {"image": np.arange(len(embeddings.keys)), "text": embeddings.text_owners}
+    keys = tuple(document["keys"])
+    answered = _answers(document["answers"]) if "answers" in document else None
+    owners = {"image": np.arange(len(keys)), "sample": np.arange(len(keys))}
+    embedded = None
+    if answered is None or "images" in arrays:
+        texts = tuple(document["texts"])
+        embedded = Embeddings(keys, arrays["images"], texts, arrays["text_vectors"], arrays["pairs"])
+        owners["text"] = embedded.text_owners
     results: dict[str, dict[str, Measured]] = {}
     estimates: Comparison = {}
     differences: Comparison = {}
     for row in document["metrics"]:
         task, metric = row["task"], row["metric"]
         results.setdefault(task, {})[metric] = Measured(
-            arrays[f"values/{task}/{metric}"], row["unit"], owners[row["unit"]], row["share"], row["chance"]
+            arrays[f"values/{task}/{metric}"],
+            row["unit"],
+            owners[row["unit"]],
+            row["share"],
+            row["chance"],
+            arrays.get(f"weights/{task}/{metric}"),
         )
         estimates.setdefault(task, {})[metric] = Estimate.from_json(row["estimate"])
         if "difference" in row:
             differences.setdefault(task, {})[metric] = Estimate.from_json(row["difference"])
     return Evaluation(
-        Scene(embeddings, arrays.get("class_vectors"), arrays.get("class_index")),
+        Scene(keys, embedded, answered, arrays.get("class_vectors"), arrays.get("class_index")),
         results,
         document["config"],
         estimates,
@@ -104,6 +119,16 @@ def _evaluation(document: dict[str, Any], arrays: dict[str, np.ndarray]) -> Eval
         ),
         tuple(Finding(row["level"], row["text"]) for row in document["findings"]),
     )
+
+
+def _answers_to_json(answered: Answers) -> dict[str, Any]:
+    wording = {"language": answered.wording.language, "spelling": dict(answered.wording.spelling)}
+    return {"texts": answered.texts, "references": answered.references, "wording": wording}
+
+
+def _answers(document: dict[str, Any]) -> Answers:
+    wording = Wording(document["wording"]["language"], document["wording"]["spelling"])
+    return Answers(tuple(document["texts"]), tuple(document["references"]), wording)
 
 
 def _slice(row: dict[str, Any]) -> Slice:

@@ -1,87 +1,17 @@
-"""The tasks of a dual encoder: what each measures, from embeddings to one value a sample."""
+"""The tasks: those of a dual encoder, from embeddings to one value a sample; those of answers are in `answer_tasks`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmcompress.errors import UsageError
 from mmcompress.evaluate import metrics
-from mmcompress.evaluate.embed import Embeddings
-from mmcompress.ops.statistics import Estimate, bootstrap, paired_difference, proportion
-
-Unit = Literal["image", "text"]
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """Everything a task may look at."""
-
-    embeddings: Embeddings
-    class_vectors: NDArray[np.float32] | None = None
-    """(K, C), where the data has classes."""
-    class_index: NDArray[np.int64] | None = None
-    """(N,) the right class of each image."""
-    reference: Scene | None = None
-    """The same samples embedded by the model to compare with."""
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """One metric, higher is better, with its value for every sample."""
-
-    values: NDArray[np.float32]
-    """(n,)"""
-    unit: Unit
-    """What a sample is: one of the N images, or one of the M texts."""
-    owners: NDArray[np.int64]
-    """(n,) the image each sample belongs to: captions of one image are not independent."""
-    share: bool = True
-    """Whether values lie in 0..1, so that the mean is a proportion."""
-    chance: float | None = None
-    """What a random ranking would score, where that is known."""
-
-    def estimate(self, seed: int, chosen: NDArray[np.bool_] | None = None) -> Estimate:
-        """Return the mean with its interval, of all samples or of those `chosen` (n,)."""
-        values, clusters = self._chosen(self.values, chosen)
-        return (proportion if self.share else bootstrap)(values, seed=seed, clusters=clusters)
-
-    def difference(self, before: Measured, seed: int, chosen: NDArray[np.bool_] | None = None) -> Estimate:
-        """Return this minus `before`, sample by sample, with its interval. Raises ValueError when samples differ.
-
-        Where no hit changed, the interval is what n unchanged samples can exclude, not the point 0.
-        """
-        values, clusters = self._chosen(self.values, chosen)
-        earlier, _ = self._chosen(before.values, chosen)
-        found = paired_difference(earlier, values, seed=seed, clusters=clusters)
-        if self.share and np.array_equal(values, earlier):
-            unseen = proportion(np.zeros(found.n)).high
-            return Estimate(0.0, -unseen, unseen, found.n)
-        return found
-
-    def _chosen(
-        self, values: NDArray[np.float32], chosen: NDArray[np.bool_] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
-        owners = self.owners
-        if chosen is not None:
-            values, owners = values[chosen], owners[chosen]
-        return values, owners if len(np.unique(owners)) < len(owners) else None
-
-
-@dataclass(frozen=True)
-class Task:
-    """One way to ask how good an embedder is."""
-
-    name: str
-    about: str
-    headlines: tuple[str, ...]
-    """The metrics a verdict speaks about."""
-    measure: Callable[[Scene], dict[str, Measured]]
-    """Raises UsageError when the data lacks what the task needs."""
+from mmcompress.evaluate.answer_tasks import answer_agreement, transcription
+from mmcompress.evaluate.answers import Need
+from mmcompress.evaluate.scene import Measured, Scene, Task, Unit
 
 
 def retrieval(scene: Scene) -> dict[str, Measured]:
@@ -111,8 +41,8 @@ def zero_shot(scene: Scene) -> dict[str, Measured]:
 
 def agreement(scene: Scene) -> dict[str, Measured]:
     """How alike the reference and this model are: cosine of each embedding, same nearest text, same ten nearest texts."""
-    if scene.reference is None:
-        raise UsageError("agreement needs a reference to agree with", hint="evaluate the original too (--baseline)")
+    if scene.reference is None or scene.reference.embedded is None:
+        raise UsageError("agreement needs embeddings to agree with", hint="evaluate the original too (--baseline)")
     mine, other = scene.embeddings, scene.reference.embeddings
     images = np.arange(len(mine.keys))
     found: dict[str, Measured] = {}
@@ -149,9 +79,34 @@ TASKS: dict[str, Task] = {
             "how alike the reference and the compressed model are: cosine, same nearest text, overlap of the ten nearest",
             ("top1",),
             agreement,
+            relative=True,
+        ),
+        Task(
+            "transcription",
+            "write down what is said: word accuracy, which is 1 - WER",
+            ("word_accuracy",),
+            transcription,
+            needs="answers",
+        ),
+        Task(
+            "answer-agreement",
+            "how alike the answers of the reference and the compressed model are: identical, edits, where they part",
+            ("identical",),
+            answer_agreement,
+            needs="answers",
+            relative=True,
         ),
     )
 }
+
+
+USUAL: dict[Need, str] = {"embeddings": "retrieval", "answers": "transcription"}
+"""What a compression is judged by where no task is asked for."""
+
+
+def relative_tasks(gives: Collection[Need]) -> list[str]:
+    """Return the tasks that set what a model `gives` beside a reference."""
+    return [task.name for task in TASKS.values() if task.relative and task.needs in gives]
 
 
 def _recalls(

@@ -7,19 +7,24 @@ is never called a gain or "no loss", but by what it cannot exclude.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import numpy as np
 
+from mmcompress.evaluate.controls import BLIND
 from mmcompress.evaluate.evaluation import Evaluation, compare, same_samples
 from mmcompress.evaluate.findings import Finding, Level
-from mmcompress.evaluate.slices import BLIND
-from mmcompress.evaluate.tasks import TASKS, Measured
+from mmcompress.evaluate.scene import Measured
+from mmcompress.evaluate.tasks import TASKS
 from mmcompress.ops.statistics import Estimate
 
 LEVELS: dict[Level, int] = {"bad": 0, "note": 1, "good": 2}
 MIB = 2**20
+AGREEMENTS = (
+    ("agreement", "top1", "names the same nearest text"),
+    ("answer-agreement", "identical", "gives the same answer"),
+)
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,10 @@ def _accuracy(facts: Facts, seed: int) -> Iterator[_Weighed]:
         yield from _against_random(facts.random, facts.compressed, seed)
     elif facts.random_expected:
         yield _Weighed(9, 2, Finding("note", "random selection at the same ratio was not evaluated for comparison"))
-    if "agreement" in facts.compressed.estimates and "top1" in facts.compressed.estimates["agreement"]:
-        estimate = facts.compressed.estimates["agreement"]["top1"]
-        yield _Weighed(8, 0, Finding("note", f"names the same nearest text as the original: share {estimate}"))
+    for task, metric, words in AGREEMENTS:
+        estimate = facts.compressed.estimates.get(task, {}).get(metric)
+        if estimate is not None:
+            yield _Weighed(8, 0, Finding("note", f"{words} as the original: share {estimate}"))
     if facts.sibling is not None:
         yield from _against_sibling(facts.sibling, facts.sibling_name, facts.compressed, seed)
 
@@ -132,7 +138,7 @@ def _accuracy(facts: Facts, seed: int) -> Iterator[_Weighed]:
 def _against_chance(compressed: Evaluation) -> Iterator[_Weighed]:
     for task, metric, measured in _headlines(compressed):
         estimate = compressed.estimates[task][metric]
-        if task == "agreement" or measured.chance is None:
+        if TASKS[task].relative or measured.chance is None:
             continue
         # Where one class is common, always naming it beats chance without looking.
         answers = [c.estimate.value for c in compressed.controls if (c.name, c.task, c.metric) == (BLIND, task, metric)]
@@ -186,15 +192,15 @@ def _slices(original: Evaluation, compressed: Evaluation, seed: int) -> Iterator
 
 def _against_random(random: Sequence[Evaluation], compressed: Evaluation, seed: int) -> Iterator[_Weighed]:
     for control in random:
-        same_samples(control, compressed.scene.embeddings.keys)
+        same_samples(control, compressed.scene.keys)
     for task, metric, measured in _headlines(compressed):
         rivals = [control.results[task][metric] for control in random if metric in control.results.get(task, {})]
         if not rivals:
             continue
         mean = np.mean([rival.values for rival in rivals], axis=0)
-        average = Measured(mean, measured.unit, measured.owners, measured.share, measured.chance)
+        average = replace(measured, values=mean)
         difference = measured.difference(average, seed)
-        shown = f"{task} {metric} {measured.values.mean():.3f} against {mean.mean():.3f}, {_points(difference)}"
+        shown = f"{task} {metric} {measured.mean:.3f} against {average.mean:.3f}, {_points(difference)}"
         shown += f", {len(rivals)} random seed{'s' if len(rivals) > 1 else ''}"
         if difference.high < 0:
             text = f"WORSE than random selection at the same ratio: {shown}"

@@ -18,7 +18,7 @@ import onnx
 from onnxscript import ir
 
 import mmcompress
-from mmcompress.bundle import Bundle
+from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.errors import UsageError, closest
 from mmcompress.export.artifact import Artifact, Component, TensorSpec, sha256
 from mmcompress.export.graph import simplify
@@ -106,6 +106,11 @@ def write_onnx(
     progress: Progress | None = None,
 ) -> ExportReport:
     """Do what `export_onnx` does, into a directory that the caller has made and stages."""
+    if not isinstance(bundle.family, DualEncoder):
+        raise UsageError(
+            f"{bundle.family.name} models cannot be exported yet: only towers that embed can",
+            hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
+        )
     opset = _check_options(precision, opset, batches)
     names = tuple(bundle.tower(name).name for name in towers or [tower.name for tower in bundle.towers()])
     progress = progress or Silent()
@@ -204,7 +209,7 @@ def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 def _describe(
     bundle: Bundle, directory: Path, reports: Sequence[ComponentReport], precision: str, opset: int
 ) -> Artifact:
-    scale, bias = bundle.family.similarity(bundle.model)
+    scale, bias = bundle.dual.similarity(bundle.model)
     source = asdict(bundle.source)
     del source["config"]  # of the original; the exported model's own is kept below
     width = reports[0].component.outputs[0].dims[-1]

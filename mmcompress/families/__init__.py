@@ -6,12 +6,13 @@ from typing import Any
 
 from mmcompress.bundle import Family
 from mmcompress.errors import UsageError
-from mmcompress.families import clip, dual_encoder, siglip
+from mmcompress.families import clip, dual_encoder, siglip, whisper
 
 FAMILIES: dict[str, Family] = {
     "clip": clip.FAMILY,
     "siglip": siglip.FAMILY,
     "dual_encoder": dual_encoder.FAMILY,
+    "whisper": whisper.FAMILY,
 }
 
 

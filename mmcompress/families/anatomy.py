@@ -5,7 +5,7 @@ One `BlockNames` per block class; families say which one a tower is built of. Pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,12 +24,15 @@ class BlockNames:
     head_dim: str
     """Attribute of the attention module that holds D."""
     mlp: str
+    """The module of the feed-forward, "" where its Linears lie in the block itself."""
     mlp_writers: tuple[str, ...]
     mlp_reader: str
     attend: tuple[str, ...] = ()
     feed: tuple[str, ...] = ()
     bookkeeping: tuple[tuple[str, Literal["heads", "width"]], ...] = ()
     """Attributes of the attention module that count heads, or heads * D."""
+    cross: str = ""
+    """The attention over an encoder's output, built like the other one inside."""
 
 
 CLIP_BLOCK = BlockNames(
@@ -84,6 +87,23 @@ BERT_BLOCK = BlockNames(
 )
 """Post-norm, so `attend` and `feed` stay empty."""
 
+WHISPER_ENCODER_BLOCK = BlockNames(
+    attention="self_attn",
+    writers=CLIP_BLOCK.writers,
+    reader=CLIP_BLOCK.reader,
+    head_dim="head_dim",
+    mlp="",
+    mlp_writers=("fc1",),
+    mlp_reader="fc2",
+    attend=("self_attn_layer_norm", "self_attn"),
+    feed=("final_layer_norm", "fc1", "activation_fn", "fc2"),
+    bookkeeping=(("num_heads", "heads"),),
+)
+"""Its key Linears have no bias."""
+
+WHISPER_DECODER_BLOCK = replace(WHISPER_ENCODER_BLOCK, attend=(), feed=(), cross="encoder_attn")
+"""Between attention and feed-forward it looks at the encoder, so it is not of the shape `attend` and `feed` describe."""
+
 
 def _attribute(module: nn.Module, path: str) -> Any:
     parent, _, name = path.rpartition(".")
@@ -99,30 +119,13 @@ def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activatio
     blocks = []
     for index, block in enumerate(model.get_submodule(blocks_path).children()):
         path = f"{blocks_path}.{index}"
-        attention = block.get_submodule(names.attention)
-        head_dim = int(_attribute(attention, names.head_dim))
-        query, key, _ = (_width(block, writer, "out_features") for writer in names.writers)
-        at = f"{path}.{names.attention}"
         blocks.append(
             Block(
                 path=path,
                 index=index,
-                attention=Attention(
-                    path=at,
-                    writers=tuple(f"{path}.{writer}" for writer in names.writers),
-                    reader=f"{path}.{names.reader}",
-                    heads=query // head_dim,
-                    kv_heads=key // head_dim,
-                    head_dim=head_dim,
-                    bookkeeping=tuple(
-                        (f"{at}.{owner}".rstrip("."), attribute, counts)
-                        for owner, _, attribute, counts in (
-                            (*name.rpartition("."), counts) for name, counts in names.bookkeeping
-                        )
-                    ),
-                ),
+                attention=_attention(block, path, names, names.attention),
                 mlp=Mlp(
-                    path=f"{path}.{names.mlp}",
+                    path=f"{path}.{names.mlp}".rstrip("."),
                     writers=tuple(f"{path}.{writer}" for writer in names.mlp_writers),
                     reader=f"{path}.{names.mlp_reader}",
                     neurons=_width(block, names.mlp_reader, "in_features"),
@@ -130,9 +133,30 @@ def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activatio
                 ),
                 attend=names.attend,
                 feed=names.feed,
+                cross=_attention(block, path, names, names.cross) if names.cross else None,
             )
         )
     return tuple(blocks)
+
+
+def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> Attention:
+    """Return the view of the attention at `where` in a block, which lies inside as `names.attention` does."""
+    writers = tuple(where + writer.removeprefix(names.attention) for writer in names.writers)
+    head_dim = int(_attribute(block.get_submodule(where), names.head_dim))
+    query, key, _ = (_width(block, writer, "out_features") for writer in writers)
+    at = f"{path}.{where}"
+    return Attention(
+        path=at,
+        writers=tuple(f"{path}.{writer}" for writer in writers),
+        reader=f"{path}.{where}{names.reader.removeprefix(names.attention)}",
+        heads=query // head_dim,
+        kv_heads=key // head_dim,
+        head_dim=head_dim,
+        bookkeeping=tuple(
+            (f"{at}.{owner}".rstrip("."), attribute, counts)
+            for owner, _, attribute, counts in ((*name.rpartition("."), counts) for name, counts in names.bookkeeping)
+        ),
+    )
 
 
 def widths(blocks: tuple[Block, ...]) -> tuple[int, int] | None:

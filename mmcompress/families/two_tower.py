@@ -16,6 +16,8 @@ from mmcompress.errors import UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mmcompress.data import Sample
+
 
 class TwoTowers:
     """Base of the dual-encoder families; a family adds names, classes and towers."""
@@ -48,8 +50,19 @@ class TwoTowers:
         """Return the config that holds the text tower's limits."""
         return model.config.text_config
 
+    def items(self, tower: str, sample: Sample) -> list[Any]:
+        """Return the sample's image, or its texts; see `Family.items`."""
+        if tower == "text":
+            return list(sample.texts)
+        return [] if sample.picture is None else [sample.image]
+
+    def prepare(self, model: nn.Module, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
+        """Return pixels for images, tokens for texts; longer texts are cut at the model's limit."""
+        make = self.prepare_texts if tower == "text" else self.prepare_images
+        return make(model, processor, items)
+
     def prepare_images(self, model: nn.Module, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
-        """Return pixel inputs for images; see `Family.prepare_images`."""
+        """Return pixel inputs for images."""
         if processor.image is None:
             raise UsageError("this checkpoint has no image processor", hint="add its preprocessor_config.json")
         prepared = processor.image(images=[image.convert("RGB") for image in images], return_tensors="pt")
@@ -57,7 +70,7 @@ class TwoTowers:
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in prepared.items()}
 
     def prepare_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return token inputs for texts, cut at the model's limit; see `Family.prepare_texts`."""
+        """Return token inputs for texts, padded and cut at the model's limit."""
         limit = self.text_limit(model)
         prepared = _tokenizer(processor)(
             list(texts),

@@ -159,10 +159,7 @@ class Target:
         with torch.device("meta"):
             model = family.model_class(config)(config)
         processor = checkpoint.read_processor(own.directory)
-        return {
-            "vision": partial(family.prepare_images, model, processor),
-            "text": partial(family.prepare_texts, model, processor),
-        }
+        return {tower: partial(family.prepare, model, processor, tower) for tower in self.towers}
 
     def _own(self) -> Artifact:
         assert self.artifact is not None, "only checkpoints have none"

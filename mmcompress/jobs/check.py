@@ -192,7 +192,7 @@ def _accuracy(before: Side, after: Side, limits: Limits, seed: int) -> Iterator[
     for task, by_metric in before.evaluation.estimates.items():
         for metric in by_metric:
             # Agreement is itself a comparison, each side with its own original.
-            if task == "agreement" or metric not in TASKS[task].headlines:
+            if TASKS[task].relative or metric not in TASKS[task].headlines:
                 continue
             found = differences.get(task, {}).get(metric)
             if found is None:

@@ -21,8 +21,10 @@ from mmcompress import checkpoint, pipeline, weights
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
 from mmcompress.errors import GateFailed, MmcError, UsageError, closest
+from mmcompress.evaluate.answers import abilities
+from mmcompress.evaluate.asked import require_able
 from mmcompress.evaluate.findings import Finding
-from mmcompress.evaluate.tasks import TASKS
+from mmcompress.evaluate.tasks import TASKS, USUAL
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch, usable_runners
@@ -80,6 +82,7 @@ def compress(
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
     bundle = load_again(model, recipe.device, allow_pickle)
+    recipe = with_tasks(recipe, bundle)
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
     evaluation_data = _evaluation_data(recipe)
     place = Workplace(partial_path(output), _identity(bundle, recipe, data, evaluation_data), resume)
@@ -115,6 +118,14 @@ def require_usable(recipe: Recipe) -> None:
             raise UsageError(f"there is no task '{name}'", hint=closest(name, TASKS))
     if recipe.export.to:
         usable_runners(recipe.export.runners)
+
+
+def with_tasks(recipe: Recipe, bundle: Bundle) -> Recipe:
+    """Return `recipe` with the tasks to measure `bundle` by. Raises UsageError for one that its family cannot do."""
+    gives = abilities(bundle)
+    for name in recipe.tasks:
+        require_able(name, gives)
+    return dataclasses.replace(recipe, tasks=recipe.tasks or tuple(USUAL[need] for need in sorted(gives)))
 
 
 def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickle: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""From what a user names to something that embeds: a checkpoint, an exported artifact, or a kept evaluation."""
+"""From what a user names to something to evaluate: a checkpoint, an exported artifact, or a kept evaluation."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from mmcompress import checkpoint
-from mmcompress.evaluate.embed import Embedder
+from mmcompress.evaluate.answers import Model
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
 from mmcompress.evaluate.store import read_evaluation
 from mmcompress.export.artifact import is_artifact, open_artifact
 from mmcompress.measure.embedder import ArtifactEmbedder
 
 
-def open_embedder(
+def open_model(
     target: str | Path, runner: str = "onnxruntime", device: str = "cpu", threads: int | None = None
-) -> Embedder:
+) -> Model:
     """Open a checkpoint (torch on `device`) or an exported artifact (in `runner`)."""
     if is_artifact(target):
         return ArtifactEmbedder(open_artifact(target), runner=runner, threads=threads)
@@ -28,4 +28,4 @@ def evaluate_target(
     """Evaluate what `target` names with `settings` (see `evaluate`); a .npz is an evaluation already."""
     if str(target).endswith(".npz"):
         return read_evaluation(Path(target))
-    return evaluate(open_embedder(target, runner, device), **settings)
+    return evaluate(open_model(target, runner, device), **settings)

@@ -12,7 +12,8 @@ import torch
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, batches, open_data
-from mmcompress.jobs.compress import require_usable
+from mmcompress.evaluate.answers import abilities
+from mmcompress.jobs.compress import require_usable, with_tasks
 from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Work
 from mmcompress.progress import Progress
@@ -37,6 +38,7 @@ def estimate(
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
     bundle = checkpoint.load(model, device=recipe.device, allow_pickle=allow_pickle)
+    recipe = with_tasks(recipe, bundle)
     for stage in todo:
         stage.made.check(bundle)
     calibration = open_data(recipe.data.calibration) if recipe.data.calibration else None
@@ -47,7 +49,8 @@ def estimate(
     measured = 0.0
     if evaluation:
         count = min(len(evaluation), recipe.data.evaluation_samples or len(evaluation))
-        measured = forward * count + STATISTICS
+        answers = _seconds_per_answer(bundle, evaluation) if "answers" in abilities(bundle) else forward
+        measured = answers * count + STATISTICS
     work = Work(
         samples=min(recipe.data.num_samples, len(calibration)) if calibration else 0,
         dataset=len(calibration) if calibration else 0,
@@ -80,9 +83,7 @@ def _seconds_per_sample(bundle: Bundle, data: Dataset | None, batch: int) -> flo
     samples = next(iter(batches(data.subset(batch, 0), batch))) if data else []
     total = 0.0
     for tower in bundle.towers():
-        items: list[Any] = [sample.image for sample in samples if sample.picture is not None]
-        if tower.name == "text":
-            items = [sample.texts[0] for sample in samples if sample.texts]
+        items = [item for sample in samples for item in bundle.items(tower.name, sample)[:1]]
         for _ in range(2):
             started = time.perf_counter()
             if items:
@@ -92,6 +93,15 @@ def _seconds_per_sample(bundle: Bundle, data: Dataset | None, batch: int) -> flo
             seconds = (time.perf_counter() - started) / (len(items) or batch)
         total += seconds
     return total
+
+
+def _seconds_per_answer(bundle: Bundle, data: Dataset) -> float:
+    """Two samples' answers, after one that warms up: a token takes as long for one as for a few."""
+    samples = list(data.subset(3, 0))
+    bundle.generate(samples[:1])
+    started = time.perf_counter()
+    bundle.generate(samples[1:] or samples)
+    return (time.perf_counter() - started) / (len(samples[1:]) or 1)
 
 
 @torch.inference_mode()

@@ -11,9 +11,10 @@ from mmcompress.bundle import Bundle, Tower
 from mmcompress.errors import UsageError
 from mmcompress.measure.cost import cost_of
 
-# What to ask a pass about one tower: parameters that make it do something there.
+# What to ask a pass about one tower: parameters that make it do something there. Little, because embedding tables and projections
+# are never cut, and can be most of a tower.
 QUESTIONS: dict[str, dict[str, Any]] = {
-    "prune": {"ratio": 0.3},
+    "prune": {"ratio": 0.05},
     "merge-tokens": {"keep": 0.5},
     "quantize": {},
     "distill": {},

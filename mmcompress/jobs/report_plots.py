@@ -123,7 +123,9 @@ def scales(points: Sequence[Point]) -> tuple[Scale, Scale]:
     highs = [point.high if math.isfinite(point.high) else point.y for point in points]
     margin = max(max(highs) - min(lows), 1e-6) * 0.12
     x = _scale(0.0, max(point.x for point in points) * 1.06, PLOT.left, PLOT.right)
-    return x, _scale(max(0.0, min(lows) - margin), max(highs) + margin, PLOT.bottom, PLOT.top)
+    # Shares do not go below 0; word accuracy does, where more is made up than was said.
+    bottom = min(lows) - margin if min(lows) < 0 else max(0.0, min(lows) - margin)
+    return x, _scale(bottom, max(highs) + margin, PLOT.bottom, PLOT.top)
 
 
 def side_by_side(points: Sequence[Point], x: Scale, y: Scale) -> list[Spot]:

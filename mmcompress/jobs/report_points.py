@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from mmcompress.jobs.report import Run
 
 MIB = 2**20
-FAVOURITES = ("retrieval.image_to_text_r1", "zero-shot.top1", "retrieval.text_to_image_r1")
+FAVOURITES = (
+    "retrieval.image_to_text_r1",
+    "zero-shot.top1",
+    "retrieval.text_to_image_r1",
+    "transcription.word_accuracy",
+)
 """Metrics for the plots, the first that was measured."""
 
 

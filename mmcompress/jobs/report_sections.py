@@ -6,12 +6,15 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mmcompress.evaluate.tasks import TASKS
 from mmcompress.jobs.report_html import Markup, breakable, join, section, table, tag
 from mmcompress.jobs.report_points import MIB, favourite, headline_speeds, total_macs
 from mmcompress.ops.statistics import Estimate
 
 if TYPE_CHECKING:
     from mmcompress.jobs.report import Run
+
+HEADLINES = {f"{task.name}.{metric}" for task in TASKS.values() for metric in task.headlines}
 
 
 def heading(runs: Sequence[Run]) -> Markup:
@@ -102,7 +105,7 @@ def steps(run: Run) -> Markup:
     if not rows:
         return Markup("")
     towers = list(rows[0].get("towers", {}))
-    names = sorted({name for row in rows for name in row.get("metrics", {}) if name.endswith(("_r1", "top1"))})
+    names = sorted({name for row in rows for name in row.get("metrics", {}) if name in HEADLINES})
     made = []
     for row in rows:
         known = "towers" in row

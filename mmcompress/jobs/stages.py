@@ -12,9 +12,11 @@ from typing import Any
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset
+from mmcompress.evaluate.answers import abilities
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
 from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.store import read_evaluation, write_evaluation
+from mmcompress.evaluate.tasks import TASKS, relative_tasks
 from mmcompress.evaluate.verdict import random_findings
 from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Context
@@ -104,7 +106,8 @@ class Measurements:
     def _evaluate(self, bundle: Bundle, reference: Evaluation | None) -> Evaluation:
         assert self.data is not None, "called only where there is data"
         # Agreement is measured wherever there is something to agree with, asked for or not.
-        tasks = [*(name for name in self.recipe.tasks if name != "agreement"), *(["agreement"] if reference else [])]
+        relative = relative_tasks(abilities(bundle)) if reference else []
+        tasks = [*(name for name in self.recipe.tasks if not TASKS[name].relative), *relative]
         return evaluate(
             bundle,
             self.data,

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from mmcompress.bundle import Bundle
-from mmcompress.measure.macs import macs
+from mmcompress.measure.macs import macs_within
 from mmcompress.measure.size import parameters
 
 
 @dataclass(frozen=True)
 class TowerCost:
-    """One tower's share."""
+    """One tower's share, shared tensors once."""
 
     parameters: int
     bytes: int
     """In memory at the present dtypes."""
     macs: int
-    """Of one sample at the tower's example size."""
+    """Of one sample at the tower's example size; without those of an encoder that a decoder looks at."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ def cost_of(bundle: Bundle) -> Cost:
     whole = parameters(bundle.model)
     towers = {}
     for tower in bundle.towers():
-        parts = [parameters(bundle.module(path)) for path in (tower.path, *tower.heads)]
-        counted = macs(lambda name=tower.name, **inputs: bundle.encode(name, inputs), bundle.example_inputs(tower.name))
-        towers[tower.name] = TowerCost(sum(p.elements for p in parts), sum(p.bytes for p in parts), counted.total)
+        parts = [bundle.module(path) for path in (tower.path, *tower.heads)]
+        counted = macs_within(parts, functools.partial(bundle.encode, tower.name, bundle.example_inputs(tower.name)))
+        held = parameters(nn.ModuleList(parts))
+        towers[tower.name] = TowerCost(held.elements, held.bytes, counted)
     return Cost(whole.elements, whole.bytes, towers)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from mmcompress.bundle import DualEncoder
 from mmcompress.checkpoint import read_processor
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import Artifact
@@ -61,16 +62,19 @@ class ArtifactEmbedder:
 
     def prepare_images(self, images: Sequence[Image]) -> dict[str, np.ndarray]:
         """Return what the vision graph takes for `images`."""
-        return self._arrays("vision", self._family.prepare_images(self._model, self._processor, images))
+        return self._arrays("vision", self._prepare("vision", images))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return float32 embeddings (B, C), not normalised. Raises what `open_runner` and preprocessing raise."""
-        prepared = self._family.prepare_texts(self._model, self._processor, texts)
-        return self._run("text", self._arrays("text", prepared))
+        return self._run("text", self._arrays("text", self._prepare("text", texts)))
 
     def cut_texts(self, texts: Sequence[str]) -> tuple[int, int]:
         """Return how many texts are longer than the model takes, and that limit in tokens."""
+        assert isinstance(self._family, DualEncoder), "only dual encoders are exported as embedders"
         return self._family.cut_texts(self._model, self._processor, texts)
+
+    def _prepare(self, component: str, items: Sequence[Any]) -> dict[str, torch.Tensor]:
+        return self._family.prepare(self._model, self._processor, component, items)
 
     def runner(self, component: str) -> Runner:
         """Return the engine that holds `component`, loading it the first time."""

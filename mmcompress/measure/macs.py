@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmcompress.surgery.watch import meter
+
 Shape = Sequence[int]
 
 
@@ -57,6 +59,14 @@ def macs(module: Callable[..., Any], inputs: Any) -> MacCount:
         if name.startswith(f"{root}."):
             by_module[name.removeprefix(f"{root}.")] = sum(ops.values()) // 2
     return MacCount(by_module[""], by_op, by_module)
+
+
+def macs_within(modules: Sequence[torch.nn.Module], call: Callable[[], Any]) -> int:
+    """Count one run of `call`, but only what happens inside calls of `modules`, which must not contain each other."""
+    counter = FlopCounterMode(display=False, custom_mapping=_MISSING_RULES)
+    with torch.no_grad(), _no_fused_attention(), counter, meter(modules, counter.get_total_flops) as spent:
+        call()
+    return spent() // 2
 
 
 def _call(module: Callable[..., Any], inputs: Any) -> Any:

@@ -1,10 +1,11 @@
 """Numbers with their uncertainty: every measured value carries n and a 95 % interval.
 
 Percentile bootstrap (Efron 1979) for samples that are independent, resampling whole clusters where several values
-belong to one thing (the captions of an image), and the circular block bootstrap (Politis and Romano 1992) for time
-series such as latencies, where neighbours resemble each other. Deliberate differences: one sample gives an unbounded
-interval rather than a point, and hits that all agree get the exact binomial bound, because resampling equal values
-would claim certainty.
+belong to one thing (the captions of an image), and drawing value and weight together where the mean is weighted: word
+errors over words are a ratio of two sums, whose resampled denominator varies too. The circular block bootstrap (Politis
+and Romano 1992) serves time series such as latencies, where neighbours resemble each other. Deliberate differences: one
+sample gives an unbounded interval rather than a point, and hits that all agree get the exact binomial bound, because
+resampling equal values would claim certainty.
 """
 
 from __future__ import annotations
@@ -67,19 +68,21 @@ def bootstrap(
     resamples: int = RESAMPLES,
     clusters: ArrayLike | None = None,
     block: int = 1,
+    weights: ArrayLike | None = None,
 ) -> Estimate:
     """Return `statistic` of `values` (n,) with its percentile bootstrap interval.
 
     Values in the order of time depend on their neighbours; with `block` > 1 circular blocks of that many are resampled.
     `clusters` (n,) names the independent thing each value belongs to; whole clusters are then resampled, the statistic
-    is the mean, and the estimate's n counts clusters. Raises ValueError for no values, or another statistic or
-    blocks with clusters.
+    is the mean, and the estimate's n counts clusters. With `weights` (n,), all positive, it is the weighted mean: the sum
+    of weight times value, divided by the sum of weights, both of the samples drawn. Raises ValueError for no values, for a
+    weight that is not positive, and for another statistic or blocks with clusters or weights.
     """
     sample = _sample(values)
-    if clusters is not None:
+    if clusters is not None or weights is not None:
         if statistic is not np.mean or block > 1:
-            raise ValueError("a clustered bootstrap estimates the mean only, without blocks")
-        return _mean(*_gathered(sample, np.asarray(clusters)), seed, resamples)
+            raise ValueError("a clustered or weighted bootstrap estimates the mean only, without blocks")
+        return _mean(*_gathered(sample, clusters, weights), seed, resamples)
     if statistic is np.mean and block == 1:
         return _mean(sample, np.ones_like(sample), seed, resamples)
     value, n = float(statistic(sample, axis=-1)), len(sample)
@@ -115,15 +118,17 @@ def paired_difference(
     seed: int = 0,
     resamples: int = RESAMPLES,
     clusters: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> Estimate:
     """Return `statistic` of after - before, sample by sample, with its interval: negative means `after` is lower.
 
-    Both are (n,) over the same samples in the same order. Raises ValueError when the lengths differ.
+    Both are (n,) over the same samples in the same order, and so are their common `weights`. Raises ValueError when the
+    lengths differ.
     """
     first, second = _sample(before), _sample(after)
     if len(first) != len(second):
         raise ValueError(f"paired samples differ in number: {len(first)} and {len(second)}")
-    return bootstrap(second - first, statistic, seed, resamples, clusters)
+    return bootstrap(second - first, statistic, seed, resamples, clusters, weights=weights)
 
 
 def percentiles(values: ArrayLike, shares: Sequence[float] = (50, 90, 99)) -> dict[str, float]:
@@ -174,13 +179,21 @@ def _estimate(value: float, drawn: NDArray[np.float64], n: int) -> Estimate:
     return Estimate(value, float(low), float(high), n)
 
 
-def _gathered(sample: NDArray[np.float64], clusters: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the sum and the size of each cluster."""
-    if clusters.shape != sample.shape:
-        raise ValueError(f"{len(sample)} values but clusters of shape {clusters.shape}")
-    _, which = np.unique(clusters, return_inverse=True)
-    sums = np.bincount(which, weights=sample).astype(np.float64)
-    return sums, np.bincount(which).astype(np.float64)
+def _gathered(
+    sample: NDArray[np.float64], clusters: ArrayLike | None, weights: ArrayLike | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the weighted sum and the total weight of each cluster; without `clusters` each value is its own."""
+    labels = np.arange(len(sample)) if clusters is None else np.asarray(clusters)
+    weight = np.ones_like(sample) if weights is None else np.asarray(weights, dtype=np.float64)
+    for name, found in (("clusters", labels), ("weights", weight)):
+        if found.shape != sample.shape:
+            raise ValueError(f"{len(sample)} values but {name} of shape {found.shape}")
+    if weight.min() <= 0:
+        # A resample of nothing but such values would divide by zero.
+        raise ValueError(f"weight {weight.min():g} of value {int(weight.argmin())} is not positive")
+    _, which = np.unique(labels, return_inverse=True)
+    sums = np.bincount(which, weights=weight * sample).astype(np.float64)
+    return sums, np.bincount(which, weights=weight).astype(np.float64)
 
 
 def _mean(sums: NDArray[np.float64], sizes: NDArray[np.float64], seed: int, resamples: int) -> Estimate:

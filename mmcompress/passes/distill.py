@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from mmcompress.bundle import Bundle
+from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.distill_run import distill, read_job, trainable
@@ -113,7 +113,12 @@ class Distill:
         return training + work.dataset * work.forward
 
     def check(self, bundle: Bundle) -> None:
-        """Raise UsageError when a tower is unknown or nothing in the chosen towers can train."""
+        """Raise UsageError for models that embed nothing, and when a tower is unknown or nothing in the chosen ones can train."""
+        if not isinstance(bundle.family, DualEncoder):
+            raise UsageError(
+                f"distill pulls embeddings in a shared space together, and {bundle.family.name} models have none",
+                hint="prune with compensate=least-squares repairs a model without training",
+            )
         for name in self.towers:
             bundle.tower(name)
         trainable(bundle, self.towers or tuple(tower.name for tower in bundle.towers()), self.train)

@@ -208,7 +208,7 @@ def make_objective(settings: Distill, bundle: Bundle, teacher: Bundle, corpus: C
             f"distill.affinity is {settings.affinity}, but the data has one modality only", hint="set affinity to 0"
         )
     (student_scale, student_bias), (scale, bias) = (
-        [float(value.detach()) for value in model.family.similarity(model.model)] for model in (bundle, teacher)
+        [float(value.detach()) for value in model.dual.similarity(model.model)] for model in (bundle, teacher)
     )
     objective = Objective(
         feature=settings.feature,

@@ -85,6 +85,12 @@ class MergeTokens:
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules and image sizes that do not fit, and a second merging."""
+        towers = bundle.towers()
+        if not any(tower.stream for tower in towers) and self.tower not in [tower.name for tower in towers]:
+            reasons = "; ".join(f"{tower.name}: {tower.why_no_stream}" for tower in towers)
+            raise UsageError(
+                f"the tokens of {bundle.family.name} models cannot be merged ({reasons})", hint="use prune"
+            )
         tower = bundle.tower(self.tower)
         if tower.stream is None:
             raise UsageError(

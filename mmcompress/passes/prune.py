@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from mmcompress.bundle import Bundle, Tower
+from mmcompress.bundle import Bundle, DualEncoder, Tower
 from mmcompress.errors import UsageError, closest
 from mmcompress.manifest import Json
 from mmcompress.passes import prune_scores
@@ -128,6 +128,11 @@ class Prune:
     def check(self, bundle: Bundle) -> None:
         """Refuse towers, modules and ratios this cannot work on."""
         towers = self._chosen(bundle)
+        if self.score == "taylor" and self.objective == "contrastive" and not isinstance(bundle.family, DualEncoder):
+            raise UsageError(
+                f"prune.objective is contrastive, and {bundle.family.name} models embed nothing into a shared space",
+                hint="use objective=embedding",
+            )
         for tower in towers:
             self._require_plain(bundle, tower)
         if "blocks" in self.units and any(record.name == "merge-tokens" for record in bundle.history):
@@ -162,8 +167,9 @@ class Prune:
         for tower in bundle.towers():
             for block in tower.blocks:
                 key = f"{tower.name}.{block.index}"
-                if key in kept["heads"]:
-                    cut_heads(bundle, block.attention, read_ranges(kept["heads"][key]))
+                for place, attention in ((key, block.attention), (f"{key}.cross", block.cross)):
+                    if attention and place in kept["heads"]:
+                        cut_heads(bundle, attention, read_ranges(kept["heads"][place]))
                 if key in kept["neurons"]:
                     cut_neurons(bundle, block.mlp, read_ranges(kept["neurons"][key]))
                 give_back_freed()
@@ -187,17 +193,19 @@ class Prune:
 
     def _require_plain(self, bundle: Bundle, tower: Tower) -> None:
         for block in tower.blocks:
-            attention, mlp = block.attention, block.mlp
-            for path in (*attention.writers, attention.reader, *mlp.writers, mlp.reader):
+            parts = [part for part in (block.attention, block.cross, block.mlp) if part]
+            readers = [part.reader for part in parts]
+            for path in (*(path for part in parts for path in part.writers), *readers):
                 module = bundle.module(path)
                 if not isinstance(module, nn.Linear):
                     raise UsageError(
                         f"{path} is a {type(module).__name__}; prune cuts nn.Linear", hint="put prune before quantize"
                     )
-                if self.compensate == "bias" and module.bias is None and path in (attention.reader, mlp.reader):
+                if self.compensate == "bias" and module.bias is None and path in readers:
                     raise UsageError(f"{path} has no bias to fold into", hint="use compensate=least-squares or none")
         for kind, widths in (
             ("heads", {block.attention.heads for block in tower.blocks}),
+            ("heads", {block.cross.heads for block in tower.blocks if block.cross}),
             ("neurons", {block.mlp.neurons for block in tower.blocks}),
         ):
             if self.uniform and kind in self.units and len(widths) > 1:

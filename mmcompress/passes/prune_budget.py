@@ -42,7 +42,7 @@ class Bounds:
 
     def layer(self, group: Group, values: Sequence[float], measure: str) -> Layer:
         """Return the group as the allocator sees it."""
-        tie = f"{group.tower}.{group.kind}" if self.uniform and group.kind != "blocks" else ""
+        tie = f"{group.tower}.{group.kind}.{group.part}" if self.uniform and group.kind != "blocks" else ""
         bound = 0 if group.kind == "blocks" else share(self.min_keep, group.units)
         multiple = self.multiple if group.kind == "neurons" else 1
         return Layer(tuple(values), group.cost.of(measure), bound, multiple, tie)

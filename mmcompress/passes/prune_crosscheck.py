@@ -55,16 +55,17 @@ def crosscheck(bundle: Bundle, towers: Sequence[Tower], seconds: float = 120.0) 
 def unit_channels(bundle: Bundle, tower: Tower) -> Iterator[Channels]:
     """Yield what we cut with the last head and with the last neuron of each block, the first writer's rows first."""
     for block in tower.blocks:
-        attention, mlp = block.attention, block.mlp
-        last = attention.kv_heads - 1
-        rows = head_rows(attention)
-        ours: Channels = {
-            (path, "rows"): list(range(last * height, (last + 1) * height))
-            for path, height in zip(attention.writers, rows, strict=True)
-        }
-        yield ours | {(attention.reader, "columns"): list(range(last * rows[0], (last + 1) * rows[0]))}
-        neuron = [mlp.neurons - 1]
-        yield {**{(path, "rows"): neuron for path in mlp.writers}, (mlp.reader, "columns"): neuron}
+        for attention in (block.attention, block.cross):
+            if attention:
+                last = attention.kv_heads - 1
+                rows = head_rows(attention)
+                ours: Channels = {
+                    (path, "rows"): list(range(last * height, (last + 1) * height))
+                    for path, height in zip(attention.writers, rows, strict=True)
+                }
+                yield ours | {(attention.reader, "columns"): list(range(last * rows[0], (last + 1) * rows[0]))}
+        neuron = [block.mlp.neurons - 1]
+        yield {**{(path, "rows"): neuron for path in block.mlp.writers}, (block.mlp.reader, "columns"): neuron}
 
 
 class _Encoder(nn.Module):

@@ -9,7 +9,8 @@ Two objectives for Taylor:
 
 - *embedding*: a random direction r of each sample's normalised embedding u. E (r . du)^2 = |du|^2, so the mean square of the gate
   gradient is the squared displacement of the embedding when the unit goes, to first order (a Gauss-Newton step). Needs no
-  labels and no pairs, and both towers speak the same unit, so one budget over both is meaningful.
+  labels and no pairs, and both towers speak the same unit, so one budget over both is meaningful. A decoder's rows are the roots
+  of the next tokens' probabilities: |du|^2 is then a quarter of the Fisher information, averaged over the tokens.
 - *contrastive*: the symmetric InfoNCE loss of a batch of pairs. The gradient with respect to all embeddings is taken first,
   without any graph of the towers; then each tower is walked in slices.
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops import importance
 from mmcompress.passes.base import Context
-from mmcompress.passes.prune_units import Group
+from mmcompress.passes.prune_units import Group, count_tokens
 from mmcompress.progress import track
 from mmcompress.surgery.watch import Sums, evaluating, padding_mask, watch_blocks, watch_gradients, watch_inputs
 
@@ -109,10 +110,11 @@ def taylor(bundle: Bundle, groups: Sequence[Group], context: Context, objective:
     for name, mine in _by_tower(groups):
         modules: dict[str, nn.Module] = {group.reader: bundle.module(group.reader) for group in mine}
         side: Literal["inputs", "updates"] = "updates" if mine[0].kind == "blocks" else "inputs"
+        step = _slice_size(bundle, name)
         with evaluating(bundle.model), watch_gradients(modules, effects.add, side):
             walk = _contrastive if objective == "contrastive" else _directions
             for inputs, differentiate in walk(bundle, name, context, "Taylor score"):
-                _backward(bundle, name, inputs, differentiate)
+                _backward(bundle, name, inputs, differentiate, step)
     return effects.means()
 
 
@@ -130,9 +132,10 @@ def stream_by_effect(bundle: Bundle, sums: dict[str, Sums], context: Context, la
     for tower in bundle.towers():
         mine = {path: bundle.module(path) for path in sums if tower.owns(path)}
         if mine:
+            step = _slice_size(bundle, tower.name)
             with evaluating(bundle.model), watch_gradients(mine, record, "outputs"):
                 for inputs, differentiate in _directions(bundle, tower.name, context, label):
-                    _backward(bundle, tower.name, inputs, differentiate)
+                    _backward(bundle, tower.name, inputs, differentiate, step)
 
 
 class Effects:
@@ -191,7 +194,7 @@ def _contrastive(
             "the contrastive Taylor score needs at least 2 samples with an image and a text",
             hint="use objective=embedding, which needs no pairs",
         )
-    scale = bundle.family.similarity(bundle.model)[0].detach().float()
+    scale = bundle.dual.similarity(bundle.model)[0].detach().float()
     starts = range(0, len(paired), context.batch_size)
     for start in track(starts, context.progress, f"{tower} {label}", len(starts)):
         samples = [data[index] for index in paired[start : start + context.batch_size]]
@@ -216,9 +219,8 @@ def _contrastive(
         yield inputs[tower], differentiate
 
 
-def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: Objective) -> None:
+def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: Objective, step: int) -> None:
     size = len(next(iter(inputs.values())))
-    step = _slice_size(bundle, tower)
     for start in range(0, size, step):
         part = {name: value[start : start + step] for name, value in inputs.items()}
         with torch.enable_grad():
@@ -229,11 +231,17 @@ def _slice_size(bundle: Bundle, name: str) -> int:
     """Return how many samples may keep their graph at once: about an eighth of the model's bytes (or 32 MiB), at least one."""
     tower = bundle.tower(name)
     allowed = max(2**25, sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 8)
-    longest = max(value.shape[1] for value in bundle.example_inputs(name).values() if value.dim() > 1)
-    tokens = tower.stream.tokens if tower.stream else max(64, longest)
+    seen = count_tokens(bundle, tower)
+    tokens = tower.stream.tokens if tower.stream else max(64, *(seen[block.attention.reader] for block in tower.blocks))
     # Saved per token and block: the MLP's hidden states before and after the activation; norms, q, k, v, attention: about 8 C.
-    channels = [8 * block.attention.heads * block.attention.head_dim + 3 * block.mlp.neurons for block in tower.blocks]
-    return max(1, min(64, allowed // (tokens * sum(channels) * 4)))
+    numbers = tokens * sum(8 * b.attention.heads * b.attention.head_dim + 3 * b.mlp.neurons for b in tower.blocks)
+    crosses = [block.cross for block in tower.blocks if block.cross]
+    numbers += sum(2 * seen[cross.writers[1]] * cross.kv_heads * cross.head_dim for cross in crosses)
+    if tower.tied:
+        # What follows each token: logits, probabilities, their roots, the row, its direction and its gradient.
+        tables: list[Any] = [bundle.module(table) for table, _ in tower.tied]
+        numbers += 6 * tokens * sum(table.num_embeddings for table in tables)
+    return max(1, min(64, allowed // (numbers * 4)))
 
 
 def tower_batches(bundle: Bundle, tower: str, context: Context, label: str) -> Iterator[dict[str, Tensor]]:
@@ -247,17 +255,14 @@ def tower_batches(bundle: Bundle, tower: str, context: Context, label: str) -> I
         samples = [data[index] for index in range(start, min(start + context.batch_size, len(data)))]
         items: list[object] = []
         for sample in samples:
-            if tower == "text":
-                items.extend(sample.texts)
-            elif sample.picture is not None:
-                items.append(sample.image)
+            items.extend(bundle.items(tower, sample))
         for first in range(0, len(items), context.batch_size):
             found = True
             yield bundle.prepare(tower, items[first : first + context.batch_size])
     if not found:
         raise UsageError(
             f"the data '{data.name}' has nothing for the {tower} tower",
-            hint="use data with images and texts, or choose the other tower with --towers",
+            hint="use data that has, or choose other towers with --towers",
         )
 
 

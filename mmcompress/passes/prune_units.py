@@ -1,11 +1,12 @@
 """What `prune` can remove: units, what belongs to each, and what each costs, as exact integers.
 
 A unit is an attention head (a key-value group with its query heads, where there are fewer key than query heads), an MLP neuron
-or a block. Costs are counted, not estimated: parameters from shapes; multiply-accumulates from shapes and from the number of
-tokens seen at each Linear in one forward pass of the family's example inputs, so that a shortened token stream is priced as it
-is. MACs are those of Linears, convolutions and attention products at batch 1.
+or a block. A block's heads of cross-attention are a group of their own. Costs are counted, not estimated: parameters from shapes;
+multiply-accumulates from shapes and from the number of tokens seen at each Linear in one forward pass of the family's example
+inputs, so that a shortened token stream is priced as it is. MACs are those of Linears, convolutions and attention products at
+batch 1. Cross-attention makes keys and values of all S tokens of the encoder, and counts them; the encoder itself counts apart.
 
-Shape alphabet: N tokens, C channels, H heads, D head width.
+Shape alphabet: N tokens, S tokens of the encoder a decoder looks at, C channels, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcompress.bundle import Attention, Block, Bundle, Tower
-from mmcompress.surgery.watch import evaluating, watch_inputs
+from mmcompress.surgery.watch import evaluating, meter, watch_inputs
 
 Kind = Literal["heads", "neurons", "blocks"]
 
@@ -53,11 +54,13 @@ class Group:
     """Linear whose columns are cut with a unit; for a block, the path of the block."""
     width: int = 1
     """Columns of the reader per unit."""
+    part: str = ""
+    """"cross" for the heads of cross-attention."""
 
     @property
     def key(self) -> str:
-        """How decisions name this group: "vision.3"."""
-        return f"{self.tower}.{self.block}"
+        """How decisions name this group: "vision.3", "decoder.3.cross"."""
+        return f"{self.tower}.{self.block}.{self.part}".rstrip(".")
 
 
 def list_groups(
@@ -72,7 +75,9 @@ def list_groups(
             if block.index in untouched:
                 continue
             if "heads" in kinds:
-                groups.append(_heads(bundle, tower, block, tokens))
+                groups.append(_heads(bundle, tower, block, block.attention, tokens))
+                if block.cross:
+                    groups.append(_heads(bundle, tower, block, block.cross, tokens, "cross"))
             if "neurons" in kinds:
                 groups.append(_neurons(bundle, tower, block, tokens))
             if "blocks" in kinds:
@@ -81,18 +86,18 @@ def list_groups(
     return groups
 
 
-def _heads(bundle: Bundle, tower: Tower, block: Block, tokens: dict[str, int]) -> Group:
-    attention = block.attention
+def _heads(
+    bundle: Bundle, tower: Tower, block: Block, attention: Attention, tokens: dict[str, int], part: str = ""
+) -> Group:
     rows = head_rows(attention)
-    seen = tokens[attention.reader]
-    parameters = weights = 0
-    for path, height in zip(attention.writers, rows, strict=True):
+    queries, keys = _looked_at(attention, tokens)
+    columns = rows[0] * _linear(bundle, attention.reader).out_features
+    parameters, macs = columns, queries * columns
+    for path, height, seen in zip(attention.writers, rows, (queries, keys, keys), strict=True):
         linear = _linear(bundle, path)
-        weights += height * linear.in_features
+        macs += seen * height * linear.in_features
         parameters += height * (linear.in_features + (linear.bias is not None))
-    weights += rows[0] * _linear(bundle, attention.reader).out_features
-    parameters += rows[0] * _linear(bundle, attention.reader).out_features
-    macs = seen * weights + attention_macs(seen, attention.heads // attention.kv_heads, attention.head_dim)
+    macs += attention_macs(queries, keys, attention.heads // attention.kv_heads, attention.head_dim)
     return Group(
         tower.name,
         block.index,
@@ -102,6 +107,7 @@ def _heads(bundle: Bundle, tower: Tower, block: Block, tokens: dict[str, int]) -
         attention.writers,
         attention.reader,
         rows[0],
+        part,
     )
 
 
@@ -115,24 +121,37 @@ def _neurons(bundle: Bundle, tower: Tower, block: Block, tokens: dict[str, int])
     return Group(tower.name, block.index, "neurons", mlp.neurons, cost, mlp.writers, mlp.reader)
 
 
-def attention_macs(tokens: int, heads: int, head_dim: int) -> int:
-    """Return the MACs of QK' and AV for `tokens` queries and keys."""
-    return 2 * tokens * tokens * heads * head_dim
+def attention_macs(queries: int, keys: int, heads: int, head_dim: int) -> int:
+    """Return the MACs of QK' and AV."""
+    return 2 * queries * keys * heads * head_dim
+
+
+def _looked_at(attention: Attention, tokens: dict[str, int]) -> tuple[int, int]:
+    """Return how many queries and how many keys there are: (N, N), or (N, S) in cross-attention."""
+    queries = tokens[attention.reader]
+    return queries, tokens.get(attention.writers[1], queries)
 
 
 def _block_macs(bundle: Bundle, block: Block, tokens: dict[str, int]) -> int:
     def linears(paths: Sequence[str], seen: int) -> int:
         return seen * sum(_linear(bundle, path).weight.numel() for path in paths)
 
-    attention, mlp = block.attention, block.mlp
-    total = linears((*attention.writers, attention.reader), tokens[attention.reader])
-    total += attention_macs(tokens[attention.reader], attention.heads, attention.head_dim)
-    return total + linears((*mlp.writers, mlp.reader), tokens[mlp.reader])
+    total = linears((*block.mlp.writers, block.mlp.reader), tokens[block.mlp.reader])
+    for attention in (block.attention, block.cross):
+        if attention:
+            queries, keys = _looked_at(attention, tokens)
+            total += linears((attention.writers[0], attention.reader), queries) + linears(attention.writers[1:], keys)
+            total += attention_macs(queries, keys, attention.heads, attention.head_dim)
+    return total
 
 
 def count_tokens(bundle: Bundle, tower: Tower) -> dict[str, int]:
-    """Return N at every reader of `tower`, by the reader's path, in one forward pass of its example inputs."""
+    """Return N at every reader of `tower`, by the reader's path, in one forward pass of its example inputs.
+
+    Beside them, the S tokens that the keys of cross-attention are made of, by the path of the key Linear.
+    """
     readers = [path for block in tower.blocks for path in (block.attention.reader, block.mlp.reader)]
+    readers += [path for block in tower.blocks if block.cross for path in (block.cross.reader, block.cross.writers[1])]
     seen: dict[str, int] = {}
 
     def record(name: str, states: Tensor) -> None:
@@ -144,13 +163,23 @@ def count_tokens(bundle: Bundle, tower: Tower) -> dict[str, int]:
 
 
 def count_costs(bundle: Bundle, tower: Tower) -> Costs:
-    """Return a recount of the tower: its parameters, and the MACs of one forward pass of its example inputs."""
+    """Return a recount of the tower: its parameters, and its own MACs in one forward pass of its example inputs.
+
+    What an encoder does that a decoder looks at is not the decoder's.
+    """
     counter = FlopCounterMode(display=False)
+    own = [bundle.module(path) for path in (tower.path, *tower.heads)]
     # Fused attention kernels are opaque to the counter; the plain one is two matrix products.
-    with evaluating(bundle.model), torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
+    with (
+        evaluating(bundle.model),
+        torch.inference_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+        counter,
+        meter(own, counter.get_total_flops) as spent,
+    ):
         bundle.encode(tower.name, bundle.example_inputs(tower.name, 1))
     parameters = sum(p.numel() for name, p in bundle.model.named_parameters() if tower.owns(name))
-    return Costs(parameters, counter.get_total_flops() // 2)
+    return Costs(parameters, spent() // 2)
 
 
 def head_rows(attention: Attention) -> tuple[int, ...]:

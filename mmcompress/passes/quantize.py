@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
@@ -16,7 +17,7 @@ from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize_calibrate import Grid, Judge, calibrate, groups_of, offers
 from mmcompress.progress import track
 from mmcompress.surgery.freeing import give_back_freed
-from mmcompress.surgery.quantized import QUANTIZED, can_quantize, quantized
+from mmcompress.surgery.quantized import QUANTIZED, can_quantize, drop_ties, quantized
 
 SCHEMES = {"W8A8": (True, True), "W8A16": (True, False), "W16A16": (False, False)}
 """Name -> (weights in 8 bits, activations in 8 bits)."""
@@ -42,6 +43,12 @@ class Quantize:
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
     """The text tower's scheme, instead of `scheme`."""
+    audio_scheme: str | None = None
+    """The audio tower's scheme, instead of `scheme`."""
+    decoder_scheme: str | None = None
+    """The decoder's scheme, instead of `scheme`."""
+    language_scheme: str | None = None
+    """The language model's scheme, instead of `scheme`."""
     towers: tuple[str, ...] = ()
     """Towers to quantize; empty means all."""
     target: Literal["cpu", "openvino", "cuda", "tensorrt"] = "cpu"
@@ -53,7 +60,8 @@ class Quantize:
     percentile: float = 99.99
     """For observer percentile: the percent of values inside the range."""
     embeddings: bool = True
-    """Quantize large embedding tables too, one scale per row."""
+    """Quantize large embedding tables too, one scale per row. A table that shares its weight with a Linear shares its integers with
+    it: both are quantized, or neither."""
     keep_float: tuple[str, ...] = ()
     """Layers to leave alone, as path patterns such as "vision_model.encoder.layer.0.*"."""
     min_cosine: float = 0.99
@@ -66,9 +74,8 @@ class Quantize:
     """Use 7 of the 8 bits of weights: for x86 CPUs without VNNI or AMX, whose 16-bit sums of u8*s8 products overflow."""
 
     def __post_init__(self) -> None:
-        for field in ("scheme", "vision_scheme", "text_scheme"):
-            given = getattr(self, field)
-            if given is not None and given.upper() not in SCHEMES:
+        for field, given in {"scheme": self.scheme, **{f"{k}_scheme": v for k, v in self._own_schemes.items()}}.items():
+            if given.upper() not in SCHEMES:
                 known = ", ".join(SCHEMES)
                 raise UsageError(f"quantize.{field} is '{given}'; known schemes: {known}", hint=closest(given, SCHEMES))
         if not 0 < self.percentile <= 100:
@@ -95,19 +102,19 @@ class Quantize:
         """Return None: nothing is selected."""
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """Two looks at the samples for the ranges; then each half of a block is judged, in rounded arithmetic."""
-        ranges = 2 * work.samples if self.scheme.upper() == "W8A8" else 0
-        depth = max(len(tower.blocks) for tower in bundle.towers())
-        judged = 2 * (2 * depth + 3) * min(self.sensitivity_samples, work.samples)
+        """Two looks at the samples for the ranges; then each part of a block is judged, in rounded arithmetic."""
+        towers = bundle.towers()
+        ranges = 2 * work.samples if any(self._scheme(tower.name) == "W8A8" for tower in towers) else 0
+        parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
+        judged = 2 * (parts + 3) * min(self.sensitivity_samples, work.samples)
         return (ranges + judged) * work.forward
 
     def check(self, bundle: Bundle) -> None:
-        """Refuse schemes for towers that are not there, towers quantized already, and patterns that match nothing."""
+        """Refuse schemes for towers that are not there, towers quantized already, broken ties, and patterns that match nothing."""
         towers = {tower.name: tower for tower in bundle.towers()}
-        asked = [name for name in ("vision", "text") if getattr(self, f"{name}_scheme") is not None]
-        for name in (*self.towers, *asked):
+        for name in (*self.towers, *self._own_schemes):
             bundle.tower(name)
-        unlisted = [name for name in asked if self.towers and name not in self.towers]
+        unlisted = [name for name in self._own_schemes if self.towers and name not in self.towers]
         if unlisted:
             raise UsageError(
                 f"quantize has a scheme for the {unlisted[0]} tower, which quantize.towers does not name",
@@ -126,6 +133,12 @@ class Quantize:
                     f"the {tower.name} tower is quantized already ({done[0]} and {len(done) - 1} more)",
                     hint=f"start from the checkpoint before that, or leave it alone with --{tower.name}-scheme W16A16",
                 )
+            for table, linear in tower.tied:
+                if bundle.module(table).weight is not bundle.module(linear).weight:
+                    raise UsageError(
+                        f"{table} and {linear} hold different weights, and config.json says they share one",
+                        hint="set tie_word_embeddings to false in config.json",
+                    )
         for pattern in self.keep_float:
             if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in bundle.model.named_modules()):
                 raise UsageError(
@@ -136,6 +149,7 @@ class Quantize:
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Choose layers, calibrate, measure sensitivity; the grids of the inputs travel as tensors."""
         layers: dict[str, str] = {}
+        tied: dict[str, str] = {}
         report: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         for tower in bundle.towers():
@@ -149,31 +163,30 @@ class Quantize:
                     hint="lower min_cosine, use scheme W8A16, or keep_float fewer layers",
                 )
             layers |= chosen
-        return Plan({"target": self.target, "layers": layers, "towers": report}, tensors)
+            tied |= {linear: table for table, linear in tower.tied if linear in chosen}
+        return Plan({"target": self.target, "layers": layers, "tied": tied, "towers": report}, tensors)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Replace the layers one by one; each float weight is released before the next is rounded."""
-        for path, scheme in plan.decisions["layers"].items():
-            module = bundle.module(path)
+        layers, tied = plan.decisions["layers"], plan.decisions.get("tied", {})
+        # A table, then at once the Linear that shares its weight.
+        for path in sorted(layers, key=lambda path: (tied.get(path, path), path in tied)):
+            module, scheme = bundle.module(path), layers[path]
             gain = plan.tensors.get(f"{path}.gain")
-            if gain is None and self._smooths(module, scheme):
+            if gain is None and path not in tied and self._smooths(module, scheme):
                 gain = torch.ones(module.in_features, device="meta")
-            made = quantized(module, self._inputs if scheme == "W8A8" else None, self._weights, gain)
+            table = bundle.module(tied[path]) if path in tied else None
+            made = quantized(module, self._inputs if scheme == "W8A8" else None, self._weights, gain, table)
             if f"{path}.scale" in plan.tensors:
                 made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
             bundle.replace(path, made)
             del module
             give_back_freed()
+        drop_ties(bundle.model)
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the bytes each tower now takes, recounted."""
-        state = bundle.model.state_dict()
-        return {
-            "bytes": {
-                tower.name: sum(value.nbytes for name, value in state.items() if tower.owns(name))
-                for tower in bundle.towers()
-            }
-        }
+        return {"bytes": {tower.name: _bytes(bundle, tower) for tower in bundle.towers()}}
 
     @property
     def _inputs(self) -> Levels:
@@ -189,31 +202,35 @@ class Quantize:
     def _scheme(self, tower: str) -> str:
         if self.towers and tower not in self.towers:
             return "W16A16"
-        own: str | None = getattr(self, f"{tower}_scheme", None)
-        return (own or self.scheme).upper()
+        return self._own_schemes.get(tower, self.scheme).upper()
+
+    @property
+    def _own_schemes(self) -> dict[str, str]:
+        """Tower -> its own scheme, where one is given."""
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_scheme")}
+        return {name.removesuffix("_scheme"): scheme for name, scheme in given.items() if scheme is not None}
 
     def _candidates(self, bundle: Bundle, tower: Tower) -> list[str]:
         total = sum(p.nbytes for name, p in bundle.model.named_parameters() if tower.owns(name))
+        tables = {table for table, _ in tower.tied}
         found = []
         for path, module in bundle.model.named_modules():
             if not tower.owns(path) or not can_quantize(module):
                 continue
             if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.keep_float):
                 continue
-            if isinstance(module, nn.Embedding) and not (
-                self.embeddings and module.weight.nbytes >= SMALL_TABLE * total
-            ):
+            small = isinstance(module, nn.Embedding) and module.weight.nbytes < SMALL_TABLE * total
+            if isinstance(module, nn.Embedding) and (not self.embeddings or (small and path not in tables)):
                 continue
             found.append(path)
-        return found
+        return _whole_ties(found, tower)
 
     def _plan_tower(
         self, bundle: Bundle, tower: Tower, activations: bool, context: Context, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, str], dict[str, Any]]:
         """Return {path: scheme of the layer} and what to report; adds what `apply` sets to `tensors`."""
         paths = self._candidates(bundle, tower)
-        before = sum(value.nbytes for name, value in bundle.model.state_dict().items() if tower.owns(name))
-        report: dict[str, Any] = {"scheme": self._scheme(tower.name), "bytes_before": before}
+        report: dict[str, Any] = {"scheme": self._scheme(tower.name), "bytes_before": _bytes(bundle, tower)}
         linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
         grids: dict[str, Grid] = {}
         if activations:
@@ -228,20 +245,25 @@ class Quantize:
                 smooth=self.smooth,
             )
             # Read by their owner without being called: their input cannot be rounded, nor their weight replaced safely.
-            paths = [path for path in paths if path in grids or path not in linears]
+            paths = _whole_ties([path for path in paths if path in grids or path not in linears], tower)
         schemes = {path: "W8A8" if path in grids else "W8A16" for path in paths}
-        made = {path: self._made(bundle, path, grids.get(path), tensors) for path in paths}
-        if paths and self.sensitivity_samples and offers(context, tower.name, self.sensitivity_samples):
+        tables = {linear: table for table, linear in tower.tied}
+        made: dict[str, nn.Module] = {}
+        for path in sorted(paths, key=tables.__contains__):
+            made[path] = self._made(bundle, path, grids.get(path), tensors, made.get(tables.get(path, "")))
+        if paths and self.sensitivity_samples and offers(bundle, context, tower.name, self.sensitivity_samples):
             report |= self._judge(bundle, tower, made, context)
             for path in report["kept_float"]:
                 schemes.pop(path)
         return schemes, report
 
-    def _made(self, bundle: Bundle, path: str, grid: Grid | None, tensors: dict[str, Tensor]) -> nn.Module:
+    def _made(
+        self, bundle: Bundle, path: str, grid: Grid | None, tensors: dict[str, Tensor], table: nn.Module | None
+    ) -> nn.Module:
         """Return the quantized layer as `apply` will make it, and note in `tensors` what it needs for that."""
         if grid is None:
-            return quantized(bundle.module(path), None, self._weights)
-        made = quantized(bundle.module(path), self._inputs, self._weights, grid.gain)
+            return quantized(bundle.module(path), None, self._weights, None, table)
+        made = quantized(bundle.module(path), self._inputs, self._weights, grid.gain, table)
         made.set_input_grid(grid.scale, grid.zero_point)
         tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
         if grid.gain is not None:
@@ -278,3 +300,15 @@ class Quantize:
             "kept_float": kept,
             "judged_on": {"samples": judge.samples, "runs": judge.runs},
         }
+
+
+def _bytes(bundle: Bundle, tower: Tower) -> int:
+    """Return what a tower's tensors take, shared ones once."""
+    state = bundle.model.state_dict(keep_vars=True)
+    return sum(value.nbytes for value in {id(v): v for name, v in state.items() if tower.owns(name)}.values())
+
+
+def _whole_ties(paths: Sequence[str], tower: Tower) -> list[str]:
+    """Return `paths` without the layers that share their weight with one that is not among them."""
+    halves = {path for pair in tower.tied if not set(pair) <= set(paths) for path in pair}
+    return [path for path in paths if path not in halves]

@@ -1,9 +1,9 @@
 """What `quantize` learns from data: the grid of every layer's input, and how much each group of layers costs in accuracy.
 
 Calibration is one run of the float model over the samples, with an observer on every layer to be quantized (a second run where
-ranges are to be clipped after smoothing). Sensitivity is measured, not assumed: each group of layers (a block's attention, a
-block's MLP, a projection, an embedding table) is swapped in alone, and the embeddings of a few samples are compared with the float
-model's. That takes one run of a few samples per group.
+ranges are to be clipped after smoothing). Sensitivity is measured, not assumed: each group of layers (a block's attention, its
+cross-attention, its MLP, a projection, an embedding table with the Linear that shares its weight) is swapped in alone, and what
+the tower makes of a few samples is compared with what the float model does. That takes one run of a few samples per group.
 
 Shape alphabet: T tokens, C channels.
 """
@@ -48,11 +48,7 @@ def batches(bundle: Bundle, tower: str, context: Context, samples: int, label: s
     for start in track(range(0, len(data), context.batch_size), context.progress, f"{tower} {label}"):
         items: list[object] = []
         for index in range(start, min(start + context.batch_size, len(data))):
-            sample = data[index]
-            if tower == "text":
-                items.extend(sample.texts[:1])
-            elif sample.picture is not None:
-                items.append(sample.image)
+            items.extend(bundle.items(tower, data[index])[:1])
         if items:
             found = True
             yield bundle.prepare(tower, items)
@@ -63,12 +59,12 @@ def batches(bundle: Bundle, tower: str, context: Context, samples: int, label: s
         )
 
 
-def offers(context: Context, tower: str, samples: int) -> bool:
+def offers(bundle: Bundle, context: Context, tower: str, samples: int) -> bool:
     """Return whether the data has something for this tower among the samples that would be used."""
     if context.data is None:
         return False
     chosen = context.data.subset(samples, context.seed)
-    return any(sample.texts if tower == "text" else sample.picture is not None for sample in chosen)
+    return any(bundle.items(tower, sample) for sample in chosen)
 
 
 def calibrate(
@@ -88,7 +84,7 @@ def calibrate(
     """
     modules = {path: bundle.module(path) for path in paths}
     ranges = {path: ChannelRange() for path in paths}
-    _watch(bundle, tower.name, modules, lambda path, tokens: ranges[path].watch(tokens), context, "calibration")
+    _watch(bundle, tower, modules, lambda path, tokens: ranges[path].watch(tokens), context, "calibration")
     called = {path: modules[path] for path in paths if ranges[path].seen}
     for path in called:
         if not (ranges[path].lowest.isfinite().all() and ranges[path].highest.isfinite().all()):
@@ -103,7 +99,7 @@ def calibrate(
         def record(path: str, tokens: Tensor) -> None:
             observers[path].watch(tokens * gains[path] if path in gains else tokens)
 
-        _watch(bundle, tower.name, called, record, context, "clipping")
+        _watch(bundle, tower, called, record, context, "clipping")
         return {path: Grid(*observers[path].scale(levels), gains.get(path)) for path in called}
     grids = {}
     for path in called:
@@ -116,25 +112,31 @@ def calibrate(
 
 def _watch(
     bundle: Bundle,
-    tower: str,
+    tower: Tower,
     modules: Mapping[str, nn.Module],
     record: Callable[[str, Tensor], None],
     context: Context,
     label: str,
 ) -> None:
     """Run the calibration samples and call `record(path, tokens (T, C))` with what each module is given."""
-    with evaluating(bundle.model), torch.inference_mode(), watch_inputs(modules, record) as watch:
-        for inputs in batches(bundle, tower, context, context.num_samples, label):
+    elsewhere = _reads_encoder(tower)
+    with evaluating(bundle.model), torch.inference_mode(), watch_inputs(modules, record, elsewhere) as watch:
+        for inputs in batches(bundle, tower.name, context, context.num_samples, label):
             watch.mask = padding_mask(inputs)
-            bundle.encode(tower, inputs)
+            bundle.encode(tower.name, inputs)
 
 
 def _gains(
     tower: Tower, modules: Mapping[str, nn.Module], ranges: Mapping[str, ChannelRange], smooth: float
 ) -> dict[str, Tensor]:
-    """Return the gain of every Linear; layers that read the same input share one, so that it is rounded only once."""
+    """Return the gain of every Linear; layers that read the same input share one, so that it is rounded only once.
+
+    A Linear that shares its weight with an embedding table has none.
+    """
     shared = [group for block in tower.blocks for group in (block.attention.writers, block.mlp.writers)]
-    alone = [(path,) for path in modules if not any(path in group for group in shared)]
+    shared += [_reads_encoder(tower)]
+    tied = {linear for _, linear in tower.tied}
+    alone = [(path,) for path in modules if path not in tied and not any(path in group for group in shared)]
     gains = {}
     for group in (*shared, *alone):
         linears = {path: module for path in group if isinstance(module := modules.get(path), nn.Linear)}
@@ -145,14 +147,25 @@ def _gains(
     return gains
 
 
+def _reads_encoder(tower: Tower) -> tuple[str, ...]:
+    """Return the key and value Linears of all cross-attentions: one and the same input, of other tokens than the tower's."""
+    return tuple(path for block in tower.blocks if block.cross for path in block.cross.writers[1:])
+
+
 def groups_of(tower: Tower, paths: Sequence[str]) -> dict[str, list[str]]:
-    """Return the layers that are judged together: per block its attention and its MLP, else each layer alone."""
+    """Return the layers that are judged together: per block its attention, its cross-attention and its MLP, else each layer alone.
+
+    A Linear that shares its weight with an embedding table is judged with it.
+    """
+    tables = {linear: table for table, linear in tower.tied}
     groups: dict[str, list[str]] = {}
     for path in paths:
-        name = path
+        name = tables.get(path, path)
         for block in tower.blocks:
             if path in (*block.attention.writers, block.attention.reader):
                 name = f"{block.path}.attention"
+            elif block.cross and path in (*block.cross.writers, block.cross.reader):
+                name = f"{block.path}.cross"
             elif path in (*block.mlp.writers, block.mlp.reader):
                 name = f"{block.path}.mlp"
         groups.setdefault(name, []).append(path)
@@ -173,22 +186,26 @@ def swapped(bundle: Bundle, modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 class Judge:
-    """Compares a tower's embeddings of a few samples with those of the float model."""
+    """Compares what a tower makes of a few samples with what the float model does."""
 
     def __init__(self, bundle: Bundle, tower: str, context: Context, samples: int) -> None:
         self.bundle, self.tower = bundle, tower
         self.inputs = list(batches(bundle, tower, context, samples, "sensitivity"))
         self.samples = sum(len(next(iter(inputs.values()))) for inputs in self.inputs)
-        self.runs = 0
-        self.wanted = self._embeddings()
+        self.wanted = [self._rows(inputs) for inputs in self.inputs]
+        self.runs = 1
 
     def cosine(self, modules: Mapping[str, nn.Module]) -> float:
-        """Return the mean cosine between the float embeddings and those with `modules` swapped in."""
-        with swapped(self.bundle, modules):
-            found = self._embeddings()
-        return functional.cosine_similarity(found, self.wanted, dim=1).mean().item()
-
-    def _embeddings(self) -> Tensor:
+        """Return the mean cosine between the float model's rows and those with `modules` swapped in."""
         self.runs += 1
+        cosines: list[Tensor] = []
+        with swapped(self.bundle, modules):
+            # Batch by batch: rows may be long (a vocabulary for each token) and as long as the longest of their batch.
+            for inputs, wanted in zip(self.inputs, self.wanted, strict=True):
+                pairs = zip(self._rows(inputs), wanted, strict=True)
+                cosines += [functional.cosine_similarity(one.double(), other.double(), dim=0) for one, other in pairs]
+        return torch.stack(cosines).mean().item()
+
+    def _rows(self, inputs: Inputs) -> Tensor:
         with evaluating(self.bundle.model), torch.inference_mode():
-            return torch.cat([self.bundle.encode(self.tower, inputs).double() for inputs in self.inputs])
+            return self.bundle.encode(self.tower, inputs)

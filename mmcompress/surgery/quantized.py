@@ -10,6 +10,9 @@ A quantized layer takes the place of an nn.Linear, nn.Conv2d or nn.Embedding and
                         it: channels of very different size then share one grid (SmoothQuant). Optional.
     bias                as before, trainable
 
+Where a Linear shares its weight with an embedding table, as language models' last layers do, a scale per row of the table is a
+scale per output channel of the Linear. So a `TiedLinear` has no integers and scales of its own: it reads the table's.
+
 All but the bias are buffers. In torch the arithmetic is done in float on rounded values, with gradients straight through the
 rounding, so such a model can be evaluated anywhere and distilled. While exporting, the rounding is written as two operators of
 our own, because torch's exporter would otherwise fold int8 weights back into float constants; `translation_table` says what they
@@ -104,10 +107,13 @@ class _Quantized(nn.Module):
         scale, zero_point = choose_scale(weight, levels, axis=0)
         self.register_buffer("weight_int8", quantize(weight, scale, zero_point, levels, axis=0))
         self.register_buffer("weight_scale", scale.to(weight.dtype))
+        self._add_input_grid(inputs)
+
+    def _add_input_grid(self, inputs: Levels | None) -> None:
         input_scale = input_zero_point = None
         if inputs is not None:
-            input_scale = torch.ones((), dtype=weight.dtype, device=weight.device)
-            input_zero_point = torch.zeros((), dtype=inputs.dtype, device=weight.device)
+            input_scale = torch.ones((), dtype=self.weight_scale.dtype, device=self.weight_scale.device)
+            input_zero_point = torch.zeros((), dtype=inputs.dtype, device=self.weight_scale.device)
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("input_zero_point", input_zero_point)
         self.register_buffer("input_gain", None)
@@ -196,18 +202,55 @@ class QuantizedEmbedding(_Quantized):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._grid_name()}"
 
 
+class TiedLinear(QuantizedLinear):
+    """A QuantizedLinear whose integers and scales are those of `table`, which holds, stores and converts them alone.
+
+    It can have no `input_gain`: the table's rows would have to be divided by it too.
+    """
+
+    table: QuantizedEmbedding
+
+    def __init__(self, linear: nn.Linear, inputs: Levels | None, table: QuantizedEmbedding) -> None:
+        nn.Module.__init__(self)
+        # Not a submodule, or the state dict would hold the table's buffers a second time. Copies share it like any other object.
+        object.__setattr__(self, "table", table)
+        self._add_input_grid(inputs)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+
+    @property
+    def weight_int8(self) -> Tensor:  # type: ignore[override]
+        """The table's: (out, in), a row for each of its entries."""
+        return self.table.weight_int8
+
+    @property
+    def weight_scale(self) -> Tensor:  # type: ignore[override]
+        """The table's: (out,)."""
+        return self.table.weight_scale
+
+
 QUANTIZED = (QuantizedLinear, QuantizedConv2d, QuantizedEmbedding)
 
 
 def quantized(
-    module: nn.Module, inputs: Levels | None, levels: Levels = WEIGHT_INT8, gain: Tensor | None = None
+    module: nn.Module,
+    inputs: Levels | None,
+    levels: Levels = WEIGHT_INT8,
+    gain: Tensor | None = None,
+    table: nn.Module | None = None,
 ) -> QuantizedLinear | QuantizedConv2d | QuantizedEmbedding:
     """Return the int8 counterpart of a layer, sharing its bias.
 
-    `inputs` is the grid of its input (None: weights only), `gain` (in,) a Linear's `input_gain`.
+    `inputs` is the grid of its input (None: weights only), `gain` (in,) a Linear's `input_gain`; `table` is the quantized
+    embedding whose weight a Linear shares.
     """
     made: QuantizedLinear | QuantizedConv2d | QuantizedEmbedding
-    if isinstance(module, nn.Linear):
+    if table is not None:
+        assert isinstance(module, nn.Linear), f"a {type(module).__name__} cannot share a table's weight"
+        assert isinstance(table, QuantizedEmbedding), f"the table is a {type(table).__name__}; quantize it first"
+        assert gain is None, "the table's rows are not divided by it"
+        made = TiedLinear(module, inputs, table)
+    elif isinstance(module, nn.Linear):
         made = QuantizedLinear(module, inputs, levels, gain)
     elif isinstance(module, nn.Conv2d):
         made = QuantizedConv2d(module, inputs, levels)
@@ -215,6 +258,18 @@ def quantized(
         assert isinstance(module, nn.Embedding), f"{type(module).__name__} has no int8 form; ask can_quantize first"
         made = QuantizedEmbedding(module, levels)
     return made.train(module.training)
+
+
+def drop_ties(model: nn.Module) -> None:
+    """Strike from transformers' list of tied parameters those that are quantized, and so no parameters any more.
+
+    It would look for them when a checkpoint is loaded (5.23).
+    """
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for target, source in list(ties.items()):
+        if not {target, source} & parameters:
+            del ties[target]
 
 
 def can_quantize(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ Shape alphabet: B batch, N tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -48,13 +48,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watch_inputs(modules: Mapping[str, nn.Module], record: Record) -> Iterator[Watch]:
-    """Call `record(name, tokens (T, C))` with the first input of each module, each time it is called."""
-    watch = Watch()
+def watch_inputs(modules: Mapping[str, nn.Module], record: Record, unmasked: Collection[str] = ()) -> Iterator[Watch]:
+    """Call `record(name, tokens (T, C))` with the first input of each module, each time it is called.
+
+    The mask says nothing about what the modules named in `unmasked` are given: all of their tokens count.
+    """
+    watch, everything = Watch(), Watch()
 
     def hook(name: str) -> Callable[..., None]:
+        chosen = everything if name in unmasked else watch
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            record(name, watch.tokens(_first(args, kwargs).detach()))
+            record(name, chosen.tokens(_first(args, kwargs).detach()))
 
         return before
 
@@ -138,9 +143,34 @@ def watch_gradients(
             handle.remove()
 
 
+@contextmanager
+def meter(modules: Sequence[nn.Module], read: Callable[[], int]) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns how much `read()` has grown inside calls of `modules`, which must not contain each other."""
+    started = spent = 0
+
+    def before(*_: Any) -> None:
+        nonlocal started
+        started = read()
+
+    def after(*_: Any) -> None:
+        nonlocal spent
+        spent += read() - started
+
+    handles = [module.register_forward_pre_hook(before) for module in modules]
+    handles += [module.register_forward_hook(after) for module in modules]
+    try:
+        yield lambda: spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def padding_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the (B, N) mask of real tokens among a tower's inputs, or None where every token counts."""
-    for name in ("attention_mask", "pixel_attention_mask"):
+    """Return the (B, N) mask of real tokens among a tower's inputs, or None where every token counts.
+
+    A decoder's own tokens are masked by `decoder_mask`; an `attention_mask` beside it speaks of its encoder's.
+    """
+    for name in ("decoder_mask", "attention_mask", "pixel_attention_mask"):
         mask = inputs.get(name)
         if mask is not None and mask.dim() == 2:
             return mask

@@ -22,6 +22,16 @@ def value(evaluation: Evaluation, name: str) -> float:
     return evaluation.estimates[task][metric].value
 
 
+class Never(Seeing):
+    """What is refused is refused before it embeds."""
+
+    def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        raise AssertionError("embedded")
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        raise AssertionError("embedded")
+
+
 def test_perfect_embeddings_score_one_and_agree_with_themselves() -> None:
     first = evaluate(Seeing(), world(60))
     second = evaluate(Seeing(), world(60), reference=first)
@@ -116,10 +126,6 @@ def test_tasks_default_to_what_the_data_allows() -> None:
 
 
 def test_what_the_data_lacks_is_said_before_anything_is_embedded() -> None:
-    class Never(Seeing):
-        def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-            raise AssertionError("embedded")
-
     samples = [Sample(s.key, s.texts if s.key != "k0002" else (), picture=s.picture) for s in world(4)]
     data = Dataset(Memory(samples))
     reference = evaluate(Seeing(), world(5))
@@ -207,7 +213,7 @@ def test_data_that_changed_under_the_same_names_cannot_be_paired() -> None:
     changed = replace(data, source=Memory(redrawn))
     reference = evaluate(Seeing(), data)
     with pytest.raises(UsageError, match="data has changed"):
-        evaluate(None, changed, reference=reference)  # type: ignore[arg-type]  # refused before embedding
+        evaluate(Never(), changed, reference=reference)
     with pytest.raises(UsageError, match="data has changed"):
         compare(reference, evaluate(Seeing(), changed))
 
@@ -216,7 +222,7 @@ def test_accuracies_over_other_classes_are_not_paired() -> None:
     four, two = world(40), world(40, classes=2)
     reference = evaluate(Seeing(), four, tasks=["zero-shot"])
     with pytest.raises(UsageError, match=r"other zero-shot classes \(4 there, 2 here\)"):
-        evaluate(None, two, tasks=["zero-shot"], reference=reference)  # type: ignore[arg-type]  # refused before embedding
+        evaluate(Never(), two, tasks=["zero-shot"], reference=reference)
     with pytest.raises(UsageError, match="other zero-shot classes"):
         compare(reference, evaluate(Seeing(), two, tasks=["zero-shot"]))
 

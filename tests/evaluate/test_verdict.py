@@ -14,6 +14,7 @@ from mmcompress.errors import UsageError
 from mmcompress.evaluate import Evaluation, Facts, Finding, Speed, evaluate, verdict
 from mmcompress.evaluate.verdict import LEVELS, random_findings
 from mmcompress.ops.statistics import Estimate
+from tests.evaluate.recordings import Hearing, speech
 from tests.evaluate.worlds import Constant, Guessing, Seeing, world
 
 FASTER, SLOWER = Estimate(2.0, 1.8, 2.2, 50), Estimate(0.5, 0.4, 0.6, 50)
@@ -207,3 +208,35 @@ def test_same_facts_same_verdict() -> None:
     facts = Facts(seen(2.0), seen(0), [seen(2.0, 5)])
     assert verdict(facts, seed=1) == verdict(facts, seed=1)
     assert np.all([finding.to_json().keys() == {"level", "text"} for finding in verdict(facts)])
+
+
+def test_word_accuracy_has_the_same_verdict() -> None:
+    data = speech(150)
+    original = evaluate(Hearing(0.05), data)
+    compressed = evaluate(Hearing(0.2, 1, silence="you"), data, reference=original)
+    random = [evaluate(Hearing(0.5, seed), data) for seed in (2, 3)]
+    facts = Facts(compressed, original, random)
+    before, after = (e.estimates["transcription"]["word_accuracy"].value for e in (original, compressed))
+    drop = said(facts, f"accuracy drop beyond its interval: transcription word_accuracy {before:.3f} → {after:.3f}, -")
+    assert drop.level == "bad"
+    assert INTERVAL.search(drop.text)
+    # Both sides as they stand in the tables: over all words, not over recordings.
+    rivals = np.mean([control.estimates["transcription"]["word_accuracy"].value for control in random])
+    better = (
+        f"better than random selection at the same ratio: transcription word_accuracy {after:.3f} against {rivals:.3f}"
+    )
+    assert said(facts, better).level == "good"
+    assert said(facts, "gives the same answer as the original: share 0.").level == "note"
+    assert said(facts, "word error rate 0.").level == "note"
+    assert said(facts, "in the original: word error rate 0.0").level == "note"
+    assert said(facts, "HALLUCINATES").level == "bad"
+    assert not [finding for finding in verdict(facts) if "guessing" in finding.text]
+    lost = evaluate(Hearing(deaf=range(150)), data, reference=original)
+    assert said(Facts(lost, original), "no better than guessing: transcription word_accuracy 0.000").level == "bad"
+
+
+def test_values_of_other_weights_are_not_paired() -> None:
+    found = evaluate(Hearing(), speech(20)).results["transcription"]["word_accuracy"]
+    other = replace(found, weights=found.weights + 1)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="differ in weight"):
+        found.difference(other, 0)

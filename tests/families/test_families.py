@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.families import FAMILIES, family_for
 from tests import tiny
-from tests.families.contract import FamilyContract
+from tests.families.contract import DualEncoderContract, FamilyContract, GeneratorContract
 
 
-class TestClip(FamilyContract):
+class TestClip(DualEncoderContract):
     model = "clip"
 
 
-class TestSiglip(FamilyContract):
+class TestSiglip(DualEncoderContract):
     model = "siglip"
 
 
-class TestSiglip2(FamilyContract):
+class TestSiglip2(DualEncoderContract):
     model = "siglip2"
 
 
-class TestDualEncoderVit(FamilyContract):
+class TestDualEncoderVit(DualEncoderContract):
     model = "dual_encoder_vit"
 
 
-class TestDualEncoderDinov2(FamilyContract):
+class TestDualEncoderDinov2(DualEncoderContract):
     model = "dual_encoder_dinov2"
 
 
+class TestWhisper(GeneratorContract):
+    model = "whisper"
+    towers = ("audio", "decoder")
+
+    def items(self, tower: str) -> list[Any]:
+        return self.samples()
+
+    def samples(self) -> list[Sample]:
+        return list(tiny.spoken(3))
+
+
 def test_every_family_is_under_the_contract() -> None:
-    covered = {tiny.bundle(cls.model).family.name for cls in FamilyContract.__subclasses__()}
-    assert covered == set(FAMILIES)
-    assert {cls.model for cls in FamilyContract.__subclasses__()} == set(tiny.FAMILIES)
+    covered = {cls.model for kind in FamilyContract.__subclasses__() for cls in kind.__subclasses__()}
+    assert covered == {*tiny.FAMILIES, *tiny.GENERATORS}
+    assert {tiny.bundle(model).family.name for model in covered} == set(FAMILIES)
 
 
 def test_an_unknown_class_lists_the_supported_ones_and_the_file_to_copy() -> None:

@@ -90,6 +90,38 @@ def test_clusters_widen_the_interval_of_values_that_repeat_each_other() -> None:
     assert clustered.high - clustered.low > 1.8 * (proportion(repeated).high - proportion(repeated).low)
 
 
+def test_a_weighted_mean_is_a_ratio_of_sums_by_hand() -> None:
+    # 1 error in 4 words and 0 in 12: accuracies 0.75 and 1, of all words (3 + 12) / 16. Two drawn of two: both the first
+    # (one time in four) 0.75, both the second 1.
+    estimate = bootstrap([0.75, 1.0], weights=[4, 12])
+    assert estimate == Estimate(15 / 16, 0.75, 1.0, 2)
+    assert bootstrap([0.75, 1.0]).value == 0.875
+    # Every recording with two errors in four words more: the paired difference is -2 / 4 of the words, whoever is drawn.
+    same = paired_difference([0.75, 1.0], [0.25, 0.5], weights=[4, 12])
+    assert (same.value, same.low, same.high) == (-0.5, -0.5, -0.5)
+    # A loss of 1 in the first alone: -4 of 16 words; of the first alone all, of the second none.
+    lost = paired_difference([1.0, 1.0], [0.0, 1.0], weights=[4, 12])
+    assert (lost.value, lost.low, lost.high, lost.n) == (-0.25, -1.0, 0.0, 2)
+
+
+def test_the_interval_of_a_ratio_agrees_with_the_delta_method() -> None:
+    # Var(sum x / sum w) = mean of (x - R w)^2 / (n mean(w)^2), Cochran 1977, section 2.11.
+    rng = np.random.default_rng(12)
+    weights = rng.integers(1, 40, 600)
+    values = 1 - rng.binomial(weights, 0.15) / weights
+    ratio = (weights * values).sum() / weights.sum()
+    half = 1.96 * np.sqrt(np.mean((weights * (values - ratio)) ** 2) / 600) / weights.mean()
+    estimate = bootstrap(values, weights=weights)
+    assert estimate.value == pytest.approx(ratio)
+    assert (estimate.low, estimate.high) == pytest.approx((ratio - half, ratio + half), abs=0.15 * half)
+
+
+def test_equal_weights_are_no_weights() -> None:
+    values = np.random.default_rng(13).random(50)
+    weighted, plain = bootstrap(values, weights=np.full(50, 8.0)), bootstrap(values)
+    assert (weighted.value, weighted.low, weighted.high) == pytest.approx((plain.value, plain.low, plain.high))
+
+
 def test_pairing_sees_a_small_shift_that_unpaired_intervals_cannot() -> None:
     before = np.random.default_rng(7).normal(0, 10, 100)
     after = before - 1 + np.random.default_rng(8).normal(0, 0.5, 100)
@@ -152,6 +184,12 @@ def test_misuse_is_named() -> None:
         bootstrap([1.0, 2.0], np.median, clusters=[0, 1])
     with pytest.raises(ValueError, match="clusters of shape"):
         bootstrap([1.0, 2.0], clusters=[0])
+    with pytest.raises(ValueError, match="mean only"):
+        bootstrap([1.0, 2.0], np.median, weights=[1, 1])
+    with pytest.raises(ValueError, match="weights of shape"):
+        bootstrap([1.0, 2.0], weights=[1])
+    with pytest.raises(ValueError, match="weight 0 of value 1 is not positive"):
+        bootstrap([1.0, 2.0], weights=[1, 0])
 
 
 def test_one_block_as_long_as_the_data_only_rotates_it() -> None:

@@ -15,7 +15,9 @@ from mmcompress.surgery.quantized import (
     QuantizedConv2d,
     QuantizedEmbedding,
     QuantizedLinear,
+    TiedLinear,
     can_quantize,
+    drop_ties,
     quantized,
     translation_table,
 )
@@ -135,6 +137,77 @@ def test_only_plain_layers_are_taken() -> None:
     assert not can_quantize(nn.Conv2d(3, 4, 2, padding=1, padding_mode="reflect"))
     assert not can_quantize(nn.LayerNorm(4))
     assert can_quantize(linear())
+
+
+class Writer(nn.Module):
+    """What a language model ends in: a table, and a Linear with the same weight."""
+
+    def __init__(self, inputs: Levels | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        table, last = nn.Embedding(50, 12), nn.Linear(12, 50)
+        last.weight = table.weight
+        self.table = quantized(table, None)
+        self.last = quantized(last, inputs, table=self.table)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.last(self.table(ids))
+        return found
+
+
+def test_a_tied_linear_multiplies_by_the_tables_rows_and_stores_none() -> None:
+    model = Writer(None)
+    assert isinstance(model.last, TiedLinear)
+    assert set(model.state_dict()) == {"table.weight_int8", "table.weight_scale", "last.bias"}
+    states = x(4, 12)
+    want = nn.functional.linear(states, model.table.weight, model.last.bias)
+    assert torch.equal(model.last(states), want)
+    # The same as a Linear quantized by itself: a scale per row is a scale per output channel.
+    alone = nn.Linear(12, 50)
+    with torch.no_grad():
+        alone.weight.copy_(model.table.weight)
+        alone.bias.copy_(model.last.bias)
+    torch.testing.assert_close(quantized(alone, None)(states), want)
+    model.table.weight_scale.mul_(2)
+    assert not torch.equal(model.last(states), want)
+
+
+@GRIDS
+def test_a_tied_linear_has_an_input_grid_of_its_own(inputs: Levels) -> None:
+    model = Writer(inputs)
+    model.last.set_input_grid(*scale_from_range(torch.tensor(-3.0), torch.tensor(4.0), inputs))
+    rest = {"last.input_scale", "last.input_zero_point", "last.bias"}
+    assert set(model.state_dict()) == {"table.weight_int8", "table.weight_scale", *rest}
+    plain = quantized(nn.Linear(12, 50), inputs)
+    plain.load_state_dict({**model.last.state_dict(), **model.table.state_dict()})
+    assert torch.equal(model.last(x(4, 12)), plain(x(4, 12)))
+
+
+def test_tied_layers_stay_one_through_copies_conversions_and_loading() -> None:
+    model = Writer(UINT8)
+    twin = copy.deepcopy(model).half().float()
+    twin.load_state_dict(model.state_dict())
+    assert twin.last.table is twin.table
+    assert twin.table is not model.table
+    ids = torch.tensor([[3, 49], [0, 3]])
+    assert torch.equal(twin(ids), model(ids))
+    twin.table.weight_int8.zero_()
+    assert not torch.equal(twin(ids), model(ids))
+
+
+def test_ties_of_parameters_that_are_gone_are_dropped() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.writer, self.head, self.embed = Writer(None), nn.Linear(4, 6), nn.Embedding(6, 4)
+            self.head.weight = self.embed.weight
+            gone = {"writer.last.weight": "writer.table.weight"}
+            self.all_tied_weights_keys = {"head.weight": "embed.weight", **gone}
+
+    model = Model()
+    drop_ties(model)
+    assert model.all_tied_weights_keys == {"head.weight": "embed.weight"}
+    drop_ties(nn.Linear(2, 2))
 
 
 class Block(nn.Module):

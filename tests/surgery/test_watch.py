@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from mmcompress.surgery.watch import Sums, evaluating, padding_mask, watch_blocks, watch_gradients, watch_inputs
+from mmcompress.surgery.watch import (
+    Sums,
+    evaluating,
+    meter,
+    padding_mask,
+    watch_blocks,
+    watch_gradients,
+    watch_inputs,
+)
 
 
 def _model() -> nn.Sequential:
@@ -26,6 +34,43 @@ def test_inputs_are_seen_and_masked_and_hooks_go_away() -> None:
     assert [name for name, _ in seen] == ["first", "first"]
     assert torch.equal(seen[0][1], inputs.flatten(0, 1))
     assert torch.equal(seen[1][1], inputs[mask.bool()])
+
+
+def test_the_mask_says_nothing_about_inputs_of_other_tokens() -> None:
+    model, seen = _model().eval(), {}
+    inputs, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 1]])
+    modules = {"masked": model[0], "other": model[2]}
+    with watch_inputs(modules, lambda name, tokens: seen.update({name: tokens}), unmasked=("other",)) as watch:
+        watch.mask = mask
+        hidden = model[0](inputs)
+        model[2](hidden)
+    assert torch.equal(seen["masked"], inputs[mask.bool()])
+    assert torch.equal(seen["other"], hidden.flatten(0, 1))
+
+
+def test_a_meter_counts_what_happens_inside_calls_of_its_modules() -> None:
+    model, done = _model().eval(), [0]
+
+    class Work(nn.Module):
+        def __init__(self, amount: int) -> None:
+            super().__init__()
+            self.amount = amount
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            done[0] += self.amount
+            return states
+
+    parts = nn.Sequential(Work(1), nn.Sequential(Work(10), Work(100)), Work(1000))
+    with meter([parts[1], parts[2]], lambda: done[0]) as spent:
+        parts(torch.zeros(1))
+        assert spent() == 1110
+        parts(torch.zeros(1))
+    assert (spent(), done) == (2220, [2222])
+    assert not parts[1]._forward_hooks
+    assert not parts[1]._forward_pre_hooks
+    with pytest.raises(RuntimeError, match="shapes"), meter([model[0]], lambda: 0):
+        model(torch.zeros(1, 99))
+    assert not model[0]._forward_hooks
 
 
 def test_hooks_go_away_after_an_error() -> None:
@@ -154,3 +199,5 @@ def test_padding_mask() -> None:
     assert padding_mask({"input_ids": mask, "attention_mask": mask}) is mask
     assert padding_mask({"pixel_values": mask, "pixel_attention_mask": mask}) is mask
     assert padding_mask({"pixel_values": mask}) is None
+    heard = torch.ones(2, 9)
+    assert padding_mask({"attention_mask": heard, "decoder_input_ids": mask, "decoder_mask": mask}) is mask

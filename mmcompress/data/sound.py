@@ -1,0 +1,92 @@
+"""Recordings as samples: decoded with libsndfile, mixed down to one channel, resampled to what a model listens at."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from mmcompress.errors import MissingError, UsageError
+
+SOUND_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
+# As float32 that is 256 MB: 22 minutes of one channel at 48 kHz. Speech models hear half a minute at a time.
+MAX_SAMPLES = 64_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Waveform:
+    """A recording in memory: what `Sample.audio` may be instead of a file, for data made in Python."""
+
+    samples: np.ndarray
+    """(N,) in -1..1, one channel."""
+    sampling_rate: int
+    """Samples per second."""
+
+
+def decode_sound(content: bytes, name: str) -> Waveform:
+    """Return the recording in the bytes of a sound file, its channels averaged; `name` is what errors call it.
+
+    Raises MissingError without the soundfile package, UsageError when it is not a readable recording or too long.
+    """
+    soundfile = _package("soundfile", "reading recordings")
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            if file.format not in SOUND_FORMATS:
+                # libsndfile reads two dozen rarer formats: a way in for hostile files and no benefit to speech data.
+                raise UsageError(f"{name} is a {file.format} recording", hint=_readable())
+            values = file.frames * file.channels
+            if values > MAX_SAMPLES:
+                raise UsageError(
+                    f"{name} has {file.frames:,} samples in {file.channels} channels; at most {MAX_SAMPLES:,} are decoded",
+                    hint="cut the recording, or remove it from the data",
+                )
+            found = file.read(dtype="float32", always_2d=True)
+            rate = int(file.samplerate)
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
+        reason = "it is empty" if not content else str(getattr(error, "error_string", error)).rstrip(".")
+        raise UsageError(f"{name} is not a readable recording: {reason}", hint=_readable()) from error
+    return Waveform(found.mean(axis=1), rate)
+
+
+def resampled(wave: Waveform, rate: int, name: str) -> np.ndarray:
+    """Return the samples (N,) at `rate` per second, float32, clipped to -1..1.
+
+    Raises UsageError when there are none, when one is not a number, and when they would be too many; MissingError without the
+    soxr package, which is needed only where the rates differ.
+    """
+    samples = np.asarray(wave.samples, dtype=np.float32)
+    if samples.ndim != 1 or wave.sampling_rate < 1:
+        raise UsageError(
+            f"{name} has samples of shape {samples.shape} at {wave.sampling_rate} a second",
+            hint="give one channel (N,) and a positive rate",
+        )
+    if not samples.size:
+        raise UsageError(f"{name} is empty: it has no samples", hint="replace or remove it")
+    if not np.isfinite(samples).all():
+        raise UsageError(f"{name} has samples that are not numbers (NaN or infinite)", hint="replace or remove it")
+    if wave.sampling_rate != rate:
+        # A header may claim one sample a second; believed, it would be stretched to gigabytes.
+        wanted = samples.size * rate // wave.sampling_rate
+        if wanted > MAX_SAMPLES:
+            raise UsageError(
+                f"{name} lasts {samples.size / wave.sampling_rate:,.0f} s by its rate of {wave.sampling_rate} samples a "
+                f"second; at {rate} that is {wanted:,} samples, and at most {MAX_SAMPLES:,} are made",
+                hint="check its sampling rate, or cut it",
+            )
+        samples = _package("soxr", "resampling recordings").resample(samples, wave.sampling_rate, rate)
+        if not samples.size:
+            raise UsageError(f"{name} is too short: no sample is left at {rate} a second", hint="replace or remove it")
+    return np.clip(samples, -1, 1)
+
+
+def _package(name: str, what: str) -> ModuleType:
+    if importlib.util.find_spec(name) is None:
+        raise MissingError(f"{what} needs {name}", hint="pip install 'mmcompress[audio]'")
+    return importlib.import_module(name)
+
+
+def _readable() -> str:
+    return "replace or remove the file; readable are WAV, FLAC, OGG (Vorbis, Opus) and MP3"

@@ -1,0 +1,66 @@
+"""The tasks of a model that answers in text: how many words it gets right, and how much it still says what it said before.
+
+Everywhere in this package a metric is better when it is higher, so transcription reports the word accuracy, which is 1 - WER:
+below 0 where an answer has more errors than the reference has words. It is that of the whole data, as word error rates are
+published: all errors over all words of the references, not the mean of the recordings' rates. As a ratio of two sums it is
+bootstrapped over recordings, each drawn with its words; a paired difference likewise, since both models hear the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mmcompress.errors import UsageError
+from mmcompress.evaluate.scene import Measured, Scene
+from mmcompress.evaluate.words import Edits, common_start, edits
+
+
+def transcription(scene: Scene) -> dict[str, Measured]:
+    """Word accuracy: 1 - (substitutions + deletions + insertions) / words of the reference, over the whole data.
+
+    Raises UsageError for a reference without a word in it.
+    """
+    counts = np.array([len(words) for words in scene.answers.reference_words], dtype=np.float32)
+    if not counts.all():
+        key = scene.keys[int(np.argmin(counts))]
+        raise UsageError(
+            f"the transcript of sample '{key}' has no words, so it has no word error rate",
+            hint="leave the sample out; what is said to silence is measured anyway",
+        )
+    errors = np.array([found.total for found in all_edits(scene)], dtype=np.float32)
+    # Saying nothing makes as many errors as there are words.
+    return {"word_accuracy": Measured(1 - errors / counts, "sample", _each(scene), False, chance=0.0, weights=counts)}
+
+
+def answer_agreement(scene: Scene) -> dict[str, Measured]:
+    """How alike the answers of the reference and of this model are.
+
+    identical: the share of answers that are equal letter by letter. edit_similarity: 1 - edits / words of the longer answer.
+    first_divergence: how many words both begin with, as a share of the reference's; 1 where it goes on beyond its end.
+    """
+    if scene.reference is None or scene.reference.answered is None:
+        raise UsageError("answer-agreement needs answers to agree with", hint="evaluate the original too (--baseline)")
+    mine, other = scene.answers, scene.reference.answers
+    # The other model's answers in this one's wording: a difference in spelling tables is none in answers.
+    pairs = [(mine.wording.words(text), words) for text, words in zip(other.texts, mine.words, strict=True)]
+
+    def shares(of: Callable[[list[str], list[str]], float]) -> Measured:
+        return Measured(np.array([of(*pair) for pair in pairs], dtype=np.float32), "sample", _each(scene))
+
+    same = np.array([a.strip() == b.strip() for a, b in zip(mine.texts, other.texts, strict=True)], dtype=np.float32)
+    return {
+        "identical": Measured(same, "sample", _each(scene)),
+        "edit_similarity": shares(lambda was, now: 1 - edits(was, now).total / max(len(was), len(now), 1)),
+        "first_divergence": shares(lambda was, now: common_start(was, now) / len(was) if was else float(not now)),
+    }
+
+
+def all_edits(scene: Scene) -> list[Edits]:
+    """Return the edits between each reference and its answer."""
+    return [edits(*pair) for pair in zip(scene.answers.reference_words, scene.answers.words, strict=True)]
+
+
+def _each(scene: Scene) -> np.ndarray:
+    return np.arange(len(scene.keys))

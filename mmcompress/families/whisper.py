@@ -1,0 +1,241 @@
+"""WhisperForConditionalGeneration: an encoder that listens to 30 seconds of sound, a decoder that writes down what was said."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import WhisperForConditionalGeneration
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers.utils import logging
+
+from mmcompress.bundle import Processor, Tower
+from mmcompress.errors import UsageError
+from mmcompress.families.anatomy import (
+    WHISPER_DECODER_BLOCK,
+    WHISPER_ENCODER_BLOCK,
+    example_pixels,
+    example_tokens,
+    read_blocks,
+    widths,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mmcompress.data import Sample
+
+FORCED_TOKENS = 32
+"""How many tokens of a reference transcript the decoder is led through: its rows are T * vocabulary wide, 7 MB a sample."""
+
+
+class Whisper:
+    """OpenAI's Whisper, English-only or multilingual, and what is saved in its class (distil-whisper).
+
+    Its towers are "audio", which makes 1500 states of a recording, and "decoder", which predicts the next token from them. The
+    decoder's `encode` is judged by itself: the encoder's states go in without gradient, or ready-made where inputs hold them.
+    """
+
+    name = "whisper"
+    model_types: tuple[str, ...] = ("whisper",)
+    architectures: tuple[str, ...] = ("WhisperForConditionalGeneration",)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        return WhisperForConditionalGeneration
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        activation = model.config.activation_function
+        return (
+            Tower(
+                name="audio",
+                path="model.encoder",
+                blocks_path="model.encoder.layers",
+                blocks=read_blocks(model, "model.encoder.layers", WHISPER_ENCODER_BLOCK, activation),
+                config="",
+                depth_key="encoder_layers",
+                embeddings=("model.encoder.embed_positions",),
+                why_no_stream="Whisper's decoder looks at every state of the encoder, in its place",
+            ),
+            Tower(
+                name="decoder",
+                path="model.decoder",
+                blocks_path="model.decoder.layers",
+                blocks=read_blocks(model, "model.decoder.layers", WHISPER_DECODER_BLOCK, activation),
+                config="",
+                depth_key="decoder_layers",
+                heads=("proj_out",),
+                embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+                tied=(("model.decoder.embed_tokens", "proj_out"),) if model.config.tie_word_embeddings else (),
+                why_no_stream="the decoder writes one token after the other, and each is needed",
+            ),
+        )
+
+    def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Return one row per sample whose cosine between two models is how alike they are; see `Family.encode`.
+
+        - "audio": the encoder's last hidden states (B, 1500, C) as (B, 1500 * C).
+        - "decoder", led through the reference transcript: sqrt(p) of the next-token distributions p (B, T, V) as (B, T * V), zero
+          where `decoder_mask` is. A cosine is then the mean Bhattacharyya coefficient of two models' distributions, and 1 - cosine
+          is, to leading order, a quarter of their mean KL divergence. A small change moves the normalised row by a squared distance
+          of a quarter of the mean Fisher information: that is what Taylor scores in this space are.
+        """
+        if tower == "audio":
+            states: Tensor = model.model.encoder(inputs["input_features"]).last_hidden_state
+            return states.flatten(1)
+        if "encoder_hidden_states" in inputs:
+            heard = inputs["encoder_hidden_states"]
+        else:
+            with torch.no_grad():
+                heard = model.model.encoder(inputs["input_features"]).last_hidden_state
+        # Padding lies behind the text, where a causal decoder does not look: it needs no mask inside.
+        written = model.model.decoder(
+            input_ids=inputs["decoder_input_ids"], encoder_hidden_states=heard, use_cache=False
+        ).last_hidden_state
+        # exp(log p / 2), because sqrt has no gradient where p underflows to 0.
+        roots: Tensor = (model.proj_out(written).float().log_softmax(-1) / 2).exp()
+        return (roots * inputs["decoder_mask"][:, :, None]).flatten(1)
+
+    def items(self, tower: str, sample: Sample) -> list[Any]:
+        """Return the sample itself where it has a recording and, for the decoder, a transcript; see `Family.items`."""
+        return [sample] if sample.audio is not None and (tower == "audio" or sample.texts) else []
+
+    def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
+        """Return input_features (B, mel bins, frames) of samples, for the decoder also ids and mask (B, T) of their transcripts.
+
+        A transcript is the sample's first text, cut at `FORCED_TOKENS`. Raises UsageError for recordings longer than the model
+        hears at once, and what `Sample.waveform` raises.
+        """
+        inputs = {"input_features": self._features(model, processor, items)}
+        if tower == "audio":
+            return inputs
+        start = self.start_tokens(model)
+        limit = min(FORCED_TOKENS, model.config.max_target_positions - len(start))
+        # Whisper writes a space before the first word too.
+        texts = [" " + sample.texts[0].strip() for sample in items]
+        tokens = [start + ids[:limit] for ids in _tokenizer(processor)(texts, add_special_tokens=False)["input_ids"]]
+        longest = max(map(len, tokens))
+        padding = model.config.pad_token_id or 0
+        ids = torch.tensor([row + [padding] * (longest - len(row)) for row in tokens])
+        counts = torch.tensor([len(row) for row in tokens])
+        mask = (torch.arange(longest) < counts[:, None]).long()
+        return {**inputs, "decoder_input_ids": ids, "decoder_mask": mask}
+
+    def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
+        """Return the greedy transcript of each sample, of half as many tokens as the decoder has places, as OpenAI's own does.
+
+        Raises what `prepare` raises.
+        """
+        features = self._features(model, processor, samples).to(model.device)
+        settings = copy.deepcopy(model.generation_config)
+        settings.do_sample, settings.num_beams, settings.return_timestamps = False, 1, False
+        settings.max_length, settings.max_new_tokens = None, model.config.max_target_positions // 2
+        with _quiet():
+            ids = model.generate(features, generation_config=settings)
+        return [text.strip() for text in _tokenizer(processor).batch_decode(ids, skip_special_tokens=True)]
+
+    def start_tokens(self, model: Any) -> list[int]:
+        """Return the tokens before the text: start and, as far as the model has them, language, task and "no timestamps".
+
+        A multilingual model is told English where its generation config names no language.
+        """
+        settings, config = model.generation_config, model.config
+        start = settings.decoder_start_token_id
+        tokens = [config.decoder_start_token_id if start is None else start]
+        if getattr(settings, "lang_to_id", None):
+            language = (getattr(settings, "language", None) or "en").lower()
+            code = f"<|{TO_LANGUAGE_CODE.get(language, language)}|>"
+            tokens.append(settings.lang_to_id.get(language, settings.lang_to_id.get(code)))
+            tokens.append(
+                (getattr(settings, "task_to_id", None) or {}).get(getattr(settings, "task", None) or "transcribe")
+            )
+        tokens.append(getattr(settings, "no_timestamps_token_id", None))
+        return [token for token in tokens if token is not None]
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        """Return smooth features for the audio tower; for the decoder states as an encoder gives them, and 16 tokens."""
+        c = model.config
+        if tower == "audio":
+            return {"input_features": example_pixels(batch, 1, c.num_mel_bins, self._frames(model)).squeeze(1)}
+        start = self.start_tokens(model)
+        ids = example_tokens(batch, min(16, c.max_target_positions), c.vocab_size, _end(c))
+        ids[:, : len(start)] = torch.tensor(start)
+        generator = torch.Generator().manual_seed(0)
+        return {
+            "encoder_hidden_states": torch.randn(batch, c.max_source_positions, c.d_model, generator=generator),
+            "decoder_input_ids": ids,
+            "decoder_mask": torch.ones_like(ids),
+        }
+
+    def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Change nothing."""
+        return contextlib.nullcontext()
+
+    def write_config(self, model: Any) -> None:
+        """Write depth and MLP width of both towers; heads cannot be written (the head size would change)."""
+        for tower in self.towers(model):
+            side = tower.depth_key.removesuffix("_layers")
+            setattr(model.config, tower.depth_key, len(tower.blocks))
+            found = widths(tower.blocks)
+            if found:
+                setattr(model.config, f"{side}_ffn_dim", found[1])
+
+    def _features(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> Tensor:
+        """Return the log-mel spectrograms (B, mel bins, frames) of recordings, padded with silence."""
+        extractor = processor.audio
+        if extractor is None:
+            raise UsageError("this checkpoint has no feature extractor", hint="add its preprocessor_config.json")
+        rate = extractor.sampling_rate
+        waves: list[np.ndarray] = []
+        for sample in samples:
+            wave = sample.waveform(rate)
+            if len(wave) > extractor.n_samples:
+                raise UsageError(
+                    f"the recording of sample '{sample.key}' lasts {len(wave) / rate:.1f} s; "
+                    f"{self.name} hears {extractor.n_samples / rate:g} s at once",
+                    hint="cut it into shorter recordings, each with its text",
+                )
+            waves.append(wave)
+        features: Tensor = extractor(waves, sampling_rate=rate, return_tensors="pt")["input_features"]
+        wanted = (model.config.num_mel_bins, self._frames(model))
+        if features.shape[1:] != wanted:
+            raise UsageError(
+                f"the feature extractor makes {tuple(features.shape[1:])} (mel bins, frames), config.json says {wanted}",
+                hint="use the preprocessor_config.json that belongs to this checkpoint",
+            )
+        return features.to(next(model.parameters()).dtype)
+
+    @staticmethod
+    def _frames(model: Any) -> int:
+        """Frames of a full recording; the second convolution halves them."""
+        return 2 * int(model.config.max_source_positions)
+
+
+def _end(config: Any) -> int:
+    """Return the token that ends a text; some configs list several."""
+    end = config.eos_token_id
+    return int(end[0] if isinstance(end, list) else end)
+
+
+def _tokenizer(processor: Processor) -> Any:
+    if processor.tokenizer is None:
+        raise UsageError("this checkpoint has no tokenizer", hint="add its tokenizer.json")
+    return processor.tokenizer
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Silence transformers' remarks on generation settings that are meant: no mask (it reads silence), both length limits."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+FAMILY = Whisper()

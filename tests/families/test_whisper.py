@@ -1,0 +1,250 @@
+"""What only Whisper has: rows that are distributions, start tokens, 30 seconds, cache indices, a config that says one width."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import WhisperProcessor
+
+from mmcompress import checkpoint, passes
+from mmcompress.bundle import Bundle
+from mmcompress.data import Sample, Waveform
+from mmcompress.errors import UsageError
+from mmcompress.export.onnx import export_onnx
+from mmcompress.families.whisper import FORCED_TOKENS
+from mmcompress.jobs.inspect import inspect
+from mmcompress.passes.base import Plan
+from tests import tiny
+
+VOCABULARY = 25
+
+
+@pytest.fixture
+def bundle() -> Bundle:
+    return tiny.bundle("whisper")
+
+
+def decoder_rows(bundle: Bundle, samples: list[Sample]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the decoder's rows (B, T, V) and what they were made of."""
+    inputs = bundle.prepare("decoder", samples)
+    with torch.no_grad():
+        return bundle.encode("decoder", inputs).unflatten(1, (-1, VOCABULARY)), inputs
+
+
+def keep_blocks(bundle: Bundle, kept: dict[str, str]) -> None:
+    passes.build("prune", {"units": ["blocks"]}).apply(
+        bundle, Plan({"kept": {"heads": {}, "neurons": {}, "blocks": kept}})
+    )
+
+
+def test_decoder_rows_are_roots_of_distributions_and_zero_at_padding(bundle: Bundle) -> None:
+    rows, inputs = decoder_rows(bundle, list(tiny.spoken(3)))
+    mask = inputs["decoder_mask"]
+    assert not mask.bool().all()  # texts differ in length, or nothing would be padded
+    torch.testing.assert_close(rows.square().sum(-1), mask.float())
+    logits = bundle.model(input_features=inputs["input_features"], decoder_input_ids=inputs["decoder_input_ids"]).logits
+    torch.testing.assert_close(rows.square(), logits.softmax(-1) * mask[..., None])
+
+
+def test_one_minus_cosine_of_decoder_rows_is_a_quarter_of_the_divergence(bundle: Bundle) -> None:
+    """KL(p, q) = sum d^2 / 2p and sum (sqrt p - sqrt q)^2 = sum d^2 / 4p to leading order in d = q - p; 1 - cos is half of that."""
+    samples = list(tiny.spoken(3))
+    before, _ = decoder_rows(bundle, samples)
+    with torch.no_grad():
+        bundle.model.model.decoder.layers[0].fc2.weight.mul_(1.05)
+    after, inputs = decoder_rows(bundle, samples)
+    real = inputs["decoder_mask"].bool()
+    p, q = (
+        rows[real].double().square() / rows[real].double().square().sum(-1, keepdim=True) for rows in (before, after)
+    )
+    divergence = (p * (p / q).log()).sum(-1).mean()
+    assert divergence > 1e-6
+    cosine = nn.functional.cosine_similarity(before[real].double().flatten(), after[real].double().flatten(), dim=0)
+    torch.testing.assert_close(1 - cosine, divergence / 4, rtol=0.05, atol=0)
+
+
+def test_gradients_stay_finite_where_a_probability_is_zero(bundle: Bundle) -> None:
+    with torch.no_grad():
+        bundle.model.proj_out.weight.mul_(300)
+    inputs = bundle.example_inputs("decoder", 2)
+    rows = bundle.encode("decoder", inputs)
+    assert (rows == 0).any()  # float32 holds no such root
+    rows.sum().backward()
+    gradients = [p.grad for p in bundle.model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_text_led_through_is_start_tokens_then_words(bundle: Bundle) -> None:
+    sample = Sample("a", ("red cat",), audio=tiny.recordings(1)[0])
+    inputs = bundle.prepare("decoder", [sample])
+    words = bundle.processor.tokenizer.convert_tokens_to_ids(["red", "cat"])
+    assert inputs["decoder_input_ids"].tolist() == [[1, 24, *words]]
+    assert inputs["decoder_mask"].tolist() == [[1, 1, 1, 1]]
+
+
+def test_a_greedy_answer_is_what_the_rows_put_first(bundle: Bundle) -> None:
+    """Led through its own answer, the decoder puts each next token of it first (of those it may write)."""
+    bundle.model.generation_config.suppress_tokens = [0, 1, 2, 3, 24]  # words only, so that the text says every token
+    samples = list(tiny.spoken(3))
+    answers = bundle.generate(samples)
+    rows, inputs = decoder_rows(bundle, [replace(s, texts=(a,)) for s, a in zip(samples, answers, strict=True)])
+    assert inputs["decoder_input_ids"].shape[1] == 2 + 12  # half of the decoder's 24 places
+    rows[..., [0, 1, 2, 3, 24]] = 0
+    assert torch.equal(rows[:, 1:-1].argmax(-1), inputs["decoder_input_ids"][:, 2:])
+
+
+def test_long_transcripts_are_cut(bundle: Bundle) -> None:
+    sample = Sample("a", ("cat " * 500,), audio=tiny.recordings(1)[0])
+    assert bundle.prepare("decoder", [sample])["decoder_input_ids"].shape[1] == min(24, FORCED_TOKENS + 2)
+
+
+def test_what_a_sample_offers_each_tower(bundle: Bundle) -> None:
+    audio = tiny.recordings(1)[0]
+    heard, read = Sample("a", audio=audio), Sample("b", ("a cat",))
+    both = Sample("c", ("a cat", "another text"), audio=audio)
+    assert [bundle.items("audio", sample) for sample in (heard, read, both)] == [[heard], [], [both]]
+    assert [bundle.items("decoder", sample) for sample in (heard, read, both)] == [[], [], [both]]
+
+
+def test_a_recording_longer_than_the_model_hears_is_refused(bundle: Bundle) -> None:
+    sample = Sample("long", ("a",), audio=Waveform(np.zeros(tiny.RATE + 1, np.float32), tiny.RATE))
+    for use in (lambda: bundle.prepare("audio", [sample]), lambda: bundle.generate([sample])):
+        with pytest.raises(UsageError, match=r"'long' lasts 1\.0 s; whisper hears 1 s at once"):
+            use()
+
+
+@pytest.mark.parametrize(("part", "tower"), [("audio", "audio"), ("tokenizer", "decoder")])
+def test_missing_preprocessing_is_named(part: str, tower: str, bundle: Bundle) -> None:
+    setattr(bundle.processor, part, None)
+    with pytest.raises(UsageError, match=r"no (feature extractor|tokenizer)"):
+        bundle.prepare(tower, list(tiny.spoken(1)))
+
+
+def test_a_feature_extractor_of_another_size_is_refused(bundle: Bundle) -> None:
+    bundle.model.config.num_mel_bins = 80
+    with pytest.raises(UsageError, match=r"makes \(20, 100\) .* says \(80, 100\)"):
+        bundle.prepare("audio", list(tiny.spoken(1)))
+
+
+MANY = {"lang_to_id": {"<|en|>": 5, "<|de|>": 6}, "task_to_id": {"transcribe": 7, "translate": 8}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, [1, 24]),
+        ({"no_timestamps_token_id": None}, [1]),
+        (MANY, [1, 5, 7, 24]),
+        ({**MANY, "language": "<|de|>", "task": "translate"}, [1, 6, 8, 24]),
+        ({**MANY, "language": "german"}, [1, 6, 7, 24]),
+        ({**MANY, "language": "de"}, [1, 6, 7, 24]),
+    ],
+)
+def test_start_tokens_are_those_generation_starts_with(
+    settings: dict[str, Any], wanted: list[int], bundle: Bundle
+) -> None:
+    generation = bundle.model.generation_config
+    for name, value in settings.items():
+        setattr(generation, name, value)
+    assert bundle.family.start_tokens(bundle.model) == wanted  # type: ignore[attr-defined]
+    if "lang_to_id" not in settings or "language" in settings:  # else it would detect the language
+        generation.return_timestamps = False
+        theirs = bundle.model._retrieve_init_tokens(None, 1, generation, bundle.model.config, 100, {})
+        if "no_timestamps_token_id" not in settings:
+            assert theirs.tolist() == [wanted]
+
+
+def test_dropped_blocks_are_renumbered_for_the_cache(bundle: Bundle) -> None:
+    keep_blocks(bundle, {"audio": "0,2", "decoder": "1"})
+    layer = bundle.model.model.decoder.layers[0]
+    assert (layer.self_attn.layer_idx, layer.encoder_attn.layer_idx) == (0, 0)
+    bundle.family.write_config(bundle.model)
+    samples = list(tiny.spoken(3))
+    answers = bundle.generate(samples)
+    bundle.model.generation_config.use_cache = False
+    assert bundle.generate(samples) == answers
+
+
+def test_the_config_says_depth_and_width_of_both_sides(bundle: Bundle, tmp_path: Path) -> None:
+    """OpenAI's configs also hold num_hidden_layers, which transformers reads as another name of encoder_layers."""
+    bundle.source = replace(bundle.source, config={**bundle.source.config, "num_hidden_layers": 3})
+    keep_blocks(bundle, {"audio": "0,2", "decoder": "1"})
+    kept = {f"{tower}.{index}": "0-31" for tower, index in (("audio", 0), ("audio", 1), ("decoder", 0))}
+    passes.build("prune", {}).apply(bundle, Plan({"kept": {"heads": {}, "neurons": kept, "blocks": {}}}))
+    written = checkpoint.save(bundle, tmp_path / "model")
+    assert written.plain_transformers, written.why
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    found = {key: config.get(key) for key in ("encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")}
+    assert found == {"encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    assert config.get("num_hidden_layers") in (None, 2)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["preprocessor_config", "processor_config"])
+def test_feature_extractor_tokenizer_and_generation_config_come_back(
+    together: bool, bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    bundle.model.save_pretrained(folder)
+    parts = bundle.processor
+    if together:
+        WhisperProcessor(parts.audio, _whisper_tokenizer()).save_pretrained(folder)
+    parts.tokenizer.save_pretrained(folder)
+    if not together:
+        parts.audio.save_pretrained(folder)
+    loaded = checkpoint.load(folder)
+    assert loaded.processor.image is None
+    samples = list(tiny.spoken(3))
+    assert loaded.generate(samples) == bundle.generate(samples)
+    checkpoint.save(loaded, tmp_path / "again")
+    assert checkpoint.load(tmp_path / "again").generate(samples) == bundle.generate(samples)
+    name = "processor_config.json" if together else "preprocessor_config.json"
+    assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_cannot_be_done_yet_is_refused_with_the_reason(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="distill pulls embeddings in a shared space together, and whisper"):
+        passes.build("distill", {}).check(bundle)
+    with pytest.raises(UsageError, match="tokens of whisper models cannot be merged"):
+        passes.build("merge-tokens", {}).check(bundle)
+    with pytest.raises(UsageError, match="audio tower's tokens cannot be merged: Whisper's decoder"):
+        passes.build("merge-tokens", {"tower": "audio"}).check(bundle)
+    with pytest.raises(UsageError, match="whisper models cannot be exported yet"):
+        export_onnx(bundle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_counts_each_tower_and_says_why_not(bundle: Bundle, tmp_path: Path) -> None:
+    checkpoint.save(bundle, tmp_path / "model")
+    found = inspect(tmp_path / "model")
+    audio, decoder = found["towers"]
+    assert (audio["name"], audio["blocks"], audio["neurons"], audio["tokens"]) == ("audio", 3, "128", None)
+    assert (decoder["name"], decoder["blocks"], decoder["neurons"]) == ("decoder", 2, "96")
+    assert audio["parameters"] + decoder["parameters"] == sum(p.numel() for p in bundle.model.parameters())
+    applies = {(row["pass"], row["tower"]): row["applies"] for row in found["passes"]}
+    assert applies == {
+        (name, tower): name in ("prune", "quantize") for name in passes.PASSES for tower in ("audio", "decoder")
+    }
+    assert all(row["applies"] or row["reason"] for row in found["passes"])
+
+
+def _whisper_tokenizer() -> Any:
+    from transformers import WhisperTokenizer
+
+    words = {word: index for index, word in enumerate(["<|endoftext|>", "a", "b"])}
+    return WhisperTokenizer(vocab=words, merges=[])
+
+
+def test_the_decoder_learns_nothing_about_the_encoder_from_its_rows(bundle: Bundle) -> None:
+    """The encoder runs without a graph: a decoder is scored and repaired by itself, at a decoder's cost."""
+    bundle.encode("decoder", bundle.prepare("decoder", list(tiny.spoken(2)))).sum().backward()
+    assert all(p.grad is None for p in bundle.model.model.encoder.parameters())
+    assert isinstance(bundle.model.proj_out, nn.Linear)
+    assert bundle.model.proj_out.weight.grad.abs().sum() > 0
