@@ -210,6 +210,13 @@ def test_same_facts_same_verdict() -> None:
     assert np.all([finding.to_json().keys() == {"level", "text"} for finding in verdict(facts)])
 
 
+def test_agreeing_by_chance_is_not_called_guessing() -> None:
+    found = evaluate(Guessing(), world(60), reference=evaluate(Seeing(), world(60)))
+    guessed = [finding.text for finding in verdict(Facts(found)) if "guessing" in finding.text]
+    assert guessed
+    assert not [text for text in guessed if "agreement" in text]
+
+
 def test_word_accuracy_has_the_same_verdict() -> None:
     data = speech(150)
     original = evaluate(Hearing(0.05), data)
