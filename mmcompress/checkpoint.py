@@ -28,6 +28,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -202,6 +203,9 @@ def _build(
         raise UsageError(
             f"the weights in {directory} do not fit their config: {reason}", hint="fetch the model again"
         ) from error
+    if base.can_generate() and (directory / "generation_config.json").exists():
+        # transformers reads it itself only where it reads the weights itself.
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     lost = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
     if lost:
         raise UsageError(
