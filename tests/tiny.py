@@ -170,6 +170,10 @@ def bundle(name: str, seed: int = 0) -> Bundle:
             elif parameter.dim() == 2:
                 parameter.mul_(3)
     if name == "whisper":
+        with torch.no_grad():
+            # Fresh convolutions hardly let anything through: the answer would not depend on what is heard.
+            for conv in (model.model.encoder.conv1, model.model.encoder.conv2):
+                conv.weight.mul_(10)
         model.generation_config = GenerationConfig(
             decoder_start_token_id=1,
             bos_token_id=1,

@@ -44,6 +44,7 @@ class FamilyContract:
                 assert bundle.module(attention.reader).in_features == width
                 assert attention.path.startswith(block.path)
                 bundle.module(attention.path)
+            assert block.cross is None or block.cross.path != block.attention.path
             bundle.module(mlp.path)
             assert all(bundle.module(path).out_features == mlp.neurons for path in mlp.writers)
             assert bundle.module(mlp.reader).in_features == mlp.neurons
@@ -52,10 +53,14 @@ class FamilyContract:
             for path in (*tower.heads, *tower.embeddings):
                 bundle.module(path)
             assert len(bundle.module(tower.blocks_path)) == len(tower.blocks)
-            for table, linear in tower.tied:
-                assert bundle.module(table).weight is bundle.module(linear).weight
-                assert tower.owns(table)
-                assert tower.owns(linear)
+
+    def test_modules_that_share_a_weight_are_named_as_tied(self, bundle: Bundle) -> None:
+        owners: dict[int, list[str]] = {}
+        for name, parameter in bundle.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+        shared = {tuple(names) for names in owners.values() if len(names) > 1}
+        assert {pair for tower in bundle.towers() for pair in tower.tied} == shared
+        assert all(tower.owns(path) for tower in bundle.towers() for pair in tower.tied for path in pair)
 
     def test_bookkeeping_counts_what_it_says(self, bundle: Bundle) -> None:
         for _, block in blocks_of(bundle):
@@ -171,7 +176,7 @@ class GeneratorContract(FamilyContract):
 
     def test_the_answer_is_the_same_every_time(self, bundle: Bundle) -> None:
         answers = bundle.generate(self.samples())
-        assert any(answers)
+        assert len(set(answers)) > 1  # it depends on what is asked about
         assert bundle.generate(self.samples()) == answers
 
     def test_with_a_cache_the_answer_is_the_same_as_without(self, bundle: Bundle) -> None:

@@ -101,6 +101,33 @@ def test_a_greedy_answer_is_what_the_rows_put_first(bundle: Bundle) -> None:
     assert torch.equal(rows[:, 1:-1].argmax(-1), inputs["decoder_input_ids"][:, 2:])
 
 
+def test_a_transcript_starts_with_a_space(bundle: Bundle) -> None:
+    seen: list[str] = []
+
+    def tokenizer(texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        assert not add_special_tokens
+        seen.extend(texts)
+        return {"input_ids": [[4] for _ in texts]}
+
+    bundle.processor.tokenizer = tokenizer
+    bundle.prepare("decoder", [Sample("a", ("red cat ", "other"), audio=tiny.recordings(1)[0])])
+    assert seen == [" red cat"]
+
+
+def test_example_inputs_start_as_a_text_does(bundle: Bundle) -> None:
+    ids = bundle.example_inputs("decoder", 2)["decoder_input_ids"]
+    assert ids[:, :2].tolist() == [[1, 24]] * 2
+
+
+def test_padding_and_marks_are_no_part_of_an_answer(bundle: Bundle) -> None:
+    """Texts of one batch that end at different places."""
+    with torch.no_grad():
+        bundle.model.proj_out.weight[3] *= 3  # the end comes sooner
+    answers = bundle.generate(list(tiny.spoken(6)))
+    assert len({len(answer.split()) for answer in answers}) > 1
+    assert not any("[" in answer for answer in answers)
+
+
 def test_long_transcripts_are_cut(bundle: Bundle) -> None:
     sample = Sample("a", ("cat " * 500,), audio=tiny.recordings(1)[0])
     assert bundle.prepare("decoder", [sample])["decoder_input_ids"].shape[1] == min(24, FORCED_TOKENS + 2)
