@@ -18,7 +18,7 @@ import torch
 
 import mmcompress
 from mmcompress import checkpoint, pipeline, weights
-from mmcompress.bundle import Bundle
+from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.data import Dataset, open_data
 from mmcompress.errors import GateFailed, MmcError, UsageError, closest
 from mmcompress.evaluate.answers import abilities
@@ -49,6 +49,8 @@ class Result:
     """One row per stage, the original first: parameters, MACs per tower, headline metrics."""
     speeds: tuple[TowerSpeed, ...] = ()
     gates: tuple[GateResult, ...] = ()
+    exports: bool = True
+    """Whether models of this family can be exported."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of ``--json``."""
@@ -183,7 +185,8 @@ def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
     _keep_reports(run, final)
     if exported is not None:
         shutil.copytree(exported / "compressed", final / recipe.export.to)
-    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates)
+    exports = isinstance(bundle.family, DualEncoder)
+    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates, exports)
     failed = [gate for gate in gates if not gate.passed]
     target = free_name(output.with_name(output.name + ".rejected")) if failed else output
     publish(final, target)

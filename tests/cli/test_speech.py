@@ -61,6 +61,7 @@ def test_pruning_is_judged_by_word_accuracy(mmc: Mmc, whisper: Path, speech: Pat
     out = tmp_path / "out"
     done = mmc("prune", whisper, "-o", out, "--ratio", 0.3, "--data", speech, "--eval-data", speech, "--json")
     assert done.code == 0, done.err
+    assert "next: mmc report" in done.err  # what cannot be exported is not sent to export
     stages = done.document["stages"]
     assert set(stages[0]["metrics"]) == {"transcription.word_accuracy"}
     assert "answer-agreement.identical" in stages[1]["metrics"]
