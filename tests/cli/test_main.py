@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -149,13 +150,19 @@ def test_ctrl_c_in_a_real_process(saved: Path, data: Path, tmp_path: Path) -> No
         "-o",
         tmp_path / "out",
     ]
-    started = subprocess.Popen([*map(str, command), "--data", str(data)], stderr=subprocess.PIPE, text=True)
+    # A shell's background job ignores SIGINT, and so would its children.
+    started = subprocess.Popen(
+        [*map(str, command), "--data", str(data)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert started.stderr is not None
     for line in started.stderr:
         if "distill" in line:
             break
     time.sleep(0.5)
-    started.send_signal(2)
+    started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=120)
     assert started.returncode == 130
     assert said.strip().splitlines()[-2:] == ["error: interrupted", "hint: repeat the command with --resume to go on"]
