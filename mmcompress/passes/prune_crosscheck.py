@@ -1,20 +1,19 @@
 """Ask torch-pruning whether our groups are complete: does cutting a head or a neuron drag anything else along?
 
 torch-pruning (Fang et al. 2023, DepGraph) traces a model and derives what has to be cut together. Its search can run for ever (seen
-with grouped-query attention, version 1.6.1), so it gets an alarm clock. It works on a copy of the model: tracing leaves things
+with grouped-query attention, version 1.6.1), so it gets a time limit. It works on a copy of the model: tracing leaves things
 behind.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
-import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -39,16 +38,22 @@ def crosscheck(bundle: Bundle, towers: Sequence[Tower], seconds: float = 120.0) 
     model = copy.deepcopy(bundle.model).requires_grad_(True)
     copied = Bundle(model, bundle.processor, bundle.family, bundle.source)
     for tower in towers:
-        with _time_limit(seconds, f"torch-pruning's search in the {tower.name} tower"):
-            graph = _dependencies(copied, tower)
-            for ours in unit_channels(copied, tower):
-                theirs = _closure(graph, model, ours)
-                if theirs != ours:
-                    raise UsageError(
-                        f"{next(iter(ours))[0]}: torch-pruning cuts {_show(theirs)}, we would cut {_show(ours)}",
-                        hint="this block is not built as its family says; report it, or leave crosscheck off to go on",
-                    )
-                agreed += 1
+        what = f"torch-pruning's search in the {tower.name} tower"
+        agreed += _in_time(seconds, what, functools.partial(_agreeing, copied, tower))
+    return agreed
+
+
+def _agreeing(bundle: Bundle, tower: Tower) -> int:
+    graph = _dependencies(bundle, tower)
+    agreed = 0
+    for ours in unit_channels(bundle, tower):
+        theirs = _closure(graph, bundle.model, ours)
+        if theirs != ours:
+            raise UsageError(
+                f"{next(iter(ours))[0]}: torch-pruning cuts {_show(theirs)}, we would cut {_show(ours)}",
+                hint="this block is not built as its family says; report it, or leave crosscheck off to go on",
+            )
+        agreed += 1
     return agreed
 
 
@@ -107,23 +112,25 @@ def _closure(graph: Any, model: nn.Module, ours: Channels) -> Channels:
     return found
 
 
-@contextmanager
-def _time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise UsageError when the body takes longer. Needs the main thread and a Unix alarm; elsewhere there is no limit."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-        yield
-        return
+def _in_time(seconds: float, what: str, search: Callable[[], int]) -> int:
+    """Return what `search` returns. Raises UsageError when it takes longer; its thread then ends with the process.
 
-    def ring(signum: int, frame: FrameType | None) -> None:
-        raise UsageError(f"{what} did not end in {seconds:g} s", hint="leave crosscheck off for this model")
+    Not an alarm signal: an exception out of a signal handler crashed the interpreter where torch had exported a model before
+    (torch 2.13, Python 3.11).
+    """
+    found: Future[int] = Future()
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    def run() -> None:
+        try:
+            found.set_result(search())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="crosscheck", daemon=True).start()
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        return found.result(seconds)
+    except TimeoutError:
+        raise UsageError(f"{what} did not end in {seconds:g} s", hint="leave crosscheck off for this model") from None
 
 
 def _show(channels: Channels) -> str:
