@@ -3,11 +3,12 @@
 A CLIP of ViT-L/14 size (427 M parameters, 1.6 GiB in fp32, random weights) is written once; each pass then runs in a process of its
 own. The claim: peak - interpreter with torch and transformers imported <= 1.5 x the model.
 
-    python -m bench.memory      writes bench/results/memory.json
+    python -m bench.memory [PASS …]      writes bench/results/memory.json; of named passes only their rows
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -80,8 +81,13 @@ def help_seconds(runs: int = 9) -> list[float]:
 
 
 def main() -> None:
-    """Measure and write the document."""
-    document: dict[str, Any] = {"command": "python -m bench.memory", "machine": machine_facts(), "passes": {}}
+    """Measure, and write the document after every pass."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("passes", nargs="*", choices=[*PASSES, []], help="all by default")
+    wanted = parser.parse_args().passes or list(PASSES)
+    file = assets.RESULTS / "memory.json"
+    kept = json.loads(file.read_text())["passes"] if file.exists() else {}
+    document: dict[str, Any] = {"command": "python -m bench.memory", "machine": machine_facts(), "passes": kept}
     document["help_seconds"] = help_seconds()
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
@@ -89,7 +95,8 @@ def main() -> None:
         write_data(work / "data")
         baseline = interpreter_baseline(IMPORTS)
         document |= {"model_mib": round(size / 2**20), "interpreter_mib": round(baseline / 2**20)}
-        for name, arguments in PASSES.items():
+        for name in wanted:
+            arguments = PASSES[name]
             command = [sys.executable, "-m", "mmcompress.cli", arguments[0], str(work / "model"), *arguments[1:]]
             command += ["-o", str(work / name), "--data", str(work / "data"), "--quiet"]
             peak = peak_rss_of_command([*command, "--num-samples", "16", "--batch-size", "4"])
@@ -98,8 +105,8 @@ def main() -> None:
                 "peak_mib": round(peak.peak / 2**20),
                 "above_interpreter_in_models": round(share, 3),
             }
+            file.write_text(json.dumps(document, indent=1) + "\n")
             print(name, document["passes"][name], flush=True)
-    (assets.RESULTS / "memory.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
