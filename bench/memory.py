@@ -3,7 +3,7 @@
 A CLIP of ViT-L/14 size (427 M parameters, 1.6 GiB in fp32, random weights) is written once; each pass then runs in a process of its
 own. The claim: peak - interpreter with torch and transformers imported <= 1.5 x the model.
 
-    python -m bench.memory [PASS …]      writes bench/results/memory.json; of named passes only their rows
+    python -m bench.memory [--only PASS]      writes bench/results/memory.json; of named passes only their rows
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def help_seconds(runs: int = 9) -> list[float]:
 def main() -> None:
     """Measure, and write the document after every pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("passes", nargs="*", choices=[*PASSES, []], help="all by default")
-    wanted = parser.parse_args().passes or list(PASSES)
+    parser.add_argument("--only", action="append", choices=PASSES, help="repeatable; all by default")
+    wanted = parser.parse_args().only or list(PASSES)
     file = assets.RESULTS / "memory.json"
     kept = json.loads(file.read_text())["passes"] if file.exists() else {}
     document: dict[str, Any] = {"command": "python -m bench.memory", "machine": machine_facts(), "passes": kept}
