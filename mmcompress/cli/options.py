@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import click
 
-from mmcompress.errors import UsageError
 from mmcompress.passes.schema import Parameter, Schema
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -110,14 +109,6 @@ def given(schema: Schema, options: dict[str, Any]) -> dict[str, Any]:
         if value is not None and value != ():
             params[parameter.name] = value
     return params
-
-
-def split_pairs(text: str) -> dict[str, str]:
-    """Read ``a=b,c=d``. Raises UsageError for anything else."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    if not all(equals for _, equals, _ in pairs):
-        raise UsageError(f"'{text}' is not name=value,name=value", hint="for example vision=0.3,text=0.5")
-    return {name: value for name, _, value in pairs}
 
 
 def _dest(parameter: Parameter) -> str:

@@ -159,18 +159,6 @@ def compare(before: LatencySamples, after: LatencySamples, seed: int = 0) -> Est
     return ratio_of_medians(before.seconds, after.seconds, seed=seed)
 
 
-def speed_verdict(ratio: Estimate) -> str:
-    """`compare`'s estimate in words; "no difference" unless the whole interval lies on one side of 1."""
-    interval = f"[{ratio.low:.2f}, {ratio.high:.2f}] n={ratio.n}"
-    if math.isinf(ratio.low):
-        return f"no difference can be shown from {ratio.n} round"
-    if ratio.low > 1:
-        return f"{ratio.value:.2f}x faster {interval}"
-    if ratio.high < 1:
-        return f"{1 / ratio.value:.2f}x slower [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}] n={ratio.n}"
-    return f"no difference: {ratio.value:.2f}x {interval}"
-
-
 def samples_needed(rank: float) -> int:
     """Samples a percentile needs so that at least one is expected beyond it: 10 for p90, 100 for p99."""
     return math.ceil(round(100 / (100 - rank), 6))

@@ -8,7 +8,7 @@ becomes one, and because a pair's edges are edges of the finer grid, that equals
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,16 +19,6 @@ Method = Literal["min-max", "percentile", "mse"]
 BINS = 1 << 14
 SHRINKS = torch.linspace(1.0, 0.4, 61)
 """The shares of the full range that `LeastError` tries."""
-
-
-class Observer(Protocol):
-    """Watches one tensor position of a model."""
-
-    def watch(self, x: Tensor) -> None:
-        """Take in a batch of any shape."""
-
-    def scale(self, levels: Levels) -> tuple[Tensor, Tensor]:
-        """Return scalar (scale, zero_point) for what was seen, 0 always included. Raises ValueError if nothing was."""
 
 
 class MinMax:

@@ -13,8 +13,7 @@ import pytest
 
 from mmcompress.errors import UsageError
 from mmcompress.measure import latency
-from mmcompress.measure.latency import LatencySamples, compare, interleaved, samples_needed, speed_verdict
-from mmcompress.ops.statistics import Estimate
+from mmcompress.measure.latency import LatencySamples, compare, interleaved, samples_needed
 
 
 class Clock:
@@ -145,19 +144,6 @@ def test_percentiles_too_few_samples_cannot_give_are_left_out_and_said() -> None
         "each sample is the mean of 3 calls, so p90 and p99 are smoothed",
     ]
     assert LatencySamples(np.full(9, 0.002)).summary().p90_ms is None
-
-
-@pytest.mark.parametrize(
-    ("ratio", "words"),
-    [
-        (Estimate(2.0, 1.9, 2.1, 30), "2.00x faster [1.90, 2.10] n=30"),
-        (Estimate(0.5, 0.4, 0.8, 30), "2.00x slower [1.25, 2.50] n=30"),
-        (Estimate(1.02, 0.99, 1.05, 30), "no difference: 1.02x [0.99, 1.05] n=30"),
-        (Estimate(3.0, float("-inf"), float("inf"), 1), "no difference can be shown from 1 round"),
-    ],
-)
-def test_a_verdict_claims_a_difference_only_outside_the_interval(ratio: Estimate, words: str) -> None:
-    assert speed_verdict(ratio) == words
 
 
 def test_samples_of_different_runs_are_not_compared() -> None:
