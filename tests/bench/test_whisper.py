@@ -14,6 +14,7 @@ from bench import assets
 from bench.whisper import PARTS, read_variables, renamed
 from mmcompress import checkpoint
 from tests import tiny
+from tests.built import built
 
 LINEAR, NORM = ("weight", "bias"), ("gamma", "beta")
 
@@ -66,10 +67,7 @@ def test_every_parameter_is_read_back_from_the_joined_ones(tmp_path: Path) -> No
 
 @pytest.mark.real
 def test_the_built_model_predicts_english() -> None:
-    try:
-        folder = assets.whisper_tiny()
-    except assets.AssetUnavailable as error:
-        pytest.skip(str(error))
+    folder = built(assets.whisper_tiny)
     bundle = checkpoint.load(folder)
     model, tokenizer = bundle.model, bundle.processor.tokenizer
     assert sum(parameter.numel() for parameter in model.parameters()) == 37_760_256  # as OpenAI's tiny.en

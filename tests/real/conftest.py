@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 
 from bench import assets
+from tests.built import built
 
 
 @pytest.fixture(scope="session")
 def dual_encoder() -> Path:
-    """DINOv2-S + MiniLM. Skipped, visibly, only when a package has vanished from the registry."""
-    try:
-        return assets.dual_encoder()
-    except assets.AssetUnavailable as gone:
-        pytest.skip(f"a pinned package can no longer be had: {gone}")
+    """DINOv2-S + MiniLM."""
+    return built(assets.dual_encoder)
