@@ -28,7 +28,7 @@ class Part:
 OPTIONAL: dict[str, tuple[str, str]] = {
     "accelerate": ("mmc distill on several processes", "pip install 'mmcompress[train]'"),
     "torch-pruning": ("cross-checking the groups of mmc prune", "pip install 'mmcompress[prune]'"),
-    "bitsandbytes": ("NF4 and int8 weights on CUDA", "pip install 'mmcompress[bnb]'"),
+    "bitsandbytes": ("nothing yet; NF4 weights on CUDA are planned", "pip install 'mmcompress[bnb]'"),
     "soundfile": ("reading recordings", "pip install 'mmcompress[audio]'"),
     "soxr": ("resampling recordings", "pip install 'mmcompress[audio]'"),
     "nncf": ("the peer bench/compare_nncf.py measures against", "pip install 'mmcompress[peers]'"),
