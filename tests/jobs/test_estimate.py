@@ -1,0 +1,39 @@
+"""`--dry-run`: the time of a plan, from the time of one sample."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmcompress import checkpoint
+from mmcompress.jobs import estimate as estimating
+from mmcompress.progress import Silent
+from mmcompress.recipe import parse
+from tests import tiny
+
+
+def test_controls_are_planned_and_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tiny.bundle("clip"), tmp_path / "model")
+    pairs = zip(tiny.images(6), tiny.texts(6), strict=True)
+    rows = []
+    for index, (image, text) in enumerate(pairs):
+        image.save(tmp_path / f"{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "text": text}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr(estimating, "_seconds_per_sample", lambda *_: 10.0)
+    steps = [{"merge-tokens": {"keep": 0.5}}, {"prune": {"score": "magnitude", "compensate": "bias"}}]
+    data = {"calibration": str(tmp_path), "evaluation": str(tmp_path), "num_samples": 4}
+
+    def planned(**settings: object) -> list[int]:
+        recipe = parse({"steps": steps, "data": data, **settings})
+        found = estimating.estimate(tmp_path / "model", recipe, tmp_path / "out", progress=Silent())
+        return [*(step["seconds"] for step in found["steps"]), found["seconds"]]
+
+    measured = 6 * 10 + round(estimating.STATISTICS)
+    first, second = measured, 2 * 4 * 10 + measured
+    assert planned(control=False) == [first, second, first + second + measured]
+    assert planned() == [2 * first, 2 * second, 2 * (first + second) + measured]
+    exported = round(4 * estimating.EXPORTED)  # two towers, of the original and of the result
+    assert planned(export={"to": "onnx"})[-1] == 2 * (first + second) + measured + exported

@@ -1,0 +1,36 @@
+"""What `--dry-run` expects of each pass, computed by hand: 10 samples, 100 to train on, half a second each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmcompress import passes
+from mmcompress.passes.base import Work
+from tests import tiny
+
+WORK = Work(samples=10, dataset=100, forward=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "seconds"),
+    [
+        ("prune", {}, (3 + 2) * 10 * 0.5),
+        ("prune", {"score": "activation", "compensate": "none"}, 1 * 10 * 0.5),
+        ("prune", {"score": "magnitude", "compensate": "bias"}, 2 * 10 * 0.5),
+        ("prune", {"score": "random", "compensate": "none"}, 0),
+        ("prune", {"score": "block-influence", "units": ["blocks"]}, 1 * 10 * 0.5),
+        ("merge-tokens", {"keep": 0.5}, 0),
+        # Three blocks in the deeper tower: 2 * (2 * 3 + 3) judgements of the 10 samples there are.
+        ("quantize", {}, (2 * 10 + 2 * 9 * 10) * 0.5),
+        ("quantize", {"scheme": "W8A16", "sensitivity_samples": 4}, 2 * 9 * 4 * 0.5),
+        ("quantize", {"sensitivity_samples": 0}, 2 * 10 * 0.5),
+        ("distill", {"epochs": 2}, (3 * 200 + 100) * 0.5),
+        ("distill", {"steps": 4, "batch_size": 8, "accumulate": 2}, (3 * 64 + 100) * 0.5),
+        ("distill", {"epochs": 2, "max_minutes": 1}, 60 + 100 * 0.5),
+        ("distill", {"epochs": 0}, 0),
+    ],
+)
+def test_by_hand(name: str, params: dict[str, Any], seconds: float) -> None:
+    assert passes.build(name, params).seconds(tiny.bundle("clip"), WORK) == pytest.approx(seconds)
