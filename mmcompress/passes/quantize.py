@@ -103,7 +103,9 @@ class Quantize:
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Two looks at the samples for the ranges; then each part of a block is judged, in rounded arithmetic."""
-        towers = bundle.towers()
+        towers = [tower for tower in bundle.towers() if self._scheme(tower.name) != "W16A16"]
+        if not towers:
+            return 0.0
         ranges = 2 * work.samples if any(self._scheme(tower.name) == "W8A8" for tower in towers) else 0
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
         judged = 2 * (parts + 3) * min(self.sensitivity_samples, work.samples)

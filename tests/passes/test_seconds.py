@@ -26,6 +26,8 @@ WORK = Work(samples=10, dataset=100, forward=0.5)
         ("quantize", {}, (2 * 10 + 2 * 9 * 10) * 0.5),
         ("quantize", {"scheme": "W8A16", "sensitivity_samples": 4}, 2 * 9 * 4 * 0.5),
         ("quantize", {"sensitivity_samples": 0}, 2 * 10 * 0.5),
+        ("quantize", {"scheme": "W16A16"}, 0),
+        ("quantize", {"scheme": "W16A16", "text_scheme": "W8A8"}, (2 * 10 + 2 * 7 * 10) * 0.5),  # two blocks
         ("distill", {"epochs": 2}, (3 * 200 + 100) * 0.5),
         ("distill", {"steps": 4, "batch_size": 8, "accumulate": 2}, (3 * 64 + 100) * 0.5),
         ("distill", {"epochs": 2, "max_minutes": 1}, 60 + 100 * 0.5),
