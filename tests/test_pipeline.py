@@ -18,6 +18,7 @@ from mmcompress.pipeline import Workplace
 from mmcompress.recipe import parse
 from mmcompress.staging import partial_path
 from tests import tiny
+from tests.processes import PROCESSES
 
 STEPS = [
     {"prune": {"ratio": 0.3}},
@@ -68,7 +69,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(model: Path, steps: list[dict[str, object]] | None = None, **more: object) -> object:
     data = {"calibration": str(model.parent / "data"), "evaluation": str(model.parent / "data"), "batch_size": 8}
-    # One thread: a forked child cannot use its parent's pool.
     return parse({"steps": steps or STEPS, "data": data, "export": {"threads": 1, "rounds": 3}, **more})
 
 
@@ -87,20 +87,17 @@ def content(directory: Path) -> dict[str, object]:
     return found
 
 
-def in_child(run: object) -> int:
-    """Run in a forked child and return its exit status (negative: the signal that ended it)."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()  # type: ignore[operator]
-            os._exit(0)
-        except BaseException:
-            import traceback
+def run_until(at: int, model: Path, output: Path) -> None:
+    """Compress as `recipe` says, until the event number `at` kills this process."""
+    compress(model, recipe(model), output, progress=Fuse(at))
 
-            traceback.print_exc()
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+
+def kill_at(at: int, model: Path, output: Path) -> None:
+    """Have another process compress and be killed on its way."""
+    process = PROCESSES.Process(target=run_until, args=(at, model, output))
+    process.start()
+    process.join(240)
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +115,7 @@ def test_killed_anywhere_and_resumed_ends_in_the_same_bytes(
     want, events = uninterrupted
     output = tmp_path / "out"
     at = int(share * events)
-    assert in_child(lambda: compress(model, recipe(model), output, progress=Fuse(at))) == -signal.SIGKILL
+    kill_at(at, model, output)
     assert not output.exists()
     assert partial_path(output).exists()
     with pytest.raises(UsageError, match="interrupted run") as caught:
@@ -134,7 +131,7 @@ def test_killed_anywhere_and_resumed_ends_in_the_same_bytes(
 
 def test_another_recipe_does_not_resume(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert in_child(lambda: compress(model, recipe(model), output, progress=Fuse(9))) == -signal.SIGKILL
+    kill_at(9, model, output)
     with pytest.raises(UsageError, match="another one: recipe changed"):
         compress(model, recipe(model, [{"prune": {"ratio": 0.5}}]), output, resume=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,11 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.passes import distilling
+from tests.processes import PROCESSES
 
 ROOT = Path(__file__).parents[2]
-# A server that has everything imported and forks: each process then starts at once.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.passes.distilling"])
 
 
 def facts(out: Path) -> dict[str, Any]:

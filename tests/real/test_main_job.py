@@ -13,7 +13,7 @@ from transformers import VisionTextDualEncoderModel
 from mmcompress import checkpoint
 from mmcompress.cli.__main__ import main
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
 # n = 300 drawings: a tenth of `bench.against_random`, enough for effects of ten points.
 RECIPE = """
