@@ -34,7 +34,8 @@ class MetadataFolder:
             if earlier != number:
                 raise UsageError(
                     f"{self.path} lines {earlier} and {number} both name '{sample.key}'",
-                    hint='write one line a file; several captions go into a list: "texts": [...]',
+                    hint='several captions of a file go into a list: "texts": [...]; several questions about it each need '
+                    'their own "id"',
                 )
             self._starts.append(start)
             self._numbers.append(number)
@@ -62,7 +63,7 @@ class MetadataFolder:
         if not row.files and not row.texts:
             raise UsageError(f"{where} has neither file_name nor text", hint='write "file_name": "picture.png"')
         stored = [stored_inside(self.folder, name, where) for name in row.files]
-        return make_sample(row.files[0] if row.files else f"line {number}", row, stored)
+        return make_sample(row.key or (row.files[0] if row.files else f"line {number}"), row, stored)
 
 
 class ClassFolder:
@@ -107,6 +108,8 @@ def make_sample(key: str, row: Row, stored: list[Stored]) -> Sample:
         tags=row.tags,
         audio=Audio(sounds[0], row.sampling_rate) if sounds else None,
         picture=pictures[0] if pictures else None,
+        question=row.question,
+        turns=row.turns,
     )
 
 

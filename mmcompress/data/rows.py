@@ -9,10 +9,11 @@ from typing import Any
 
 from mmcompress.errors import UsageError, closest
 
-TEXT_COLUMNS = ("text", "texts", "caption", "captions", "transcription")
+TEXT_COLUMNS = ("text", "texts", "caption", "captions", "transcription", "answer", "answers")
+QUESTION_COLUMNS = ("question", "prompt")
 LABEL_COLUMNS = ("label", "group", "tags")
 FILE_COLUMNS = ("file_name", "image_file_name", "audio_file_name")
-KNOWN = (*TEXT_COLUMNS, *LABEL_COLUMNS, *FILE_COLUMNS, "sampling_rate")
+KNOWN = (*TEXT_COLUMNS, *QUESTION_COLUMNS, *LABEL_COLUMNS, *FILE_COLUMNS, "sampling_rate", "id", "turns")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Row:
     tags: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     sampling_rate: int | None = None
+    key: str | None = None
+    question: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 def parse_json(content: str | bytes, where: str) -> dict[str, Any]:
@@ -59,7 +63,26 @@ def parse_row(record: Mapping[str, Any], where: str, strict: bool) -> Row:
         tags=tuple(_texts(record.get("tags") or [], "tags", where)),
         files=tuple(_file(record[column], column, where) for column in FILE_COLUMNS if record.get(column) is not None),
         sampling_rate=rate,
+        key=_label(record.get("id"), "id", where),
+        question=_question(record, where),
+        turns=_turns(record.get("turns") or [], where),
     )
+
+
+def _question(record: Mapping[str, Any], where: str) -> str:
+    found = next((record[column] for column in QUESTION_COLUMNS if record.get(column) is not None), "")
+    if not isinstance(found, str):
+        raise UsageError(f"{where}: the question must be a text, not {found!r}", hint="write one line a question")
+    return found.strip()
+
+
+def _turns(found: Any, where: str) -> tuple[tuple[str, str], ...]:
+    pairs = found if isinstance(found, list) else [None]
+    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(part, str) for part in p) for p in pairs):
+        raise UsageError(
+            f"{where}: 'turns' must be a list of pairs", hint='write [["earlier question", "its answer"], ...]'
+        )
+    return tuple((question, answer) for question, answer in pairs)
 
 
 def _refuse_unknown_texts(record: Mapping[str, Any], where: str) -> None:

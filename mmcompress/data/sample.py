@@ -71,6 +71,7 @@ class Sample:
     key: str
     """Unique in its dataset and the same in every run: what pairs one evaluation with another."""
     texts: tuple[str, ...] = ()
+    """Its captions, its transcript, or the answers accepted to its question."""
     label: str | None = None
     group: str | None = None
     """A coarser label, where the data has one."""
@@ -79,6 +80,10 @@ class Sample:
     """Where the recording lies, or the recording itself for data made in memory."""
     picture: Stored | Image.Image | None = field(default=None, repr=False)
     """Where the image lies, or the image itself for data made in memory."""
+    question: str = ""
+    """What is asked about it; empty where a caption or a transcript is wanted."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """What was asked and answered before, oldest first."""
 
     @property
     def image(self) -> Image.Image:

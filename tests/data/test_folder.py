@@ -46,6 +46,18 @@ def test_the_metadata_file_itself_names_the_folder_and_blank_lines_count_for_not
     assert [sample.key for sample in open_data(folder / "metadata.jsonl")] == ["a.png", "b.png"]
 
 
+def test_questions_about_one_picture_are_samples_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a-1", "file_name": "a.png", "question": " how many? ", "answers": ["two", "2"], "group": "counting"},
+        {"id": 7, "file_name": "a.png", "prompt": "what?", "answer": "a cat", "turns": [["how many?", "two"]]},
+    ]
+    data = open_data(image_folder(tmp_path, rows))
+    assert [sample.key for sample in data] == ["a-1", "7"]
+    assert [sample.question for sample in data] == ["how many?", "what?"]
+    assert [sample.texts for sample in data] == [("two", "2"), ("a cat",)]
+    assert [sample.turns for sample in data] == [(), (("how many?", "two"),)]
+
+
 def test_audio_is_carried_with_its_sampling_rate_and_may_stand_beside_an_image(tmp_path: Path) -> None:
     folder = image_folder(tmp_path, [{"file_name": "a.png", "audio_file_name": "a.wav", "sampling_rate": 16000}])
     (folder / "a.wav").write_bytes(b"RIFF....")
@@ -95,6 +107,13 @@ def test_a_flat_folder_of_images_has_neither_texts_nor_labels(tmp_path: Path) ->
         ({"file_name": "first.png", "text": 3}, "'text' must be a text", "quotes"),
         ({"file_name": "first.png", "label": 1.5}, "'label' must be", "one label"),
         ({"file_name": "first.png", "text": "x"}, "lines 1 and 2 both name 'first.png'", "texts"),
+        ({"file_name": "a.png", "question": ["how?"]}, "the question must be a text", "one line a question"),
+        (
+            {"file_name": "a.png", "text": "x", "turns": [["how?"]]},
+            "'turns' must be a list of pairs",
+            "earlier question",
+        ),
+        ({"file_name": "a.png", "text": "x", "turns": "how?"}, "'turns' must be a list of pairs", "earlier question"),
         ({"file_name": "metadata.jsonl", "text": "x"}, "neither an image nor audio", ".png"),
         ({"file_name": "dir.png", "text": "x"}, "'dir.png', which is not a file", "name an image"),
         ({"file_name": 3, "text": "x"}, "'file_name' must be", "path inside"),
