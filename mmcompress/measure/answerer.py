@@ -35,7 +35,7 @@ class Answerer:
         self, family: Exportable, model: Any, processor: Processor, stages: Callable[[], Sequence[Stage]]
     ) -> None:
         self.family, self.processor = family, processor
-        self._model, self._open = model, stages
+        self.model, self._open = model, stages
         self._writer: Writer | None = None
         self.decoding = family.decoding(model)
 
@@ -48,7 +48,7 @@ class Answerer:
 
     def asked(self, samples: Sequence[Sample]) -> Arrays:
         """Return what the parts take of samples."""
-        made = self.family.asked(self._model, self.processor, samples)
+        made = self.family.asked(self.model, self.processor, samples)
         return {
             name: (value.float() if value.is_floating_point() else value).cpu().numpy() for name, value in made.items()
         }
