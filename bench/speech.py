@@ -53,7 +53,21 @@ PATTERNS = {
         "Her favourite present was {a}, not {b}.",
     ),
 }
-NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty", "thirty")
+NUMBERS = (
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "twenty",
+    "thirty",
+)
 
 READ_ALOUD = """
 import json, pathlib, sys, wave

@@ -11,15 +11,19 @@ from mmcompress.cli import options
 
 @click.command(
     "generate",
-    epilog="\b\nExamples:\n  mmc generate WHISPER --audio speech.wav\n  mmc generate WHISPER-onnx --audio a.wav --audio b.wav --json\n"
+    epilog="\b\nExamples:\n  mmc generate WHISPER --audio speech.wav\n  mmc generate WHISPER-onnx --audio a.wav --json\n"
     '  mmc generate VLM-onnx --image photo.jpg --prompt "What is on the table?" --runner openvino',
 )
 @options.model_argument
 @click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="A recording; repeatable.")
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; repeatable.")
 @click.option("--prompt", default="", help="What is asked, about each picture or by itself.")
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Of an answer.  [default: as the model's own settings say]")
-@click.option("--runner", help="onnxruntime or openvino for exported files.  [default: onnxruntime; torch for a checkpoint]")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), help="Of an answer.  [default: as the model's own settings say]"
+)
+@click.option(
+    "--runner", help="onnxruntime or openvino for exported files.  [default: onnxruntime; torch for a checkpoint]"
+)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples at a time.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: every usable core]")
 @options.device_option

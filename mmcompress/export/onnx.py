@@ -80,10 +80,11 @@ def export_onnx(
     batches: Sequence[int] = (1, 2, 7),
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write one ONNX file per part (a tower that embeds, or what the family names), the preprocessing files and artifact.json into the new directory `out`.
+    """Write an ONNX file for each part, the preprocessing files and artifact.json into the new directory `out`.
 
-    `precision` is the dtype of weights and arithmetic; inputs and outputs stay float32. `opset` None takes the oldest that
-    can say it. `batches` are the batch sizes at which the graph is compared with torch.
+    A part is a tower that embeds, or what a family whose models answer in text is cut into. `precision` is the dtype of weights and
+    arithmetic; inputs and outputs stay float32. `opset` None takes the oldest that can say it. `batches` are the batch sizes at
+    which the graph is compared with torch.
 
     Raises UsageError (existing output, unknown tower or precision, a model torch cannot trace), GateFailed (the graph
     does not compute or hold what the model does), OutOfMemory (disk full).

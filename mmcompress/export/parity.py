@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from torch import Tensor
 
 from mmcompress.errors import GateFailed
@@ -169,9 +168,7 @@ def as_records(rows: Sequence[ParityRow]) -> tuple[dict[str, Any], ...]:
     )  # fmt: skip
 
 
-def first_divergence(
-    module: Traced, graph: onnx.ModelProto, inputs: dict[str, Tensor], limit: Tolerance
-) -> str | None:
+def first_divergence(module: Traced, graph: onnx.ModelProto, inputs: dict[str, Tensor], limit: Tolerance) -> str | None:
     """Return the path of the first block whose output differs from torch by more than `limit`, or None.
 
     A block's output in the graph is the last node named after it, so a block that was optimised away is skipped.

@@ -1,8 +1,8 @@
 """Whisper as two graphs: one listens, once; the other writes, token after token.
 
-What the decoder looks at never changes while it writes, so the first graph already makes of the encoder's states each decoder block's
-cross-attention keys and values. The second serves the start tokens (an empty past) and every later step alike: its weights, the word
-table among them, exist once.
+What the decoder looks at never changes while it writes, so the first graph already makes of the encoder's states what every block of
+the decoder needs: keys and values of its cross-attention. The second serves the start tokens (an empty past) and every later step alike: its weights,
+the word table among them, exist once.
 
 Shape alphabet: B batch, N states of the encoder, T tokens, P past tokens, H heads, D head width, V vocabulary.
 """
@@ -57,8 +57,8 @@ def write(model: Any, ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         position_ids=(torch.arange(count) + before)[None],
         use_cache=True,
     ).last_hidden_state
-    presents = [tensor for layer in cache.self_attention_cache.layers for tensor in (layer.keys, layer.values)]
-    return (model.proj_out(hidden[:, -1]), *presents)
+    layers: Any = cache.self_attention_cache.layers
+    return (model.proj_out(hidden[:, -1]), *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
 
 
 def filled(tensors: tuple[Tensor, ...]) -> DynamicCache:
@@ -107,9 +107,7 @@ def whisper_parts(model: Any, features: Any, start: list[int]) -> tuple[Part, ..
             "decoder",
             write,
             ("logits", *present),
-            {"input_ids": (BATCH, TOKENS)}
-            | dict.fromkeys(heard, (BATCH,))
-            | dict.fromkeys(past, (BATCH, "", PAST)),
+            {"input_ids": (BATCH, TOKENS)} | dict.fromkeys(heard, (BATCH,)) | dict.fromkeys(past, (BATCH, "", PAST)),
             example,
             traced={TOKENS: 3, PAST: 4},
             corners=(
@@ -136,7 +134,7 @@ def whisper_decoding(model: Any, start: list[int]) -> Decoding:
             )
     languages: dict[str, int] = getattr(settings, "lang_to_id", None) or {}
     end = settings.eos_token_id
-    steps = [(token,) for token in start]
+    steps: list[tuple[int, ...]] = [(token,) for token in start]
     if languages and getattr(settings, "language", None) is None:
         steps[1:2] = [tuple(sorted(languages.values()))]  # it listens which language it is
         if getattr(settings, "task", None) is None:

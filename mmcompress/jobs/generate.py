@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmcompress import checkpoint
-from mmcompress.data.dataset import batches
+from mmcompress.data.dataset import Dataset, Memory, batches
 from mmcompress.data.sample import Audio, Sample, Stored
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import is_artifact, open_artifact
@@ -109,7 +109,7 @@ def generate(
             f"{bundle.family.name} models answer through transformers, which takes its limit from generation_config.json",
             hint="set max_new_tokens there, and leave --max-new-tokens out",
         )
-    answers = [text for part in batches(list(samples), batch) for text in bundle.generate(part)]
+    answers = [text for part in batches(Dataset(Memory(samples), "files"), batch) for text in bundle.generate(part)]
     return Generated(str(model), "torch", tuple(sample.key for sample in samples), tuple(answers), ())
 
 
@@ -117,7 +117,7 @@ def _answered(
     model: str, runner: str, answerer: Answerer, samples: Sequence[Sample], limit: int | None, batch: int
 ) -> Generated:
     prepare, written = [], []
-    for part in batches(list(samples), batch):
+    for part in batches(Dataset(Memory(samples), "files"), batch):
         begun = time.perf_counter()
         asked = answerer.asked(part)
         prepare.append(time.perf_counter() - begun)

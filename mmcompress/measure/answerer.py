@@ -1,16 +1,14 @@
 """A model that answers in text, cut into parts: an exported artifact in an engine, or a bundle in torch, with its preprocessing.
 
-Accuracy measured through an artifact is the accuracy of what will be deployed. A bundle is answered with through the same loop where
-stages are timed, so that engines are compared and not loops.
+Accuracy measured through an artifact is the accuracy of what will be deployed. Where stages are timed, a bundle answers through the
+same loop, so that engines are compared and not loops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig, GenerationConfig
 
@@ -91,7 +89,7 @@ def artifact_answerer(
     assert isinstance(family, Exportable), "only such families leave a generation config"
     # Preprocessing asks a model for its dtype and limits; one without weights can answer that.
     with torch.device("meta"):
-        model: Any = family.model_class(config)(config)  # type: ignore[attr-defined]
+        model: Any = family.model_class(config)(config)
     model.generation_config = GenerationConfig.from_dict(artifact.generation)
 
     def stages() -> list[Stage]:
@@ -127,8 +125,8 @@ def bundle_answerer(bundle: Bundle, *, threads: int | None = None) -> Answerer:
 
 def torch_runner(bundle: Bundle, part: Part, threads: int | None) -> Any:
     """Return a part of a bundle in torch, floats in and out as float32 as its graph has them."""
-    from mmcompress.measure.run_torch import TorchRunner
     from mmcompress.measure.machine import usable_cores
+    from mmcompress.measure.run_torch import TorchRunner
 
     dtype = next(bundle.model.parameters()).dtype
 
@@ -148,15 +146,11 @@ def part_specs(part: Part) -> tuple[TensorSpec, ...]:
     """Return the inputs of a part as its graph would declare them."""
     example = part.example({BATCH: 2, **part.traced})
     return tuple(
-        TensorSpec(
-            name,
-            str(example[name].dtype).removeprefix("torch."),
-            tuple(axis or int(size) for axis, size in zip(_axes(part, name, example[name].dim()), example[name].shape)),
-        )
-        for name in part.axes
+        TensorSpec(name, str(value.dtype).removeprefix("torch."), _dims(part.axes[name], value))
+        for name, value in ((name, example[name]) for name in part.axes)
     )
 
 
-def _axes(part: Part, name: str, count: int) -> list[str]:
-    named = list(part.axes[name])
-    return named + [""] * (count - len(named))
+def _dims(axes: Sequence[str], value: torch.Tensor) -> tuple[int | str, ...]:
+    named = [*axes, *[""] * (value.dim() - len(axes))]
+    return tuple(name or int(size) for name, size in zip(named, value.shape, strict=True))
