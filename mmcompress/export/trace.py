@@ -123,7 +123,7 @@ def _tower(family: Family, model: Any, tower: Tower) -> Part:
 
     def resized(sizes: Sizes) -> dict[str, Tensor]:
         made = family.example_inputs(model, tower.name, sizes[BATCH])
-        return _resized_text(made, sizes[TOKENS]) if sizes.get(TOKENS, tokens) != tokens else made
+        return _resized_text(made, sizes[TOKENS]) if TOKENS in sizes else made
 
     return Part(
         name=tower.name,

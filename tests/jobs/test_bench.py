@@ -15,7 +15,7 @@ from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.arrays import arrays_for
 from mmcompress.jobs.bench import Bench, Settings, bench, require_speedup
 from mmcompress.jobs.bench_answers import open_targets
-from mmcompress.jobs.bench_targets import Target, Variant
+from mmcompress.jobs.bench_targets import Target, Variant, open_source
 from mmcompress.jobs.check import check
 from mmcompress.jobs.speed import BEST, TowerSpeed
 from mmcompress.measure.macs import macs
