@@ -1,7 +1,7 @@
 """Time and peak memory of quantizing models that do not fit: weights rounded layer by layer, never the model in memory.
 
-Models of Qwen2.5-VL's sizes are made from their configs with random weights, in bfloat16 shards. The claim: peak - interpreter <= twice
-the largest shard, whatever the model's size.
+Models of Qwen2.5-VL's sizes are made from their configs with random weights, in bfloat16 shards of 2 GiB. The claim: peak -
+interpreter <= twice the largest shard, whatever the model's size.
 
     python -m bench.streaming [3b] [7b]      writes bench/results/streaming.json; needs 3 times the model's size on disk
 """
@@ -73,7 +73,7 @@ def write_model(size: str, directory: Path) -> int:
     config.save_pretrained(directory)
     with torch.device("meta"):
         model: Any = family_for(config.to_dict()).model_class(config)(config)
-    shards, generator = streamed.Shards(directory, torch.bfloat16), torch.Generator().manual_seed(0)
+    shards, generator = streamed.Shards(directory, torch.bfloat16, limit=2**31), torch.Generator().manual_seed(0)
     for name, tensor in model.named_parameters():
         shards.add(name, (torch.randn(tensor.shape, generator=generator) * 0.02), parameter=True)
     shards.finish()

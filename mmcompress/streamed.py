@@ -103,7 +103,10 @@ def run(
         source, _ = checkpoint.shell(model)
         with _reader(source.model, files) as read:
             streamed = Streamed(**vars(source))
-            streamed.read, streamed.shards = read, Shards(directory, checkpoint.DTYPES[bundle.source.dtype])
+            streamed.read, streamed.shards = (
+                read,
+                Shards(directory, checkpoint.DTYPES[bundle.source.dtype], SHARD_BYTES),
+            )
             context.progress.say(f"{bundle.source.id}: {len(files)} weight files, layer by layer")
             for stage, plan in zip(stages, plans, strict=True):
                 stage.made.apply(streamed, plan)
@@ -127,9 +130,9 @@ def _rest(streamed: Streamed) -> None:
 class Shards:
     """Weight files of a bounded size, and the index that says where each tensor lies."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        """`dtype` is what parameters are stored in; buffers keep theirs."""
-        self.directory, self.dtype = directory, dtype
+    def __init__(self, directory: Path, dtype: torch.dtype, limit: int = SHARD_BYTES) -> None:
+        """`dtype` is what parameters are stored in; buffers keep theirs. A file is written when it has `limit` bytes."""
+        self.directory, self.dtype, self.limit = directory, dtype, limit
         self.where: dict[str, int] = {}
         self.waiting: dict[str, Tensor] = {}
         self.count, self.bytes = 0, 0
@@ -145,7 +148,7 @@ class Shards:
         converts = parameter and tensor.is_floating_point()
         self.waiting[name] = (tensor.to(self.dtype) if converts else tensor).detach().contiguous()
         self.where[name] = self.count
-        if sum(value.nbytes for value in self.waiting.values()) >= SHARD_BYTES:
+        if sum(value.nbytes for value in self.waiting.values()) >= self.limit:
             self._write()
 
     def _write(self) -> None:

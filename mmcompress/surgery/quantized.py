@@ -48,6 +48,10 @@ _LIBRARY.define("int8_matrix(Tensor codes, Tensor scale) -> Tensor")
 _LIBRARY.define("int8_filters(Tensor codes, Tensor scale) -> Tensor")
 
 
+ROUNDED_AT_ONCE = 2**23
+"""Numbers of a weight that are rounded together: 32 MiB, and as much again a few times over."""
+
+
 def _levels(zero_point: Tensor) -> Levels:
     return UINT8 if zero_point.dtype == torch.uint8 else INT8
 
@@ -103,9 +107,8 @@ class _Quantized(nn.Module):
     def __init__(self, weight: Tensor, levels: Levels, inputs: Levels | None) -> None:
         """Round `weight`, one scale per index of its first dimension; on meta tensors everything stays meta."""
         super().__init__()
-        weight = weight.detach()
-        scale, zero_point = choose_scale(weight, levels, axis=0)
-        self.register_buffer("weight_int8", quantize(weight, scale, zero_point, levels, axis=0))
+        codes, scale = _rounded_rows(weight.detach(), levels)
+        self.register_buffer("weight_int8", codes)
         self.register_buffer("weight_scale", scale.to(weight.dtype))
         self._add_input_grid(inputs)
 
@@ -139,6 +142,19 @@ class _Quantized(nn.Module):
 
     def _grid_name(self) -> str:
         return "W8A16" if self.input_zero_point is None else f"W8A8, {str(self.input_zero_point.dtype)[6:]} inputs"
+
+
+def _rounded_rows(weight: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Return the integers of `weight` and its scales (C,), some rows at a time: a word table takes a gigabyte as it is."""
+    step = max(1, ROUNDED_AT_ONCE // max(1, weight[0].numel()))
+    codes = torch.empty(weight.shape, dtype=levels.dtype, device=weight.device)
+    scales = []
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
+        scale, zero_point = choose_scale(rows, levels, axis=0)
+        codes[start : start + step] = quantize(rows, scale, zero_point, levels, axis=0)
+        scales.append(scale)
+    return codes, torch.cat(scales)
 
 
 class QuantizedLinear(_Quantized):
