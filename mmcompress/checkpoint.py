@@ -35,6 +35,7 @@ from mmcompress.passes import build
 from mmcompress.passes.base import Plan
 from mmcompress.preprocessing import quiet, read_processor
 from mmcompress.staging import staging
+from mmcompress.surgery.quantized import weights_unread
 from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -233,7 +234,7 @@ def _build(
     replaying = _replaying(family, source, records)
     base = replaying.__mro__[1]
     try:
-        with quiet(), _tensors(files) as tensors:
+        with quiet(), weights_unread(), _tensors(files) as tensors:
             model, found = replaying.from_pretrained(
                 None if tensors else directory, config=config, dtype=dtype, state_dict=tensors, output_loading_info=True
             )
