@@ -8,12 +8,19 @@ Every loss is a mean over its rows, so its size does not depend on the batch. Em
     relational   KL between the rows of both models' similarity matrices            CLIP-KD, section 3.2, "CRD"
     softened_kl  T^2 KL(softmax(z_t / T) || softmax(z_s / T))                       Hinton et al. 2015, section 2
     affinity     softened_kl over similarities to a bank of the teacher's vectors   DIME-FM (Sun et al. 2023), section 3.2
+    answer_kl    KL(p_t || p_s) of next-token distributions, T = 1                  Kim and Rush 2016, section 3.1 (word-level)
+    answer_cross_entropy  -log p_s[the reference's token]
+    hidden       mean squared difference / variance of the teacher's states         TinyBERT (Jiao et al. 2020), section 3
 
-Deliberate differences: CLIP-KD averages the squared difference over the C channels and weighs it with 2000; summing over them
-makes one weight (2000 / 512, about 4) fit every width. Its ICL anchors on the student's side only; here both sides are anchors.
-Captions that occur twice in a batch are no negatives of each other: `duplicates` marks them and the softmax leaves them out.
+Deliberate differences: a hidden state's squared difference is relative to the teacher's variance, so that one weight fits every
+model: 1 is what a constant would cost. CLIP-KD averages the squared difference over the C channels and weighs it with 2000;
+summing over them makes one weight (2000 / 512, about 4) fit every width. Its ICL anchors on the student's side only; here both
+sides are anchors. Captions that occur twice in a batch are no negatives of each other: `duplicates` marks them and the softmax leaves them out.
 
-Shape alphabet: B batch (rows), K keys or bank entries, C channels.
+Next-token distributions p come as roots sqrt(p), which is how families encode them: log p = 2 log root, and where nothing is to be
+said a root is 0 everywhere.
+
+Shape alphabet: B batch (rows), K keys or bank entries, C channels, T tokens of an answer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -106,6 +113,36 @@ def affinity(student: Tensor, teacher: Tensor, bank: Tensor, scale: Tensor | flo
     Row i of the bank need not belong to row i of the batch, so images and texts may come from unrelated collections.
     """
     return softened_kl(scale * cosines(student, bank), scale * cosines(teacher, bank), temperature)
+
+
+def token_log_likelihoods(roots: Tensor, tokens: Tensor) -> Tensor:
+    """Return (B, T): log p of `tokens` (B, T) under `roots` (B, T, V); 0 where a token is -1."""
+    said = tokens >= 0
+    chosen = roots.gather(2, tokens.clamp_min(0)[..., None]).squeeze(2)
+    return torch.where(said, 2 * _log(chosen), 0.0)
+
+
+def answer_cross_entropy(roots: Tensor, tokens: Tensor) -> Tensor:
+    """Return the mean over answers of their mean -log p of `tokens` (B, T); roots (B, T, V). An answer of no token counts 0."""
+    counts = (tokens >= 0).sum(1).clamp_min(1)
+    return -(token_log_likelihoods(roots, tokens).sum(1) / counts).mean()
+
+
+def answer_kl(student: Tensor, teacher: Tensor, said: Tensor) -> Tensor:
+    """Return the mean over answers of the mean KL(teacher || student) over their places `said` (B, T) bool; roots (B, T, V)."""
+    rows = 2 * (teacher.square() * (_log(teacher) - _log(student))).sum(-1)
+    return (torch.where(said, rows, 0.0).sum(1) / said.sum(1).clamp_min(1)).mean()
+
+
+def hidden(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean over rows of the squared difference, relative to the variance of the teacher's row; both (B, C)."""
+    spread = teacher.var(1, correction=0).clamp_min(torch.finfo(teacher.dtype).tiny)
+    return ((student - teacher).square().mean(1) / spread).mean()
+
+
+def _log(roots: Tensor) -> Tensor:
+    """Return the logarithm, of 0 a finite one: p log p is 0 there, and p log 0 would be nan."""
+    return roots.clamp_min(torch.finfo(roots.dtype).tiny).log()
 
 
 def _without(logits: Tensor, excluded: Tensor | None) -> Tensor:
