@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -59,7 +60,7 @@ def looking_findings(seen: Sequence[Control]) -> list[Finding]:
 def _unseen(model: Answering, dataset: Dataset, scene: Scene, task: str, seed: int, batch: int) -> list[Control]:
     metric = TASKS[task].headlines[0]
     changes: tuple[tuple[str, int, Callable[[list[Sample]], list[Sample]]], ...] = (
-        (SHUFFLED, 2 * CONTROL_SAMPLES, _with_other_pictures),
+        (SHUFFLED, 2 * CONTROL_SAMPLES, partial(_with_other_pictures, seed=seed)),
         (BLANK, CONTROL_SAMPLES, _with_blank_pictures),
         (TEXT_ONLY, CONTROL_SAMPLES, _without_pictures),
     )
@@ -107,14 +108,14 @@ def _score(scene: Scene, task: str, metric: str, texts: Sequence[str]) -> Measur
     return TASKS[task].measure(Scene(scene.keys[:n], answered=said))[metric]
 
 
-def _with_other_pictures(samples: list[Sample]) -> list[Sample]:
-    """Give every sample the picture of one half the data away; nothing where there is only one picture."""
+def _with_other_pictures(samples: list[Sample], seed: int) -> list[Sample]:
+    """Give every sample another picture: the next one in a random circle of all; nothing where there is only one picture."""
     pictures = {picture_of(sample): sample.picture for sample in samples}
     if len(pictures) < 2:
         return []
     names = list(pictures)
-    half = len(names) // 2
-    other = {name: pictures[names[(place + half) % len(names)]] for place, name in enumerate(names)}
+    circle = [names[place] for place in np.random.default_rng(seed).permutation(len(names))]
+    other = {name: pictures[after] for name, after in zip(circle, circle[1:] + circle[:1], strict=True)}
     return [replace(sample, picture=other[picture_of(sample)]) for sample in samples]
 
 

@@ -118,7 +118,7 @@ def _possible(dataset: Dataset, samples: list[Sample], gives: Collection[Need], 
         "agreement": has(reference, "embeddings"),
         "transcription": all(sample.audio and len(sample.texts) == 1 and not sample.question for sample in samples),
         "vqa": with_texts and all(sample.question for sample in samples),
-        "captioning": with_texts and several and all(sample.picture and not sample.question for sample in samples),
+        "captioning": with_texts and several and all(s.picture and not s.audio and not s.question for s in samples),
         "perplexity": with_texts,
         "answer-agreement": has(reference, "answers"),
     }

@@ -15,7 +15,8 @@ Every loss is a mean over its rows, so its size does not depend on the batch. Em
 Deliberate differences: a hidden state's squared difference is relative to the teacher's variance, so that one weight fits every
 model: 1 is what a constant would cost. CLIP-KD averages the squared difference over the C channels and weighs it with 2000;
 summing over them makes one weight (2000 / 512, about 4) fit every width. Its ICL anchors on the student's side only; here both
-sides are anchors. Captions that occur twice in a batch are no negatives of each other: `duplicates` marks them and the softmax leaves them out.
+sides are anchors. Captions that occur twice in a batch are no negatives of each other: `duplicates` marks them and the softmax
+leaves them out.
 
 Next-token distributions p come as roots sqrt(p), which is how families encode them: log p = 2 log root, and where nothing is to be
 said a root is 0 everywhere.
