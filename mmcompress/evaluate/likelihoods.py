@@ -69,5 +69,7 @@ def read_answers(bundle: Bundle, samples: Sequence[Sample]) -> Likelihoods:
         raise UsageError(f"the text of sample '{key}' has no tokens", hint="leave the sample out")
     roots = bundle.encode(family.answering, inputs).unflatten(1, (tokens.shape[1], -1))
     greedy = ((roots.argmax(2) == tokens) | (tokens < 0)).all(1)
-    log = token_log_likelihoods(roots, tokens).double().sum(1)
-    return Likelihoods(log.cpu().numpy(), counts.cpu().numpy(), greedy.cpu().numpy())
+    said = tokens >= 0
+    each = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+    each[said] = token_log_likelihoods(roots[said], tokens[said]).double()
+    return Likelihoods(each.sum(1).cpu().numpy(), counts.cpu().numpy(), greedy.cpu().numpy())

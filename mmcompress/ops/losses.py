@@ -1,6 +1,7 @@
 """Distillation losses: tensors in, one scalar out, equal to 0 with gradient 0 where student and teacher agree (not `contrastive`).
 
-Every loss is a mean over its rows, so its size does not depend on the batch. Embeddings need not be normalised; they are in here.
+Every loss is a mean over its rows (`answer_kl` gives them one by one), so its size does not depend on the batch. Embeddings need
+not be normalised; they are in here.
 
     feature      ||s - t||^2 of unit vectors = 2 (1 - cosine)                       CLIP-KD (Yang et al. 2024), section 3.2, "FD"
     contrastive  -log softmax(scale * q k^T)[i, i]                                  CLIP (Radford et al. 2021), section 2.3
@@ -9,7 +10,6 @@ Every loss is a mean over its rows, so its size does not depend on the batch. Em
     softened_kl  T^2 KL(softmax(z_t / T) || softmax(z_s / T))                       Hinton et al. 2015, section 2
     affinity     softened_kl over similarities to a bank of the teacher's vectors   DIME-FM (Sun et al. 2023), section 3.2
     answer_kl    KL(p_t || p_s) of next-token distributions, T = 1                  Kim and Rush 2016, section 3.1 (word-level)
-    answer_cross_entropy  -log p_s[the reference's token]
     hidden       mean squared difference / variance of the teacher's states         TinyBERT (Jiao et al. 2020), section 3
 
 Deliberate differences: a hidden state's squared difference is relative to the teacher's variance, so that one weight fits every
@@ -18,10 +18,10 @@ summing over them makes one weight (2000 / 512, about 4) fit every width. Its IC
 sides are anchors. Captions that occur twice in a batch are no negatives of each other: `duplicates` marks them and the softmax
 leaves them out.
 
-Next-token distributions p come as roots sqrt(p), which is how families encode them: log p = 2 log root, and where nothing is to be
-said a root is 0 everywhere.
+The last two are for models that answer in text. Next-token distributions p come as roots sqrt(p), which is how families encode
+them: log p = 2 log root.
 
-Shape alphabet: B batch (rows), K keys or bank entries, C channels, T tokens of an answer, V vocabulary.
+Shape alphabet: B batch (rows), K keys or bank entries, C channels, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -117,22 +117,13 @@ def affinity(student: Tensor, teacher: Tensor, bank: Tensor, scale: Tensor | flo
 
 
 def token_log_likelihoods(roots: Tensor, tokens: Tensor) -> Tensor:
-    """Return (B, T): log p of `tokens` (B, T) under `roots` (B, T, V); 0 where a token is -1."""
-    said = tokens >= 0
-    chosen = roots.gather(2, tokens.clamp_min(0)[..., None]).squeeze(2)
-    return torch.where(said, 2 * _log(chosen), 0.0)
+    """Return (T,): log p of each of `tokens` (T,) int under `roots` (T, V)."""
+    return 2 * _log(roots.gather(1, tokens[:, None]).squeeze(1))
 
 
-def answer_cross_entropy(roots: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean over answers of their mean -log p of `tokens` (B, T); roots (B, T, V). An answer of no token counts 0."""
-    counts = (tokens >= 0).sum(1).clamp_min(1)
-    return -(token_log_likelihoods(roots, tokens).sum(1) / counts).mean()
-
-
-def answer_kl(student: Tensor, teacher: Tensor, said: Tensor) -> Tensor:
-    """Return the mean over answers of the mean KL(teacher || student) over their places `said` (B, T) bool; roots (B, T, V)."""
-    rows = 2 * (teacher.square() * (_log(teacher) - _log(student))).sum(-1)
-    return (torch.where(said, rows, 0.0).sum(1) / said.sum(1).clamp_min(1)).mean()
+def answer_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return (T,): KL(teacher || student) of the next token at each place; both roots (T, V)."""
+    return 2 * (teacher.square() * (_log(teacher) - _log(student))).sum(-1)
 
 
 def hidden(student: Tensor, teacher: Tensor) -> Tensor:
