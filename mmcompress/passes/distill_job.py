@@ -83,13 +83,15 @@ class Job:
 def trainable(bundle: Bundle, towers: tuple[str, ...], train: str) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by name. Raises UsageError when there are none.
 
-    Integer weights are buffers, so a quantized layer contributes its bias at most.
+    Integer weights are buffers, so a quantized layer contributes its bias at most. What the model holds constant (the positions of
+    Whisper's encoder are sines) stays so.
     """
     chosen = [bundle.tower(name) for name in towers]
     found = {
         name: parameter
         for name, parameter in bundle.model.named_parameters()
         if parameter.is_floating_point()
+        and parameter.requires_grad
         and any(tower.owns(name) for tower in chosen)
         and (train != "norms-and-biases" or parameter.ndim == 1)
         and (train != "projection" or any(name.startswith(head + ".") for tower in chosen for head in tower.heads))
