@@ -41,7 +41,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
 # One of each kind, in an order that works.
 CHAIN = ("prune-taylor", "merge", "w8a8-cpu", "distill")
 # What does not apply to models that answer in text: their `check` says why (tests/families/test_whisper.py).
-DUAL_ONLY = ("merge-tokens", "distill")
+DUAL_ONLY = ("merge-tokens",)
 
 
 def applies(name: str, family: str) -> bool:

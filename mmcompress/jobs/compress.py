@@ -24,7 +24,7 @@ from mmcompress.errors import GateFailed, MmcError, UsageError, closest
 from mmcompress.evaluate.answers import abilities
 from mmcompress.evaluate.asked import require_able
 from mmcompress.evaluate.findings import Finding
-from mmcompress.evaluate.tasks import TASKS, USUAL
+from mmcompress.evaluate.tasks import TASKS, usual_tasks
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch, usable_runners
@@ -86,9 +86,9 @@ def compress(
     if isinstance(model, str | Path) and _streams(recipe, todo) and not allow_pickle:
         return _streamed(model, recipe, todo, output, progress)
     bundle = load_again(model, recipe.device, allow_pickle)
-    recipe = with_tasks(recipe, bundle)
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
     evaluation_data = _evaluation_data(recipe)
+    recipe = with_tasks(recipe, bundle, evaluation_data)
     place = Workplace(partial_path(output), _identity(bundle, recipe, data, evaluation_data), resume)
     context = Context(
         data=data,
@@ -157,12 +157,12 @@ def require_usable(recipe: Recipe) -> None:
         usable_runners(recipe.export.runners)
 
 
-def with_tasks(recipe: Recipe, bundle: Bundle) -> Recipe:
-    """Return `recipe` with the tasks to measure `bundle` by. Raises UsageError for one that its family cannot do."""
+def with_tasks(recipe: Recipe, bundle: Bundle, data: Dataset | None) -> Recipe:
+    """Return `recipe` with the tasks to measure `bundle` by on `data`. Raises UsageError for one that its family cannot do."""
     gives = abilities(bundle)
     for name in recipe.tasks:
         require_able(name, gives)
-    return dataclasses.replace(recipe, tasks=recipe.tasks or tuple(USUAL[need] for need in sorted(gives)))
+    return dataclasses.replace(recipe, tasks=recipe.tasks or (usual_tasks(gives, data) if data else ()))
 
 
 def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickle: bool = False) -> None:

@@ -18,6 +18,8 @@ FAVOURITES = (
     "zero-shot.top1",
     "retrieval.text_to_image_r1",
     "transcription.word_accuracy",
+    "vqa.accuracy",
+    "captioning.cider",
 )
 """Metrics for the plots, the first that was measured."""
 

@@ -10,7 +10,12 @@ from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.families import FAMILIES, family_for
 from tests import tiny
-from tests.families.contract import DualEncoderContract, GeneratorContract, VisionLanguageContract
+from tests.families.contract import (
+    DualEncoderContract,
+    GeneratorContract,
+    TeacherForcedContract,
+    VisionLanguageContract,
+)
 
 
 class TestClip(DualEncoderContract):
@@ -33,7 +38,7 @@ class TestDualEncoderDinov2(DualEncoderContract):
     model = "dual_encoder_dinov2"
 
 
-class TestWhisper(GeneratorContract):
+class TestWhisper(TeacherForcedContract, GeneratorContract):
     model = "whisper"
     towers = ("audio", "decoder")
 
