@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AltCLIPConfig,
     BertConfig,
+    ChineseCLIPConfig,
+    ChineseCLIPImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
     Dinov2Config,
@@ -32,7 +35,7 @@ from mmcompress.data import Dataset, Memory, Sample, Waveform
 from mmcompress.families import family_for
 from mmcompress.manifest import Source
 
-FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2")
+FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2", "altclip", "chinese_clip")
 """The dual encoders."""
 GENERATORS = ("whisper",)
 """Families that answer in text."""
@@ -116,6 +119,20 @@ def _config(name: str) -> tuple[Any, Any]:
             projection_dim=24,
         )
         return config, CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    if name == "altclip":
+        config = AltCLIPConfig(
+            vision_config=_vision(intermediate_size=96),
+            text_config=_text(project_dim=40),
+            projection_dim=24,
+        )
+        return config, CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    if name == "chinese_clip":
+        config = ChineseCLIPConfig(
+            vision_config=_vision(intermediate_size=96),
+            text_config=_text(),
+            projection_dim=24,
+        )
+        return config, ChineseCLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
     if name == "siglip":
         config = SiglipConfig(vision_config=_vision(intermediate_size=96, hidden_size=32), text_config=_text())
         return config, SiglipImageProcessorPil(size=size)

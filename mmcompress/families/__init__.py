@@ -6,10 +6,12 @@ from typing import Any
 
 from mmcompress.bundle import Family
 from mmcompress.errors import UsageError
-from mmcompress.families import clip, dual_encoder, siglip, whisper
+from mmcompress.families import altclip, chinese_clip, clip, dual_encoder, siglip, whisper
 
 FAMILIES: dict[str, Family] = {
     "clip": clip.FAMILY,
+    "altclip": altclip.FAMILY,
+    "chinese_clip": chinese_clip.FAMILY,
     "siglip": siglip.FAMILY,
     "dual_encoder": dual_encoder.FAMILY,
     "whisper": whisper.FAMILY,

@@ -172,10 +172,17 @@ def example_pixels(batch: int, channels: int, height: int, width: int) -> torch.
     return nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def example_tokens(batch: int, length: int, vocabulary: int, last: int) -> torch.Tensor:
-    """Return deterministic token ids (B, length) that end in `last`."""
+def example_tokens(batch: int, length: int, vocabulary: int, last: int, padding: int = 0) -> torch.Tensor:
+    """Return deterministic token ids (B, length) that end in `last`, and have it and `padding` nowhere else."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, vocabulary - 1, (batch, length), generator=generator)
     ids += (ids >= last).long()  # `last` occurs at the end only
+    # RoBERTa counts its positions by what is not padding.
+    ids[ids == padding] = next(token for token in range(1, vocabulary) if token not in (last, padding))
     ids[:, -1] = last
     return ids
+
+
+def roberta_positions(config: Any) -> int:
+    """Return the most tokens of a RoBERTa: its positions count from the padding id + 1, and the table holds those before."""
+    return int(config.max_position_embeddings) - int(config.pad_token_id) - 1

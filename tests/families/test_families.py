@@ -33,6 +33,14 @@ class TestDualEncoderDinov2(DualEncoderContract):
     model = "dual_encoder_dinov2"
 
 
+class TestAltClip(DualEncoderContract):
+    model = "altclip"
+
+
+class TestChineseClip(DualEncoderContract):
+    model = "chinese_clip"
+
+
 class TestWhisper(GeneratorContract):
     model = "whisper"
     towers = ("audio", "decoder")
