@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from mmcompress.data import Sample
 
 Readout = Literal["class", "mean", "attention", "all"]
+Counts = Literal["heads", "kv_heads", "width"]
+Numbering = Literal["each", "block", "after"]
+"""How a value counts the blocks of a tower: one entry for each; the index of one or several blocks; or how many blocks come before
+a place in the stack (negative: from the end, -1 behind the last)."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,15 @@ class Attention:
     path: str
     """The module that is called with hidden states."""
     writers: tuple[str, ...]
-    """Paths of the q, k, v Linears; their rows are (heads * head_dim)."""
+    """Paths of the q, k, v Linears; their rows are (heads * head_dim), of k and v (kv_heads * head_dim). A single path is a
+    fused Linear: its rows are those of q, k and v one after the other, of equally many heads."""
     reader: str
     """Path of the output Linear; its columns are (heads * head_dim)."""
     heads: int
     kv_heads: int
+    """Where there are fewer than `heads`, each serves as many query heads in a row (grouped-query attention)."""
     head_dim: int
-    bookkeeping: tuple[tuple[str, str, Literal["heads", "width"]], ...] = ()
+    bookkeeping: tuple[tuple[str, str, Counts], ...] = ()
     """(module path, attribute, what it counts): integers transformers keeps beside the weights and that surgery must follow."""
 
 
@@ -105,7 +111,13 @@ class Tower:
     depth_key: str
     """The config key that counts the blocks."""
     heads: tuple[str, ...] = ()
-    """Paths of what belongs to the tower but lies outside `path`: its projection."""
+    """Paths of what follows the blocks, inside `path` or not: a projection, the connector to a language model, its output layer."""
+    parameters: tuple[str, ...] = ()
+    """Names of parameters that belong to the tower but to none of these modules."""
+    numbered: tuple[tuple[str, str, Numbering], ...] = ()
+    """(path of a module or of a config inside model.config, attribute, how it counts the tower's blocks)."""
+    packed: bool = False
+    """Whether the blocks see the tokens of all samples in one row, (N, C) instead of (B, N, C)."""
     embeddings: tuple[str, ...] = ()
     """Paths of the nn.Embedding tables and the patch embedding."""
     stream: TokenStream | None = None
@@ -116,7 +128,13 @@ class Tower:
 
     def owns(self, name: str) -> bool:
         """Whether a parameter or module path belongs to this tower."""
-        return any(name == root or name.startswith(root + ".") for root in (self.path, *self.heads))
+        roots = (self.path, *self.heads, *self.parameters)
+        return any(name == root or name.startswith(root + ".") for root in roots)
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Paths of the modules that make up the tower, none inside another."""
+        return (self.path, *(head for head in self.heads if not head.startswith(self.path + ".")))
 
 
 class Family(Protocol):

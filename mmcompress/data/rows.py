@@ -77,7 +77,7 @@ def _question(record: Mapping[str, Any], where: str) -> str:
 
 
 def _turns(found: Any, where: str) -> tuple[tuple[str, str], ...]:
-    pairs = found if isinstance(found, list) else [None]
+    pairs: list[Any] = found if isinstance(found, list) else [None]
     if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(part, str) for part in p) for p in pairs):
         raise UsageError(
             f"{where}: 'turns' must be a list of pairs", hint='write [["earlier question", "its answer"], ...]'

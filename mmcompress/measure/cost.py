@@ -41,7 +41,7 @@ def cost_of(bundle: Bundle) -> Cost:
     whole = parameters(bundle.model)
     towers = {}
     for tower in bundle.towers():
-        parts = [bundle.module(path) for path in (tower.path, *tower.heads)]
+        parts = [bundle.module(path) for path in tower.roots]
         counted = macs_within(parts, functools.partial(bundle.encode, tower.name, bundle.example_inputs(tower.name)))
         held = parameters(nn.ModuleList(parts))
         towers[tower.name] = TowerCost(held.elements, held.bytes, counted)

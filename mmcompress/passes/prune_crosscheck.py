@@ -21,7 +21,8 @@ from torch import nn
 
 from mmcompress.bundle import Bundle, Tower
 from mmcompress.errors import MissingError, UsageError
-from mmcompress.passes.prune_units import head_rows
+from mmcompress.passes.prune_units import head_rows, kept_rows
+from mmcompress.surgery.linears import spread
 
 Channels = dict[tuple[str, str], list[int]]
 """(path of a Linear, "rows" or "columns") -> the channels that go."""
@@ -62,13 +63,10 @@ def unit_channels(bundle: Bundle, tower: Tower) -> Iterator[Channels]:
     for block in tower.blocks:
         for attention in (block.attention, block.cross):
             if attention:
-                last = attention.kv_heads - 1
-                rows = head_rows(attention)
-                ours: Channels = {
-                    (path, "rows"): list(range(last * height, (last + 1) * height))
-                    for path, height in zip(attention.writers, rows, strict=True)
-                }
-                yield ours | {(attention.reader, "columns"): list(range(last * rows[0], (last + 1) * rows[0]))}
+                last = torch.tensor([attention.kv_heads - 1])
+                rows = kept_rows(attention, last)
+                ours: Channels = {(path, "rows"): channels.tolist() for path, channels in rows.items()}
+                yield ours | {(attention.reader, "columns"): spread(last, head_rows(attention)[0]).tolist()}
         neuron = [block.mlp.neurons - 1]
         yield {**{(path, "rows"): neuron for path in block.mlp.writers}, (block.mlp.reader, "columns"): neuron}
 

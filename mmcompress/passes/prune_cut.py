@@ -7,12 +7,14 @@ each block's place in the stack, which key-value caches are indexed by.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmcompress.bundle import Attention, Bundle, Mlp, Tower
-from mmcompress.passes.prune_units import head_rows
+from mmcompress.bundle import Attention, Bundle, Mlp, Numbering, Tower
+from mmcompress.passes.prune_units import head_rows, kept_rows
 from mmcompress.surgery.linears import keep_columns, keep_rows, spread
 
 PLACES = ("layer_idx", "layer_index", "layer_id")
@@ -21,13 +23,13 @@ PLACES = ("layer_idx", "layer_index", "layer_id")
 def cut_heads(bundle: Bundle, attention: Attention, kept: Sequence[int]) -> None:
     """Keep the heads `kept` (key-value groups, where heads share keys): rows of q, k, v, columns of the output Linear."""
     units = torch.tensor(kept)
-    rows = head_rows(attention)
-    for path, height in zip(attention.writers, rows, strict=True):
-        keep_rows(_linear(bundle, path), spread(units, height))
-    keep_columns(_linear(bundle, attention.reader), spread(units, rows[0]))
+    for path, rows in kept_rows(attention, units).items():
+        keep_rows(_linear(bundle, path), rows)
+    keep_columns(_linear(bundle, attention.reader), spread(units, head_rows(attention)[0]))
     heads = len(kept) * attention.heads // attention.kv_heads
-    for path, attribute, counts in attention.bookkeeping:
-        setattr(bundle.module(path), attribute, heads if counts == "heads" else heads * attention.head_dim)
+    counts = {"heads": heads, "kv_heads": len(kept), "width": heads * attention.head_dim}
+    for path, attribute, what in attention.bookkeeping:
+        setattr(bundle.module(path), attribute, counts[what])
 
 
 def cut_neurons(bundle: Bundle, mlp: Mlp, kept: Sequence[int]) -> None:
@@ -47,6 +49,28 @@ def cut_blocks(bundle: Bundle, tower: Tower, kept: Sequence[int]) -> None:
             for attribute in PLACES:
                 if getattr(module, attribute, None) == index:
                     setattr(module, attribute, place)
+    for path, attribute, numbering in tower.numbered:
+        owner = attrgetter(path)(bundle.model) if path else bundle.model
+        found = getattr(owner, attribute)
+        if found is not None:
+            setattr(owner, attribute, renumbered(found, numbering, kept, len(blocks)))
+
+
+def renumbered(value: Any, numbering: Numbering, kept: Sequence[int], depth: int) -> Any:
+    """Return `value`, which counts the blocks of a stack `depth` deep, as it counts the blocks `kept`; see `Numbering`.
+
+    Indices of blocks that go are left out of a list. A place in the stack stays behind the blocks that stay before it.
+    """
+    if numbering == "each":
+        return [value[index] for index in kept]
+    if numbering == "block":
+        return [kept.index(index) for index in value if index in kept]
+    if isinstance(value, Sequence):
+        return [renumbered(one, numbering, kept, depth) for one in value]
+    if value < 0:
+        # Counted from the end, -1 being behind the last block: as many from the end as are kept behind the place.
+        return -1 - sum(index >= depth + 1 + value for index in kept)
+    return sum(index < value for index in kept)
 
 
 def set_parameters(bundle: Bundle, tensors: Mapping[str, Tensor]) -> None:

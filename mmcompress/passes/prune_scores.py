@@ -45,7 +45,8 @@ def magnitude(bundle: Bundle, groups: Sequence[Group]) -> list[Tensor]:
     scores = []
     for group in groups:
         writers = [bundle.module(path) for path in group.writers]
-        rows = [part for writer in writers for part in (writer.weight, writer.bias) if isinstance(part, Tensor)]
+        joined = [part for writer in writers for part in (writer.weight, writer.bias) if isinstance(part, Tensor)]
+        rows = [part for both in joined for part in both.chunk(group.sections)]
         reader = bundle.module(group.reader).weight
         assert isinstance(reader, Tensor), f"{group.reader} has no weight"
         scores.append(importance.group_magnitude([r.detach() for r in rows], [reader.detach()], group.units))
@@ -148,14 +149,19 @@ class Effects:
 
     def add(self, path: str, states: Tensor, gradient: Tensor) -> None:
         """Add the samples of one slice: states and gradient (b, N, C)."""
+        if states.dim() == 2:  # a packed tower's, of one sample
+            states, gradient = states[None], gradient[None]
         effect = importance.gate_gradients(states, gradient, self.groups[path].units)
         size = effect.square().sum(0)
         self.totals[path] = self.totals[path] + size if path in self.totals else size
         self.counts[path] += len(effect)
 
     def means(self) -> list[Tensor]:
-        """Return the mean per unit (U,), in the order of the groups."""
-        return [self.totals[path] / self.counts[path] for path in self.groups]
+        """Return the mean per unit (U,), in the order of the groups; 0 where nothing that the tower gives out depends on it."""
+        return [
+            self.totals[path] / self.counts[path] if path in self.totals else torch.zeros(group.units)
+            for path, group in self.groups.items()
+        ]
 
 
 def _directions(
@@ -230,13 +236,15 @@ def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: 
 def _slice_size(bundle: Bundle, name: str) -> int:
     """Return how many samples may keep their graph at once: about an eighth of the model's bytes (or 32 MiB), at least one."""
     tower = bundle.tower(name)
+    if bundle.tower(name).packed:
+        return 1  # whose tokens are whose is known of single samples only
     allowed = max(2**25, sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 8)
     seen = count_tokens(bundle, tower)
     tokens = tower.stream.tokens if tower.stream else max(64, *(seen[block.attention.reader] for block in tower.blocks))
     # Saved per token and block: the MLP's hidden states before and after the activation; norms, q, k, v, attention: about 8 C.
     numbers = tokens * sum(8 * b.attention.heads * b.attention.head_dim + 3 * b.mlp.neurons for b in tower.blocks)
     crosses = [block.cross for block in tower.blocks if block.cross]
-    numbers += sum(2 * seen[cross.writers[1]] * cross.kv_heads * cross.head_dim for cross in crosses)
+    numbers += sum(2 * seen[cross.writers[-1]] * cross.kv_heads * cross.head_dim for cross in crosses)
     if tower.tied:
         # What follows each token: logits, probabilities, their roots, the row, its direction and its gradient.
         tables: list[Any] = [bundle.module(table) for table, _ in tower.tied]

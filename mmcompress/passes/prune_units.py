@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcompress.bundle import Attention, Block, Bundle, Tower
+from mmcompress.surgery.linears import spread
 from mmcompress.surgery.watch import evaluating, meter, watch_inputs
 
 Kind = Literal["heads", "neurons", "blocks"]
@@ -56,6 +57,8 @@ class Group:
     """Columns of the reader per unit."""
     part: str = ""
     """"cross" for the heads of cross-attention."""
+    sections: int = 1
+    """How many layers' rows a writer holds one after the other: 3 where q, k and v are fused."""
 
     @property
     def key(self) -> str:
@@ -89,11 +92,11 @@ def list_groups(
 def _heads(
     bundle: Bundle, tower: Tower, block: Block, attention: Attention, tokens: dict[str, int], part: str = ""
 ) -> Group:
-    rows = head_rows(attention)
+    rows, fused = head_rows(attention), len(attention.writers) == 1
     queries, keys = _looked_at(attention, tokens)
     columns = rows[0] * _linear(bundle, attention.reader).out_features
     parameters, macs = columns, queries * columns
-    for path, height, seen in zip(attention.writers, rows, (queries, keys, keys), strict=True):
+    for path, height, seen in zip(attention.writers * (3 if fused else 1), rows, (queries, keys, keys), strict=True):
         linear = _linear(bundle, path)
         macs += seen * height * linear.in_features
         parameters += height * (linear.in_features + (linear.bias is not None))
@@ -108,6 +111,7 @@ def _heads(
         attention.reader,
         rows[0],
         part,
+        3 if fused else 1,
     )
 
 
@@ -129,7 +133,7 @@ def attention_macs(queries: int, keys: int, heads: int, head_dim: int) -> int:
 def _looked_at(attention: Attention, tokens: dict[str, int]) -> tuple[int, int]:
     """Return how many queries and how many keys there are: (N, N), or (N, S) in cross-attention."""
     queries = tokens[attention.reader]
-    return queries, tokens.get(attention.writers[1], queries)
+    return queries, tokens.get(attention.writers[-1], queries)
 
 
 def _block_macs(bundle: Bundle, block: Block, tokens: dict[str, int]) -> int:
@@ -148,10 +152,10 @@ def _block_macs(bundle: Bundle, block: Block, tokens: dict[str, int]) -> int:
 def count_tokens(bundle: Bundle, tower: Tower) -> dict[str, int]:
     """Return N at every reader of `tower`, by the reader's path, in one forward pass of its example inputs.
 
-    Beside them, the S tokens that the keys of cross-attention are made of, by the path of the key Linear.
+    Beside them, the S tokens that the values of cross-attention are made of, by the path of the value Linear.
     """
     readers = [path for block in tower.blocks for path in (block.attention.reader, block.mlp.reader)]
-    readers += [path for block in tower.blocks if block.cross for path in (block.cross.reader, block.cross.writers[1])]
+    readers += [path for block in tower.blocks if block.cross for path in (block.cross.reader, block.cross.writers[-1])]
     seen: dict[str, int] = {}
 
     def record(name: str, states: Tensor) -> None:
@@ -168,7 +172,7 @@ def count_costs(bundle: Bundle, tower: Tower) -> Costs:
     What an encoder does that a decoder looks at is not the decoder's.
     """
     counter = FlopCounterMode(display=False)
-    own = [bundle.module(path) for path in (tower.path, *tower.heads)]
+    own = [bundle.module(path) for path in tower.roots]
     # Fused attention kernels are opaque to the counter; the plain one is two matrix products.
     with (
         evaluating(bundle.model),
@@ -185,6 +189,16 @@ def count_costs(bundle: Bundle, tower: Tower) -> Costs:
 def head_rows(attention: Attention) -> tuple[int, ...]:
     """Return how many rows of each writer belong to one unit: query rows cover a whole key-value group."""
     return (attention.heads // attention.kv_heads * attention.head_dim, attention.head_dim, attention.head_dim)
+
+
+def kept_rows(attention: Attention, units: Tensor) -> dict[str, Tensor]:
+    """Return the rows of each writer that belong to the heads (or key-value groups) `units` (U,)."""
+    rows = [spread(units, height) for height in head_rows(attention)]
+    if len(attention.writers) == 3:
+        return dict(zip(attention.writers, rows, strict=True))
+    # Fused: the queries' rows, then those of keys and of values.
+    width = attention.heads * attention.head_dim
+    return {attention.writers[0]: torch.cat([part + place * width for place, part in enumerate(rows)])}
 
 
 def write_ranges(indices: Sequence[int]) -> str:
