@@ -192,7 +192,8 @@ def _build(
             for record in records:
                 build(record.name, record.params).apply(replayed, Plan(record.plan))
 
-    Replayed.__name__ = base.__name__
+    # transformers looks renamed weights of older checkpoints up by class name, in classes of its own only (5.23).
+    Replayed.__name__, Replayed.__module__ = base.__name__, base.__module__
     try:
         with _quiet(), _tensors(files) as tensors:
             model, found = Replayed.from_pretrained(

@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     ChineseCLIPConfig,
     ChineseCLIPImageProcessorPil,
+    ClapConfig,
+    ClapFeatureExtractor,
     CLIPConfig,
     CLIPImageProcessorPil,
     Dinov2Config,
@@ -36,9 +38,17 @@ from mmcompress.families import family_for
 from mmcompress.manifest import Source
 
 FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2", "altclip", "chinese_clip")
-"""The dual encoders."""
+"""The dual encoders of images and texts."""
+HEARING = ("clap",)
+"""The dual encoders of sound and texts."""
 GENERATORS = ("whisper",)
 """Families that answer in text."""
+EVERY = (*FAMILIES, *HEARING, *GENERATORS)
+TOWERS = {
+    "clap": ("audio", "text"),
+    "whisper": ("audio", "decoder"),
+}
+"""The towers of all but those that have "vision" and "text"."""
 WORDS = [
     "a",
     "red",
@@ -173,9 +183,34 @@ def _whisper() -> tuple[Any, Any]:
     return config, WhisperFeatureExtractor(feature_size=20, sampling_rate=RATE, chunk_length=1)
 
 
+def _clap() -> tuple[Any, Any]:
+    """One second of sound in 63 frames of 16 mel bins, stretched to 64 and folded to 32 x 32; two stages of two blocks."""
+    audio = {
+        "spec_size": 32,
+        "num_mel_bins": 16,
+        "window_size": 4,
+        "depths": [2, 2],
+        "num_attention_heads": [4, 8],
+        "patch_embeds_hidden_size": 32,
+        "hidden_size": 64,
+        "mlp_ratio": 2.0,
+    }
+    config = ClapConfig(audio_config=audio, text_config=_text(), projection_dim=24)
+    extractor = ClapFeatureExtractor(
+        feature_size=16,
+        sampling_rate=RATE,
+        hop_length=256,
+        max_length_s=1,
+        fft_window_size=512,
+        frequency_max=8000,
+        truncation="rand_trunc",
+    )
+    return config, extractor
+
+
 def bundle(name: str, seed: int = 0) -> Bundle:
     """Return a small random model of the family `name`, in evaluation mode; the same weights for the same seed."""
-    config, preprocessor = _whisper() if name == "whisper" else _config(name)
+    config, preprocessor = SOUND[name]() if name in SOUND else _config(name)
     family = family_for({"model_type": config.model_type})
     torch.manual_seed(seed)
     model = family.model_class(config)(config)
@@ -184,6 +219,9 @@ def bundle(name: str, seed: int = 0) -> Bundle:
             # Biases and norms start at 0 and 1; laws about them would hold for the wrong reason.
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif not parameter.is_meta and not parameter.any():
+                # Tables of biases and class tokens start at 0.
+                parameter.normal_(std=0.5)
             elif parameter.dim() == 2:
                 parameter.mul_(3)
     if name == "whisper":
@@ -200,7 +238,7 @@ def bundle(name: str, seed: int = 0) -> Bundle:
             suppress_tokens=[0, 1, 2, 24],
         )
     model.eval()
-    part = {"audio" if name in GENERATORS else "image": preprocessor}
+    part = {"audio" if name in SOUND else "image": preprocessor}
     made_source = Source(id=name, config=config.to_dict() | {"architectures": [type(model).__name__]})
     return Bundle(
         model=model,
@@ -208,6 +246,9 @@ def bundle(name: str, seed: int = 0) -> Bundle:
         family=family,
         source=made_source,
     )
+
+
+SOUND = {"whisper": _whisper, "clap": _clap}
 
 
 def images(count: int, seed: int = 0) -> list[Image.Image]:
@@ -252,3 +293,8 @@ def spoken(count: int, seed: int = 0) -> Dataset:
     return Dataset(
         Memory([Sample(f"{i:04d}", (text,), audio=audio) for i, (audio, text) in enumerate(pairs)]), "spoken"
     )
+
+
+def data(name: str, count: int, seed: int = 0) -> Dataset:
+    """Return samples with what the family `name` takes."""
+    return spoken(count, seed) if name in SOUND else dataset(count, seed)

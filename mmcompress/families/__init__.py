@@ -6,12 +6,13 @@ from typing import Any
 
 from mmcompress.bundle import Family
 from mmcompress.errors import UsageError
-from mmcompress.families import altclip, chinese_clip, clip, dual_encoder, siglip, whisper
+from mmcompress.families import altclip, chinese_clip, clap, clip, dual_encoder, siglip, whisper
 
 FAMILIES: dict[str, Family] = {
     "clip": clip.FAMILY,
     "altclip": altclip.FAMILY,
     "chinese_clip": chinese_clip.FAMILY,
+    "clap": clap.FAMILY,
     "siglip": siglip.FAMILY,
     "dual_encoder": dual_encoder.FAMILY,
     "whisper": whisper.FAMILY,

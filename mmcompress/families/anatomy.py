@@ -33,6 +33,8 @@ class BlockNames:
     """Attributes of the attention module that count heads, or heads * D."""
     cross: str = ""
     """The attention over an encoder's output, built like the other one inside."""
+    per_head: tuple[str, ...] = ()
+    """Parameters with a column for each head."""
 
 
 CLIP_BLOCK = BlockNames(
@@ -86,6 +88,9 @@ BERT_BLOCK = BlockNames(
     bookkeeping=(("self.num_attention_heads", "heads"), ("self.all_head_size", "width")),
 )
 """Post-norm, so `attend` and `feed` stay empty."""
+
+CLAP_AUDIO_BLOCK = replace(BERT_BLOCK, per_head=("attention.self.relative_position_bias_table",))
+"""Pre-norm, but attention sees windows of the tokens: `attend` cannot say that."""
 
 WHISPER_ENCODER_BLOCK = BlockNames(
     attention="self_attn",
@@ -156,6 +161,7 @@ def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> At
             (f"{at}.{owner}".rstrip("."), attribute, counts)
             for owner, _, attribute, counts in ((*name.rpartition("."), counts) for name, counts in names.bookkeeping)
         ),
+        per_head=tuple(f"{path}.{name}" for name in names.per_head),
     )
 
 

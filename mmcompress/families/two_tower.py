@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class TwoTowers:
     name: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
+    media: Literal["vision", "audio"] = "vision"
     text_inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     text_limit_key = "max_position_embeddings"
     pad_to_limit = False

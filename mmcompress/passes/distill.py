@@ -119,6 +119,11 @@ class Distill:
                 f"distill pulls embeddings in a shared space together, and {bundle.family.name} models have none",
                 hint="prune with compensate=least-squares repairs a model without training",
             )
+        if bundle.family.media != "vision":
+            raise UsageError(
+                f"distill trains models of images and texts, and the texts of {bundle.family.name} describe sound",
+                hint="prune with compensate=least-squares repairs a model without training",
+            )
         for name in self.towers:
             bundle.tower(name)
         trainable(bundle, self.towers or tuple(tower.name for tower in bundle.towers()), self.train)

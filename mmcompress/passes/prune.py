@@ -140,6 +140,12 @@ class Prune:
                 "tokens are already merged, with a schedule per block; removing blocks would break it",
                 hint="put prune before merge-tokens",
             )
+        for tower in towers:
+            if "blocks" in self.units and tower.why_fixed_depth:
+                raise UsageError(
+                    f"blocks of the {tower.name} tower cannot be removed: {tower.why_fixed_depth}",
+                    hint="prune its heads and neurons, or name other towers with --towers",
+                )
         self._survey(bundle, towers)
         if self.crosscheck:
             crosscheck(bundle, towers)

@@ -100,7 +100,9 @@ def _heads(
         linear = _linear(bundle, path)
         macs += seen * height * linear.in_features
         parameters += height * (linear.in_features + (linear.bias is not None))
-    macs += attention_macs(queries, keys, attention.heads // attention.kv_heads, attention.head_dim)
+    parameters += sum(bundle.model.get_parameter(name).shape[0] for name in attention.per_head)
+    window = attention.window or keys
+    macs += attention_macs(queries, window, attention.heads // attention.kv_heads, attention.head_dim)
     return Group(
         tower.name,
         block.index,
@@ -145,7 +147,7 @@ def _block_macs(bundle: Bundle, block: Block, tokens: dict[str, int]) -> int:
         if attention:
             queries, keys = _looked_at(attention, tokens)
             total += linears((attention.writers[0], attention.reader), queries) + linears(attention.writers[1:], keys)
-            total += attention_macs(queries, keys, attention.heads, attention.head_dim)
+            total += attention_macs(queries, attention.window or keys, attention.heads, attention.head_dim)
     return total
 
 

@@ -41,6 +41,11 @@ class TestChineseClip(DualEncoderContract):
     model = "chinese_clip"
 
 
+class TestClap(DualEncoderContract):
+    model = "clap"
+    towers = ("audio", "text")
+
+
 class TestWhisper(GeneratorContract):
     model = "whisper"
     towers = ("audio", "decoder")
@@ -54,7 +59,7 @@ class TestWhisper(GeneratorContract):
 
 def test_every_family_is_under_the_contract() -> None:
     covered = {cls.model for kind in FamilyContract.__subclasses__() for cls in kind.__subclasses__()}
-    assert covered == {*tiny.FAMILIES, *tiny.GENERATORS}
+    assert covered == {*tiny.FAMILIES, *tiny.HEARING, *tiny.GENERATORS}
     assert {tiny.bundle(model).family.name for model in covered} == set(FAMILIES)
 
 
