@@ -19,6 +19,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     Dinov2Config,
+    FlavaConfig,
+    FlavaImageProcessorPil,
     GenerationConfig,
     PreTrainedTokenizerFast,
     Siglip2Config,
@@ -37,8 +39,10 @@ from mmcompress.data import Dataset, Memory, Sample, Waveform
 from mmcompress.families import family_for
 from mmcompress.manifest import Source
 
-FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2", "altclip", "chinese_clip")
+FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2", "altclip", "chinese_clip", "flava")
 """The dual encoders of images and texts."""
+MERGING = tuple(name for name in FAMILIES if name != "flava")
+"""Those of them whose image tokens can be merged."""
 HEARING = ("clap",)
 """The dual encoders of sound and texts."""
 GENERATORS = ("whisper",)
@@ -143,6 +147,19 @@ def _config(name: str) -> tuple[Any, Any]:
             projection_dim=24,
         )
         return config, ChineseCLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    if name == "flava":
+        config = FlavaConfig(
+            image_config=_vision(intermediate_size=96),
+            text_config=_text(),
+            multimodal_config={
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "intermediate_size": 64,
+            },
+            projection_dim=24,
+        )
+        return config, FlavaImageProcessorPil(size=size, crop_size=size)
     if name == "siglip":
         config = SiglipConfig(vision_config=_vision(intermediate_size=96, hidden_size=32), text_config=_text())
         return config, SiglipImageProcessorPil(size=size)

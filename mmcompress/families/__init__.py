@@ -6,7 +6,7 @@ from typing import Any
 
 from mmcompress.bundle import Family
 from mmcompress.errors import UsageError
-from mmcompress.families import altclip, chinese_clip, clap, clip, dual_encoder, siglip, whisper
+from mmcompress.families import altclip, chinese_clip, clap, clip, dual_encoder, flava, siglip, whisper
 
 FAMILIES: dict[str, Family] = {
     "clip": clip.FAMILY,
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
     "clap": clap.FAMILY,
     "siglip": siglip.FAMILY,
     "dual_encoder": dual_encoder.FAMILY,
+    "flava": flava.FAMILY,
     "whisper": whisper.FAMILY,
 }
 

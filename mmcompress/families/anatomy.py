@@ -92,6 +92,14 @@ BERT_BLOCK = BlockNames(
 CLAP_AUDIO_BLOCK = replace(BERT_BLOCK, per_head=("attention.self.relative_position_bias_table",))
 """Pre-norm, but attention sees windows of the tokens: `attend` cannot say that."""
 
+FLAVA_BLOCK = replace(
+    BERT_BLOCK,
+    writers=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    head_dim="attention.attention_head_size",
+    bookkeeping=(("attention.num_attention_heads", "heads"), ("attention.all_head_size", "width")),
+)
+"""Pre-norm; its attention takes no function by name, so it gives no keys to match tokens by."""
+
 WHISPER_ENCODER_BLOCK = BlockNames(
     attention="self_attn",
     writers=CLIP_BLOCK.writers,

@@ -26,6 +26,8 @@ class TwoTowers:
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     media: Literal["vision", "audio"] = "vision"
+    outside: tuple[str, ...] = ()
+    """Paths of modules that neither embedding needs: they belong to no tower, and passes leave them as they are."""
     text_inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     text_limit_key = "max_position_embeddings"
     pad_to_limit = False

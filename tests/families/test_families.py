@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from mmcompress import passes
+from mmcompress.bundle import Bundle
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.families import FAMILIES, family_for
+from mmcompress.passes.base import Context
 from tests import tiny
 from tests.families.contract import DualEncoderContract, FamilyContract, GeneratorContract
 
@@ -44,6 +48,24 @@ class TestChineseClip(DualEncoderContract):
 class TestClap(DualEncoderContract):
     model = "clap"
     towers = ("audio", "text")
+
+
+class TestFlava(DualEncoderContract):
+    model = "flava"
+
+    def test_encode_is_what_the_model_gives(self, bundle: Bundle) -> None:
+        """The model gives states of all tokens; its contrastive head, in training, projects the first."""
+        inputs = bundle.example_inputs("vision", 2) | bundle.example_inputs("text", 2)
+        output = bundle.model(**inputs, skip_multimodal_encoder=True)
+        for name, states in (("vision", output.image_embeddings), ("text", output.text_embeddings)):
+            project = bundle.module(bundle.tower(name).heads[0])
+            torch.testing.assert_close(bundle.encode(name, bundle.example_inputs(name, 2)), project(states)[:, 0])
+
+    def test_the_multimodal_encoder_runs_on_pruned_towers(self, bundle: Bundle) -> None:
+        made = passes.build("prune", {"ratio": 0.3, "score": "magnitude", "compensate": "none"})
+        made.apply(bundle, made.plan(bundle, Context()))
+        inputs = bundle.example_inputs("vision", 2) | bundle.example_inputs("text", 2)
+        assert bundle.model(**inputs).multimodal_embeddings.shape == (2, 1 + 50 + 16, 32)
 
 
 class TestWhisper(GeneratorContract):
