@@ -22,7 +22,7 @@ from mmcompress.families.anatomy import (
     roberta_positions,
     widths,
 )
-from mmcompress.families.two_tower import TwoTowers
+from mmcompress.families.two_tower import TwoTowers, in_dtype_of
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample
@@ -84,7 +84,7 @@ class Clap(TwoTowers):
             if tower == "audio"
             else (model.text_model, model.text_projection)
         )
-        made: Tensor = projection(encoder(**inputs).pooler_output)
+        made: Tensor = projection(encoder(**in_dtype_of(model, inputs)).pooler_output)
         return made
 
     def similarity(self, model: Any) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ class Clap(TwoTowers):
         if features.shape[-2] < width:
             features = nn.functional.interpolate(features, (width, bins), mode="bicubic", align_corners=True)
         assert height == bins, "CLAP lays the mel bins out over the height of its spectrogram"
-        return {"input_features": features.to(next(model.parameters()).dtype)}
+        return in_dtype_of(model, {"input_features": features})
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
         """Return smooth spectrograms, or tokens; see `Family.example_inputs`."""

@@ -10,7 +10,7 @@ from transformers import FlavaModel
 
 from mmcompress.bundle import Tower
 from mmcompress.families.anatomy import FLAVA_BLOCK, example_pixels, example_tokens, read_blocks, widths
-from mmcompress.families.two_tower import TwoTowers
+from mmcompress.families.two_tower import TwoTowers, in_dtype_of
 
 ITSELF = "FLAVA computes attention by itself and gives no keys to match tokens by"
 
@@ -66,7 +66,7 @@ class Flava(TwoTowers):
             if tower == "vision"
             else (model.text_model, model.text_projection)
         )
-        made: Tensor = projection(encoder(**inputs).last_hidden_state[:, 0])
+        made: Tensor = projection(encoder(**in_dtype_of(model, inputs)).last_hidden_state[:, 0])
         return made
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:

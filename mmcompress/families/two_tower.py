@@ -69,8 +69,7 @@ class TwoTowers:
         if processor.image is None:
             raise UsageError("this checkpoint has no image processor", hint="add its preprocessor_config.json")
         prepared = processor.image(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        dtype = next(model.parameters()).dtype
-        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in prepared.items()}
+        return in_dtype_of(model, prepared)
 
     def prepare_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return token inputs for texts, padded and cut at the model's limit."""
@@ -93,6 +92,12 @@ class TwoTowers:
         limit = self.text_limit(model)
         tokens = _tokenizer(processor)(list(texts), verbose=False)["input_ids"] if texts else []
         return sum(len(found) > limit for found in tokens), limit
+
+
+def in_dtype_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `inputs` with pixels and sound in the dtype of the weights, for models that do not see to that themselves."""
+    dtype = next(model.parameters()).dtype
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def _tokenizer(processor: Processor) -> Any:
