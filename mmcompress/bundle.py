@@ -122,6 +122,8 @@ class Tower:
     """(path of a module or of a config inside model.config, attribute, how it counts the tower's blocks)."""
     why_fixed_depth: str = ""
     """Where blocks cannot be removed: why not, for a person. They may then lie in several lists below `blocks_path`."""
+    needed: tuple[int, ...] = ()
+    """Indices of blocks that cannot go: something beside the stack reads what they give out."""
     packed: bool = False
     """Whether the blocks see the tokens of all samples in one row, (N, C) instead of (B, N, C), or a row for each window."""
     embeddings: tuple[str, ...] = ()

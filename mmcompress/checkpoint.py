@@ -121,7 +121,9 @@ def save(
     with staging(Path(output), overwrite=overwrite) as directory:
         with _quiet(), _stored_precision(bundle):
             try:
-                bundle.model.save_pretrained(directory)
+                # The names transformers 5 computes with, not those of a class's first checkpoints: it knows how to rename only
+                # its own tensors.
+                bundle.model.save_pretrained(directory, save_original_format=False)
             except SafetensorError as error:  # it has no errno
                 if "No space left" in str(error):
                     raise OSError(errno.ENOSPC, str(error)) from error

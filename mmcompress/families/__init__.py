@@ -6,7 +6,20 @@ from typing import Any
 
 from mmcompress.bundle import Family
 from mmcompress.errors import UsageError
-from mmcompress.families import altclip, chinese_clip, clap, clip, dual_encoder, flava, siglip, whisper
+from mmcompress.families import (
+    altclip,
+    chinese_clip,
+    clap,
+    clip,
+    dual_encoder,
+    flava,
+    llava,
+    paligemma,
+    qwen_vl,
+    siglip,
+    smolvlm,
+    whisper,
+)
 
 FAMILIES: dict[str, Family] = {
     "clip": clip.FAMILY,
@@ -17,6 +30,11 @@ FAMILIES: dict[str, Family] = {
     "dual_encoder": dual_encoder.FAMILY,
     "flava": flava.FAMILY,
     "whisper": whisper.FAMILY,
+    "llava": llava.LLAVA,
+    "llava_next": llava.LLAVA_NEXT,
+    "qwen_vl": qwen_vl.FAMILY,
+    "smolvlm": smolvlm.FAMILY,
+    "paligemma": paligemma.FAMILY,
 }
 
 
