@@ -47,7 +47,7 @@ class Clap(TwoTowers):
         return ClapModel
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
-        audio, text = model.config.audio_config, model.config.text_config
+        text = model.config.text_config
         return (
             Tower(
                 name="audio",
@@ -60,7 +60,7 @@ class Clap(TwoTowers):
                 embeddings=("audio_model.audio_encoder.patch_embed.proj",),
                 why_fixed_depth="they come in pairs, of plain and of shifted windows, in stages of different widths",
                 packed=True,
-                why_no_stream=f"its tokens are a grid, cut into windows of {audio.window_size} x {audio.window_size}",
+                why_no_stream="its tokens are a grid that is cut into windows",
             ),
             Tower(
                 name="text",

@@ -131,7 +131,7 @@ def test_what_cannot_be_heard_is_refused(bundle: Bundle) -> None:
 def test_refusals_say_why(bundle: Bundle) -> None:
     for name, params, words in (
         ("prune", {"units": ["blocks"], "score": "random"}, "pairs, of plain and of shifted windows"),
-        ("merge-tokens", {"tower": "audio"}, "cut into windows of 4 x 4"),
+        ("merge-tokens", {"tower": "audio"}, "cut into windows"),
         ("distill", {}, "texts of clap describe sound"),
     ):
         with pytest.raises(UsageError, match=words):
