@@ -14,8 +14,9 @@ from tests import tiny
 BEGIN = "<!-- matrix -->"
 END = "<!-- end matrix -->"
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "prune": ("prune", QUESTIONS["prune"]),
-    "prune blocks": ("prune", {"ratio": 0.05, "units": ["blocks"], "score": "random"}),
+    "prune heads": ("prune", {"ratio": 0.01, "units": ["heads"], "score": "magnitude"}),
+    "prune neurons": ("prune", {"ratio": 0.01, "units": ["neurons"], "score": "magnitude"}),
+    "prune blocks": ("prune", {"ratio": 0.01, "units": ["blocks"], "score": "random"}),
     "merge-tokens": ("merge-tokens", QUESTIONS["merge-tokens"]),
     "quantize": ("quantize", QUESTIONS["quantize"]),
     "distill": ("distill", QUESTIONS["distill"]),

@@ -52,6 +52,8 @@ class Attention:
     """(module path, attribute, what it counts): integers transformers keeps beside the weights and that surgery must follow."""
     per_head: tuple[str, ...] = ()
     """Names of parameters (positions, heads) that hold a column for each head: a table of relative position biases."""
+    why_whole: str = ""
+    """Where heads cannot be cut: why not, for a person."""
     window: int = 0
     """How many keys each query sees, where those are not all."""
 

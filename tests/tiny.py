@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,23 +39,37 @@ from mmcompress.bundle import Bundle, Processor
 from mmcompress.data import Dataset, Memory, Sample, Waveform
 from mmcompress.families import family_for
 from mmcompress.manifest import Source
-from tests import tiny_vlm
+from tests import tiny_joint, tiny_vlm
 
-FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2", "altclip", "chinese_clip", "flava")
+FAMILIES = (
+    "clip",
+    "siglip",
+    "siglip2",
+    "dual_encoder_vit",
+    "dual_encoder_dinov2",
+    "altclip",
+    "chinese_clip",
+    "flava",
+)
 """The dual encoders of images and texts."""
+WHOLE = ("blip_retrieval",)
+"""Those of them whose vision tower keeps its heads."""
 MERGING = tuple(name for name in FAMILIES if name != "flava")
 """Those of them whose image tokens can be merged."""
 HEARING = ("clap",)
 """The dual encoders of sound and texts."""
-GENERATORS = ("whisper", *tiny_vlm.MODELS)
+GENERATORS = ("whisper", "blip", "blip_vqa", *tiny_vlm.MODELS)
 """Families that answer in text."""
-EVERY = (*FAMILIES, *HEARING, *GENERATORS)
+EVERY = (*FAMILIES, *WHOLE, *HEARING, *GENERATORS)
 TOWERS = {
+    "blip_retrieval": ("vision", "text"),
     "clap": ("audio", "text"),
     "whisper": ("audio", "decoder"),
+    "blip": ("vision", "decoder"),
+    "blip_vqa": ("vision", "text", "decoder"),
     **dict.fromkeys(tiny_vlm.MODELS, ("vision", "language")),
 }
-"""The towers of all but those that have "vision" and "text"."""
+"""The towers of all but FAMILIES, which have "vision" and "text"."""
 WORDS = [
     "a",
     "red",
@@ -232,9 +247,11 @@ def bundle(name: str, seed: int = 0) -> Bundle:
     words = tokenizer()
     if name in tiny_vlm.MODELS:
         config, preprocessor, words = tiny_vlm.parts(name, tuple(WORDS))
+    elif name in tiny_joint.ARCHITECTURES:
+        config, preprocessor = tiny_joint.parts(name)
     else:
         config, preprocessor = SOUND[name]() if name in SOUND else _config(name)
-    family = family_for({"model_type": config.model_type})
+    family = family_for({"model_type": config.model_type, "architectures": tiny_joint.named(name)})
     torch.manual_seed(seed)
     model = family.model_class(config)(config)
     with torch.no_grad():
@@ -267,6 +284,7 @@ def bundle(name: str, seed: int = 0) -> Bundle:
             for name_, parameter in model.named_parameters():
                 if name_.endswith(("o_proj.weight", "down_proj.weight")) and "vision" not in name_:
                     parameter.mul_(9)
+    tiny_joint.strengthen(model, name)
     model.eval()
     part = {"audio" if name in SOUND else "image": preprocessor}
     made_source = Source(id=name, config=config.to_dict() | {"architectures": [type(model).__name__]})
@@ -352,6 +370,9 @@ def data(family: str, count: int, seed: int = 0) -> Dataset:
     """Return `count` samples of the kind the tiny model `family` is used on."""
     if family in SOUND:
         return spoken(count, seed)
+    if family in tiny_joint.ASKED:
+        pairs = zip(asked(count, seed, turns=False), images(count, seed), strict=True)
+        return Dataset(Memory([replace(sample, picture=image) for sample, image in pairs]), "asked of pictures")
     if family in tiny_vlm.MODELS:
         return asked(count, seed, turns=family != "paligemma")
     return dataset(count, seed)

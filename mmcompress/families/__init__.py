@@ -8,6 +8,7 @@ from mmcompress.bundle import Family
 from mmcompress.errors import UsageError
 from mmcompress.families import (
     altclip,
+    blip,
     chinese_clip,
     clap,
     clip,
@@ -29,6 +30,9 @@ FAMILIES: dict[str, Family] = {
     "siglip": siglip.FAMILY,
     "dual_encoder": dual_encoder.FAMILY,
     "flava": flava.FAMILY,
+    "blip": blip.CAPTIONER,
+    "blip_vqa": blip.ANSWERER,
+    "blip_retrieval": blip.RETRIEVER,
     "whisper": whisper.FAMILY,
     "llava": llava.LLAVA,
     "llava_next": llava.LLAVA_NEXT,

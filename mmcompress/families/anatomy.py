@@ -36,6 +36,8 @@ class BlockNames:
     """The attention over an encoder's output, built like the other one inside."""
     per_head: tuple[str, ...] = ()
     """Parameters with a column for each head."""
+    why_whole: str = ""
+    """Why the attention's heads cannot be cut."""
 
 
 CLIP_BLOCK = BlockNames(
@@ -92,6 +94,21 @@ BERT_BLOCK = BlockNames(
 
 CLAP_AUDIO_BLOCK = replace(BERT_BLOCK, per_head=("attention.self.relative_position_bias_table",))
 """Pre-norm, but attention sees windows of the tokens: `attend` cannot say that."""
+
+BLIP_VISION_BLOCK = BlockNames(
+    attention="self_attn",
+    writers=("self_attn.qkv",),
+    reader="self_attn.projection",
+    head_dim="head_dim",
+    mlp="mlp",
+    mlp_writers=("mlp.fc1",),
+    mlp_reader="mlp.fc2",
+    bookkeeping=(("num_heads", "heads"),),
+    why_whole="BLIP computes how wide a head is from the hidden size and the number of heads",
+)
+"""Pre-norm; its attention takes no function by name, so it gives no keys to match tokens by."""
+
+BLIP_DECODER_BLOCK = replace(BERT_BLOCK, cross="crossattention")
 
 FLAVA_BLOCK = replace(
     BERT_BLOCK,
@@ -203,6 +220,7 @@ def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> At
             for owner, _, attribute, counts in ((*name.rpartition("."), counts) for name, counts in names.bookkeeping)
         ),
         per_head=tuple(f"{path}.{name}" for name in names.per_head),
+        why_whole=names.why_whole,
     )
 
 

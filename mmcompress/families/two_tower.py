@@ -74,7 +74,7 @@ class TwoTowers:
     def prepare_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return token inputs for texts, padded and cut at the model's limit."""
         limit = self.text_limit(model)
-        prepared = _tokenizer(processor)(
+        prepared = tokenizer_of(processor)(
             list(texts),
             padding="max_length" if self.pad_to_limit else True,
             truncation=True,
@@ -90,7 +90,7 @@ class TwoTowers:
     def cut_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> tuple[int, int]:
         """Return how many texts lose their end in `prepare_texts`, and the limit in tokens."""
         limit = self.text_limit(model)
-        tokens = _tokenizer(processor)(list(texts), verbose=False)["input_ids"] if texts else []
+        tokens = tokenizer_of(processor)(list(texts), verbose=False)["input_ids"] if texts else []
         return sum(len(found) > limit for found in tokens), limit
 
 
@@ -100,7 +100,8 @@ def in_dtype_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
-def _tokenizer(processor: Processor) -> Any:
+def tokenizer_of(processor: Processor) -> Any:
+    """Return the tokenizer. Raises UsageError where there is none."""
     if processor.tokenizer is None:
         raise UsageError("this checkpoint has no tokenizer", hint="add its tokenizer.json")
     return processor.tokenizer

@@ -78,8 +78,9 @@ def list_groups(
             if block.index in untouched:
                 continue
             if "heads" in kinds:
-                groups.append(_heads(bundle, tower, block, block.attention, tokens))
-                if block.cross:
+                if not block.attention.why_whole:
+                    groups.append(_heads(bundle, tower, block, block.attention, tokens))
+                if block.cross and not block.cross.why_whole:
                     groups.append(_heads(bundle, tower, block, block.cross, tokens, "cross"))
             if "neurons" in kinds:
                 groups.append(_neurons(bundle, tower, block, tokens))

@@ -79,6 +79,36 @@ class TestWhisper(GeneratorContract):
         return list(tiny.spoken(3))
 
 
+class TestBlip(GeneratorContract):
+    model = "blip"
+    towers = ("vision", "decoder")
+
+    def items(self, tower: str) -> list[Any]:
+        return self.samples()
+
+    def samples(self) -> list[Sample]:
+        return list(tiny.data(self.model, 3))
+
+
+class TestBlipVqa(TestBlip):
+    model = "blip_vqa"
+    towers = ("vision", "text", "decoder")
+
+
+class TestBlipRetrieval(DualEncoderContract):
+    model = "blip_retrieval"
+
+    def test_encode_is_what_the_model_gives(self, bundle: Bundle) -> None:
+        """With its matching head turned off, the model gives cosines."""
+        inputs = bundle.example_inputs("vision", 2) | bundle.example_inputs("text", 3)
+        scores = bundle.model(**inputs, use_itm_head=False).itm_score
+        image, text = (
+            torch.nn.functional.normalize(bundle.encode(name, bundle.example_inputs(name, n)), dim=-1)
+            for name, n in (("vision", 2), ("text", 3))
+        )
+        torch.testing.assert_close(scores, image @ text.T)
+
+
 class TestLlavaClip(VisionLanguageContract):
     model = "llava_clip"
 
@@ -121,7 +151,7 @@ class TestPaliGemma(VisionLanguageContract):
 
 def test_every_family_is_under_the_contract() -> None:
     kinds = (DualEncoderContract, GeneratorContract, VisionLanguageContract)
-    covered = {cls.model for kind in kinds for cls in kind.__subclasses__() if cls not in kinds}
+    covered = {cls.model for kind in (*kinds, TestBlip) for cls in kind.__subclasses__() if cls not in kinds}
     assert covered == set(tiny.EVERY)
     assert {tiny.bundle(model).family.name for model in covered} == set(FAMILIES)
 
