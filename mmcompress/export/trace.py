@@ -19,7 +19,7 @@ import torch
 from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
-from mmcompress.bundle import Bundle, Family
+from mmcompress.bundle import Bundle, DualEncoder, Family, Processor
 from mmcompress.errors import UsageError
 from mmcompress.export.translations import translations
 
@@ -76,6 +76,8 @@ def encoder(bundle: Bundle, tower: str, precision: str) -> Encoder:
 
 def token_limit(module: Encoder) -> int:
     """Return the most tokens a text may have, 0 where the config does not say."""
+    if isinstance(module.family, DualEncoder):
+        return module.family.cut_texts(module.model, Processor(), ())[1]
     config: Any = module.model.config
     return int(getattr(config.get_text_config(), "max_position_embeddings", 0))
 
