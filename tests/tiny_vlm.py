@@ -101,7 +101,7 @@ def _made(name: str, size: int) -> tuple[Any, Any]:
         config: Any = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**_text(size)), image_token_index=IMAGE)
         return config, CLIPImageProcessorPil(**CLIP_PIXELS)
     if name == "llava_siglip":
-        vision = SiglipVisionConfig(**_vision(intermediate_size=144))
+        vision = SiglipVisionConfig(**_vision(intermediate_size=144, vision_use_head=False))
         config = LlavaConfig(
             vision_config=vision,
             text_config=Qwen3Config(**_text(size, head_dim=8)),
@@ -143,7 +143,8 @@ def _made(name: str, size: int) -> tuple[Any, Any]:
         vision |= {"patch_size": PATCH, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
         return Qwen3VLConfig(vision_config=vision, **_qwen(size)), Qwen2VLImageProcessorPil(**QWEN_PIXELS)
     if name == "paligemma":
-        vision = {**_vision(intermediate_size=144, projection_dim=32), "model_type": "siglip_vision_model"}
+        vision = _vision(intermediate_size=144, projection_dim=32, vision_use_head=False)
+        vision["model_type"] = "siglip_vision_model"
         text = _text(size, head_dim=8, model_type="gemma")
         config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32)
         return config, SiglipImageProcessorPil(size=SQUARE)

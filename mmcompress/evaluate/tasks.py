@@ -7,26 +7,37 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
+from mmcompress.data import Dataset
 from mmcompress.errors import UsageError
 from mmcompress.evaluate import metrics
-from mmcompress.evaluate.answer_tasks import answer_agreement, transcription
+from mmcompress.evaluate.answer_tasks import (
+    answer_agreement,
+    captioning,
+    perplexity,
+    question_answering,
+    transcription,
+)
 from mmcompress.evaluate.answers import Need
 from mmcompress.evaluate.scene import Measured, Scene, Task, Unit
 
 
 def retrieval(scene: Scene) -> dict[str, Measured]:
-    """Recall at 1, 5 and 10 from each image to the texts, and from each distinct text to the images."""
+    """Recall at 1, 5 and 10 from each image (or recording) to the texts, and from each distinct text to the images."""
     found = scene.embeddings
     if len(found.texts) < 2 or len(found.keys) < 2:
         raise UsageError(
-            f"retrieval needs 2 images and 2 different texts; the data has {len(found.keys)} and {len(found.texts)}",
+            f"retrieval needs 2 samples and 2 different texts; the data has {len(found.keys)} and {len(found.texts)}",
             hint="use more data",
         )
     to_text = metrics.ranks(found.images, found.text_vectors, found.pairs)
     to_image = metrics.ranks(found.text_vectors, found.images, found.pairs[:, ::-1])
     return {
-        **_recalls("image_to_text_r", to_text, found.pairs, len(found.texts), "image", np.arange(len(found.keys))),
-        **_recalls("text_to_image_r", to_image, found.pairs[:, ::-1], len(found.keys), "text", found.text_owners),
+        **_recalls(
+            f"{found.media}_to_text_r", to_text, found.pairs, len(found.texts), "image", np.arange(len(found.keys))
+        ),
+        **_recalls(
+            f"text_to_{found.media}_r", to_image, found.pairs[:, ::-1], len(found.keys), "text", found.text_owners
+        ),
     }
 
 
@@ -48,7 +59,7 @@ def agreement(scene: Scene) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     if mine.images.shape == other.images.shape:
         cosine = metrics.cosines(mine.images, other.images)
-        found["image_cosine"] = Measured(cosine, "image", images, share=False)
+        found[f"{mine.media}_cosine"] = Measured(cosine, "image", images, share=False)
         if mine.texts and mine.texts == other.texts:
             text_cosine = metrics.cosines(mine.text_vectors, other.text_vectors)
             found["text_cosine"] = Measured(text_cosine, "text", mine.text_owners, share=False)
@@ -69,11 +80,16 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             "retrieval",
-            "find the text of an image, and the image of a text: recall at 1, 5 and 10",
-            ("image_to_text_r1", "text_to_image_r1"),
+            "find the text of an image or a recording, and the other way round: recall at 1, 5 and 10",
+            ("image_to_text_r1", "text_to_image_r1", "audio_to_text_r1", "text_to_audio_r1"),
             retrieval,
         ),
-        Task("zero-shot", "name the class of an image from prompts: top-1 and top-5 accuracy", ("top1",), zero_shot),
+        Task(
+            "zero-shot",
+            "name the class of an image or a recording from prompts: top-1 and top-5 accuracy",
+            ("top1",),
+            zero_shot,
+        ),
         Task(
             "agreement",
             "how alike the reference and the compressed model are: cosine, same nearest text, overlap of the ten nearest",
@@ -89,6 +105,27 @@ TASKS: dict[str, Task] = {
             needs="answers",
         ),
         Task(
+            "vqa",
+            "answer questions about pictures: exact match with an accepted answer after the normalisation of VQA",
+            ("accuracy",),
+            question_answering,
+            needs="answers",
+        ),
+        Task(
+            "captioning",
+            "say what is in a picture: CIDEr-D, exact match, keywords",
+            ("cider",),
+            captioning,
+            needs="answers",
+        ),
+        Task(
+            "perplexity",
+            "how probable the right answers are: mean log-likelihood of a token, whose negative exponential is perplexity",
+            ("answer_log_likelihood",),
+            perplexity,
+            needs="likelihoods",
+        ),
+        Task(
             "answer-agreement",
             "how alike the answers of the reference and the compressed model are: identical, edits, where they part",
             ("identical",),
@@ -100,8 +137,14 @@ TASKS: dict[str, Task] = {
 }
 
 
-USUAL: dict[Need, str] = {"embeddings": "retrieval", "answers": "transcription"}
-"""What a compression is judged by where no task is asked for."""
+def usual_tasks(gives: Collection[Need], dataset: Dataset) -> tuple[str, ...]:
+    """Return what a compression is judged by where no task is asked for, for a model that `gives` so much and such data."""
+    found = ["retrieval"] if "embeddings" in gives else []
+    if "answers" in gives:
+        samples = list(dataset)
+        heard, asked = all(sample.audio for sample in samples), all(sample.question for sample in samples)
+        found.append("transcription" if heard else "vqa" if asked else "captioning")
+    return tuple(found)
 
 
 def relative_tasks(gives: Collection[Need]) -> list[str]:

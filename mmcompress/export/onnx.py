@@ -229,7 +229,8 @@ def _describe(
         directory=directory,
         components=tuple(report.component for report in reports),
         family=bundle.family.name,
-        config=json.loads(bundle.model.config.to_json_string(use_diff=False)),
+        config=json.loads(bundle.model.config.to_json_string(use_diff=False))
+        | {"architectures": [type(bundle.model).__name__]},
         source=source,
         records=tuple({**asdict(record), "seconds": round(record.seconds, 3)} for record in bundle.history),
         embedding=width,

@@ -20,7 +20,7 @@ import torch
 from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
-from mmcompress.bundle import Bundle, DualEncoder, Family, Tower
+from mmcompress.bundle import Bundle, DualEncoder, Family, Processor, Tower
 from mmcompress.errors import UsageError, closest
 from mmcompress.export.translations import translations
 from mmcompress.parts import BATCH, TOKENS, Exportable, Part, Sizes
@@ -115,7 +115,7 @@ def _tower(family: Family, model: Any, tower: Tower) -> Part:
     """Return a tower that embeds as a part: its inputs in, embeddings (B, C) out."""
     example = family.example_inputs(model, tower.name, 1)
     tokens = example["input_ids"].shape[1] if "input_ids" in example else 0
-    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0)) if tokens else 0
+    limit = family.cut_texts(model, Processor(), ())[1] if tokens and isinstance(family, DualEncoder) else 0
     corners = tuple({TOKENS: count} for count in sorted({max(2, tokens // 2), tokens})) if tokens else ({},)
 
     def encode(model: Any, *values: Tensor) -> Tensor:

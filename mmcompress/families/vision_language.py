@@ -46,6 +46,7 @@ class VisionLanguage:
     image_keys: tuple[str, ...] = ("pixel_values",)
     """The inputs that are made of a picture."""
     talk = Talk()
+    answering = "language"
 
     def vision_tower(self, model: Any) -> Tower:
         """Return the view of the vision encoder with its connector."""
@@ -163,6 +164,11 @@ class VisionLanguage:
             "answer_mask": (places < counts[:, None]).long(),
             **self.marks(model, ids, mask, prompt, images),
         }
+
+    def next_tokens(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return (B, T): the answer's tokens and its end, -1 behind; see `TeacherForced.next_tokens`."""
+        following = inputs["input_ids"].roll(-1, 1).gather(1, inputs["answer_positions"])
+        return following.masked_fill(~inputs["answer_mask"].bool(), -1)
 
     def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
         """Return the greedy answer to each sample's question; to none, a description. Raises what `prepare` raises."""

@@ -42,6 +42,7 @@ class Whisper:
     name = "whisper"
     model_types: tuple[str, ...] = ("whisper",)
     architectures: tuple[str, ...] = ("WhisperForConditionalGeneration",)
+    answering = "decoder"
 
     def model_class(self, config: Any) -> type[nn.Module]:
         return WhisperForConditionalGeneration
@@ -107,7 +108,7 @@ class Whisper:
         if tower == "audio":
             return inputs
         start = self.start_tokens(model)
-        limit = min(FORCED_TOKENS, model.config.max_target_positions - len(start))
+        limit = self._forced_limit(model)
         # Whisper writes a space before the first word too.
         texts = [" " + sample.texts[0].strip() for sample in items]
         tokens = [start + ids[:limit] for ids in _tokenizer(processor)(texts, add_special_tokens=False)["input_ids"]]
@@ -117,6 +118,18 @@ class Whisper:
         counts = torch.tensor([len(row) for row in tokens])
         mask = (torch.arange(longest) < counts[:, None]).long()
         return {**inputs, "decoder_input_ids": ids, "decoder_mask": mask}
+
+    def next_tokens(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return (B, T): the transcript's next token at each place, the end after its last; -1 at start tokens and padding.
+
+        What comes after `FORCED_TOKENS` tokens is -1 too: more of the text may have been cut off.
+        """
+        ids, counts = inputs["decoder_input_ids"], inputs["decoder_mask"].sum(1, keepdim=True)
+        start = len(self.start_tokens(model))
+        place = torch.arange(ids.shape[1], device=ids.device)
+        tokens = torch.where(place == counts - 1, _end(model.config), ids.roll(-1, 1))
+        cut = (place == counts - 1) & (counts >= start + self._forced_limit(model))
+        return tokens.masked_fill((place < start - 1) | (place >= counts) | cut, -1)
 
     def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
         """Return the greedy transcript of each sample, of half as many tokens as the decoder has places, as OpenAI's own does.
@@ -188,6 +201,9 @@ class Whisper:
             found = widths(tower.blocks)
             if found:
                 setattr(model.config, f"{side}_ffn_dim", found[1])
+
+    def _forced_limit(self, model: Any) -> int:
+        return min(FORCED_TOKENS, int(model.config.max_target_positions) - len(self.start_tokens(model)))
 
     def _features(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> Tensor:
         """Return the log-mel spectrograms (B, mel bins, frames) of recordings, padded with silence."""

@@ -13,7 +13,6 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from mmcompress.bundle import Bundle, Processor
-from mmcompress.checkpoint import read_processor
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import Artifact, TensorSpec
 from mmcompress.families import family_for
@@ -21,6 +20,7 @@ from mmcompress.measure.runner import Arrays
 from mmcompress.measure.runners import open_runner
 from mmcompress.measure.writing import Stage, Writer, Written
 from mmcompress.parts import BATCH, Exportable, Part
+from mmcompress.preprocessing import read_processor
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample
