@@ -14,6 +14,7 @@ from mmcompress.errors import UsageError, closest
 from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
+from mmcompress.families.vision_language_parts import InParts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -140,5 +141,18 @@ class LlavaNext(Llava):
         return len(packed[0])
 
 
-LLAVA = Llava()
+class LlavaInParts(InParts, Llava):
+    """LLaVA with one square picture, which can be exported; the tiles of LLaVA-NeXT differ in number."""
+
+    def see(self, model: Any, pixels: Tensor) -> Tensor:
+        c = model.config
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        layers = [c.vision_feature_layer] if isinstance(c.vision_feature_layer, int) else c.vision_feature_layer
+        first = 1 if c.vision_feature_select_strategy == "default" else 0
+        chosen = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
+        tokens: Tensor = model.model.multi_modal_projector(chosen)
+        return tokens
+
+
+LLAVA = LlavaInParts()
 LLAVA_NEXT = LlavaNext()

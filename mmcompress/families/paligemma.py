@@ -14,7 +14,7 @@ from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_encoders import VISION, write_vision_config
-from mmcompress.families.vision_language import VisionLanguage
+from mmcompress.families.vision_language_parts import InParts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,13 +43,14 @@ class OneQuestion(Talk):
         return ids
 
 
-class PaliGemma(VisionLanguage):
+class PaliGemma(InParts):
     """PaliGemma and PaliGemma 2."""
 
     name = "paligemma"
     model_types: tuple[str, ...] = ("paligemma",)
     architectures: tuple[str, ...] = ("PaliGemmaForConditionalGeneration",)
     talk = OneQuestion(without_question="caption en")
+    reads_both_ways = True
 
     def model_class(self, config: Any) -> type[nn.Module]:
         self.check_config(config)
@@ -85,6 +86,10 @@ class PaliGemma(VisionLanguage):
     def example_counts(self, model: Any) -> int:
         c = model.config.vision_config
         return int((c.image_size // c.patch_size) ** 2)
+
+    def see(self, model: Any, pixels: Tensor) -> Tensor:
+        tokens: Tensor = self.seen(model, {"pixel_values": pixels}).pooler_output
+        return tokens
 
     def ready_made(self, model: Any, tokens: Tensor) -> Any:
         return BaseModelOutputWithPooling(pooler_output=tokens)
