@@ -12,7 +12,7 @@ ORDER = (
     {"errors", "progress", "recipe", "manifest", "staging", "card", "weights"},
     {"ops"},
     {"surgery"},
-    {"bundle"},
+    {"bundle", "parts"},
     {"families"},
     {"passes"},
     {"data"},
