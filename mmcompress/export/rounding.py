@@ -75,10 +75,11 @@ def check_grids(module: Traced, graph: onnx.ModelProto) -> None:
 
 def torch_grids(module: Traced) -> set[Grid]:
     """Return the grids of the quantized layers that run when the part does."""
+    inputs = module.example({BATCH: 1, **module.part.traced})
     ran: list[Any] = []
     handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in _rounding_layers(module)]
     try:
-        run_torch(module, module.example({BATCH: 1, **module.part.traced}))
+        run_torch(module, inputs)
     finally:
         for handle in handles:
             handle.remove()

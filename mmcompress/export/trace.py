@@ -111,11 +111,11 @@ def traced(bundle: Bundle, name: str, precision: str) -> Traced:
     return found[name]
 
 
-def _tower(family: Any, model: Any, tower: Tower) -> Part:
+def _tower(family: Family, model: Any, tower: Tower) -> Part:
     """Return a tower that embeds as a part: its inputs in, embeddings (B, C) out."""
     example = family.example_inputs(model, tower.name, 1)
     tokens = example["input_ids"].shape[1] if "input_ids" in example else 0
-    limit = family.cut_texts(model, Processor(), ())[1] if tokens else 0
+    limit = family.cut_texts(model, Processor(), ())[1] if tokens and isinstance(family, DualEncoder) else 0
     corners = tuple({TOKENS: count} for count in sorted({max(2, tokens // 2), tokens})) if tokens else ({},)
 
     def encode(model: Any, *values: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def _tower(family: Any, model: Any, tower: Tower) -> Part:
 
     def resized(sizes: Sizes) -> dict[str, Tensor]:
         made = family.example_inputs(model, tower.name, sizes[BATCH])
-        return _resized_text(made, sizes[TOKENS]) if sizes.get(TOKENS, tokens) != tokens else made
+        return _resized_text(made, sizes[TOKENS]) if TOKENS in sizes else made
 
     return Part(
         name=tower.name,

@@ -22,4 +22,4 @@ def causal_mask(past: int, tokens: int, dtype: torch.dtype, present: Tensor | No
     if present is not None:
         # A row of padding looks at itself: what it makes of it is never read, and a softmax over nothing would be NaN.
         shown = shown & (present[:, None, None, :].bool() | (columns[None, :] == rows[:, None])[None, None])
-    return torch.where(shown, 0.0, HIDDEN).to(dtype)
+    return torch.where(shown, torch.zeros((), dtype=dtype), torch.full((), HIDDEN, dtype=dtype))

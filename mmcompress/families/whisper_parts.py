@@ -1,8 +1,8 @@
 """Whisper as two graphs: one listens, once; the other writes, token after token.
 
-What the decoder looks at never changes while it writes, so the first graph already makes of the encoder's states what every block
-of the decoder needs: keys and values of its cross-attention. The second serves the start tokens (an empty past) and every later
-step alike: its weights, the word table among them, exist once.
+What the decoder looks at never changes while it writes, so the first graph already makes of the encoder's states what the decoder
+needs: keys and values of each block's cross-attention. The second serves the start tokens (an empty past) and every later step
+alike: its weights, the word table among them, exist once.
 
 Shape alphabet: B batch, N states of the encoder, T tokens, P past tokens, H heads, D head width, V vocabulary.
 """
@@ -137,8 +137,10 @@ def whisper_decoding(model: Any, start: list[int]) -> Decoding:
     steps: list[tuple[int, ...]] = [(token,) for token in start]
     if languages and getattr(settings, "language", None) is None:
         steps[1:2] = [tuple(sorted(languages.values()))]  # it listens which language it is
+        tasks: dict[str, int] = getattr(settings, "task_to_id", None) or {}
         if getattr(settings, "task", None) is None:
-            del steps[2]  # generate() names a task only where language or task are given
+            # generate() names a task only where language or task are given.
+            steps = [step for step in steps if step[0] not in tasks.values()]
     return Decoding(
         end=tuple(end if isinstance(end, list) else [end]),
         padding=settings.pad_token_id if settings.pad_token_id is not None else config.pad_token_id or 0,
