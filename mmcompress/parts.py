@@ -59,6 +59,8 @@ class Part:
     """Sizes at which it is compared once, for one item."""
     most_tokens: int = 0
     """The most tokens a row may have, 0 where nothing says."""
+    tables: int = 0
+    """Bytes of what the graph holds beside the model's own tensors: masks and positions that are known beforehand."""
     tower: str = ""
     """The tower whose blocks it runs, for finding where a graph differs."""
 

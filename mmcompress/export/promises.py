@@ -20,7 +20,7 @@ _INTEGERS = {torch.int8, torch.uint8}
 
 @dataclass(frozen=True)
 class Promise:
-    """What the torch part holds: bytes of everything, and its integer matrices."""
+    """What the torch part holds: bytes of everything, tables included, and its integer matrices."""
 
     bytes: int
     quantized: int
@@ -33,7 +33,7 @@ def promise(module: Traced, graph: Graph) -> Promise:
     own = {(value.data_ptr(), value.shape): value for name, value in stored.items() if name in graph.used}.values()
     packed = [value for value in own if value.dtype in _INTEGERS and value.dim() >= 2]
     return Promise(
-        bytes=sum(value.nbytes for value in own),
+        bytes=sum(value.nbytes for value in own) + module.part.tables,
         quantized=len(packed),
         quantized_bytes=sum(value.nbytes for value in packed),
     )

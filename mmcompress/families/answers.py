@@ -10,19 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
-from mmcompress.errors import UsageError
-from mmcompress.parts import Decoding
-
 FORCED_TOKENS = 32
 """How many tokens of a reference answer a decoder is led through: its rows are T * vocabulary wide."""
-
-
-UNKNOWN = (
-    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "forced_eos_token_id",
-    "forced_bos_token_id", "min_length", "min_new_tokens", "exponential_decay_length_penalty", "no_speech_threshold",
-    "guidance_scale", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
-)  # fmt: skip
-"""Settings of transformers' generation that change what is written and that the exported loop does not know."""
 
 
 def next_token_roots(logits: Tensor, mask: Tensor) -> Tensor:
@@ -47,36 +36,6 @@ def greedy(settings: Any, max_new_tokens: int) -> Any:
     made.temperature = made.top_p = made.top_k = None
     made.max_length, made.max_new_tokens = None, made.max_new_tokens or max_new_tokens
     return made
-
-
-def decoding(
-    settings: Any,
-    limit: int,
-    padding: int,
-    start: tuple[tuple[int, ...], ...] = (),
-    image_token: int | None = None,
-) -> Decoding:
-    """Return how transformers' own greedy generation writes with a generation config.
-
-    Raises UsageError for settings that the loop around exported parts does not cover.
-    """
-    for name in UNKNOWN:
-        value = getattr(settings, name, None)
-        if value not in (None, 0, 1.0, [], {}):
-            raise UsageError(
-                f"generation_config.json sets {name} to {value}, which exported models do not know",
-                hint="remove it, or answer with the checkpoint",
-            )
-    end = settings.eos_token_id
-    return Decoding(
-        end=() if end is None else tuple(end if isinstance(end, list) else [end]),
-        padding=padding,
-        limit=limit,
-        start=start,
-        suppressed=tuple(settings.suppress_tokens or ()),
-        suppressed_first=tuple(settings.begin_suppress_tokens or ()),
-        image_token=image_token,
-    )
 
 
 @contextlib.contextmanager

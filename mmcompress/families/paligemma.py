@@ -14,7 +14,7 @@ from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_encoders import VISION, write_vision_config
-from mmcompress.families.vision_language_parts import InParts
+from mmcompress.families.vision_language import VisionLanguage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,14 +43,14 @@ class OneQuestion(Talk):
         return ids
 
 
-class PaliGemma(InParts):
+class PaliGemma(VisionLanguage):
     """PaliGemma and PaliGemma 2."""
 
     name = "paligemma"
     model_types: tuple[str, ...] = ("paligemma",)
     architectures: tuple[str, ...] = ("PaliGemmaForConditionalGeneration",)
     talk = OneQuestion(without_question="caption en")
-    reads_both_ways = True
+    both_ways = True
 
     def model_class(self, config: Any) -> type[nn.Module]:
         self.check_config(config)
@@ -87,8 +87,8 @@ class PaliGemma(InParts):
         c = model.config.vision_config
         return int((c.image_size // c.patch_size) ** 2)
 
-    def see(self, model: Any, pixels: Tensor) -> Tensor:
-        tokens: Tensor = self.seen(model, {"pixel_values": pixels}).pooler_output
+    def look(self, model: Any, *inputs: Tensor) -> Tensor:
+        tokens: Tensor = model.get_image_features(inputs[0], return_dict=True).pooler_output
         return tokens
 
     def ready_made(self, model: Any, tokens: Tensor) -> Any:

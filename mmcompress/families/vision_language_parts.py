@@ -1,145 +1,163 @@
-"""A vision-language model as three graphs: what sees, what looks tokens up, and what writes.
+"""Vision-language models as three graphs: one looks, once; one turns tokens into rows; the third writes, token after token.
 
-For families whose pictures all have one size and one number of tokens. What is seen takes the places of image tokens between the
-second graph and the third, so the language model is traced without pictures and serves the prompt and every later step alike.
+The writer serves the prompt (an empty past) and every later step alike, so its weights exist once. The word table stands beside it,
+because the picture's tokens take the place of some of its rows in between.
 
-Shape alphabet: B batch, N tokens of a picture, T tokens, P past tokens, H heads, D head width, C channels, V vocabulary.
+Shape alphabet: B batch, R pictures or tiles, N tokens of a picture, T tokens, P past tokens, H heads, D head width, C channels,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmcompress.bundle import Processor
-from mmcompress.families.answers import decoding
-from mmcompress.families.causal import cache_names, causal_mask, filled
-from mmcompress.families.vision_language import ANSWER_TOKENS, VisionLanguage
+from mmcompress.errors import UsageError
+from mmcompress.families.causal import causal_mask
+from mmcompress.families.whisper_parts import UNKNOWN, filled
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
 
-if TYPE_CHECKING:
-    from mmcompress.data import Sample
+
+def vision_part(look: Callable[..., Tensor], example: Callable[[int], dict[str, Tensor]], tables: int = 0) -> Part:
+    """Return the part that makes image_embeds (R, N, C) by `look(model, *inputs)`; `example(R)` returns its inputs.
+
+    `tables`: see `Part.tables`.
+    """
+    return Part(
+        "vision",
+        look,
+        ("image_embeds",),
+        dict.fromkeys(example(1), (BATCH,)),
+        lambda sizes: example(sizes[BATCH]),
+        tables=tables,
+        tower="vision",
+    )
 
 
-class InParts(VisionLanguage):
-    """What such a family is by inheriting from this: exportable."""
+def embed_part(model: Any) -> Part:
+    """Return the word table as a part."""
 
-    reads_both_ways = False
-    """Whether the prompt's tokens look at those behind them too."""
-
-    def parts(self, model: Any) -> tuple[Part, ...]:
-        blocks = self.towers(model)[1].blocks
-        past, present = (cache_names(kind, len(blocks)) for kind in ("past", "present"))
-        images = self.example_images(model, 1)
-        config = model.config.text_config
-
-        def write(model: Any, embeds: Tensor, mask: Tensor, positions: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-            cache = filled(caches)
-            before, count = caches[0].shape[2], embeds.shape[1]
-            hidden = model.get_submodule(self.language)(
-                inputs_embeds=embeds,
-                attention_mask=causal_mask(before, count, embeds.dtype, mask, self.reads_both_ways),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            layers: Any = cache.layers
-            return (
-                model.lm_head(hidden[:, -1]),
-                *(tensor for layer in layers for tensor in (layer.keys, layer.values)),
-            )
-
-        def example(sizes: Sizes) -> dict[str, Tensor]:
-            batch, before, count = sizes[BATCH], sizes[PAST], sizes[TOKENS]
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(config.vocab_size, (batch, before + count), generator=generator)
-            ids = torch.where(ids == model.config.image_token_id, ids - 1, ids)
-            mask = torch.ones_like(ids)
-            mask[1::2, : (before + count) // 4] = 0  # every second prompt is shorter, and padded on its left
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)
-            with torch.no_grad():
-                embeds = self.look_up(model, ids)
-                caches = tuple(
-                    torch.zeros(batch, block.attention.kv_heads, 0, block.attention.head_dim, dtype=embeds.dtype)
-                    for block in blocks
-                    for _ in ("key", "value")
-                )
-                if before:
-                    caches = write(model, embeds[:, :before], mask[:, :before], positions[:, :before], *caches)[1:]
-            given = {"inputs_embeds": embeds[:, before:], **dict(zip(past, caches, strict=True))}
-            return {name: value.float() for name, value in given.items()} | {
-                "attention_mask": mask,
-                "position_ids": positions[:, before:],
-            }
-
-        return (
-            Part(
-                "vision",
-                self.see,
-                ("image_embeds",),
-                dict.fromkeys(images, (BATCH,)),
-                lambda sizes: self.example_images(model, sizes[BATCH]),
-                tower="vision",
-            ),
-            Part(
-                "embed",
-                self.look_up,
-                ("inputs_embeds",),
-                {"input_ids": (BATCH, TOKENS)},
-                lambda sizes: {"input_ids": torch.arange(sizes[BATCH] * sizes[TOKENS]).view(-1, sizes[TOKENS]) % 7 + 1},
-                traced={TOKENS: 3},
-                corners=({TOKENS: 1}, {TOKENS: 5}),
-            ),
-            Part(
-                "language",
-                write,
-                ("logits", *present),
-                {
-                    "inputs_embeds": (BATCH, TOKENS),
-                    "attention_mask": (BATCH, f"{PAST} + {TOKENS}"),
-                    "position_ids": (BATCH, TOKENS),
-                    **dict.fromkeys(past, (BATCH, "", PAST)),
-                },
-                example,
-                traced={TOKENS: 5, PAST: 4},
-                corners=({TOKENS: 9, PAST: 0}, {TOKENS: 1, PAST: 9}),
-                most_tokens=int(getattr(config, "max_position_embeddings", 0)),
-                tower="language",
-            ),
-        )
-
-    def decoding(self, model: Any) -> Decoding:
-        settings = model.generation_config
-        return decoding(
-            settings,
-            settings.max_new_tokens or ANSWER_TOKENS,
-            settings.pad_token_id or 0,
-            image_token=model.config.image_token_id,
-        )
-
-    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return the pictures there are, and prompts padded on the left: input_ids, attention_mask, position_ids (B, T)."""
-        images, prompts = self._asked(model, processor, samples)
-        ids, mask = self._row_up(model, prompts, samples, left=True)
-        marks = self.marks(model, ids, mask, mask, images)
-        present = images.pop("has_image", None)
-        if present is not None:
-            images = {name: value[present.bool()] for name, value in images.items()}
-        positions = marks.get("position_ids", (mask.cumsum(-1) - 1).clamp_min(0))
-        return {**images, "input_ids": ids, "attention_mask": mask, "position_ids": positions}
-
-    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
-        found = self.talk.tokenizer(processor).batch_decode(ids, skip_special_tokens=True)
-        return [text.strip() for text in found]
-
-    def look_up(self, model: Any, ids: Tensor) -> Tensor:
-        """Return the language model's rows (B, T, C) of tokens."""
-        rows: Tensor = model.get_submodule(self.language).embed_tokens(ids)
+    def look_up(model: Any, ids: Tensor) -> Tensor:
+        rows: Tensor = model.get_input_embeddings()(ids)
         return rows
 
-    def see(self, model: Any, pixels: Tensor) -> Tensor:
-        """Return the image tokens (B, N, C) of pictures, for any batch without a loop over it."""
-        raise NotImplementedError
+    def example(sizes: Sizes) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.text_config.vocab_size - 1, (sizes[BATCH], sizes[TOKENS]), generator=generator)
+        padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+        # The row of padding is all zeros, of which no cosine can be taken.
+        return {"input_ids": ids if padding is None else ids + (ids >= padding)}
+
+    return Part(
+        "embed",
+        look_up,
+        ("inputs_embeds",),
+        {"input_ids": (BATCH, TOKENS)},
+        example,
+        traced={TOKENS: 3},
+        corners=({TOKENS: 1}, {TOKENS: 5}),
+    )
+
+
+def language_part(model: Any, language: str, both_ways: bool, axes: int) -> Part:
+    """Return the writer: inputs_embeds (B, T, C), attention_mask (B, P + T), position_ids and past in; logits (B, V), present out.
+
+    `both_ways`: the tokens given together look at one another in both directions. `axes`: how many positions a token has; with
+    more than one position_ids is (B, axes, T).
+    """
+    config = model.config.text_config
+    layers = len(model.get_submodule(language).layers)
+    past, present = (
+        tuple(f"{kind}_{what}_{layer}" for layer in range(layers) for what in ("key", "value"))
+        for kind in ("past", "present")
+    )
+
+    def write(model: Any, rows: Tensor, mask: Tensor, positions: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        cache, before = filled(caches), caches[0].shape[2]
+        if both_ways:
+            seen = torch.where(mask[:, None, None, :].bool(), 0.0, -10000.0).to(rows.dtype)
+            seen = seen.expand(-1, -1, rows.shape[1], -1)
+        else:
+            seen = causal_mask(before, rows.shape[1], rows.dtype, mask)
+        hidden = model.get_submodule(language)(
+            inputs_embeds=rows,
+            attention_mask=seen,
+            position_ids=positions.transpose(0, 1) if axes > 1 else positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        held: Any = cache.layers
+        return (model.lm_head(hidden[:, -1]), *(tensor for layer in held for tensor in (layer.keys, layer.values)))
+
+    def example(sizes: Sizes) -> dict[str, Tensor]:
+        batch, before, count = sizes[BATCH], sizes[PAST], sizes[TOKENS]
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(config.vocab_size, (batch, before + count), generator=generator)
+        mask = torch.ones_like(ids)
+        if before + count > 2:
+            mask[1::2, :1] = 0  # every second row begins with padding
+        places = (mask.cumsum(-1) - 1).clamp_min(0)
+        positions = places[:, None].repeat(1, axes, 1) if axes > 1 else places
+        with torch.no_grad():
+            rows = model.get_input_embeddings()(ids).to(model.dtype)
+            earlier = empty(batch)
+            if before:
+                parts = (rows[:, :before], mask[:, :before], positions[..., :before])
+                earlier = write(model, *parts, *earlier)[1:]
+        made = {
+            "inputs_embeds": rows[:, before:].float(),
+            "attention_mask": mask,
+            "position_ids": positions[..., before:],
+        }
+        return made | {name: value.float() for name, value in zip(past, earlier, strict=True)}
+
+    def empty(batch: int) -> tuple[Tensor, ...]:
+        tensors = []
+        for layer in model.get_submodule(language).layers:
+            width = layer.self_attn.head_dim
+            heads = layer.self_attn.k_proj.out_features // width
+            tensors += [torch.zeros(batch, heads, 0, width, dtype=model.dtype)] * 2
+        return tuple(tensors)
+
+    limit = int(getattr(config, "max_position_embeddings", 0))
+    return Part(
+        "language",
+        write,
+        ("logits", *present),
+        {
+            "inputs_embeds": (BATCH, TOKENS),
+            "attention_mask": (BATCH, f"{PAST} + {TOKENS}"),
+            "position_ids": (BATCH, "", TOKENS) if axes > 1 else (BATCH, TOKENS),
+        }
+        | dict.fromkeys(past, (BATCH, "", PAST)),
+        example,
+        traced={TOKENS: 3, PAST: 4},
+        corners=({TOKENS: 6, PAST: 0}, {TOKENS: 1, PAST: 6}, {TOKENS: 3, PAST: 5}),
+        most_tokens=limit,
+        tower="language",
+    )
+
+
+def language_decoding(model: Any, limit: int) -> Decoding:
+    """Return how greedy generation writes. Raises UsageError for settings it does not cover."""
+    settings, config = model.generation_config, model.config
+    for name in UNKNOWN:
+        value = getattr(settings, name, None)
+        if value not in (None, 0, 1.0, [], {}):
+            raise UsageError(
+                f"generation_config.json sets {name} to {value}, which exported models do not know",
+                hint="remove it, or answer with the checkpoint",
+            )
+    end = settings.eos_token_id
+    ends = tuple(end if isinstance(end, list) else [end]) if end is not None else ()
+    return Decoding(
+        end=ends,
+        padding=settings.pad_token_id if settings.pad_token_id is not None else (ends[0] if ends else 0),
+        limit=settings.max_new_tokens or limit,
+        suppressed=tuple(settings.suppress_tokens or ()),
+        suppressed_first=tuple(settings.begin_suppress_tokens or ()),
+        image_token=config.image_token_id,
+    )

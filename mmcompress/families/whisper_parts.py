@@ -9,16 +9,24 @@ Shape alphabet: B batch, N states of the encoder, T tokens, P past tokens, H hea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
+from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import example_tokens
-from mmcompress.families.answers import decoding
-from mmcompress.families.causal import cache_names, causal_mask, filled
+from mmcompress.families.causal import causal_mask
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
+
+UNKNOWN = (
+    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "forced_eos_token_id",
+    "forced_bos_token_id", "min_length", "min_new_tokens", "exponential_decay_length_penalty", "no_speech_threshold",
+    "guidance_scale", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+)  # fmt: skip
+"""Settings of transformers' generation that change what is written and that the exported loop does not know."""
 
 
 def listen(model: Any, features: Tensor) -> tuple[Tensor, ...]:
@@ -53,10 +61,21 @@ def write(model: Any, ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
     return (model.proj_out(hidden[:, -1]), *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
 
 
+def filled(tensors: tuple[Tensor, ...]) -> DynamicCache:
+    """Return a cache of keys and values, which may be of no tokens at all: filling it by `update` would look at the number."""
+    cache = DynamicCache()
+    for keys, values in zip(tensors[::2], tensors[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+        layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache
+
+
 def whisper_parts(model: Any, features: Any, start: list[int]) -> tuple[Part, ...]:
     """Return the two graphs; `features(batch)` makes an example of what is heard, `start` opens every text."""
     layers = len(model.model.decoder.layers)
-    heard, past, present = (cache_names(kind, layers) for kind in ("cross", "past", "present"))
+    heard, past, present = (tuple(_names(kind, layers)) for kind in ("cross", "past", "present"))
     places = model.config.max_target_positions
 
     def example(sizes: Sizes) -> dict[str, Tensor]:
@@ -106,7 +125,15 @@ def whisper_parts(model: Any, features: Any, start: list[int]) -> tuple[Part, ..
 def whisper_decoding(model: Any, start: list[int]) -> Decoding:
     """Return how transformers' own greedy generation writes from `start`. Raises UsageError for settings it does not cover."""
     settings, config = model.generation_config, model.config
+    for name in UNKNOWN:
+        value = getattr(settings, name, None)
+        if value not in (None, 0, 1.0, [], {}):
+            raise UsageError(
+                f"generation_config.json sets {name} to {value}, which exported models do not know",
+                hint="remove it, or answer with the checkpoint",
+            )
     languages: dict[str, int] = getattr(settings, "lang_to_id", None) or {}
+    end = settings.eos_token_id
     steps: list[tuple[int, ...]] = [(token,) for token in start]
     if languages and getattr(settings, "language", None) is None:
         steps[1:2] = [tuple(sorted(languages.values()))]  # it listens which language it is
@@ -114,5 +141,17 @@ def whisper_decoding(model: Any, start: list[int]) -> Decoding:
         if getattr(settings, "task", None) is None:
             # generate() names a task only where language or task are given.
             steps = [step for step in steps if step[0] not in tasks.values()]
-    padding = settings.pad_token_id if settings.pad_token_id is not None else config.pad_token_id
-    return decoding(settings, config.max_target_positions // 2, padding or 0, start=tuple(steps))
+    return Decoding(
+        end=tuple(end if isinstance(end, list) else [end]),
+        padding=settings.pad_token_id if settings.pad_token_id is not None else config.pad_token_id or 0,
+        limit=config.max_target_positions // 2,
+        start=tuple(steps),
+        suppressed=tuple(settings.suppress_tokens or ()),
+        suppressed_first=tuple(settings.begin_suppress_tokens or ()),
+    )
+
+
+def _names(kind: str, layers: int) -> Iterator[str]:
+    for layer in range(layers):
+        yield f"{kind}_key_{layer}"
+        yield f"{kind}_value_{layer}"
