@@ -94,3 +94,17 @@ def test_compress_refuses_a_task_before_it_computes(mmc: Mmc, whisper: Path, spe
         assert done.code == 2
         assert "zero-shot needs embeddings, and this model gives answers" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_task_of_lm_eval_is_asked_for_alone_and_of_a_model_that_answers(
+    mmc: Mmc, whisper: Path, speech: Path, saved: Path
+) -> None:
+    done = mmc("eval", whisper, "--task", "lm-eval:mmmu_val", "--task", "perplexity", "--data", speech)
+    assert done.code == 2
+    assert "lm-eval:mmmu_val is asked for together with other tasks" in done.err
+    done = mmc("eval", whisper)
+    assert done.code == 2
+    assert "there is nothing to evaluate on" in done.err
+    done = mmc("eval", saved, "--task", "lm-eval:mmmu_val")
+    assert done.code == 2
+    assert "lm-eval:mmmu_val needs answers, and this model gives embeddings" in done.err
