@@ -116,6 +116,8 @@ class Tower:
     """Names of parameters that belong to the tower but to none of these modules."""
     numbered: tuple[tuple[str, str, Numbering], ...] = ()
     """(path of a module or of a config inside model.config, attribute, how it counts the tower's blocks)."""
+    needed: tuple[int, ...] = ()
+    """Indices of blocks that cannot go: something beside the stack reads what they give out."""
     packed: bool = False
     """Whether the blocks see the tokens of all samples in one row, (N, C) instead of (B, N, C)."""
     embeddings: tuple[str, ...] = ()

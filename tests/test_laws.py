@@ -53,7 +53,7 @@ EVERY = (*tiny.FAMILIES, *tiny.GENERATORS)
 
 @functools.cache
 def data(family: str) -> Any:
-    return tiny.spoken(12) if family in tiny.GENERATORS else tiny.dataset(12)
+    return tiny.data(family, 12)
 
 
 def context(family: str, seed: int = 0) -> Context:
@@ -78,6 +78,13 @@ def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
+
+
+def hooks_of(bundle: Bundle) -> list[list[int]]:
+    return [
+        [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
+        for module in bundle.model.modules()
+    ]
 
 
 @torch.no_grad()
@@ -128,17 +135,16 @@ def test_neutral_parameters_change_nothing(name: str, family: str) -> None:
 @every_case
 def test_plan_changes_no_tensor_and_leaves_no_hook(case: str, family: str) -> None:
     bundle = tiny.bundle(family)
-    before, modules = state(bundle), dict(bundle.model.named_modules())
+    outputs(bundle)  # transformers puts hooks of its own where hidden states are asked for, and leaves them
+    before, modules, hooks = state(bundle), dict(bundle.model.named_modules()), hooks_of(bundle)
     name, params = ACTIVE[case]
     made = passes.build(name, params)
     made.check(bundle)
     made.plan(bundle, context(family))
     assert same_state(before, state(bundle))
     assert dict(bundle.model.named_modules()) == modules
-    for module in bundle.model.modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        assert not any(hooks)
-        assert "forward" not in vars(module)
+    assert hooks_of(bundle) == hooks
+    assert not any("forward" in vars(module) for module in bundle.model.modules())
     assert all(parameter.grad is None for parameter in bundle.model.parameters())
 
 
@@ -191,7 +197,7 @@ def test_one_pass_reloads_bit_equal(case: str, family: str, tmp_path: Path) -> N
 
 
 # What the configs of these cannot say: SigLIP has one MLP width for the blocks and the pooling head, DINOv2 only whole ratios.
-UNSAYABLE = {("prune-uniform", "siglip"), ("prune-uniform", "siglip2"), ("prune-uniform", "dual_encoder_dinov2")}
+UNSAYABLE = {("prune-uniform", family) for family in ("siglip", "siglip2", "dual_encoder_dinov2", "llava_dinov2")}
 
 
 @pytest.mark.parametrize(

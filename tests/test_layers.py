@@ -16,7 +16,7 @@ ORDER = (
     {"families"},
     {"passes"},
     {"data"},
-    {"checkpoint", "pipeline"},
+    {"preprocessing", "checkpoint", "pipeline", "streamed"},
     {"evaluate"},
     {"export"},
     {"measure"},

@@ -31,10 +31,11 @@ from mmcompress.bundle import Bundle, Processor
 from mmcompress.data import Dataset, Memory, Sample, Waveform
 from mmcompress.families import family_for
 from mmcompress.manifest import Source
+from tests import tiny_vlm
 
 FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2")
 """The dual encoders."""
-GENERATORS = ("whisper",)
+GENERATORS = ("whisper", *tiny_vlm.MODELS)
 """Families that answer in text."""
 WORDS = [
     "a",
@@ -158,7 +159,11 @@ def _whisper() -> tuple[Any, Any]:
 
 def bundle(name: str, seed: int = 0) -> Bundle:
     """Return a small random model of the family `name`, in evaluation mode; the same weights for the same seed."""
-    config, preprocessor = _whisper() if name == "whisper" else _config(name)
+    words = tokenizer()
+    if name in tiny_vlm.MODELS:
+        config, preprocessor, words = tiny_vlm.parts(name, tuple(WORDS))
+    else:
+        config, preprocessor = _whisper() if name == "whisper" else _config(name)
     family = family_for({"model_type": config.model_type})
     torch.manual_seed(seed)
     model = family.model_class(config)(config)
@@ -182,12 +187,19 @@ def bundle(name: str, seed: int = 0) -> Bundle:
             no_timestamps_token_id=24,
             suppress_tokens=[0, 1, 2, 24],
         )
+    if name in tiny_vlm.MODELS:
+        model.generation_config = tiny_vlm.settings()
+        with torch.no_grad():
+            # Else what the blocks add is small beside the last token's own embedding, and every answer is the same.
+            for name_, parameter in model.named_parameters():
+                if name_.endswith(("o_proj.weight", "down_proj.weight")) and "vision" not in name_:
+                    parameter.mul_(9)
     model.eval()
-    part = {"audio" if name in GENERATORS else "image": preprocessor}
+    part = {"audio" if name == "whisper" else "image": preprocessor}
     made_source = Source(id=name, config=config.to_dict() | {"architectures": [type(model).__name__]})
     return Bundle(
         model=model,
-        processor=Processor(tokenizer=tokenizer(), **part),
+        processor=Processor(tokenizer=words, **part),
         family=family,
         source=made_source,
     )
@@ -217,6 +229,29 @@ def dataset(count: int, seed: int = 0) -> Dataset:
     )
 
 
+def asked(count: int, seed: int = 0, turns: bool = True) -> Dataset:
+    """Return `count` samples of an image with a question and its answer, in memory; one in four without an image.
+
+    One in four was asked something before, unless `turns` is false.
+    """
+    found = list(dataset(count, seed))
+    return Dataset(
+        Memory(
+            [
+                Sample(
+                    sample.key,
+                    sample.texts,
+                    picture=None if index % 4 == 3 else sample.picture,
+                    question=f"what is this {' '.join(WORDS[: index % 3])} ?",
+                    turns=(("how many ?", "two"),) if turns and index % 4 == 1 else (),
+                )
+                for index, sample in enumerate(found)
+            ]
+        ),
+        "asked",
+    )
+
+
 def recordings(count: int, seed: int = 0) -> list[Waveform]:
     """Return `count` different recordings of 0.4 to 1 second: a few tones that swell and fade."""
     generator = np.random.default_rng(seed)
@@ -235,3 +270,12 @@ def spoken(count: int, seed: int = 0) -> Dataset:
     return Dataset(
         Memory([Sample(f"{i:04d}", (text,), audio=audio) for i, (audio, text) in enumerate(pairs)]), "spoken"
     )
+
+
+def data(family: str, count: int, seed: int = 0) -> Dataset:
+    """Return `count` samples of the kind the tiny model `family` is used on."""
+    if family == "whisper":
+        return spoken(count, seed)
+    if family in tiny_vlm.MODELS:
+        return asked(count, seed, turns=family != "paligemma")
+    return dataset(count, seed)

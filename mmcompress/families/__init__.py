@@ -6,13 +6,18 @@ from typing import Any
 
 from mmcompress.bundle import Family
 from mmcompress.errors import UsageError
-from mmcompress.families import clip, dual_encoder, siglip, whisper
+from mmcompress.families import clip, dual_encoder, llava, paligemma, qwen_vl, siglip, smolvlm, whisper
 
 FAMILIES: dict[str, Family] = {
     "clip": clip.FAMILY,
     "siglip": siglip.FAMILY,
     "dual_encoder": dual_encoder.FAMILY,
     "whisper": whisper.FAMILY,
+    "llava": llava.LLAVA,
+    "llava_next": llava.LLAVA_NEXT,
+    "qwen_vl": qwen_vl.FAMILY,
+    "smolvlm": smolvlm.FAMILY,
+    "paligemma": paligemma.FAMILY,
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mmcompress.bundle import Attention, Block, Mlp
+from mmcompress.bundle import Attention, Block, Counts, Mlp
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class BlockNames:
     """Relative paths inside one block class."""
 
     attention: str
-    writers: tuple[str, str, str]
+    writers: tuple[str, ...]
+    """Of queries, keys and values, or one that makes all three."""
     reader: str
     head_dim: str
     """Attribute of the attention module that holds D."""
@@ -29,7 +30,7 @@ class BlockNames:
     mlp_reader: str
     attend: tuple[str, ...] = ()
     feed: tuple[str, ...] = ()
-    bookkeeping: tuple[tuple[str, Literal["heads", "width"]], ...] = ()
+    bookkeeping: tuple[tuple[str, Counts], ...] = ()
     """Attributes of the attention module that count heads, or heads * D."""
     cross: str = ""
     """The attention over an encoder's output, built like the other one inside."""
@@ -104,6 +105,37 @@ WHISPER_ENCODER_BLOCK = BlockNames(
 WHISPER_DECODER_BLOCK = replace(WHISPER_ENCODER_BLOCK, attend=(), feed=(), cross="encoder_attn")
 """Between attention and feed-forward it looks at the encoder, so it is not of the shape `attend` and `feed` describe."""
 
+LLAMA_BLOCK = BlockNames(
+    attention="self_attn",
+    writers=CLIP_BLOCK.writers,
+    reader="self_attn.o_proj",
+    head_dim="head_dim",
+    mlp="mlp",
+    mlp_writers=("mlp.gate_proj", "mlp.up_proj"),
+    mlp_reader="mlp.down_proj",
+)
+"""Llama, Mistral, Qwen 2 and 3, Gemma: grouped queries, gated MLPs; blocks are called with positions, so `attend` is empty."""
+
+QWEN_LANGUAGE_BLOCK = replace(LLAMA_BLOCK, bookkeeping=(("num_heads", "heads"), ("num_key_value_heads", "kv_heads")))
+"""The language models of Qwen2-VL and Qwen2.5-VL."""
+
+QWEN2_VISION_BLOCK = BlockNames(
+    attention="attn",
+    writers=("attn.qkv",),
+    reader="attn.proj",
+    head_dim="head_dim",
+    mlp="mlp",
+    mlp_writers=("mlp.fc1",),
+    mlp_reader="mlp.fc2",
+    bookkeeping=(("num_heads", "heads"),),
+)
+
+QWEN25_VISION_BLOCK = replace(
+    QWEN2_VISION_BLOCK, mlp_writers=LLAMA_BLOCK.mlp_writers, mlp_reader=LLAMA_BLOCK.mlp_reader
+)
+
+QWEN3_VISION_BLOCK = replace(QWEN2_VISION_BLOCK, mlp_writers=("mlp.linear_fc1",), mlp_reader="mlp.linear_fc2")
+
 
 def _attribute(module: nn.Module, path: str) -> Any:
     parent, _, name = path.rpartition(".")
@@ -143,7 +175,8 @@ def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> At
     """Return the view of the attention at `where` in a block, which lies inside as `names.attention` does."""
     writers = tuple(where + writer.removeprefix(names.attention) for writer in names.writers)
     head_dim = int(_attribute(block.get_submodule(where), names.head_dim))
-    query, key, _ = (_width(block, writer, "out_features") for writer in writers)
+    made = [_width(block, writer, "out_features") for writer in writers]
+    query, key = made[:2] if len(made) > 1 else (made[0] // 3, made[0] // 3)
     at = f"{path}.{where}"
     return Attention(
         path=at,

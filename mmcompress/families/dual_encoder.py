@@ -12,8 +12,6 @@ from mmcompress.bundle import TokenStream, Tower
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
     BERT_BLOCK,
-    DINOV2_BLOCK,
-    VIT_BLOCK,
     BlockNames,
     example_pixels,
     example_tokens,
@@ -21,16 +19,14 @@ from mmcompress.families.anatomy import (
     widths,
 )
 from mmcompress.families.two_tower import TwoTowers
+from mmcompress.families.vision_encoders import VISION, write_vision_config
 
-VISION: dict[str, tuple[str, BlockNames]] = {
-    "vit": ("vision_model.layers", VIT_BLOCK),
-    "dinov2": ("vision_model.encoder.layer", DINOV2_BLOCK),
-}
+VISION_TYPES = ("vit", "dinov2")
 TEXT: dict[str, tuple[str, BlockNames]] = {"bert": ("text_model.encoder.layer", BERT_BLOCK)}
 
 
 class DualEncoder(TwoTowers):
-    """Any pair of a vision model in `VISION` and a text model in `TEXT`."""
+    """Any pair of a vision model in `VISION_TYPES` and a text model in `TEXT`."""
 
     name = "dual_encoder"
     model_types: tuple[str, ...] = ("vision-text-dual-encoder",)
@@ -38,11 +34,11 @@ class DualEncoder(TwoTowers):
     text_inputs = ("input_ids", "attention_mask")
 
     def model_class(self, config: Any) -> type[nn.Module]:
-        for part, known in ((config.vision_config, VISION), (config.text_config, TEXT)):
+        for part, known in ((config.vision_config, VISION_TYPES), (config.text_config, TEXT)):
             if part.model_type not in known:
                 raise UsageError(
                     f"a dual encoder with a '{part.model_type}' tower is not supported",
-                    hint=f"supported: {', '.join((*VISION, *TEXT))}; add a line in mmcompress/families/dual_encoder.py",
+                    hint=f"supported: {', '.join((*VISION_TYPES, *TEXT))}; add a line in mmcompress/families/dual_encoder.py",
                 )
         if getattr(config.vision_config, "use_swiglu_ffn", False):
             raise UsageError(
@@ -52,18 +48,19 @@ class DualEncoder(TwoTowers):
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
         vision, text = model.config.vision_config, model.config.text_config
-        vision_blocks, vision_names = VISION[vision.model_type]
+        encoder = VISION[vision.model_type]
+        vision_blocks = f"vision_model.{encoder.blocks}"
         text_blocks, text_names = TEXT[text.model_type]
         return (
             Tower(
                 name="vision",
                 path="vision_model",
                 blocks_path=vision_blocks,
-                blocks=read_blocks(model, vision_blocks, vision_names, vision.hidden_act),
+                blocks=read_blocks(model, vision_blocks, encoder.names, vision.hidden_act),
                 config="vision_config",
                 depth_key="num_hidden_layers",
                 heads=("visual_projection",),
-                embeddings=("vision_model.embeddings.patch_embeddings.projection",),
+                embeddings=tuple(f"vision_model.{path}" for path in encoder.embeddings),
                 stream=TokenStream(
                     tokens=(vision.image_size // vision.patch_size) ** 2 + 1, protected=1, readout="class"
                 ),
@@ -93,24 +90,7 @@ class DualEncoder(TwoTowers):
 
     def write_config(self, model: Any) -> None:
         vision, text = self.towers(model)
-        config = model.config.vision_config
-        config.num_hidden_layers = len(vision.blocks)
-        if config.model_type == "dinov2":
-            # DINOv2's config also names the blocks a backbone would give out, the last by default.
-            config.stage_names = ["stem", *(f"stage{number}" for number in range(1, len(vision.blocks) + 1))]
-            config.set_output_features_output_indices(out_features=None, out_indices=None)
-        found = widths(vision.blocks)
-        if found:
-            heads, neurons = found
-            if heads != config.num_attention_heads:
-                config.head_dim = vision.blocks[0].attention.head_dim
-                config.num_attention_heads = heads
-            if config.model_type == "dinov2":
-                # DINOv2's config knows only a whole ratio (transformers 5.23 checks its type); other widths cannot be said.
-                if neurons % config.hidden_size == 0:
-                    config.mlp_ratio = neurons // config.hidden_size
-            else:
-                config.intermediate_size = neurons
+        write_vision_config(model.config.vision_config, vision.blocks)
         config = model.config.text_config
         config.num_hidden_layers = len(text.blocks)
         found = widths(text.blocks)

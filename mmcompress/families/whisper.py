@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-from transformers.utils import logging
 
 from mmcompress.bundle import Processor, Tower
 from mmcompress.errors import UsageError
@@ -24,14 +22,12 @@ from mmcompress.families.anatomy import (
     read_blocks,
     widths,
 )
+from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mmcompress.data import Sample
-
-FORCED_TOKENS = 32
-"""How many tokens of a reference transcript the decoder is led through: its rows are T * vocabulary wide, 7 MB a sample."""
 
 
 class Whisper:
@@ -80,10 +76,7 @@ class Whisper:
         """Return one row per sample whose cosine between two models is how alike they are; see `Family.encode`.
 
         - "audio": the encoder's last hidden states (B, 1500, C) as (B, 1500 * C).
-        - "decoder", led through the reference transcript: sqrt(p) of the next-token distributions p (B, T, V) as (B, T * V), zero
-          where `decoder_mask` is. A cosine is then the mean Bhattacharyya coefficient of two models' distributions, and 1 - cosine
-          is, to leading order, a quarter of their mean KL divergence. A small change moves the normalised row by a squared distance
-          of a quarter of the mean Fisher information: that is what Taylor scores in this space are.
+        - "decoder", led through the reference transcript: its next-token distributions, see `next_token_roots`.
         """
         if tower == "audio":
             states: Tensor = model.model.encoder(inputs["input_features"]).last_hidden_state
@@ -97,9 +90,7 @@ class Whisper:
         written = model.model.decoder(
             input_ids=inputs["decoder_input_ids"], encoder_hidden_states=heard, use_cache=False
         ).last_hidden_state
-        # exp(log p / 2), because sqrt has no gradient where p underflows to 0.
-        roots: Tensor = (model.proj_out(written).float().log_softmax(-1) / 2).exp()
-        return (roots * inputs["decoder_mask"][:, :, None]).flatten(1)
+        return next_token_roots(model.proj_out(written), inputs["decoder_mask"])
 
     def items(self, tower: str, sample: Sample) -> list[Any]:
         """Return the sample itself where it has a recording and, for the decoder, a transcript; see `Family.items`."""
@@ -144,10 +135,9 @@ class Whisper:
         Raises what `prepare` raises.
         """
         features = self._features(model, processor, samples).to(model.device)
-        settings = copy.deepcopy(model.generation_config)
-        settings.do_sample, settings.num_beams, settings.return_timestamps = False, 1, False
-        settings.max_length, settings.max_new_tokens = None, model.config.max_target_positions // 2
-        with _quiet():
+        settings = greedy(model.generation_config, model.config.max_target_positions // 2)
+        settings.return_timestamps, settings.max_new_tokens = False, model.config.max_target_positions // 2
+        with quiet():
             ids = model.generate(features, generation_config=settings)
         return [text.strip() for text in _tokenizer(processor).batch_decode(ids, skip_special_tokens=True)]
 
@@ -241,17 +231,6 @@ def _tokenizer(processor: Processor) -> Any:
     if processor.tokenizer is None:
         raise UsageError("this checkpoint has no tokenizer", hint="add its tokenizer.json")
     return processor.tokenizer
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Silence transformers' remarks on generation settings that are meant: no mask (it reads silence), both length limits."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 FAMILY = Whisper()

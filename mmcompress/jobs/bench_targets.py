@@ -26,6 +26,7 @@ from mmcompress.measure.machine import cpu_flags
 from mmcompress.measure.runner import Arrays, Runner
 from mmcompress.measure.runners import RUNNERS, open_runner
 from mmcompress.measure.size import artifact_size, macs, onnx_macs
+from mmcompress.preprocessing import read_processor
 from mmcompress.progress import Progress
 
 ENGINES = ("tensorrt", "tensorrt_rtx")
@@ -158,7 +159,7 @@ class Target:
         family, config = family_for(own.config), AutoConfig.for_model(**own.config)
         with torch.device("meta"):
             model = family.model_class(config)(config)
-        processor = checkpoint.read_processor(own.directory)
+        processor = read_processor(own.directory)
         return {tower: partial(family.prepare, model, processor, tower) for tower in self.towers}
 
     def _own(self) -> Artifact:

@@ -49,6 +49,8 @@ def cut_blocks(bundle: Bundle, tower: Tower, kept: Sequence[int]) -> None:
             for attribute in PLACES:
                 if getattr(module, attribute, None) == index:
                     setattr(module, attribute, place)
+    config = attrgetter(tower.config)(bundle.model.config) if tower.config else bundle.model.config
+    setattr(config, tower.depth_key, len(kept))  # read while computing too: for hidden states, for caches
     for path, attribute, numbering in tower.numbered:
         owner = attrgetter(path)(bundle.model) if path else bundle.model
         found = getattr(owner, attribute)

@@ -230,7 +230,11 @@ def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: 
     for start in range(0, size, step):
         part = {name: value[start : start + step] for name, value in inputs.items()}
         with torch.enable_grad():
-            objective(bundle.encode(tower, part), start).backward()
+            found = objective(bundle.encode(tower, part), start)
+            if (
+                found.requires_grad
+            ):  # else nothing that is watched reaches the output: blocks behind the one that is read
+                found.backward()
 
 
 def _slice_size(bundle: Bundle, name: str) -> int:

@@ -83,7 +83,7 @@ def list_groups(
                     groups.append(_heads(bundle, tower, block, block.cross, tokens, "cross"))
             if "neurons" in kinds:
                 groups.append(_neurons(bundle, tower, block, tokens))
-            if "blocks" in kinds:
+            if "blocks" in kinds and block.index not in tower.needed:
                 cost = Costs(_numel(bundle.module(block.path)), _block_macs(bundle, block, tokens))
                 groups.append(Group(tower.name, block.index, "blocks", 1, cost, reader=block.path))
     return groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from mmcompress.bundle import Bundle, DualEncoder, Generator, Tower
 from mmcompress.data import Sample
+from mmcompress.errors import UsageError
 from mmcompress.evaluate.likelihoods import read_answers
 from tests import tiny
 
@@ -37,11 +39,9 @@ class FamilyContract:
             mlp = block.mlp
             for attention in filter(None, (block.attention, block.cross)):
                 width = attention.heads * attention.head_dim
-                assert [bundle.module(path).out_features for path in attention.writers] == [
-                    width,
-                    attention.kv_heads * attention.head_dim,
-                    attention.kv_heads * attention.head_dim,
-                ]
+                keys = attention.kv_heads * attention.head_dim
+                made = [bundle.module(path).out_features for path in attention.writers]
+                assert made in ([width, keys, keys], [3 * width])
                 assert bundle.module(attention.reader).in_features == width
                 assert attention.path.startswith(block.path)
                 bundle.module(attention.path)
@@ -66,7 +66,11 @@ class FamilyContract:
     def test_bookkeeping_counts_what_it_says(self, bundle: Bundle) -> None:
         for _, block in blocks_of(bundle):
             for attention in filter(None, (block.attention, block.cross)):
-                counts = {"heads": attention.heads, "width": attention.heads * attention.head_dim}
+                counts = {
+                    "heads": attention.heads,
+                    "kv_heads": attention.kv_heads,
+                    "width": attention.heads * attention.head_dim,
+                }
                 for path, attribute, what in attention.bookkeeping:
                     assert getattr(bundle.module(path), attribute) == counts[what]
 
@@ -235,6 +239,65 @@ class TeacherForcedContract:
         tokens = bundle.forced.next_tokens(bundle.model, inputs)
         with torch.no_grad():
             return tokens, bundle.encode(tower, inputs).unflatten(1, (tokens.shape[1], -1))
+
+
+class VisionLanguageContract(TeacherForcedContract, GeneratorContract):
+    towers = ("vision", "language")
+
+    def items(self, tower: str) -> list[Any]:
+        return [sample for sample in tiny.data(self.model, 4) if tower == "language" or sample.picture is not None]
+
+    def samples(self) -> list[Sample]:
+        return list(tiny.data(self.model, 4))
+
+    def forced(self, bundle: Bundle, sample: Sample) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the inputs of `encode` for one sample, and the same as the model's own forward takes them."""
+        inputs = bundle.prepare("language", [sample])
+        asked = {key: inputs[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in inputs}
+        images = {key: inputs[key] for key in bundle.family.image_keys if key in inputs}
+        given = bundle.family.generation_inputs(bundle.model, {**asked, **images, "position_ids": torch.tensor([])})
+        return inputs, {key: value for key, value in given.items() if key != "position_ids"}
+
+    def test_language_rows_are_the_models_own_distributions_of_the_answer(self, bundle: Bundle) -> None:
+        for sample in self.samples():
+            inputs, given = self.forced(bundle, sample)
+            with torch.no_grad():
+                rows = bundle.encode("language", inputs).unflatten(1, (-1, bundle.model.lm_head.out_features))
+                logits = bundle.model(**given).logits
+            places = inputs["answer_positions"][0]
+            torch.testing.assert_close(rows[0].square(), logits[0, places].softmax(-1), rtol=1e-4, atol=1e-6)
+            said = bundle.processor.tokenizer(sample.texts[0], add_special_tokens=False)["input_ids"]
+            follows = inputs["input_ids"][0, places[:-1] + 1].tolist()
+            assert follows == said[: len(follows)]
+            assert len(follows) == len(said)  # the last place predicts the end
+
+    def test_the_answer_depends_on_the_picture(self, bundle: Bundle) -> None:
+        shown = [sample for sample in self.samples() if sample.picture is not None]
+        other = [replace(sample, picture=tiny.images(1, seed=9)[0]) for sample in shown]
+        first, second = (torch.from_numpy(bundle.embed("language", samples)) for samples in (shown, other))
+        assert (first - second).abs().amax(1).min() > 1e-4
+
+    def test_vision_rows_are_what_the_language_model_is_given(self, bundle: Bundle) -> None:
+        """Ready-made image tokens in place of the picture give the same distributions."""
+        sample = self.samples()[0]
+        inputs = bundle.prepare("language", [sample])
+        with torch.no_grad():
+            want = bundle.encode("language", inputs)
+            tokens = bundle.encode("vision", bundle.prepare("vision", [sample]))
+            width = bundle.family.image_width(bundle.model)
+            ready = {key: value for key, value in inputs.items() if key not in bundle.family.image_keys}
+            got = bundle.encode("language", {**ready, "image_tokens": tokens.unflatten(1, (-1, width))})
+        torch.testing.assert_close(got, want)
+
+    def test_a_question_that_holds_the_image_token_is_refused(self, bundle: Bundle) -> None:
+        sample = replace(self.samples()[0], question="what is <image> ?")
+        with pytest.raises(UsageError, match="stands for a picture"):
+            bundle.generate([sample])
+
+    def test_a_talk_longer_than_the_model_takes_is_refused(self, bundle: Bundle) -> None:
+        sample = replace(self.samples()[0], question="what " * 300)
+        with pytest.raises(UsageError, match="takes 256"):
+            bundle.generate([sample])
 
 
 def blocks_of(bundle: Bundle) -> list[tuple[Tower, object]]:

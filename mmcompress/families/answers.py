@@ -1,0 +1,49 @@
+"""What families share whose models write text: how next-token distributions become the rows that passes judge a decoder by."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import logging
+
+FORCED_TOKENS = 32
+"""How many tokens of a reference answer a decoder is led through: its rows are T * vocabulary wide."""
+
+
+def next_token_roots(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return sqrt(p) of the next-token distributions p of `logits` (B, T, V) as (B, T * V), zero where `mask` (B, T) is.
+
+    A cosine of two models' rows is then the mean Bhattacharyya coefficient of their distributions, and 1 - cosine is, to leading
+    order, a quarter of their mean KL divergence. A small change moves the normalised row by a squared distance of a quarter of the
+    mean Fisher information: that is what Taylor scores in this space are.
+    """
+    # exp(log p / 2), because sqrt has no gradient where p underflows to 0.
+    roots = (logits.float().log_softmax(-1) / 2).exp()
+    return (roots * mask[:, :, None]).flatten(1)
+
+
+def greedy(settings: Any, max_new_tokens: int) -> Any:
+    """Return a copy of a generation config that always takes the likeliest token.
+
+    `max_new_tokens` holds where the settings name no other.
+    """
+    made = copy.deepcopy(settings)
+    made.do_sample, made.num_beams = False, 1
+    made.temperature = made.top_p = made.top_k = None
+    made.max_length, made.max_new_tokens = None, made.max_new_tokens or max_new_tokens
+    return made
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' remarks on generation settings that are meant: no mask (Whisper reads silence), both length limits."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

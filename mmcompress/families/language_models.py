@@ -1,0 +1,66 @@
+"""Language models that serve in several families: one decoder stack of Llama's shape, with its word table and output layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmcompress.bundle import Block, Tower
+from mmcompress.errors import UsageError, closest
+from mmcompress.families.anatomy import LLAMA_BLOCK, QWEN_LANGUAGE_BLOCK, BlockNames, read_blocks
+
+LANGUAGE: dict[str, BlockNames] = {
+    "llama": LLAMA_BLOCK,
+    "mistral": LLAMA_BLOCK,
+    "smollm3": LLAMA_BLOCK,
+    "qwen2": LLAMA_BLOCK,
+    "qwen3": LLAMA_BLOCK,
+    "gemma": LLAMA_BLOCK,
+    "gemma2": LLAMA_BLOCK,
+    "qwen2_vl_text": QWEN_LANGUAGE_BLOCK,
+    "qwen2_5_vl_text": QWEN_LANGUAGE_BLOCK,
+    "qwen3_vl_text": LLAMA_BLOCK,
+}
+
+
+def require_language(family: str, kind: str) -> None:
+    """Raise UsageError where the language model's `model_type` is none of `LANGUAGE`."""
+    if kind not in LANGUAGE:
+        raise UsageError(
+            f"{family} with a '{kind}' language model is not supported",
+            hint=f"{closest(kind, LANGUAGE)}; add a line in mmcompress/families/language_models.py",
+        )
+
+
+def language_tower(model: Any, path: str) -> Tower:
+    """Return the view of the language model at `path`, with the output layer `lm_head`."""
+    config = model.config.text_config
+    activation = getattr(config, "hidden_act", None) or config.hidden_activation
+    table = f"{path}.embed_tokens"
+    tied = model.get_submodule(table).weight is model.lm_head.weight
+    per_block = tuple(
+        ("config.text_config", key, "each") for key in ("layer_types", "no_rope_layers") if getattr(config, key, None)
+    )
+    return Tower(
+        name="language",
+        path=path,
+        blocks_path=f"{path}.layers",
+        blocks=read_blocks(model, f"{path}.layers", LANGUAGE[config.model_type], activation),
+        config="text_config",
+        depth_key="num_hidden_layers",
+        heads=("lm_head",),
+        embeddings=(table,),
+        tied=((table, "lm_head"),) if tied else (),
+        numbered=per_block,  # type: ignore[arg-type]
+        why_no_stream="the tokens of an answer follow one another, and each is needed",
+    )
+
+
+def write_language_config(config: Any, blocks: tuple[Block, ...]) -> None:
+    """Write depth and uniform widths of the blocks into the config, heads where it names their size."""
+    config.num_hidden_layers = len(blocks)
+    neurons = {block.mlp.neurons for block in blocks}
+    if len(neurons) == 1:
+        config.intermediate_size = neurons.pop()
+    heads = {(block.attention.heads, block.attention.kv_heads) for block in blocks}
+    if len(heads) == 1 and getattr(config, "head_dim", None) is not None:
+        config.num_attention_heads, config.num_key_value_heads = heads.pop()

@@ -1,0 +1,171 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size, positions in three dimensions, grouped queries.
+
+The vision tower sees the patches of all pictures in one row, by the grid of each. Qwen2.5 looks through windows in all blocks but a
+few; Qwen3 gives the language model's first blocks what its own earlier blocks made (deepstack), beside the image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from mmcompress.bundle import Numbering, Processor, Tower
+from mmcompress.families.anatomy import (
+    QWEN2_VISION_BLOCK,
+    QWEN3_VISION_BLOCK,
+    QWEN25_VISION_BLOCK,
+    example_pixels,
+    read_blocks,
+)
+from mmcompress.families.talk import Talk
+from mmcompress.families.vision_language import VisionLanguage, padded
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CLASSES: dict[str, type[nn.Module]] = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
+BLOCKS = {"qwen2_vl": QWEN2_VISION_BLOCK, "qwen2_5_vl": QWEN25_VISION_BLOCK, "qwen3_vl": QWEN3_VISION_BLOCK}
+EXAMPLE_GRID = (1, 16, 16)
+"""Frames, rows and columns of patches in an example picture."""
+
+
+class QwenVL(VisionLanguage):
+    """All three; what differs is told by the config's model_type."""
+
+    name = "qwen_vl"
+    model_types: tuple[str, ...] = tuple(CLASSES)
+    architectures: tuple[str, ...] = tuple(made.__name__ for made in CLASSES.values())
+    image_keys = ("pixel_values", "image_grid_thw")
+    talk = Talk(without_template=None)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        self.check_config(config)
+        return CLASSES[config.model_type]
+
+    def vision_tower(self, model: Any) -> Tower:
+        config, root = model.config.vision_config, "model.visual"
+        heads, embeddings = [f"{root}.merger"], [f"{root}.patch_embed.proj"]
+        numbered: list[tuple[str, str, Numbering]] = []
+        needed: tuple[int, ...] = ()
+        if model.config.model_type == "qwen2_5_vl":
+            numbered = [(owner, "fullatt_block_indexes", "block") for owner in (root, "config.vision_config")]
+        if model.config.model_type == "qwen3_vl":
+            heads.append(f"{root}.deepstack_merger_list")
+            embeddings.append(f"{root}.pos_embed")
+            numbered = [(owner, "deepstack_visual_indexes", "block") for owner in (root, "config.vision_config")]
+            needed = tuple(config.deepstack_visual_indexes)
+        return Tower(
+            name="vision",
+            path=root,
+            blocks_path=f"{root}.blocks",
+            blocks=read_blocks(model, f"{root}.blocks", BLOCKS[model.config.model_type], config.hidden_act),
+            config="vision_config",
+            depth_key="depth",
+            heads=tuple(heads),
+            embeddings=tuple(embeddings),
+            numbered=tuple(numbered),
+            needed=needed,
+            packed=True,
+            why_no_stream="the prompt keeps a place for each of the picture's tokens; fewer of them would not fill it",
+        )
+
+    def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Return pixel_values (B, patches, pixels of a patch), zeros behind, and image_grid_thw (B, 3)."""
+        made = processor.image(images=list(images), return_tensors="pt")
+        grids = made["image_grid_thw"]
+        return {"pixel_values": padded(made["pixel_values"].split(grids.prod(-1).tolist())), "image_grid_thw": grids}
+
+    def example_images(self, model: Any, batch: int) -> dict[str, Tensor]:
+        c = model.config.vision_config
+        grid = torch.tensor(EXAMPLE_GRID)
+        width = c.in_channels * c.temporal_patch_size * c.patch_size**2
+        return {
+            "pixel_values": example_pixels(batch, 1, int(grid.prod()), width).squeeze(1),
+            "image_grid_thw": grid.expand(batch, -1).contiguous(),
+        }
+
+    def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
+        token: str = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
+        return token * self._count(model, inputs["image_grid_thw"][row])
+
+    def example_counts(self, model: Any) -> int:
+        return self._count(model, torch.tensor(EXAMPLE_GRID))
+
+    def _count(self, model: Any, grid: Tensor) -> int:
+        return int(grid.prod()) // model.config.vision_config.spatial_merge_size**2
+
+    def seen(self, model: Any, inputs: dict[str, Tensor]) -> Any:
+        return model.get_image_features(**self._packed(inputs), return_dict=True)
+
+    def image_tokens(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Return the image tokens (N, C) of each picture, with deepstack (N, C + K * C): all that the language model is given."""
+        made = self.seen(model, inputs)
+        deep = getattr(made, "deepstack_features", None) or []
+        return [torch.cat(parts, dim=-1) for parts in zip(made.pooler_output, *deep, strict=True)]
+
+    def image_width(self, model: Any) -> int:
+        return super().image_width(model) * (
+            1 + len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+        )
+
+    def ready_made(self, model: Any, tokens: Tensor) -> Any:
+        parts: Any = [list(rows) for rows in tokens.split(super().image_width(model), dim=-1)]
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=parts[0], deepstack_features=parts[1:])
+
+    def marks(
+        self, model: Any, ids: Tensor, mask: Tensor, prompt: Tensor, images: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return position_ids (B, 3, N): time, row and column of image tokens, one count for text."""
+        grids = images.get("image_grid_thw")
+        if grids is not None and "has_image" in images:
+            grids = grids[images["has_image"].bool()]
+        kinds = (ids == model.config.image_token_id).int()
+        positions, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=grids, attention_mask=mask)
+        return {"position_ids": positions.transpose(0, 1).contiguous()}
+
+    def positions(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        return {"position_ids": inputs["position_ids"].transpose(0, 1)}
+
+    def generation_inputs(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = super().generation_inputs(model, inputs)
+        del inputs["position_ids"]  # the model counts on from its own
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+        return {**inputs, **self._packed({key: inputs[key] for key in self.image_keys if key in inputs})}
+
+    def write_vision_config(self, model: Any, tower: Tower) -> None:
+        config = model.config.vision_config
+        config.depth = len(tower.blocks)
+        neurons = {block.mlp.neurons for block in tower.blocks}
+        if len(neurons) > 1:
+            return
+        if model.config.model_type == "qwen2_vl":
+            # Its config knows only a whole ratio; other widths cannot be said.
+            ratio, rest = divmod(neurons.pop(), config.embed_dim)
+            config.mlp_ratio = config.mlp_ratio if rest else ratio
+        else:
+            config.intermediate_size = neurons.pop()
+
+    @staticmethod
+    def _packed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return pictures (B, patches, …) with the patches of all in one row."""
+        if not inputs:
+            return {}
+        counts = inputs["image_grid_thw"].prod(-1).tolist()
+        rows = [patches[:count] for patches, count in zip(inputs["pixel_values"], counts, strict=True)]
+        return {**inputs, "pixel_values": torch.cat(rows)}
+
+
+FAMILY = QwenVL()

@@ -1,0 +1,91 @@
+"""SmolVLM and Idefics3: a picture as a whole and in tiles, a SigLIP-like encoder, a connector that folds patches, a Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
+
+from mmcompress.bundle import Processor, Tower
+from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, read_blocks, widths
+from mmcompress.families.talk import Talk
+from mmcompress.families.vision_language import VisionLanguage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CLASSES: dict[str, type[nn.Module]] = {
+    "smolvlm": SmolVLMForConditionalGeneration,
+    "idefics3": Idefics3ForConditionalGeneration,
+}
+AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
+"""Tokens around each tile, and before the picture as a whole."""
+
+
+class SmolVLM(VisionLanguage):
+    """Both: a picture's tiles row by row, then the whole picture."""
+
+    name = "smolvlm"
+    model_types: tuple[str, ...] = tuple(CLASSES)
+    architectures: tuple[str, ...] = tuple(made.__name__ for made in CLASSES.values())
+    language = "model.text_model"
+    image_keys = ("pixel_values", "pixel_attention_mask")
+    talk = Talk(without_template=None)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        self.check_config(config)
+        return CLASSES[config.model_type]
+
+    def vision_tower(self, model: Any) -> Tower:
+        config, root = model.config.vision_config, "model.vision_model"
+        return Tower(
+            name="vision",
+            path=root,
+            blocks_path=f"{root}.encoder.layers",
+            blocks=read_blocks(model, f"{root}.encoder.layers", CLIP_BLOCK, config.hidden_act),
+            config="vision_config",
+            depth_key="num_hidden_layers",
+            heads=("model.connector",),
+            embeddings=(f"{root}.embeddings.patch_embedding", f"{root}.embeddings.position_embedding"),
+            why_no_stream="the connector folds squares of neighbouring patches, which must all be there",
+        )
+
+    def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Return pixel_values (B, tiles, 3, H, W), pixel_attention_mask (B, tiles, H, W) and tiles (B, 2), rows and columns."""
+        made = processor.image(images=[[image] for image in images], return_row_col_info=True, return_tensors="pt")
+        tiles = torch.tensor([[rows[0], columns[0]] for rows, columns in zip(made["rows"], made["cols"], strict=True)])
+        return {key: made[key] for key in self.image_keys} | {"tiles": tiles}
+
+    def example_images(self, model: Any, batch: int) -> dict[str, Tensor]:
+        side = model.config.vision_config.image_size
+        return {
+            "pixel_values": example_pixels(batch, model.config.vision_config.num_channels, side, side)[:, None],
+            "pixel_attention_mask": torch.ones(batch, 1, side, side, dtype=torch.long),
+        }
+
+    def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
+        token = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
+        each = token * self.example_counts(model)
+        rows, columns = inputs["tiles"][row].tolist()
+        tiles = "".join(
+            "".join(f"{AROUND}<row_{r + 1}_col_{c + 1}>{each}" for c in range(columns)) + "\n" for r in range(rows)
+        )
+        line = "\n" if tiles else ""
+        return f"{tiles}{line}{AROUND}{WHOLE}{each}{AROUND}"
+
+    def example_counts(self, model: Any) -> int:
+        c = model.config
+        return int((c.vision_config.image_size // c.vision_config.patch_size) ** 2 // c.scale_factor**2)
+
+    def write_vision_config(self, model: Any, tower: Tower) -> None:
+        config = model.config.vision_config
+        config.num_hidden_layers = len(tower.blocks)
+        found = widths(tower.blocks)
+        if found:
+            config.intermediate_size = found[1]
+
+
+FAMILY = SmolVLM()

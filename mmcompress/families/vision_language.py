@@ -1,0 +1,291 @@
+"""What models share that look at a picture and answer in text: a vision encoder, a connector, a language model.
+
+Its towers are "vision", whose output are the image tokens the language model is given (its `heads` are the connector), and
+"language", which predicts the answer's tokens. The language tower is judged by itself: the image tokens go in without gradient, or
+ready-made where inputs hold them.
+
+All inputs are batch first, one row a sample; what a model wants packed is packed by `seen`.
+
+Shape alphabet: B batch, N tokens, T answer tokens, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmcompress.bundle import Processor, Tower
+from mmcompress.errors import UsageError
+from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
+from mmcompress.families.language_models import language_tower, require_language, write_language_config
+from mmcompress.families.talk import Talk
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmcompress.data import Sample
+
+ANSWER_TOKENS = 128
+"""The longest answer, where the generation config names no other."""
+
+
+class VisionLanguage:
+    """Base of these families; a family adds names, classes, the vision tower, and how pictures become inputs and placeholders."""
+
+    name: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    language = "model.language_model"
+    """Path of the language model."""
+    image_keys: tuple[str, ...] = ("pixel_values",)
+    """The inputs that are made of a picture."""
+    talk = Talk()
+    answering = "language"
+
+    def vision_tower(self, model: Any) -> Tower:
+        """Return the view of the vision encoder with its connector."""
+        raise NotImplementedError
+
+    def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Return the inputs made of pictures, one row each."""
+        raise NotImplementedError
+
+    def example_images(self, model: Any, batch: int) -> dict[str, Tensor]:
+        """Return what `image_inputs` could, the same every time."""
+        raise NotImplementedError
+
+    def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
+        """Return the text that stands for picture `row`: its image token as often as the picture has tokens."""
+        raise NotImplementedError
+
+    def example_counts(self, model: Any) -> int:
+        """Return how many tokens an example picture has."""
+        raise NotImplementedError
+
+    def seen(self, model: Any, inputs: dict[str, Tensor]) -> Any:
+        """Return what the model makes of the pictures: an output whose `pooler_output` lists (N, C) of each."""
+        return model.get_image_features(**inputs, return_dict=True)
+
+    def positions(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what the language model is told of the tokens' places and kinds beside their mask."""
+        return {}
+
+    def marks(
+        self, model: Any, ids: Tensor, mask: Tensor, prompt: Tensor, images: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return further inputs of the language model, (B, …), from token ids and masks (B, N); `prompt` is 1 at what was asked."""
+        return {}
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        return self.vision_tower(model), language_tower(model, self.language)
+
+    def check_config(self, config: Any) -> None:
+        """Raise UsageError where the language model is none of those known."""
+        require_language(self.name, config.text_config.model_type)
+
+    def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Return one row per sample whose cosine between two models is how alike they are; see `Family.encode`.
+
+        - "vision": the image tokens (N, C) that the language model is given, as N * C, zeros behind where others have more.
+        - "language", led through the reference answer: its next-token distributions, see `next_token_roots`.
+        """
+        if tower == "vision":
+            return padded([tokens.flatten() for tokens in self.image_tokens(model, inputs)])
+        hidden = model.model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            mm_encoder_outputs=self._given(model, inputs),
+            use_cache=False,
+            **self.positions(model, inputs),
+        ).last_hidden_state
+        places = inputs["answer_positions"][:, :, None].expand(-1, -1, hidden.shape[-1])
+        return next_token_roots(model.lm_head(hidden.gather(1, places)), inputs["answer_mask"])
+
+    def image_tokens(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Return all that the language model is given of each picture, (N, C) each."""
+        return list(self.seen(model, inputs).pooler_output)
+
+    def ready_made(self, model: Any, tokens: Tensor) -> Any:
+        """Return image tokens (B, N, C) as the output `seen` gives."""
+        return BaseModelOutputWithPooling(pooler_output=list(tokens))  # type: ignore[arg-type]
+
+    def _given(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Any] | None:
+        if "image_tokens" in inputs:
+            return {"image": self.ready_made(model, inputs["image_tokens"])}
+        images = {key: inputs[key] for key in self.image_keys if key in inputs}
+        if not images:
+            return None
+        if "has_image" in inputs:
+            images = {key: value[inputs["has_image"].bool()] for key, value in images.items()}
+        if not len(next(iter(images.values()))):
+            return None
+        with torch.no_grad():
+            return {"image": self.seen(model, images)}
+
+    def items(self, tower: str, sample: Sample) -> list[Any]:
+        """Return the sample itself where it has a picture or, for the language model, an answer; see `Family.items`."""
+        return [sample] if (sample.picture is not None if tower == "vision" else sample.texts) else []
+
+    def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the inputs made of samples' pictures and, for the language model, of question and answer in its chat template.
+
+        input_ids and attention_mask (B, N); answer_positions and answer_mask (B, T): the places that each predict a token of the
+        first accepted answer, cut at `FORCED_TOKENS`. Raises UsageError where a picture, an image processor, a tokenizer or an
+        image token is missing, and for a talk longer than the model takes.
+        """
+        if tower == "vision":
+            made = self._images(model, processor, items)
+            return {key: made[key] for key in self.image_keys}
+        images, prompts = self._asked(model, processor, items)
+        tokenizer = self.talk.tokenizer(processor)
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        answers = [
+            (tokenizer(sample.texts[0], add_special_tokens=False)["input_ids"] + end)[:FORCED_TOKENS]
+            for sample in items
+        ]
+        ids, mask = self._row_up(model, [p + a for p, a in zip(prompts, answers, strict=True)], items, left=False)
+        counts = torch.tensor([len(answer) for answer in answers])
+        places = torch.arange(int(counts.max()))
+        first = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
+        # Behind the answer its last place stands again: a token like the others, and masked.
+        positions = first + torch.minimum(places, counts[:, None] - 1)
+        prompt = (torch.arange(ids.shape[1]) <= first).long()
+        return {
+            **images,
+            "input_ids": ids,
+            "attention_mask": mask,
+            "answer_positions": positions,
+            "answer_mask": (places < counts[:, None]).long(),
+            **self.marks(model, ids, mask, prompt, images),
+        }
+
+    def next_tokens(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return (B, T): the answer's tokens and its end, -1 behind; see `TeacherForced.next_tokens`."""
+        following = inputs["input_ids"].roll(-1, 1).gather(1, inputs["answer_positions"])
+        return following.masked_fill(~inputs["answer_mask"].bool(), -1)
+
+    def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
+        """Return the greedy answer to each sample's question; to none, a description. Raises what `prepare` raises."""
+        images, prompts = self._asked(model, processor, samples)
+        ids, mask = self._row_up(model, prompts, samples, left=True)
+        marks = self.marks(model, ids, mask, mask, images)
+        given = {"input_ids": ids, "attention_mask": mask, **images, **marks}
+        given = {name: value.to(model.device) for name, value in given.items()}
+        with quiet():
+            made = model.generate(
+                **self.generation_inputs(model, given), generation_config=greedy(model.generation_config, ANSWER_TOKENS)
+            )
+        texts = self.talk.tokenizer(processor).batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def generation_inputs(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return batch-first inputs as the model's own `generate` takes them."""
+        present = inputs.pop("has_image", None)
+        if present is not None:
+            inputs |= {key: inputs[key][present.bool()] for key in self.image_keys if key in inputs}
+        return inputs
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        """Return smooth pictures for the vision tower; for the language model image tokens, and 16 tokens of text around them."""
+        if tower == "vision":
+            return self.example_images(model, batch)
+        c = model.config
+        count, width = self.example_counts(model), self.image_width(model)
+        generator = torch.Generator().manual_seed(0)
+        reserved = sorted({c.image_token_id, getattr(c, "video_token_id", None) or c.image_token_id})
+        ids = torch.randint(c.text_config.vocab_size - len(reserved), (batch, 16), generator=generator)
+        for token in reserved:
+            ids += ids >= token
+        ids = torch.cat([ids[:, :4], torch.full((batch, count), c.image_token_id), ids[:, 4:]], dim=1)
+        positions = torch.arange(ids.shape[1] - 8, ids.shape[1]).expand(batch, -1).contiguous()
+        mask = torch.ones_like(ids)
+        dtype = next(model.parameters()).dtype
+        return {
+            "image_tokens": torch.randn(batch, count, width, generator=generator).to(dtype),
+            "input_ids": ids,
+            "attention_mask": mask,
+            "answer_positions": positions,
+            "answer_mask": torch.ones_like(positions),
+            **self.marks(model, ids, mask, mask, self.example_images(model, batch)),
+        }
+
+    def image_width(self, model: Any) -> int:
+        """Return C of the image tokens."""
+        return int(model.config.text_config.hidden_size)
+
+    def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Change nothing."""
+        return contextlib.nullcontext()
+
+    def write_config(self, model: Any) -> None:
+        """Write depths and uniform widths of both towers."""
+        vision, language = self.towers(model)
+        self.write_vision_config(model, vision)
+        write_language_config(model.config.text_config, language.blocks)
+
+    def write_vision_config(self, model: Any, tower: Tower) -> None:
+        """Write depth and uniform widths of the vision tower."""
+        raise NotImplementedError
+
+    def _images(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        if processor.image is None:
+            raise UsageError("this checkpoint has no image processor", hint="add its preprocessor_config.json")
+        inputs = self.image_inputs(model, processor, [sample.image for sample in samples])
+        dtype = next(model.parameters()).dtype
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+    def _asked(
+        self, model: Any, processor: Processor, samples: Sequence[Sample]
+    ) -> tuple[dict[str, Tensor], list[list[int]]]:
+        """Return the pictures' inputs, and what is asked in tokens, image tokens included."""
+        shown = [sample for sample in samples if sample.picture is not None]
+        images = self._images(model, processor, shown) if shown else {}
+        token = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
+        rows = iter(range(len(shown)))
+        prompts = []
+        for sample in samples:
+            stands = "" if sample.picture is None else self.placeholders(model, processor, images, next(rows))
+            prompts.append(self.talk.prompt(processor, sample, token, stands))
+        images = {key: images[key] for key in self.image_keys} if shown else {}
+        if shown and len(shown) < len(samples):
+            present = torch.tensor([sample.picture is not None for sample in samples])
+            images = {key: _spread(value, present) for key, value in images.items()} | {"has_image": present.long()}
+        return images, prompts
+
+    def _row_up(
+        self, model: Any, rows: Sequence[list[int]], samples: Sequence[Sample], left: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return token ids and mask (B, N), padded on one side. Raises UsageError for a row longer than the model takes."""
+        limit = int(getattr(model.config.text_config, "max_position_embeddings", 0)) or max(map(len, rows))
+        longest = max(map(len, rows))
+        for row, sample in zip(rows, samples, strict=True):
+            if len(row) > limit:
+                raise UsageError(
+                    f"sample '{sample.key}' takes {len(row)} tokens with its picture; {self.name} takes {limit}",
+                    hint="ask a shorter question, or use a smaller picture",
+                )
+        padding = model.generation_config.pad_token_id or 0
+        ids = torch.full((len(rows), longest), padding)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            place = slice(longest - len(row), None) if left else slice(len(row))
+            ids[index, place], mask[index, place] = torch.tensor(row), 1
+        return ids, mask
+
+
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Return rows of different lengths as one (B, …) tensor, zeros behind."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _spread(rows: Tensor, present: Tensor) -> Tensor:
+    """Return `rows` in the places where `present` (B,) is true, zeros elsewhere."""
+    made = rows.new_zeros(len(present), *rows.shape[1:])
+    made[present] = rows
+    return made
