@@ -20,13 +20,15 @@ SLICES = 12
     "  mmc eval OUT --task lm-eval:mmmu_val --baseline MODEL --num-samples 200",
 )
 @options.model_argument
-@click.option("--data", help="A folder with metadata.jsonl, tar shards, demo:test; not for tasks of lm-eval.")
+@click.option(
+    "--data", help="A folder with metadata.jsonl, tar shards, demo:test; not for tasks of lm-eval and lmms-eval."
+)
 @click.option(
     "--task",
     "tasks",
     multiple=True,
     help="retrieval, zero-shot, agreement; of a model that answers in text: transcription, vqa, captioning, perplexity, "
-    "answer-agreement; repeatable. Or one of lm-eval's, such as lm-eval:mmmu_val (extra lm-eval).  "
+    "answer-agreement; repeatable. Or one of lm-eval (an extra) or lmms-eval: lm-eval:NAME, lmms-eval:NAME.  "
     "[default: all that the model and the data allow]",
 )
 @click.option(
@@ -40,7 +42,9 @@ SLICES = 12
 )
 @click.option("--runner", default="onnxruntime", show_default=True, help="What runs exported artifacts.")
 @click.option(
-    "--num-samples", type=click.IntRange(1), help="Evaluate a random subset; of lm-eval the first.  [default: all]"
+    "--num-samples",
+    type=click.IntRange(1),
+    help="Evaluate a random subset; of lm-eval and lmms-eval the first.  [default: all]",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Samples at a time.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the subset and the intervals.")

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from mmcompress.data import Sample, Waveform
 from mmcompress.errors import MissingError, UsageError
 from mmcompress.evaluate import compare, read_evaluation, write_evaluation
-from mmcompress.evaluate.harness import generate_until, log_likelihoods, read_results, run_harness
+from mmcompress.evaluate.harness import generate_until, log_likelihoods, read_results, run_harness, with_media
 from mmcompress.evaluate.likelihoods import BATCH, Likelihoods, read_answers
 from tests import tiny
 from tests.evaluate.worlds import picture
@@ -115,7 +116,7 @@ FOUND = {
 
 
 def test_results_of_each_document_are_values_and_the_others_notes() -> None:
-    found = read_results("both", FOUND, seed=0)
+    found = read_results("lm-eval:both", FOUND, seed=0)
     # The tasks of a group one after the other, each document once, what is better lower with a minus.
     assert found.scene.keys == ("a/0", "a/1", "b/0")
     measured = found.results["lm-eval:both"]
@@ -124,59 +125,85 @@ def test_results_of_each_document_are_values_and_the_others_notes() -> None:
         "minus_words": [-1, -2, -3],
     }
     assert [finding.text for finding in found.findings] == [
-        "lm-eval b whole,none: 0.7000, of the whole data, without an interval"
+        "b whole,none: 0.7000, of the whole data, without an interval"
     ]
     assert json.dumps(found.to_json(), allow_nan=False)
-    with pytest.raises(UsageError, match="no value for each document"):
-        read_results("none", {**FOUND, "samples": {"b": [document(0)]}}, seed=0)
+    whole = read_results("lm-eval:none", {**FOUND, "samples": {"b": [document(0)]}}, seed=0)
+    assert whole.results == {"lm-eval:none": {}}
+    assert [finding.text.split(":")[0] for finding in whole.findings] == ["b acc,none", "b whole,none"]
+
+
+def test_what_lmms_eval_notes_of_a_document_is_no_metric() -> None:
+    noted = {"doc_id": 4, "doc_hash": "h", "target": "a", "resps": [], "token_counts": [None], "arguments": []}
+    documents = [{**noted, "exact": 1.0, "mme": {"score": 0.5, "id": "x"}, "judge": {"id": "x"}}]
+    found = read_results("lmms-eval:t", {"samples": {"t": documents}}, seed=0)
+    assert found.scene.keys == ("t/4",)
+    assert {name: of.mean for name, of in found.results["lmms-eval:t"].items()} == {"exact": 1.0, "mme": 0.5}
+
+
+def test_a_request_of_lmms_eval_names_its_document() -> None:
+    sound = {"array": [0.0], "sampling_rate": 8000}
+    documents = {"t": {"test": [{}, {"seen": [picture(1), sound]}]}}
+    request = ("Why?", {"until": []}, lambda document: document["seen"], 1, "t", "test")
+    assert with_media(request, documents) == (
+        "Why?",
+        {"until": []},
+        {"visual": [documents["t"]["test"][1]["seen"][0]], "audio": [sound]},
+    )
+    assert with_media(("Why?", {}, None, 1, "t", "test"), documents) == ("Why?", {}, {"visual": [], "audio": []})
 
 
 def test_two_runs_are_paired_and_kept(tmp_path: Path) -> None:
-    before = read_results("both", FOUND, seed=0)
+    before = read_results("lm-eval:both", FOUND, seed=0)
     worse = {**FOUND, "samples": {**FOUND["samples"], "b": [document(0, acc=0.0, words=3.0)]}}  # type: ignore[dict-item]
-    after = read_results("both", worse, seed=0)
+    after = read_results("lm-eval:both", worse, seed=0)
     assert compare(before, after)["lm-eval:both"]["acc"].value == pytest.approx(-1 / 3)
     write_evaluation(dataclasses.replace(after, differences=compare(before, after)), tmp_path / "a.npz")
     again = read_evaluation(tmp_path / "a.npz")
     assert compare(before, again) == compare(before, after) == again.differences
     other = {**FOUND, "samples": {**FOUND["samples"], "b": [{**document(0, acc=1.0, words=3.0), "doc_hash": "other"}]}}  # type: ignore[dict-item]
     with pytest.raises(UsageError, match="the data has changed"):
-        compare(before, read_results("both", other, seed=0))
+        compare(before, read_results("lm-eval:both", other, seed=0))
 
 
-def test_without_lm_eval_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(MissingError, match="need lm-eval") as caught:
-        run_harness(Noting(), None, "anything")
-    assert "mmcompress[lm-eval]" in caught.value.hint
+def test_without_a_harness_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, how in (
+        ("lm_eval", "lm-eval", "mmcompress[lm-eval]"),
+        ("lmms_eval", "lmms-eval", "install lmms-eval"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingError, match=f"need {name}") as caught:
+            run_harness(Noting(), None, f"{name}:anything")
+        assert how in caught.value.hint
 
 
-@pytest.mark.filterwarnings("default")  # not ours: lm-eval and datasets warn of their own dependencies
-def test_lm_eval_asks_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("default")  # not ours: the harnesses and datasets warn of their own dependencies
+@pytest.mark.parametrize(("harness", "package"), [("lm-eval", "lm_eval"), ("lmms-eval", "lmms_eval.evaluator")])
+def test_a_harness_asks_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harness: str, package: str) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    pytest.importorskip("lm_eval")
-    rows = [{"q": f"How many legs has {i}?", "choices": ["four", "two"], "label": i % 2} for i in range(10)]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-    asked = {**common, "doc_to_text": "{{q}}"}
-    choose = {
-        **asked,
-        "task": "choose",
-        "output_type": "multiple_choice",
-        "doc_to_choice": "choices",
-        "doc_to_target": "label",
-    }
-    choose["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    pytest.importorskip(package)
+    rows = [{"q": f"How many legs has {i}?", "label": i % 2, "right": ["four", "two"][i % 2]} for i in range(10)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data: dict[str, Any] = {"data_files": {"test": str(tmp_path / "data.jsonl")}}
+    common = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", "doc_to_text": "{{q}}"}
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    choose = {"output_type": "multiple_choice", "doc_to_choice": ["four", "two"], "doc_to_target": "label"}
+    say = {"output_type": "generate_until", "doc_to_target": "right"}
+    say["generation_kwargs"] = {"until": ["\n"], "do_sample": False}  # type: ignore[assignment]
+    for name, own, metric in (("choose", choose, "acc"), ("say", say, "exact_match")):
+        config = {**common, **own, "task": name, "metric_list": [{"metric": metric, **mean}]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
     model = Noting()
-    found = run_harness(model, model.read, choose, limit=9)
-    # "four" is always the more probable one, and right for 5 of the first 9.
-    assert found.results["lm-eval:choose"]["acc"].values.tolist() == [1, 0, 1, 0, 1, 0, 1, 0, 1]
-    say = {**asked, "task": "say", "output_type": "generate_until", "doc_to_target": "{{choices[label]}}"}
-    say["generation_kwargs"] = {"until": ["\n"], "do_sample": False}
-    say["metric_list"] = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
-    found = run_harness(model, None, say)
-    assert found.results["lm-eval:say"]["exact_match"].mean == 0.5
-    with pytest.raises(UsageError, match="lm-eval has no task 'nonsense'"):
-        run_harness(model, None, "nonsense")
+    if harness == "lm-eval":
+        found = run_harness(model, model.read, "lm-eval:choose", limit=9, folder=tmp_path)
+        # "four" is always the more probable one, and right for 5 of the first 9.
+        assert found.results["lm-eval:choose"]["acc"].values.tolist() == [1, 0, 1, 0, 1, 0, 1, 0, 1]
+    else:
+        with pytest.raises(UsageError, match="the task compares probabilities"):
+            run_harness(model, model.read, "lmms-eval:choose", folder=tmp_path)
+    found = run_harness(model, None, f"{harness}:say", folder=tmp_path)
+    assert found.results[f"{harness}:say"]["exact_match"].mean == 0.5
+    assert found.n == 10
+    with pytest.raises(UsageError, match=f"{harness} has no task 'nonsense'"):
+        run_harness(model, None, f"{harness}:nonsense")
