@@ -1,4 +1,4 @@
-"""Writes every command's --help and the measured results into README.md, so that the page never says what the program does not.
+"""Writes what README.md says of the program: every command's --help, the passes and families, the measured results.
 
     python -m bench.readme            write it
     python -m bench.readme --check    exit 1 when README.md is out of date, writing nothing
@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from bench import measured
+from bench import matrix, measured
 from mmcompress.cli.__main__ import COMMANDS, cli
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -55,17 +56,21 @@ def section() -> str:
 
 def updated(document: str) -> str:
     """Return the README with its made parts made anew."""
-    return _with_measured(_with_commands(document))
+    document = _with_commands(document)
+    for part in (matrix, measured):
+        document = _with_part(document, part.BEGIN, part.END, part.section)
+    return document
 
 
-def _with_measured(document: str) -> str:
-    if measured.BEGIN not in document and measured.END not in document:
+def _with_part(document: str, begin: str, end: str, made: Callable[[], str]) -> str:
+    """Replace what is between two markers, where they are."""
+    if begin not in document and end not in document:
         return document
-    before, found, rest = document.partition(measured.BEGIN)
-    _, ended, after = rest.partition(measured.END)
+    before, found, rest = document.partition(begin)
+    _, ended, after = rest.partition(end)
     if not found or not ended:
-        sys.exit(f"README.md must hold {measured.BEGIN} before {measured.END}")
-    return before + measured.section() + after
+        sys.exit(f"README.md must hold {begin} before {end}")
+    return before + made() + after
 
 
 def _with_commands(document: str) -> str:

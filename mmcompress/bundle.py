@@ -50,6 +50,12 @@ class Attention:
     head_dim: int
     bookkeeping: tuple[tuple[str, str, Counts], ...] = ()
     """(module path, attribute, what it counts): integers transformers keeps beside the weights and that surgery must follow."""
+    per_head: tuple[str, ...] = ()
+    """Names of parameters (positions, heads) that hold a column for each head: a table of relative position biases."""
+    why_whole: str = ""
+    """Where heads cannot be cut: why not, for a person."""
+    window: int = 0
+    """How many keys each query sees, where those are not all."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,12 @@ class Tower:
     """Names of parameters that belong to the tower but to none of these modules."""
     numbered: tuple[tuple[str, str, Numbering], ...] = ()
     """(path of a module or of a config inside model.config, attribute, how it counts the tower's blocks)."""
+    why_fixed_depth: str = ""
+    """Where blocks cannot be removed: why not, for a person. They may then lie in several lists below `blocks_path`."""
     needed: tuple[int, ...] = ()
     """Indices of blocks that cannot go: something beside the stack reads what they give out."""
     packed: bool = False
-    """Whether the blocks see the tokens of all samples in one row, (N, C) instead of (B, N, C)."""
+    """Whether the blocks see the tokens of all samples in one row, (N, C) instead of (B, N, C), or a row for each window."""
     embeddings: tuple[str, ...] = ()
     """Paths of the nn.Embedding tables and the patch embedding."""
     stream: TokenStream | None = None
@@ -179,7 +187,10 @@ class Family(Protocol):
 
 @runtime_checkable
 class DualEncoder(Protocol):
-    """What a family adds whose towers share one embedding space."""
+    """What a family adds whose towers share one embedding space: "text", and the tower of what texts describe."""
+
+    media: Literal["vision", "audio"]
+    """The tower of what texts describe."""
 
     def similarity(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Return (scale, bias): logits are scale * cosine + bias."""
@@ -311,6 +322,22 @@ class Bundle:
                 f"{self.family.name} models give no probabilities of answers", hint="evaluate what they answer or embed"
             )
         return self.family
+
+    @property
+    def describes(self) -> Literal["image", "audio"]:
+        """What the texts of a dual encoder describe; "image" of other models."""
+        return "audio" if isinstance(self.family, DualEncoder) and self.family.media == "audio" else "image"
+
+    def embed_samples(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Return float32 embeddings (B, C) of the samples' pictures or recordings, not normalised. Raises what decoding does."""
+        media = self.dual.media
+        found = [item for sample in samples for item in self.items(media, sample)]
+        if len(found) != len(samples):
+            lacking = next(sample.key for sample in samples if not self.items(media, sample))
+            raise UsageError(
+                f"sample '{lacking}' has nothing for the {media} tower", hint=f"use data with {media} for every sample"
+            )
+        return self.embed(media, found)
 
     def cut_texts(self, texts: Sequence[str]) -> tuple[int, int]:
         """Return how many texts are longer than the model takes, and that limit in tokens."""

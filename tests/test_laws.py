@@ -40,15 +40,19 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # One of each kind, in an order that works.
 CHAIN = ("prune-taylor", "merge", "w8a8-cpu", "distill")
-# What does not apply to models that answer in text: their `check` says why (tests/families/test_whisper.py).
-DUAL_ONLY = ("merge-tokens",)
+EVERY = tiny.EVERY
+# What is refused: by a pass's name or a case's, the families. `check` says why, and README's matrix shows it.
+REFUSED: dict[str, tuple[str, ...]] = {
+    "merge-tokens": ("flava", "blip_retrieval", *tiny.HEARING, *tiny.GENERATORS),
+    "distill": tiny.HEARING,
+    "prune-blocks": ("clap", "blip_vqa"),
+    "prune-uniform": ("clap",),
+}
 
 
-def applies(name: str, family: str) -> bool:
-    return family in tiny.FAMILIES or name not in DUAL_ONLY
-
-
-EVERY = (*tiny.FAMILIES, *tiny.GENERATORS)
+def applies(case: str, family: str) -> bool:
+    """Whether a pass, or a case of one, applies."""
+    return all(family not in REFUSED.get(name, ()) for name in (case, ACTIVE[case][0] if case in ACTIVE else case))
 
 
 @functools.cache
@@ -98,7 +102,7 @@ def same_outputs(one: Bundle, other: Bundle) -> bool:
 
 
 every_case = pytest.mark.parametrize(
-    ("case", "family"), [(case, family) for case in ACTIVE for family in EVERY if applies(ACTIVE[case][0], family)]
+    ("case", "family"), [(case, family) for case in ACTIVE for family in EVERY if applies(case, family)]
 )
 every_pass = pytest.mark.parametrize(
     ("name", "family"), [(name, family) for name in NEUTRAL for family in EVERY if applies(name, family)]
@@ -110,9 +114,17 @@ every_chain = pytest.mark.parametrize(
         for family in EVERY
         for n in range(1, 5)
         for cases in itertools.combinations(CHAIN, n)
-        if all(applies(ACTIVE[case][0], family) for case in cases)
+        if all(applies(case, family) for case in cases)
     ],
 )
+
+
+@pytest.mark.parametrize(("case", "family"), [(c, f) for c in ACTIVE for f in EVERY if not applies(c, f)])
+def test_what_is_refused_is_refused_with_a_reason_and_a_hint(case: str, family: str) -> None:
+    name, params = ACTIVE[case]
+    with pytest.raises(UsageError, match=r"\w+") as caught:
+        passes.build(name, params).check(tiny.bundle(family))
+    assert caught.value.hint
 
 
 def test_every_pass_is_under_the_laws() -> None:
@@ -196,8 +208,12 @@ def test_one_pass_reloads_bit_equal(case: str, family: str, tmp_path: Path) -> N
     assert same_outputs(bundle, checkpoint.load(tmp_path / "model"))
 
 
-# What the configs of these cannot say: SigLIP has one MLP width for the blocks and the pooling head, DINOv2 only whole ratios.
-UNSAYABLE = {("prune-uniform", family) for family in ("siglip", "siglip2", "dual_encoder_dinov2", "llava_dinov2")}
+# What the configs of these cannot say: SigLIP has one MLP width for the blocks and the pooling head, BLIP one for question
+# encoder and answer decoder; DINOv2 and Qwen2-VL know only whole ratios.
+UNSAYABLE = {
+    ("prune-uniform", family)
+    for family in ("siglip", "siglip2", "dual_encoder_dinov2", "llava_dinov2", "qwen2_vl", "blip_vqa")
+}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +222,7 @@ UNSAYABLE = {("prune-uniform", family) for family in ("siglip", "siglip2", "dual
         (case, family)
         for case in ("prune-uniform", "prune-blocks", "distill")
         for family in EVERY
-        if applies(ACTIVE[case][0], family)
+        if applies(case, family)
     ],
 )
 def test_plain_transformers_loads_uniform_widths_and_depths(case: str, family: str, tmp_path: Path) -> None:
@@ -289,11 +305,13 @@ def test_a_batch_equals_its_single_samples(case: str, family: str) -> None:
             ("quantize", {"scheme": "W8A8", "text_scheme": "W16A16"}),
             ("distill", {"steps": 2, "batch_size": 4, "towers": ["vision"]}),
         )
+        if applies(name, family)
     ]
     + [
-        (name, {**params, "towers": [tower]}, "whisper")
-        for tower in ("audio", "decoder")
-        for name, params in (("prune", {"ratio": 0.3}), ("quantize", {"scheme": "W8A8"}))
+        (name, {**params, "towers": [tower]}, family)
+        for family, towers in tiny.TOWERS.items()
+        for tower in towers
+        for name, params in (("prune", {"ratio": 0.25}), ("quantize", {"scheme": "W8A8"}))
     ],
 )
 def test_touching_one_tower_leaves_the_other_bit_identical(name: str, params: dict[str, Any], family: str) -> None:

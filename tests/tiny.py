@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,17 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AltCLIPConfig,
     BertConfig,
+    ChineseCLIPConfig,
+    ChineseCLIPImageProcessorPil,
+    ClapConfig,
+    ClapFeatureExtractor,
     CLIPConfig,
     CLIPImageProcessorPil,
     Dinov2Config,
+    FlavaConfig,
+    FlavaImageProcessorPil,
     GenerationConfig,
     PreTrainedTokenizerFast,
     Siglip2Config,
@@ -31,12 +39,37 @@ from mmcompress.bundle import Bundle, Processor
 from mmcompress.data import Dataset, Memory, Sample, Waveform
 from mmcompress.families import family_for
 from mmcompress.manifest import Source
-from tests import tiny_vlm
+from tests import tiny_joint, tiny_vlm
 
-FAMILIES = ("clip", "siglip", "siglip2", "dual_encoder_vit", "dual_encoder_dinov2")
-"""The dual encoders."""
-GENERATORS = ("whisper", *tiny_vlm.MODELS)
+FAMILIES = (
+    "clip",
+    "siglip",
+    "siglip2",
+    "dual_encoder_vit",
+    "dual_encoder_dinov2",
+    "altclip",
+    "chinese_clip",
+    "flava",
+)
+"""The dual encoders of images and texts."""
+WHOLE = ("blip_retrieval",)
+"""Those of them whose vision tower keeps its heads."""
+MERGING = tuple(name for name in FAMILIES if name != "flava")
+"""Those of them whose image tokens can be merged."""
+HEARING = ("clap",)
+"""The dual encoders of sound and texts."""
+GENERATORS = ("whisper", "blip", "blip_vqa", *tiny_vlm.MODELS)
 """Families that answer in text."""
+EVERY = (*FAMILIES, *WHOLE, *HEARING, *GENERATORS)
+TOWERS = {
+    "blip_retrieval": ("vision", "text"),
+    "clap": ("audio", "text"),
+    "whisper": ("audio", "decoder"),
+    "blip": ("vision", "decoder"),
+    "blip_vqa": ("vision", "text", "decoder"),
+    **dict.fromkeys(tiny_vlm.MODELS, ("vision", "language")),
+}
+"""The towers of all but FAMILIES, which have "vision" and "text"."""
 WORDS = [
     "a",
     "red",
@@ -117,6 +150,33 @@ def _config(name: str) -> tuple[Any, Any]:
             projection_dim=24,
         )
         return config, CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    if name == "altclip":
+        config = AltCLIPConfig(
+            vision_config=_vision(intermediate_size=96),
+            text_config=_text(project_dim=40),
+            projection_dim=24,
+        )
+        return config, CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    if name == "chinese_clip":
+        config = ChineseCLIPConfig(
+            vision_config=_vision(intermediate_size=96),
+            text_config=_text(),
+            projection_dim=24,
+        )
+        return config, ChineseCLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    if name == "flava":
+        config = FlavaConfig(
+            image_config=_vision(intermediate_size=96),
+            text_config=_text(),
+            multimodal_config={
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "intermediate_size": 64,
+            },
+            projection_dim=24,
+        )
+        return config, FlavaImageProcessorPil(size=size, crop_size=size)
     if name == "siglip":
         config = SiglipConfig(vision_config=_vision(intermediate_size=96, hidden_size=32), text_config=_text())
         return config, SiglipImageProcessorPil(size=size)
@@ -157,14 +217,41 @@ def _whisper() -> tuple[Any, Any]:
     return config, WhisperFeatureExtractor(feature_size=20, sampling_rate=RATE, chunk_length=1)
 
 
+def _clap() -> tuple[Any, Any]:
+    """One second of sound in 63 frames of 16 mel bins, stretched to 64 and folded to 32 x 32; two stages of two blocks."""
+    audio = {
+        "spec_size": 32,
+        "num_mel_bins": 16,
+        "window_size": 4,
+        "depths": [2, 2],
+        "num_attention_heads": [4, 8],
+        "patch_embeds_hidden_size": 32,
+        "hidden_size": 64,
+        "mlp_ratio": 2.0,
+    }
+    config = ClapConfig(audio_config=audio, text_config=_text(), projection_dim=24)
+    extractor = ClapFeatureExtractor(
+        feature_size=16,
+        sampling_rate=RATE,
+        hop_length=256,
+        max_length_s=1,
+        fft_window_size=512,
+        frequency_max=8000,
+        truncation="rand_trunc",
+    )
+    return config, extractor
+
+
 def bundle(name: str, seed: int = 0) -> Bundle:
     """Return a small random model of the family `name`, in evaluation mode; the same weights for the same seed."""
     words = tokenizer()
     if name in tiny_vlm.MODELS:
         config, preprocessor, words = tiny_vlm.parts(name, tuple(WORDS))
+    elif name in tiny_joint.ARCHITECTURES:
+        config, preprocessor = tiny_joint.parts(name)
     else:
-        config, preprocessor = _whisper() if name == "whisper" else _config(name)
-    family = family_for({"model_type": config.model_type})
+        config, preprocessor = SOUND[name]() if name in SOUND else _config(name)
+    family = family_for({"model_type": config.model_type, "architectures": tiny_joint.named(name)})
     torch.manual_seed(seed)
     model = family.model_class(config)(config)
     with torch.no_grad():
@@ -172,6 +259,9 @@ def bundle(name: str, seed: int = 0) -> Bundle:
             # Biases and norms start at 0 and 1; laws about them would hold for the wrong reason.
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif not parameter.is_meta and not parameter.any():
+                # Tables of biases and class tokens start at 0.
+                parameter.normal_(std=0.5)
             elif parameter.dim() == 2:
                 parameter.mul_(3)
     if name == "whisper":
@@ -194,8 +284,9 @@ def bundle(name: str, seed: int = 0) -> Bundle:
             for name_, parameter in model.named_parameters():
                 if name_.endswith(("o_proj.weight", "down_proj.weight")) and "vision" not in name_:
                     parameter.mul_(9)
+    tiny_joint.strengthen(model, name)
     model.eval()
-    part = {"audio" if name == "whisper" else "image": preprocessor}
+    part = {"audio" if name in SOUND else "image": preprocessor}
     made_source = Source(id=name, config=config.to_dict() | {"architectures": [type(model).__name__]})
     return Bundle(
         model=model,
@@ -203,6 +294,9 @@ def bundle(name: str, seed: int = 0) -> Bundle:
         family=family,
         source=made_source,
     )
+
+
+SOUND = {"whisper": _whisper, "clap": _clap}
 
 
 def images(count: int, seed: int = 0) -> list[Image.Image]:
@@ -274,8 +368,11 @@ def spoken(count: int, seed: int = 0) -> Dataset:
 
 def data(family: str, count: int, seed: int = 0) -> Dataset:
     """Return `count` samples of the kind the tiny model `family` is used on."""
-    if family == "whisper":
+    if family in SOUND:
         return spoken(count, seed)
+    if family in tiny_joint.ASKED:
+        pairs = zip(asked(count, seed, turns=False), images(count, seed), strict=True)
+        return Dataset(Memory([replace(sample, picture=image) for sample, image in pairs]), "asked of pictures")
     if family in tiny_vlm.MODELS:
         return asked(count, seed, turns=family != "paligemma")
     return dataset(count, seed)

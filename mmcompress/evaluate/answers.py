@@ -101,17 +101,18 @@ def wording_of(model: Model, language: str | None = None) -> Wording:
 
 
 def _own_language(model: Model) -> str | None:
-    settings = getattr(model.model, "generation_config", None) if isinstance(model, Bundle) else None
+    settings = getattr(getattr(model, "model", None), "generation_config", None)
     return getattr(settings, "language", None)
 
 
 def _spelling(model: Model) -> dict[str, str]:
     """The table of normalizer.json: from the file, because not every tokenizer class reads it."""
-    if not isinstance(model, Bundle):
+    processor = getattr(model, "processor", None)  # of a bundle or of an exported model
+    if processor is None:
         return {}
-    stored = model.processor.files.get(SPELLINGS)
+    stored = processor.files.get(SPELLINGS)
     if stored is None:
-        return getattr(model.processor.tokenizer, "english_spelling_normalizer", None) or {}
+        return getattr(processor.tokenizer, "english_spelling_normalizer", None) or {}
     try:
         found = json.loads(stored)
     except ValueError as error:

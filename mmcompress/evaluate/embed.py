@@ -1,5 +1,7 @@
 """From a dataset to embeddings, batch by batch: what every task of a dual encoder starts from.
 
+What texts describe is pictures, or recordings where the model says so (`Describing`); both are called images below.
+
 Shape alphabet: B batch, N images, M distinct texts, P image-text pairs, C channels.
 """
 
@@ -7,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmcompress.data import Dataset, batches
+from mmcompress.data import Dataset, Sample, batches
 from mmcompress.progress import Progress, Silent, track
 
 Floats = NDArray[np.float32]
+Media = Literal["image", "audio"]
 
 
 @runtime_checkable
@@ -28,6 +31,18 @@ class Embedder(Protocol):
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return (B, C), not normalised."""
+
+
+@runtime_checkable
+class Describing(Protocol):
+    """An embedder that says what its texts describe."""
+
+    @property
+    def describes(self) -> Media:
+        """Pictures, or recordings."""
+
+    def embed_samples(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Return (B, C) of the samples' pictures or recordings, not normalised."""
 
 
 @runtime_checkable
@@ -52,6 +67,8 @@ class Embeddings:
     """(M, C), not normalised."""
     pairs: NDArray[np.int64]
     """(P, 2): image index, text index; each pair once, in order of the images."""
+    media: Media = "image"
+    """What an image is: a picture, or a recording."""
 
     @property
     def text_owners(self) -> NDArray[np.int64]:
@@ -61,10 +78,22 @@ class Embeddings:
         return owners
 
 
+def describes(embedder: Embedder) -> Media:
+    """Return what the texts of `embedder` describe."""
+    return embedder.describes if isinstance(embedder, Describing) else "image"
+
+
+def embed_samples(embedder: Embedder, samples: Sequence[Sample]) -> np.ndarray:
+    """Return (B, C) of what the texts of `embedder` describe. Raises UsageError for samples that lack it."""
+    if isinstance(embedder, Describing):
+        return embedder.embed_samples(samples)
+    return embedder.embed_images([sample.image for sample in samples])
+
+
 def embed_dataset(
     embedder: Embedder, dataset: Dataset, batch: int = 32, progress: Progress | None = None, with_texts: bool = True
 ) -> Embeddings:
-    """Embed every image and every distinct text of `dataset`; at most `batch` pictures are decoded at a time.
+    """Embed every image and every distinct text of `dataset`; at most `batch` pictures or recordings are decoded at a time.
 
     Raises UsageError for samples whose image cannot be read, ValueError when the embedder returns something else than (B, C).
     """
@@ -74,8 +103,10 @@ def embed_dataset(
     pairs: dict[tuple[int, int], None] = {}
     images: Floats | None = None
     total = -(-len(dataset) // batch)
-    for samples in track(batches(dataset, batch), progress, "embedding images", total):
-        vectors = _checked(embedder.embed_images([sample.image for sample in samples]), len(samples))
+    media = describes(embedder)
+    label = "embedding recordings" if media == "audio" else "embedding images"
+    for samples in track(batches(dataset, batch), progress, label, total):
+        vectors = _checked(embed_samples(embedder, samples), len(samples))
         if images is None:
             images = np.empty((len(dataset), vectors.shape[1]), dtype=np.float32)
         images[len(keys) : len(keys) + len(samples)] = vectors
@@ -89,7 +120,7 @@ def embed_dataset(
     vectors = embed_texts(embedder, texts, batch, progress) if texts else np.empty((0, images.shape[1]), np.float32)
     if vectors.shape[1] != images.shape[1]:
         raise ValueError(f"images are embedded in {images.shape[1]} channels but texts in {vectors.shape[1]}")
-    return Embeddings(tuple(keys), images, texts, vectors, np.array(list(pairs), dtype=np.int64).reshape(-1, 2))
+    return Embeddings(tuple(keys), images, texts, vectors, np.array(list(pairs), dtype=np.int64).reshape(-1, 2), media)
 
 
 def embed_texts(embedder: Embedder, texts: Sequence[str], batch: int = 32, progress: Progress | None = None) -> Floats:

@@ -219,7 +219,7 @@ def _differences(after: Results, before: Results, seed: int) -> Comparison:
 def _health(scene: Scene) -> list[Finding]:
     if scene.embedded is None:
         return []
-    found = health("image", scene.embedded.images)
+    found = health(scene.embedded.media, scene.embedded.images)
     if scene.embedded.texts:
         found += health("text", scene.embedded.text_vectors)
     if scene.class_vectors is not None:

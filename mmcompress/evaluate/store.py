@@ -50,6 +50,7 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
         "config": evaluation.config,
         "keys": evaluation.scene.keys,
         "texts": found.texts if found is not None else (),
+        **({"media": found.media} if found is not None and found.media != "image" else {}),
         **({"answers": _answers_to_json(answered)} if answered is not None else {}),
         "metrics": metrics,
         "slices": [part.to_json() for part in evaluation.slices],
@@ -88,7 +89,9 @@ def _evaluation(document: dict[str, Any], arrays: dict[str, np.ndarray]) -> Eval
     embedded = None
     if "images" in arrays:
         texts = tuple(document["texts"])
-        embedded = Embeddings(keys, arrays["images"], texts, arrays["text_vectors"], arrays["pairs"])
+        embedded = Embeddings(
+            keys, arrays["images"], texts, arrays["text_vectors"], arrays["pairs"], document.get("media", "image")
+        )
         owners["text"] = embedded.text_owners
     results: dict[str, dict[str, Measured]] = {}
     estimates: Comparison = {}

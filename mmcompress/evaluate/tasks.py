@@ -22,18 +22,22 @@ from mmcompress.evaluate.scene import Measured, Scene, Task, Unit
 
 
 def retrieval(scene: Scene) -> dict[str, Measured]:
-    """Recall at 1, 5 and 10 from each image to the texts, and from each distinct text to the images."""
+    """Recall at 1, 5 and 10 from each image (or recording) to the texts, and from each distinct text to the images."""
     found = scene.embeddings
     if len(found.texts) < 2 or len(found.keys) < 2:
         raise UsageError(
-            f"retrieval needs 2 images and 2 different texts; the data has {len(found.keys)} and {len(found.texts)}",
+            f"retrieval needs 2 samples and 2 different texts; the data has {len(found.keys)} and {len(found.texts)}",
             hint="use more data",
         )
     to_text = metrics.ranks(found.images, found.text_vectors, found.pairs)
     to_image = metrics.ranks(found.text_vectors, found.images, found.pairs[:, ::-1])
     return {
-        **_recalls("image_to_text_r", to_text, found.pairs, len(found.texts), "image", np.arange(len(found.keys))),
-        **_recalls("text_to_image_r", to_image, found.pairs[:, ::-1], len(found.keys), "text", found.text_owners),
+        **_recalls(
+            f"{found.media}_to_text_r", to_text, found.pairs, len(found.texts), "image", np.arange(len(found.keys))
+        ),
+        **_recalls(
+            f"text_to_{found.media}_r", to_image, found.pairs[:, ::-1], len(found.keys), "text", found.text_owners
+        ),
     }
 
 
@@ -55,7 +59,7 @@ def agreement(scene: Scene) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     if mine.images.shape == other.images.shape:
         cosine = metrics.cosines(mine.images, other.images)
-        found["image_cosine"] = Measured(cosine, "image", images, share=False)
+        found[f"{mine.media}_cosine"] = Measured(cosine, "image", images, share=False)
         if mine.texts and mine.texts == other.texts:
             text_cosine = metrics.cosines(mine.text_vectors, other.text_vectors)
             found["text_cosine"] = Measured(text_cosine, "text", mine.text_owners, share=False)
@@ -76,11 +80,16 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             "retrieval",
-            "find the text of an image, and the image of a text: recall at 1, 5 and 10",
-            ("image_to_text_r1", "text_to_image_r1"),
+            "find the text of an image or a recording, and the other way round: recall at 1, 5 and 10",
+            ("image_to_text_r1", "text_to_image_r1", "audio_to_text_r1", "text_to_audio_r1"),
             retrieval,
         ),
-        Task("zero-shot", "name the class of an image from prompts: top-1 and top-5 accuracy", ("top1",), zero_shot),
+        Task(
+            "zero-shot",
+            "name the class of an image or a recording from prompts: top-1 and top-5 accuracy",
+            ("top1",),
+            zero_shot,
+        ),
         Task(
             "agreement",
             "how alike the reference and the compressed model are: cosine, same nearest text, overlap of the ten nearest",

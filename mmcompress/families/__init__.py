@@ -6,12 +6,33 @@ from typing import Any
 
 from mmcompress.bundle import Family
 from mmcompress.errors import UsageError
-from mmcompress.families import clip, dual_encoder, llava, paligemma, qwen_vl, siglip, smolvlm, whisper
+from mmcompress.families import (
+    altclip,
+    blip,
+    chinese_clip,
+    clap,
+    clip,
+    dual_encoder,
+    flava,
+    llava,
+    paligemma,
+    qwen_vl,
+    siglip,
+    smolvlm,
+    whisper,
+)
 
 FAMILIES: dict[str, Family] = {
     "clip": clip.FAMILY,
+    "altclip": altclip.FAMILY,
+    "chinese_clip": chinese_clip.FAMILY,
+    "clap": clap.FAMILY,
     "siglip": siglip.FAMILY,
     "dual_encoder": dual_encoder.FAMILY,
+    "flava": flava.FAMILY,
+    "blip": blip.CAPTIONER,
+    "blip_vqa": blip.ANSWERER,
+    "blip_retrieval": blip.RETRIEVER,
     "whisper": whisper.FAMILY,
     "llava": llava.LLAVA,
     "llava_next": llava.LLAVA_NEXT,

@@ -34,6 +34,10 @@ class BlockNames:
     """Attributes of the attention module that count heads, or heads * D."""
     cross: str = ""
     """The attention over an encoder's output, built like the other one inside."""
+    per_head: tuple[str, ...] = ()
+    """Parameters with a column for each head."""
+    why_whole: str = ""
+    """Why the attention's heads cannot be cut."""
 
 
 CLIP_BLOCK = BlockNames(
@@ -87,6 +91,32 @@ BERT_BLOCK = BlockNames(
     bookkeeping=(("self.num_attention_heads", "heads"), ("self.all_head_size", "width")),
 )
 """Post-norm, so `attend` and `feed` stay empty."""
+
+CLAP_AUDIO_BLOCK = replace(BERT_BLOCK, per_head=("attention.self.relative_position_bias_table",))
+"""Pre-norm, but attention sees windows of the tokens: `attend` cannot say that."""
+
+BLIP_VISION_BLOCK = BlockNames(
+    attention="self_attn",
+    writers=("self_attn.qkv",),
+    reader="self_attn.projection",
+    head_dim="head_dim",
+    mlp="mlp",
+    mlp_writers=("mlp.fc1",),
+    mlp_reader="mlp.fc2",
+    bookkeeping=(("num_heads", "heads"),),
+    why_whole="BLIP computes how wide a head is from the hidden size and the number of heads",
+)
+"""Pre-norm; its attention takes no function by name, so it gives no keys to match tokens by."""
+
+BLIP_DECODER_BLOCK = replace(BERT_BLOCK, cross="crossattention")
+
+FLAVA_BLOCK = replace(
+    BERT_BLOCK,
+    writers=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    head_dim="attention.attention_head_size",
+    bookkeeping=(("attention.num_attention_heads", "heads"), ("attention.all_head_size", "width")),
+)
+"""Pre-norm; its attention takes no function by name, so it gives no keys to match tokens by."""
 
 WHISPER_ENCODER_BLOCK = BlockNames(
     attention="self_attn",
@@ -189,6 +219,8 @@ def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> At
             (f"{at}.{owner}".rstrip("."), attribute, counts)
             for owner, _, attribute, counts in ((*name.rpartition("."), counts) for name, counts in names.bookkeeping)
         ),
+        per_head=tuple(f"{path}.{name}" for name in names.per_head),
+        why_whole=names.why_whole,
     )
 
 
@@ -205,10 +237,17 @@ def example_pixels(batch: int, channels: int, height: int, width: int) -> torch.
     return nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def example_tokens(batch: int, length: int, vocabulary: int, last: int) -> torch.Tensor:
-    """Return deterministic token ids (B, length) that end in `last`."""
+def example_tokens(batch: int, length: int, vocabulary: int, last: int, padding: int = 0) -> torch.Tensor:
+    """Return deterministic token ids (B, length) that end in `last`, and have it and `padding` nowhere else."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, vocabulary - 1, (batch, length), generator=generator)
     ids += (ids >= last).long()  # `last` occurs at the end only
+    # RoBERTa counts its positions by what is not padding.
+    ids[ids == padding] = next(token for token in range(1, vocabulary) if token not in (last, padding))
     ids[:, -1] = last
     return ids
+
+
+def roberta_positions(config: Any) -> int:
+    """Return the most tokens of a RoBERTa: its positions count from the padding id + 1, and the table holds those before."""
+    return int(config.max_position_embeddings) - int(config.pad_token_id) - 1

@@ -24,21 +24,9 @@ class Clip(TwoTowers):
         return CLIPModel
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
-        vision, text = model.config.vision_config, model.config.text_config
+        text = model.config.text_config
         return (
-            Tower(
-                name="vision",
-                path="vision_model",
-                blocks_path="vision_model.encoder.layers",
-                blocks=read_blocks(model, "vision_model.encoder.layers", CLIP_BLOCK, vision.hidden_act),
-                config="vision_config",
-                depth_key="num_hidden_layers",
-                heads=("visual_projection",),
-                embeddings=("vision_model.embeddings.patch_embedding", "vision_model.embeddings.position_embedding"),
-                stream=TokenStream(
-                    tokens=(vision.image_size // vision.patch_size) ** 2 + 1, protected=1, readout="class"
-                ),
-            ),
+            clip_vision(model),
             Tower(
                 name="text",
                 path="text_model",
@@ -65,6 +53,22 @@ class Clip(TwoTowers):
 
     def write_config(self, model: Any) -> None:
         write_clip_widths(self.towers(model), model.config)
+
+
+def clip_vision(model: Any) -> Tower:
+    """Return the vision tower of models that kept CLIP's: AltCLIP and Chinese-CLIP too."""
+    vision = model.config.vision_config
+    return Tower(
+        name="vision",
+        path="vision_model",
+        blocks_path="vision_model.encoder.layers",
+        blocks=read_blocks(model, "vision_model.encoder.layers", CLIP_BLOCK, vision.hidden_act),
+        config="vision_config",
+        depth_key="num_hidden_layers",
+        heads=("visual_projection",),
+        embeddings=("vision_model.embeddings.patch_embedding", "vision_model.embeddings.position_embedding"),
+        stream=TokenStream(tokens=(vision.image_size // vision.patch_size) ** 2 + 1, protected=1, readout="class"),
+    )
 
 
 def write_clip_widths(towers: tuple[Tower, ...], config: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ class TwoTowers:
     name: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
+    media: Literal["vision", "audio"] = "vision"
+    outside: tuple[str, ...] = ()
+    """Paths of modules that neither embedding needs: they belong to no tower, and passes leave them as they are."""
     text_inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     text_limit_key = "max_position_embeddings"
     pad_to_limit = False
@@ -66,13 +69,12 @@ class TwoTowers:
         if processor.image is None:
             raise UsageError("this checkpoint has no image processor", hint="add its preprocessor_config.json")
         prepared = processor.image(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        dtype = next(model.parameters()).dtype
-        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in prepared.items()}
+        return in_dtype_of(model, prepared)
 
     def prepare_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return token inputs for texts, padded and cut at the model's limit."""
         limit = self.text_limit(model)
-        prepared = _tokenizer(processor)(
+        prepared = tokenizer_of(processor)(
             list(texts),
             padding="max_length" if self.pad_to_limit else True,
             truncation=True,
@@ -88,11 +90,18 @@ class TwoTowers:
     def cut_texts(self, model: nn.Module, processor: Processor, texts: Sequence[str]) -> tuple[int, int]:
         """Return how many texts lose their end in `prepare_texts`, and the limit in tokens."""
         limit = self.text_limit(model)
-        tokens = _tokenizer(processor)(list(texts), verbose=False)["input_ids"] if texts else []
+        tokens = tokenizer_of(processor)(list(texts), verbose=False)["input_ids"] if texts else []
         return sum(len(found) > limit for found in tokens), limit
 
 
-def _tokenizer(processor: Processor) -> Any:
+def in_dtype_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `inputs` with pixels and sound in the dtype of the weights, for models that do not see to that themselves."""
+    dtype = next(model.parameters()).dtype
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def tokenizer_of(processor: Processor) -> Any:
+    """Return the tokenizer. Raises UsageError where there is none."""
     if processor.tokenizer is None:
         raise UsageError("this checkpoint has no tokenizer", hint="add its tokenizer.json")
     return processor.tokenizer

@@ -23,6 +23,8 @@ from mmcompress.families.anatomy import (
     widths,
 )
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
+from mmcompress.families.whisper_parts import whisper_decoding, whisper_parts
+from mmcompress.parts import Decoding, Part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,7 +141,7 @@ class Whisper:
         settings.return_timestamps, settings.max_new_tokens = False, model.config.max_target_positions // 2
         with quiet():
             ids = model.generate(features, generation_config=settings)
-        return [text.strip() for text in _tokenizer(processor).batch_decode(ids, skip_special_tokens=True)]
+        return self.texts(processor, ids)
 
     def start_tokens(self, model: Any) -> list[int]:
         """Return the tokens before the text: start and, as far as the model has them, language, task and "no timestamps".
@@ -159,11 +161,24 @@ class Whisper:
         tokens.append(getattr(settings, "no_timestamps_token_id", None))
         return [token for token in tokens if token is not None]
 
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        """Return the graph that listens and the graph that writes."""
+        return whisper_parts(model, lambda batch: self._example_features(model, batch), self.start_tokens(model))
+
+    def decoding(self, model: Any) -> Decoding:
+        return whisper_decoding(model, self.start_tokens(model))
+
+    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        return {"input_features": self._features(model, processor, samples)}
+
+    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+        return [text.strip() for text in _tokenizer(processor).batch_decode(ids, skip_special_tokens=True)]
+
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
         """Return smooth features for the audio tower; for the decoder states as an encoder gives them, and 16 tokens."""
         c = model.config
         if tower == "audio":
-            return {"input_features": example_pixels(batch, 1, c.num_mel_bins, self._frames(model)).squeeze(1)}
+            return {"input_features": self._example_features(model, batch)}
         start = self.start_tokens(model)
         ids = example_tokens(batch, min(16, c.max_target_positions), c.vocab_size, _end(c))
         ids[:, : len(start)] = torch.tensor(start)
@@ -214,6 +229,9 @@ class Whisper:
                 hint="use the preprocessor_config.json that belongs to this checkpoint",
             )
         return features.to(next(model.parameters()).dtype)
+
+    def _example_features(self, model: Any, batch: int) -> Tensor:
+        return example_pixels(batch, 1, model.config.num_mel_bins, self._frames(model)).squeeze(1)
 
     @staticmethod
     def _frames(model: Any) -> int:

@@ -35,7 +35,7 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
         "bytes": cost.bytes,
         "towers": [{**_tower(tower), **vars(cost.towers[tower.name])} for tower in bundle.towers()],
         "passes": [
-            {"pass": name, "tower": tower.name, **_applies(bundle, name, tower)}
+            {"pass": name, "tower": tower.name, **applies(bundle, name, tower)}
             for name in passes.PASSES
             for tower in bundle.towers()
         ],
@@ -61,13 +61,17 @@ def _span(values: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _applies(bundle: Bundle, name: str, tower: Tower) -> dict[str, Any]:
+def applies(bundle: Bundle, name: str, tower: Tower, params: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return whether the pass `name` can do something to `tower`, and the reason where it cannot: {"applies", "reason"}.
+
+    `params` are its parameters, by default such as change a little.
+    """
     known = {parameter.name for parameter in passes.schema(name).parameters}
     where: dict[str, Any] = (
         {"tower": tower.name} if "tower" in known else {"towers": [tower.name]} if "towers" in known else {}
     )
     try:
-        passes.build(name, {**QUESTIONS.get(name, {}), **where}).check(bundle)
+        passes.build(name, {**(QUESTIONS.get(name, {}) if params is None else params), **where}).check(bundle)
     except UsageError as error:
         return {"applies": False, "reason": error.message}
     return {"applies": True, "reason": ""}

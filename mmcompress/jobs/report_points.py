@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 MIB = 2**20
 FAVOURITES = (
     "retrieval.image_to_text_r1",
+    "retrieval.audio_to_text_r1",
     "zero-shot.top1",
     "retrieval.text_to_image_r1",
+    "retrieval.text_to_audio_r1",
     "transcription.word_accuracy",
     "vqa.accuracy",
     "captioning.cider",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from mmcompress.preprocessing import read_processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from mmcompress.data import Sample
 
 _ENGINES = ("tensorrt", "tensorrt_rtx")
 
@@ -50,6 +52,8 @@ class ArtifactEmbedder:
         with torch.device("meta"):
             self._model: Any = self._family.model_class(config)(config)
         self._processor = read_processor(artifact.directory)
+        assert isinstance(self._family, DualEncoder), "only dual encoders are exported as embedders"
+        self._media = self._family.media
 
     @property
     def similarity(self) -> tuple[float, float]:
@@ -59,6 +63,16 @@ class ArtifactEmbedder:
     def embed_images(self, images: Sequence[Image]) -> np.ndarray:
         """Return float32 embeddings (B, C), not normalised. Raises what `open_runner` and preprocessing raise."""
         return self._run("vision", self.prepare_images(images))
+
+    @property
+    def describes(self) -> Literal["image", "audio"]:
+        """What the texts describe."""
+        return "audio" if self._media == "audio" else "image"
+
+    def embed_samples(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Return float32 embeddings (B, C) of the samples' pictures or recordings. Raises what decoding and `embed_images` do."""
+        items = [item for sample in samples for item in self._family.items(self._media, sample)]
+        return self._run(self._media, self._arrays(self._media, self._prepare(self._media, items)))
 
     def prepare_images(self, images: Sequence[Image]) -> dict[str, np.ndarray]:
         """Return what the vision graph takes for `images`."""

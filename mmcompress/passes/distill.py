@@ -137,6 +137,11 @@ class Distill:
                 f"distill learns embeddings in a shared space or answers in text, and {bundle.family.name} models give neither",
                 hint="prune with compensate=least-squares repairs a model without training",
             )
+        if isinstance(bundle.family, DualEncoder) and bundle.family.media != "vision":
+            raise UsageError(
+                f"distill trains models of images and texts, and the texts of {bundle.family.name} describe sound",
+                hint="prune with compensate=least-squares repairs a model without training",
+            )
         for name in self.towers:
             bundle.tower(name)
         trainable(bundle, self.towers or tuple(tower.name for tower in bundle.towers()), self.train)

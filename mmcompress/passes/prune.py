@@ -140,6 +140,18 @@ class Prune:
                 "tokens are already merged, with a schedule per block; removing blocks would break it",
                 hint="put prune before merge-tokens",
             )
+        for tower in towers:
+            whole = [part.why_whole for block in tower.blocks for part in (block.attention, block.cross) if part]
+            if set(self.units) == {"heads"} and all(whole):
+                raise UsageError(
+                    f"heads of the {tower.name} tower cannot be removed: {whole[0]}",
+                    hint="prune its neurons or blocks, or name other towers with --towers",
+                )
+            if "blocks" in self.units and tower.why_fixed_depth:
+                raise UsageError(
+                    f"blocks of the {tower.name} tower cannot be removed: {tower.why_fixed_depth}",
+                    hint="prune its heads and neurons, or name other towers with --towers",
+                )
         self._survey(bundle, towers)
         if self.crosscheck:
             crosscheck(bundle, towers)

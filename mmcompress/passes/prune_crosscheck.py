@@ -62,7 +62,7 @@ def unit_channels(bundle: Bundle, tower: Tower) -> Iterator[Channels]:
     """Yield what we cut with the last head and with the last neuron of each block, the first writer's rows first."""
     for block in tower.blocks:
         for attention in (block.attention, block.cross):
-            if attention:
+            if attention and not attention.why_whole:
                 last = torch.tensor([attention.kv_heads - 1])
                 rows = kept_rows(attention, last)
                 ours: Channels = {(path, "rows"): channels.tolist() for path, channels in rows.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Attention, Bundle, Mlp, Numbering, Tower
 from mmcompress.passes.prune_units import head_rows, kept_rows
-from mmcompress.surgery.linears import keep_columns, keep_rows, spread
+from mmcompress.surgery.linears import keep_columns, keep_rows, selected, spread
 
 PLACES = ("layer_idx", "layer_index", "layer_id")
 
@@ -26,6 +26,9 @@ def cut_heads(bundle: Bundle, attention: Attention, kept: Sequence[int]) -> None
     for path, rows in kept_rows(attention, units).items():
         keep_rows(_linear(bundle, path), rows)
     keep_columns(_linear(bundle, attention.reader), spread(units, head_rows(attention)[0]))
+    for name in attention.per_head:
+        path, _, own = name.rpartition(".")
+        setattr(bundle.module(path), own, selected(bundle.model.get_parameter(name), 1, units))
     heads = len(kept) * attention.heads // attention.kv_heads
     counts = {"heads": heads, "kv_heads": len(kept), "width": heads * attention.head_dim}
     for path, attribute, what in attention.bookkeeping:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from mmcompress.passes.base import Context
 from mmcompress.passes.prune_units import Group, count_tokens
 from mmcompress.progress import track
 from mmcompress.surgery.watch import Sums, evaluating, padding_mask, watch_blocks, watch_gradients, watch_inputs
+
+if TYPE_CHECKING:
+    from mmcompress.data import Sample
 
 Objective = Callable[[Tensor, int], Tensor]
 """(embeddings (b, C) of a slice, its offset in the batch) -> scalar to differentiate."""
@@ -112,7 +115,8 @@ def taylor(bundle: Bundle, groups: Sequence[Group], context: Context, objective:
         modules: dict[str, nn.Module] = {group.reader: bundle.module(group.reader) for group in mine}
         side: Literal["inputs", "updates"] = "updates" if mine[0].kind == "blocks" else "inputs"
         step = _slice_size(bundle, name)
-        with evaluating(bundle.model), watch_gradients(modules, effects.add, side):
+        add = effects.add_sample if bundle.tower(name).packed else effects.add
+        with evaluating(bundle.model), watch_gradients(modules, add, side):
             walk = _contrastive if objective == "contrastive" else _directions
             for inputs, differentiate in walk(bundle, name, context, "Taylor score"):
                 _backward(bundle, name, inputs, differentiate, step)
@@ -149,12 +153,14 @@ class Effects:
 
     def add(self, path: str, states: Tensor, gradient: Tensor) -> None:
         """Add the samples of one slice: states and gradient (b, N, C)."""
-        if states.dim() == 2:  # a packed tower's, of one sample
-            states, gradient = states[None], gradient[None]
         effect = importance.gate_gradients(states, gradient, self.groups[path].units)
         size = effect.square().sum(0)
         self.totals[path] = self.totals[path] + size if path in self.totals else size
         self.counts[path] += len(effect)
+
+    def add_sample(self, path: str, states: Tensor, gradient: Tensor) -> None:
+        """Add the only sample of a slice, from a packed tower: states and gradient (N, C), or (windows, N, C)."""
+        self.add(path, states.reshape(1, -1, states.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1]))
 
     def means(self) -> list[Tensor]:
         """Return the mean per unit (U,), in the order of the groups; 0 where nothing that the tower gives out depends on it."""
@@ -194,10 +200,11 @@ def _contrastive(
             hint="use a batch_size of 2 or more (16 is usual), or objective=embedding",
         )
     data = context.require_data(f"prune with {label}").subset(context.num_samples, context.seed)
-    paired = [index for index in range(len(data)) if data[index].picture is not None and data[index].texts]
+    media = bundle.dual.media
+    paired = [index for index in range(len(data)) if _has(data[index], media) and data[index].texts]
     if len(paired) < 2:
         raise UsageError(
-            "the contrastive Taylor score needs at least 2 samples with an image and a text",
+            f"the contrastive Taylor score needs at least 2 samples with {_HELD[media]} and a text",
             hint="use objective=embedding, which needs no pairs",
         )
     scale = bundle.dual.similarity(bundle.model)[0].detach().float()
@@ -205,7 +212,7 @@ def _contrastive(
     for start in track(starts, context.progress, f"{tower} {label}", len(starts)):
         samples = [data[index] for index in paired[start : start + context.batch_size]]
         inputs = {
-            "vision": bundle.prepare("vision", [sample.image for sample in samples]),
+            media: bundle.prepare(media, [item for sample in samples for item in bundle.items(media, sample)]),
             "text": bundle.prepare("text", [sample.texts[0] for sample in samples]),
         }
         with torch.no_grad():
@@ -213,8 +220,8 @@ def _contrastive(
         with torch.enable_grad():
             for leaf in leaves.values():
                 leaf.requires_grad_()
-            vision, text = (nn.functional.normalize(leaves[name], dim=-1) for name in ("vision", "text"))
-            logits = scale * vision @ text.T
+            shown, text = (nn.functional.normalize(leaves[name], dim=-1) for name in (media, "text"))
+            logits = scale * shown @ text.T
             target = torch.arange(len(samples), device=logits.device)
             loss = nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
             (wanted,) = torch.autograd.grad(loss / 2, [leaves[tower]])
@@ -223,6 +230,13 @@ def _contrastive(
             return (embeddings.float() * wanted[start : start + len(embeddings)]).sum()
 
         yield inputs[tower], differentiate
+
+
+_HELD = {"vision": "an image", "audio": "a recording"}
+
+
+def _has(sample: Sample, media: str) -> bool:
+    return (sample.audio if media == "audio" else sample.picture) is not None
 
 
 def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: Objective, step: int) -> None:
@@ -240,7 +254,7 @@ def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: 
 def _slice_size(bundle: Bundle, name: str) -> int:
     """Return how many samples may keep their graph at once: about an eighth of the model's bytes (or 32 MiB), at least one."""
     tower = bundle.tower(name)
-    if bundle.tower(name).packed:
+    if tower.packed:
         return 1  # whose tokens are whose is known of single samples only
     allowed = max(2**25, sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 8)
     seen = count_tokens(bundle, tower)

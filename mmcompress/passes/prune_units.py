@@ -78,8 +78,9 @@ def list_groups(
             if block.index in untouched:
                 continue
             if "heads" in kinds:
-                groups.append(_heads(bundle, tower, block, block.attention, tokens))
-                if block.cross:
+                if not block.attention.why_whole:
+                    groups.append(_heads(bundle, tower, block, block.attention, tokens))
+                if block.cross and not block.cross.why_whole:
                     groups.append(_heads(bundle, tower, block, block.cross, tokens, "cross"))
             if "neurons" in kinds:
                 groups.append(_neurons(bundle, tower, block, tokens))
@@ -100,7 +101,9 @@ def _heads(
         linear = _linear(bundle, path)
         macs += seen * height * linear.in_features
         parameters += height * (linear.in_features + (linear.bias is not None))
-    macs += attention_macs(queries, keys, attention.heads // attention.kv_heads, attention.head_dim)
+    parameters += sum(bundle.model.get_parameter(name).shape[0] for name in attention.per_head)
+    window = attention.window or keys
+    macs += attention_macs(queries, window, attention.heads // attention.kv_heads, attention.head_dim)
     return Group(
         tower.name,
         block.index,
@@ -145,7 +148,7 @@ def _block_macs(bundle: Bundle, block: Block, tokens: dict[str, int]) -> int:
         if attention:
             queries, keys = _looked_at(attention, tokens)
             total += linears((attention.writers[0], attention.reader), queries) + linears(attention.writers[1:], keys)
-            total += attention_macs(queries, keys, attention.heads, attention.head_dim)
+            total += attention_macs(queries, attention.window or keys, attention.heads, attention.head_dim)
     return total
 
 

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 def keep_rows(linear: nn.Linear, kept: Tensor) -> None:
     """Keep the output channels `kept` (K,) of `linear`: weight (out, in) -> (K, in), bias (out,) -> (K,)."""
-    linear.weight = _selected(linear.weight, 0, kept)
+    linear.weight = selected(linear.weight, 0, kept)
     if linear.bias is not None:
-        linear.bias = _selected(linear.bias, 0, kept)
+        linear.bias = selected(linear.bias, 0, kept)
     linear.out_features = len(kept)
 
 
 def keep_columns(linear: nn.Linear, kept: Tensor) -> None:
     """Keep the input channels `kept` (K,) of `linear`: weight (out, in) -> (out, K)."""
-    linear.weight = _selected(linear.weight, 1, kept)
+    linear.weight = selected(linear.weight, 1, kept)
     linear.in_features = len(kept)
 
 
@@ -28,6 +28,7 @@ def spread(units: Tensor, width: int) -> Tensor:
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
-def _selected(parameter: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
+def selected(parameter: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
+    """Return `parameter` with the entries `kept` (K,) along `dim`."""
     chosen = parameter.detach().index_select(dim, kept.to(parameter.device))
     return nn.Parameter(chosen, requires_grad=parameter.requires_grad)

@@ -142,7 +142,7 @@ def test_what_the_data_lacks_is_said_before_anything_is_embedded() -> None:
         with pytest.raises(UsageError, match=words) as caught:
             evaluate(Never(), data, tasks=tasks, reference=ref)
         assert caught.value.hint
-    with pytest.raises(UsageError, match="needs 2 images"):
+    with pytest.raises(UsageError, match="needs 2 samples"):
         evaluate(Seeing(), world(1), tasks=["retrieval"])
 
 

@@ -19,7 +19,7 @@ from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.merge_tokens import MergeTokens
 from tests import tiny
 
-families = pytest.mark.parametrize("family", tiny.FAMILIES)
+families = pytest.mark.parametrize("family", tiny.MERGING)
 methods = pytest.mark.parametrize("method", ["tome", "random"])
 
 
@@ -155,13 +155,17 @@ def test_random_equals_dropping_by_hand() -> None:
 
 @families
 def test_merging_beats_dropping_where_neighbours_are_alike(family: str) -> None:
-    """On smooth images, at the same schedule, merging must stay closer to the original than dropping does."""
-    expected = outputs(tiny.bundle(family), 8)["vision"]
-    error = {}
-    for method in ("tome", "random"):
-        bundle = tiny.bundle(family)
-        apply(bundle, MergeTokens(keep=0.6, method=method))  # type: ignore[arg-type]
-        error[method] = (outputs(bundle, 8)["vision"] - expected).norm().item()
+    """On smooth images, at the same schedule, merging must stay closer to the original than dropping does.
+
+    Of several models: one draw of random weights may prefer dropping.
+    """
+    error = {"tome": 0.0, "random": 0.0}
+    for seed in range(6):
+        expected = outputs(tiny.bundle(family, seed), 8)["vision"]
+        for method in error:
+            bundle = tiny.bundle(family, seed)
+            apply(bundle, MergeTokens(keep=0.6, method=method))  # type: ignore[arg-type]
+            error[method] += (outputs(bundle, 8)["vision"] - expected).norm().item() / expected.norm().item()
     assert error["tome"] < error["random"]
 
 

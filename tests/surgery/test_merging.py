@@ -18,7 +18,7 @@ from mmcompress.surgery.attention import KEYS, give_keys
 from mmcompress.surgery.merging import Flow, Ledger, Reduction, _reduce, bind_block, bind_pool, is_reduced
 from tests import tiny
 
-families = pytest.mark.parametrize("family", tiny.FAMILIES)
+families = pytest.mark.parametrize("family", tiny.MERGING)
 torch_modes = pytest.mark.parametrize("training", [False, True])
 
 

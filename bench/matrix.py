@@ -1,0 +1,78 @@
+"""The "Families" part of README.md: which pass applies to which tower, as each pass's own `check` says of a small model.
+
+Nothing is typed in but the columns: a family that comes, or a pass that learns something, changes the table by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmcompress.families import FAMILIES
+from mmcompress.jobs.inspect import QUESTIONS, applies
+from tests import tiny
+
+BEGIN = "<!-- matrix -->"
+END = "<!-- end matrix -->"
+COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "prune heads": ("prune", {"ratio": 0.01, "units": ["heads"], "score": "magnitude"}),
+    "prune neurons": ("prune", {"ratio": 0.01, "units": ["neurons"], "score": "magnitude"}),
+    "prune blocks": ("prune", {"ratio": 0.01, "units": ["blocks"], "score": "random"}),
+    "merge-tokens": ("merge-tokens", QUESTIONS["merge-tokens"]),
+    "quantize": ("quantize", QUESTIONS["quantize"]),
+    "distill": ("distill", QUESTIONS["distill"]),
+}
+"""Heading -> pass and parameters."""
+
+Answers = dict[str, dict[str, str]]
+"""Heading -> tower -> "" where the pass applies, else the reason."""
+
+
+def section() -> str:
+    """Return the part of README.md from marker to marker."""
+    notes: dict[str, int] = {}
+    lines = [f"| class | towers | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for label, towers, answers in rows():
+        cells = [_cell(answers[heading], notes) for heading in COLUMNS]
+        lines.append(f"| `{label}` | {', '.join(towers)} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {reason}" for reason, number in notes.items())]
+    return "\n".join([BEGIN, "", *lines, "", END])
+
+
+def rows() -> list[tuple[str, tuple[str, ...], Answers]]:
+    """Return (class, towers, answers), one row a class; models of one class that differ are told apart by name."""
+    asked: dict[str, list[tuple[str, tuple[str, ...], Answers]]] = {}
+    for name in sorted(tiny.EVERY, key=lambda name: list(FAMILIES).index(_family(name))):
+        bundle = tiny.bundle(name)
+        towers = bundle.towers()
+        answers = {
+            # The reasons of families that are alike are one note.
+            heading: {
+                tower.name: applies(bundle, key, tower, params)["reason"].replace(
+                    f"{bundle.family.name} models", "such models"
+                )
+                for tower in towers
+            }
+            for heading, (key, params) in COLUMNS.items()
+        }
+        found = asked.setdefault(type(bundle.model).__name__, [])
+        if all(answers != other for _, _, other in found):
+            found.append((name, tuple(tower.name for tower in towers), answers))
+    return [
+        (label if len(models) == 1 else f"{label} ({name})", towers, answers)
+        for label, models in asked.items()
+        for name, towers, answers in models
+    ]
+
+
+def _family(name: str) -> str:
+    own = tiny.bundle(name).family
+    return next(key for key, family in FAMILIES.items() if family is own)
+
+
+def _cell(reasons: dict[str, str], notes: dict[str, int]) -> str:
+    marks = {
+        tower: f"<sup>{notes.setdefault(why, len(notes) + 1)}</sup>" if why else "✓" for tower, why in reasons.items()
+    }
+    if len(set(marks.values())) == 1:
+        return marks.popitem()[1]
+    return ", ".join(f"{tower} {mark}" for tower, mark in marks.items())

@@ -1,0 +1,62 @@
+"""AltCLIPModel: CLIP's vision tower beside XLM-RoBERTa, which one Linear turns into the text tower of another CLIP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AltCLIPModel
+
+from mmcompress.bundle import Tower
+from mmcompress.families.anatomy import BERT_BLOCK, example_pixels, example_tokens, read_blocks, roberta_positions
+from mmcompress.families.clip import clip_vision, write_clip_widths
+from mmcompress.families.two_tower import TwoTowers
+
+
+class AltClip(TwoTowers):
+    """BAAI's AltCLIP, bilingual and the one of nine and eighteen languages."""
+
+    name = "altclip"
+    model_types: tuple[str, ...] = ("altclip",)
+    architectures: tuple[str, ...] = ("AltCLIPModel",)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        return AltCLIPModel
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        text = model.config.text_config
+        blocks = "text_model.roberta.encoder.layers"
+        return (
+            clip_vision(model),
+            Tower(
+                name="text",
+                path="text_model",
+                blocks_path=blocks,
+                blocks=read_blocks(model, blocks, BERT_BLOCK, text.hidden_act),
+                config="text_config",
+                depth_key="num_hidden_layers",
+                heads=("text_projection",),
+                embeddings=tuple(
+                    f"text_model.roberta.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")
+                ),
+                why_no_stream="RoBERTa blocks normalise after the residual; merging inside them is not implemented",
+            ),
+        )
+
+    def text_limit(self, model: Any) -> int:
+        return roberta_positions(self.text_config(model))
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        if tower == "vision":
+            c = model.config.vision_config
+            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
+        c = model.config.text_config
+        ids = example_tokens(batch, min(16, self.text_limit(model)), c.vocab_size, c.eos_token_id, c.pad_token_id)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def write_config(self, model: Any) -> None:
+        write_clip_widths(self.towers(model), model.config)
+
+
+FAMILY = AltClip()

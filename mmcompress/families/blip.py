@@ -1,0 +1,401 @@
+"""BLIP: a ViT beside a BERT that can look at what the ViT saw; it captions, answers questions, or embeds both into one space.
+
+Shape alphabet: B batch, N image tokens, T text tokens, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+
+from mmcompress.bundle import Processor, Tower
+from mmcompress.errors import UsageError
+from mmcompress.families.anatomy import (
+    BERT_BLOCK,
+    BLIP_DECODER_BLOCK,
+    BLIP_VISION_BLOCK,
+    example_pixels,
+    example_tokens,
+    read_blocks,
+    widths,
+)
+from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
+from mmcompress.families.two_tower import TwoTowers, in_dtype_of, tokenizer_of
+
+if TYPE_CHECKING:
+    from mmcompress.data import Sample
+
+ANSWER_TOKENS = 32
+"""The longest caption or answer, where the generation config names no other."""
+EXAMPLE_TOKENS = 16
+POST_NORM = "BERT blocks normalise after the residual; merging inside them is not implemented"
+
+
+class BlipCaptioner:
+    """BlipForConditionalGeneration.
+
+    Its towers are "vision", whose output are the states of all image tokens, and "decoder", which predicts the caption's next token
+    from them. The decoder is judged by itself: the states go in without gradient, or ready-made where inputs hold them.
+    """
+
+    name = "blip"
+    model_types: tuple[str, ...] = ("blip",)
+    architectures: tuple[str, ...] = ("BlipForConditionalGeneration",)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        return BlipForConditionalGeneration
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        seen = "BLIP's text decoder looks at every token of the picture, in its place"
+        return replace(_vision(model), why_no_stream=seen), self.decoder(model)
+
+    def decoder(self, model: Any) -> Tower:
+        """Return the view of the text decoder."""
+        text, path = model.config.text_config, "text_decoder.bert"
+        tied = (f"{path}.embeddings.word_embeddings", "text_decoder.cls.predictions.decoder")
+        return Tower(
+            name="decoder",
+            path="text_decoder",
+            blocks_path=f"{path}.encoder.layer",
+            blocks=read_blocks(model, f"{path}.encoder.layer", BLIP_DECODER_BLOCK, text.hidden_act),
+            config="text_config",
+            depth_key="num_hidden_layers",
+            heads=("text_decoder.cls",),
+            embeddings=(f"{path}.embeddings.word_embeddings", f"{path}.embeddings.position_embeddings"),
+            tied=(tied,) if model.config.tie_word_embeddings else (),
+            why_no_stream="the decoder writes one token after the other, and each is needed",
+        )
+
+    def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Return one row per sample whose cosine between two models is how alike they are; see `Family.encode`.
+
+        - "vision": the states of the image tokens (B, N, C) as (B, N * C).
+        - "decoder", led through the reference: its next-token distributions, see `next_token_roots`.
+        """
+        if tower == "vision":
+            return self.seen(model, inputs).flatten(1)
+        # Padding lies behind the text, where a causal decoder does not look: it needs no mask inside.
+        given = self.looked_at(model, inputs)
+        with _masked_cross_attention(model):
+            logits = model.text_decoder(inputs["decoder_input_ids"], use_cache=False, **given).logits
+        return next_token_roots(logits, inputs["decoder_mask"])
+
+    def seen(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the states of the image tokens (B, N, C)."""
+        states: Tensor = model.vision_model(inputs["pixel_values"]).last_hidden_state
+        return states
+
+    def looked_at(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the decoder's cross-attention is given, without gradient."""
+        if "encoder_hidden_states" in inputs:
+            return {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+        with torch.no_grad():
+            return {"encoder_hidden_states": self.seen(model, inputs)}
+
+    def items(self, tower: str, sample: Sample) -> list[Any]:
+        """Return the sample itself where it has a picture and, for the decoder, a caption; see `Family.items`."""
+        return [sample] if sample.picture is not None and (tower == "vision" or sample.texts) else []
+
+    def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
+        """Return pixel_values of samples, for the decoder also ids and mask (B, T) of what it is led through.
+
+        That is the sample's first text, cut at `FORCED_TOKENS`. Raises UsageError where an image processor or a tokenizer is
+        missing, and for what the model cannot be asked.
+        """
+        inputs = self.asked(model, processor, items) if tower != "vision" else _pixels(model, processor, items)
+        return {**inputs, **_led(model, processor, items)} if tower == "decoder" else inputs
+
+    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return what an answer depends on: the picture. Raises UsageError for samples with a question."""
+        for sample in samples:
+            if sample.question:
+                raise UsageError(
+                    f"sample '{sample.key}' asks a question, and {self.architectures[0]} only captions",
+                    hint="use a BlipForQuestionAnswering checkpoint",
+                )
+        return _pixels(model, processor, samples)
+
+    def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
+        """Return the greedy caption of (or answer to) each sample. Raises what `prepare` raises."""
+        inputs = {name: value.to(model.device) for name, value in self.asked(model, processor, samples).items()}
+        text = model.config.text_config
+        start, given = torch.full((len(samples), 1), text.bos_token_id), self.looked_at(model, inputs)
+        with quiet(), _masked_cross_attention(model):
+            ids = model.text_decoder.generate(
+                input_ids=start.to(model.device),
+                eos_token_id=text.sep_token_id,
+                pad_token_id=text.pad_token_id,
+                generation_config=greedy(model.generation_config, min(ANSWER_TOKENS, text.max_position_embeddings - 1)),
+                **given,
+            )
+        texts = tokenizer_of(processor).batch_decode(ids[:, 1:], skip_special_tokens=True)
+        return [found.strip() for found in texts]
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        """Return smooth pictures for the vision tower; for the decoder states as the vision tower gives them, and 16 tokens."""
+        if tower == "vision":
+            return _example_pixels(model, batch)
+        c = model.config.text_config
+        ids = _example_ids(model, batch)
+        ids[:, 0] = c.bos_token_id
+        return {
+            "encoder_hidden_states": _example_states(model, batch),
+            "decoder_input_ids": ids,
+            "decoder_mask": torch.ones_like(ids),
+        }
+
+    def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Change nothing."""
+        return contextlib.nullcontext()
+
+    def write_config(self, model: Any) -> None:
+        """Write depth and MLP width of the towers; heads cannot be written (the head size would change)."""
+        _write_widths(model, self.towers(model))
+
+
+class BlipAnswerer(BlipCaptioner):
+    """BlipForQuestionAnswering: between both, the tower "text" reads the question, looking at the picture.
+
+    config.json has one depth and one MLP width for question encoder and answer decoder.
+    """
+
+    name = "blip_vqa"
+    architectures: tuple[str, ...] = ("BlipForQuestionAnswering",)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        return BlipForQuestionAnswering
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        vision, decoder = super().towers(model)
+        shared = "config.json has one depth for the question encoder and the answer decoder"
+        text = replace(
+            _text(model, BLIP_DECODER_BLOCK),
+            why_fixed_depth=shared,
+            why_no_stream="the answer decoder looks at every token of the question, in its place",
+        )
+        return vision, text, replace(decoder, why_fixed_depth=shared)
+
+    def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Return rows as the captioner's; of "text" the states of the question (B, T, C), zero at padding, as (B, T * C)."""
+        if tower != "text":
+            return super().encode(model, tower, inputs)
+        return (self.read(model, inputs) * inputs["attention_mask"][:, :, None]).flatten(1)
+
+    def read(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the states of the question (B, T, C), which the picture's went into without gradient."""
+        states: Tensor = model.text_encoder(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], **super().looked_at(model, inputs)
+        ).last_hidden_state
+        return states
+
+    def looked_at(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the question's states and mask, which the decoder's cross-attention is given, without gradient."""
+        mask = {"encoder_attention_mask": inputs["attention_mask"]}
+        if "encoder_hidden_states" in inputs:
+            return {"encoder_hidden_states": inputs["encoder_hidden_states"], **mask}
+        with torch.no_grad():
+            return {"encoder_hidden_states": self.read(model, inputs), **mask}
+
+    def items(self, tower: str, sample: Sample) -> list[Any]:
+        """Return the sample itself where it has a picture, a question and, for the decoder, an answer; see `Family.items`."""
+        asked = tower == "vision" or sample.question
+        return super().items("decoder" if tower == "decoder" else "vision", sample) if asked else []
+
+    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return the picture and the question, ids and mask (B, T).
+
+        Raises UsageError for samples without a question, and for questions longer than the model takes.
+        """
+        limit = model.config.text_config.max_position_embeddings
+        rows = [tokenizer_of(processor)(sample.question)["input_ids"] for sample in samples]
+        for row, sample in zip(rows, samples, strict=True):
+            if not sample.question:
+                raise UsageError(
+                    f"sample '{sample.key}' asks nothing, and {self.architectures[0]} answers questions",
+                    hint="use data with questions, or a BlipForConditionalGeneration checkpoint for captions",
+                )
+            if len(row) > limit:
+                raise UsageError(
+                    f"the question of sample '{sample.key}' has {len(row)} tokens; {self.name} takes {limit}",
+                    hint="ask a shorter question",
+                )
+        ids, mask = _lined_up(rows, model.config.text_config.pad_token_id)
+        return {**_pixels(model, processor, samples), "input_ids": ids, "attention_mask": mask}
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        """Return inputs as the captioner's; of "text" a question and states as the vision tower gives them."""
+        ids = _example_ids(model, batch)
+        mask = torch.ones_like(ids)
+        if tower == "text":
+            return {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": _example_states(model, batch)}
+        inputs = super().example_inputs(model, tower, batch)
+        if tower == "decoder":
+            # The question's states have the picture's width.
+            states = inputs["encoder_hidden_states"][:, : ids.shape[1]]
+            inputs |= {
+                "encoder_hidden_states": states,
+                "attention_mask": torch.ones(states.shape[:2], dtype=torch.long),
+            }
+        return inputs
+
+    def write_config(self, model: Any) -> None:
+        """Write depth and MLP width of the vision tower, and the width of both others where they have one."""
+        vision, text, decoder = self.towers(model)
+        _write_widths(model, (vision,))
+        found = widths(text.blocks + decoder.blocks)
+        if found:
+            model.config.text_config.intermediate_size = found[1]
+
+
+class BlipRetriever(TwoTowers):
+    """BlipForImageTextRetrieval as a dual encoder, through its contrastive projections.
+
+    Its text encoder reads a text alone then; the cross-attention inside, and the head that says whether a text matches a picture,
+    stay as they are.
+    """
+
+    name = "blip_retrieval"
+    model_types: tuple[str, ...] = ("blip",)
+    architectures: tuple[str, ...] = ("BlipForImageTextRetrieval",)
+    outside = ("itm_head",)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        return BlipForImageTextRetrieval
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        keyless = "BLIP computes attention by itself and gives no keys to match tokens by"
+        return (
+            replace(_vision(model), heads=("vision_proj",), why_no_stream=keyless),
+            replace(_text(model, BERT_BLOCK), heads=("text_proj",), why_no_stream=POST_NORM),
+        )
+
+    def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the embeddings (B, C) of one tower: the projection of its first token; see `Family.encode`."""
+        encoder, projection = (
+            (model.vision_model, model.vision_proj) if tower == "vision" else (model.text_encoder, model.text_proj)
+        )
+        made: Tensor = projection(encoder(**inputs).last_hidden_state[:, 0])
+        return made
+
+    def similarity(self, model: Any) -> tuple[Tensor, Tensor]:
+        """Return (1, 0): the model's own logits are cosines."""
+        weight = model.text_proj.weight if isinstance(model.text_proj, nn.Linear) else model.vision_proj.weight
+        return weight.new_ones(()), weight.new_zeros(())
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        if tower == "vision":
+            return _example_pixels(model, batch)
+        ids = _example_ids(model, batch)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def write_config(self, model: Any) -> None:
+        """Write depth and MLP width of both towers; heads cannot be written (the head size would change)."""
+        _write_widths(model, self.towers(model))
+
+
+@contextlib.contextmanager
+def _masked_cross_attention(model: Any) -> Iterator[None]:
+    """While active, the decoder's cross-attention heeds the mask it is given.
+
+    BlipTextAttention hands its mask on by a name that its inner module does not read there (transformers 5.23): a question shorter
+    than others of its batch would be looked at with its padding.
+    """
+
+    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "encoder_attention_mask": kwargs.get("attention_mask")}
+
+    blocks = model.text_decoder.bert.encoder.layer
+    handles = [block.crossattention.self.register_forward_pre_hook(give, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _vision(model: Any) -> Tower:
+    vision = model.config.vision_config
+    return Tower(
+        name="vision",
+        path="vision_model",
+        blocks_path="vision_model.encoder.layers",
+        blocks=read_blocks(model, "vision_model.encoder.layers", BLIP_VISION_BLOCK, vision.hidden_act),
+        config="vision_config",
+        depth_key="num_hidden_layers",
+        embeddings=("vision_model.embeddings.patch_embedding",),
+    )
+
+
+def _text(model: Any, names: Any) -> Tower:
+    path = "text_encoder.encoder.layer"
+    return Tower(
+        name="text",
+        path="text_encoder",
+        blocks_path=path,
+        blocks=read_blocks(model, path, names, model.config.text_config.hidden_act),
+        config="text_config",
+        depth_key="num_hidden_layers",
+        embeddings=tuple(f"text_encoder.embeddings.{table}_embeddings" for table in ("word", "position")),
+    )
+
+
+def _pixels(model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    if processor.image is None:
+        raise UsageError("this checkpoint has no image processor", hint="add its preprocessor_config.json")
+    made = processor.image(images=[sample.image for sample in samples], return_tensors="pt")
+    return in_dtype_of(model, {"pixel_values": made["pixel_values"]})
+
+
+def _led(model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Return ids and mask (B, T) of the samples' first texts behind the start token."""
+    text = model.config.text_config
+    limit = min(FORCED_TOKENS, text.max_position_embeddings - 1)
+    answers = tokenizer_of(processor)([sample.texts[0] for sample in samples], add_special_tokens=False)["input_ids"]
+    ids, mask = _lined_up([[text.bos_token_id, *answer[:limit]] for answer in answers], text.pad_token_id)
+    return {"decoder_input_ids": ids, "decoder_mask": mask}
+
+
+def _lined_up(rows: Sequence[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask (B, T), padded behind."""
+    counts = torch.tensor([len(row) for row in rows])
+    longest = int(counts.max())
+    ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
+    return ids, (torch.arange(longest) < counts[:, None]).long()
+
+
+def _example_pixels(model: Any, batch: int) -> dict[str, Tensor]:
+    side = model.config.vision_config.image_size
+    return {"pixel_values": example_pixels(batch, 3, side, side)}
+
+
+def _example_ids(model: Any, batch: int) -> Tensor:
+    c = model.config.text_config
+    return example_tokens(
+        batch, min(EXAMPLE_TOKENS, c.max_position_embeddings), c.vocab_size, c.sep_token_id, c.pad_token_id
+    )
+
+
+def _example_states(model: Any, batch: int) -> Tensor:
+    c = model.config.vision_config
+    generator = torch.Generator().manual_seed(0)
+    tokens = (c.image_size // c.patch_size) ** 2 + 1
+    return torch.randn(batch, tokens, c.hidden_size, generator=generator).to(next(model.parameters()).dtype)
+
+
+def _write_widths(model: Any, towers: Sequence[Tower]) -> None:
+    for tower in towers:
+        config = getattr(model.config, tower.config)
+        config.num_hidden_layers = len(tower.blocks)
+        found = widths(tower.blocks)
+        if found:
+            config.intermediate_size = found[1]
+
+
+CAPTIONER, ANSWERER, RETRIEVER = BlipCaptioner(), BlipAnswerer(), BlipRetriever()

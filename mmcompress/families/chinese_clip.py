@@ -1,0 +1,58 @@
+"""ChineseCLIPModel: CLIP's vision tower beside a Chinese BERT, read at its first token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ChineseCLIPModel
+
+from mmcompress.bundle import Tower
+from mmcompress.families.anatomy import BERT_BLOCK, example_pixels, example_tokens, read_blocks
+from mmcompress.families.clip import clip_vision, write_clip_widths
+from mmcompress.families.two_tower import TwoTowers
+
+
+class ChineseClip(TwoTowers):
+    """Chinese-CLIP of OFA-Sys, ViT variants."""
+
+    name = "chinese_clip"
+    model_types: tuple[str, ...] = ("chinese_clip",)
+    architectures: tuple[str, ...] = ("ChineseCLIPModel",)
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        return ChineseCLIPModel
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        text = model.config.text_config
+        return (
+            clip_vision(model),
+            Tower(
+                name="text",
+                path="text_model",
+                blocks_path="text_model.encoder.layer",
+                blocks=read_blocks(model, "text_model.encoder.layer", BERT_BLOCK, text.hidden_act),
+                config="text_config",
+                depth_key="num_hidden_layers",
+                heads=("text_projection",),
+                embeddings=tuple(
+                    f"text_model.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")
+                ),
+                why_no_stream="BERT blocks normalise after the residual; merging inside them is not implemented",
+            ),
+        )
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        if tower == "vision":
+            c = model.config.vision_config
+            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
+        c = model.config.text_config
+        ids = example_tokens(batch, min(16, c.max_position_embeddings), c.vocab_size, 2)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def write_config(self, model: Any) -> None:
+        write_clip_widths(self.towers(model), model.config)
+
+
+FAMILY = ChineseClip()

@@ -1,0 +1,90 @@
+"""FlavaModel: a ViT and a BERT of pre-norm blocks, embedded by the first token of each; an encoder of both stays aside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import FlavaModel
+
+from mmcompress.bundle import Tower
+from mmcompress.families.anatomy import FLAVA_BLOCK, example_pixels, example_tokens, read_blocks, widths
+from mmcompress.families.two_tower import TwoTowers, in_dtype_of
+
+ITSELF = "FLAVA computes attention by itself and gives no keys to match tokens by"
+
+
+class Flava(TwoTowers):
+    """FLAVA as a dual encoder, through its contrastive projections.
+
+    The multimodal encoder takes the states of both towers and embeds into no shared space: it is kept, and not compressed. A
+    checkpoint of FlavaForPreTraining becomes one of this class by `FlavaModel.from_pretrained(...).save_pretrained(...)`.
+    """
+
+    name = "flava"
+    model_types: tuple[str, ...] = ("flava",)
+    architectures: tuple[str, ...] = ("FlavaModel",)
+    outside = ("multimodal_model", "image_to_mm_projection", "text_to_mm_projection")
+
+    def model_class(self, config: Any) -> type[nn.Module]:
+        return FlavaModel
+
+    def towers(self, model: Any) -> tuple[Tower, ...]:
+        image, text = model.config.image_config, model.config.text_config
+        return (
+            Tower(
+                name="vision",
+                path="image_model",
+                blocks_path="image_model.encoder.layer",
+                blocks=read_blocks(model, "image_model.encoder.layer", FLAVA_BLOCK, image.hidden_act),
+                config="image_config",
+                depth_key="num_hidden_layers",
+                heads=("image_projection",),
+                embeddings=("image_model.embeddings.patch_embeddings.projection",),
+                why_no_stream=ITSELF,
+            ),
+            Tower(
+                name="text",
+                path="text_model",
+                blocks_path="text_model.encoder.layer",
+                blocks=read_blocks(model, "text_model.encoder.layer", FLAVA_BLOCK, text.hidden_act),
+                config="text_config",
+                depth_key="num_hidden_layers",
+                heads=("text_projection",),
+                embeddings=tuple(
+                    f"text_model.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")
+                ),
+                why_no_stream=ITSELF,
+            ),
+        )
+
+    def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the embeddings (B, C) of one tower: the projection of its first token; see `Family.encode`."""
+        encoder, projection = (
+            (model.image_model, model.image_projection)
+            if tower == "vision"
+            else (model.text_model, model.text_projection)
+        )
+        made: Tensor = projection(encoder(**in_dtype_of(model, inputs)).last_hidden_state[:, 0])
+        return made
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        if tower == "vision":
+            c = model.config.image_config
+            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
+        c = model.config.text_config
+        ids = example_tokens(batch, min(16, c.max_position_embeddings), c.vocab_size, 2)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def write_config(self, model: Any) -> None:
+        """Write depth and MLP width of both towers; heads cannot be written (the head size would change)."""
+        for tower in self.towers(model):
+            config = getattr(model.config, tower.config)
+            config.num_hidden_layers = len(tower.blocks)
+            found = widths(tower.blocks)
+            if found:
+                config.intermediate_size = found[1]
+
+
+FAMILY = Flava()

@@ -1,0 +1,48 @@
+"""The matrix of passes and families is what the passes say."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+
+from bench import matrix
+from mmcompress import passes
+from mmcompress.errors import UsageError
+from mmcompress.families import FAMILIES
+from mmcompress.passes.prune import Prune
+from tests import tiny
+
+
+def test_every_class_and_every_pass_is_in_it() -> None:
+    rows = matrix.rows()
+    assert {label.split(" ")[0] for label, _, _ in rows} == {
+        name for family in FAMILIES.values() for name in family.architectures
+    }
+    assert {name for name, _ in matrix.COLUMNS.values()} == set(passes.PASSES)
+    assert all(set(answers) == set(matrix.COLUMNS) for _, _, answers in rows)
+
+
+def test_a_row_by_hand() -> None:
+    (_, towers, answers) = next(row for row in matrix.rows() if row[0] == "ClapModel")
+    assert towers == ("audio", "text")
+    assert answers["prune heads"] == answers["quantize"] == {"audio": "", "text": ""}
+    assert answers["prune blocks"]["text"] == ""
+    assert "pairs" in answers["prune blocks"]["audio"]
+    line = next(line for line in matrix.section().splitlines() if line.startswith("| `ClapModel`"))
+    assert line.startswith("| `ClapModel` | audio, text | ✓ | audio <sup>")
+
+
+def test_a_pass_that_starts_to_refuse_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fussy(Prune):
+        name: ClassVar[str] = "prune"
+
+        def check(self, bundle: object) -> None:
+            raise UsageError("not on a Sunday", hint="wait")
+
+    monkeypatch.setattr(tiny, "EVERY", ("clip",))
+    before = matrix.section()
+    monkeypatch.setattr("mmcompress.passes.prune.Prune", Fussy)
+    after = matrix.section()
+    assert "not on a Sunday" in after
+    assert before != after

@@ -1,0 +1,48 @@
+"""Small random models whose texts look at pictures inside the encoder, with real processors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import BlipConfig, BlipImageProcessorPil
+
+SIDE = 56
+ARCHITECTURES = {
+    "blip": "BlipForConditionalGeneration",
+    "blip_vqa": "BlipForQuestionAnswering",
+    "blip_retrieval": "BlipForImageTextRetrieval",
+}
+ASKED = ("blip_vqa",)
+"""Those that are asked something about every picture."""
+
+
+def named(name: str) -> list[str]:
+    """Return what config.json says of the class, where a model type has several."""
+    return [ARCHITECTURES[name]] if name in ARCHITECTURES else []
+
+
+def parts(name: str) -> tuple[Any, Any]:
+    """Return config and image processor of the model `name`; its words are those of `tiny.tokenizer`."""
+    assert name.startswith("blip")
+    return _blip(), BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+
+
+def strengthen(model: torch.nn.Module, name: str) -> None:
+    """Let the answer depend on what is looked at, as a trained model's does."""
+    if name in ("blip", "blip_vqa"):
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if path.endswith(("crossattention.output.dense.weight", "self.value.weight", "patch_embedding.weight")):
+                    parameter.mul_(9)
+
+
+def _blip() -> Any:
+    # Released models start their vision weights at 1e-10 and say 0.02 nowhere.
+    vision = {"image_size": SIDE, "patch_size": 8, "num_hidden_layers": 3, "initializer_range": 0.02}
+    text = {"vocab_size": 24, "max_position_embeddings": 24, "num_hidden_layers": 2, "bos_token_id": 1}
+    ends = {"eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    width = {"hidden_size": 48, "intermediate_size": 128, "num_attention_heads": 4}
+    return BlipConfig(
+        vision_config={**vision, **width}, text_config={**text, **ends, **width}, image_text_hidden_size=24
+    )
