@@ -19,6 +19,7 @@ from mmcompress.families import (
     qwen_vl,
     siglip,
     smolvlm,
+    vilt,
     whisper,
 )
 
@@ -33,6 +34,8 @@ FAMILIES: dict[str, Family] = {
     "blip": blip.CAPTIONER,
     "blip_vqa": blip.ANSWERER,
     "blip_retrieval": blip.RETRIEVER,
+    "vilt": vilt.ANSWERER,
+    "vilt_retrieval": vilt.RETRIEVER,
     "whisper": whisper.FAMILY,
     "llava": llava.LLAVA,
     "llava_next": llava.LLAVA_NEXT,

@@ -8,13 +8,19 @@ import pytest
 import torch
 
 from mmcompress import passes
-from mmcompress.bundle import Bundle
+from mmcompress.bundle import Bundle, DualEncoder, Generator
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.families import FAMILIES, family_for
 from mmcompress.passes.base import Context
 from tests import tiny
-from tests.families.contract import DualEncoderContract, GeneratorContract, VisionLanguageContract
+from tests.families.contract import (
+    AnsweringContract,
+    DualEncoderContract,
+    FamilyContract,
+    GeneratorContract,
+    VisionLanguageContract,
+)
 
 
 class TestClip(DualEncoderContract):
@@ -109,6 +115,28 @@ class TestBlipRetrieval(DualEncoderContract):
         torch.testing.assert_close(scores, image @ text.T)
 
 
+class TestVilt(AnsweringContract):
+    model = "vilt"
+    towers = ("joint",)
+
+    def items(self, tower: str) -> list[Any]:
+        return self.samples()
+
+    def samples(self) -> list[Sample]:
+        return list(tiny.data(self.model, 3))
+
+
+class TestViltRetrieval(FamilyContract):
+    model = "vilt_retrieval"
+    towers = ("joint",)
+
+    def items(self, tower: str) -> list[Any]:
+        return list(tiny.data(self.model, 3))
+
+    def test_it_neither_embeds_nor_answers(self, bundle: Bundle) -> None:
+        assert not isinstance(bundle.family, DualEncoder | Generator)
+
+
 class TestLlavaClip(VisionLanguageContract):
     model = "llava_clip"
 
@@ -150,7 +178,7 @@ class TestPaliGemma(VisionLanguageContract):
 
 
 def test_every_family_is_under_the_contract() -> None:
-    kinds = (DualEncoderContract, GeneratorContract, VisionLanguageContract)
+    kinds = (FamilyContract, AnsweringContract, DualEncoderContract, GeneratorContract, VisionLanguageContract)
     covered = {cls.model for kind in (*kinds, TestBlip) for cls in kind.__subclasses__() if cls not in kinds}
     assert covered == set(tiny.EVERY)
     assert {tiny.bundle(model).family.name for model in covered} == set(FAMILIES)
