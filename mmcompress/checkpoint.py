@@ -15,22 +15,14 @@ import errno
 import importlib.metadata
 import json
 import pickle
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, GenerationConfig
 
 import mmcompress
 from mmcompress import manifest as manifests
@@ -41,19 +33,12 @@ from mmcompress.families import family_for
 from mmcompress.manifest import Manifest, Record, Source
 from mmcompress.passes import build
 from mmcompress.passes.base import Plan
+from mmcompress.preprocessing import quiet, read_processor
 from mmcompress.staging import staging
+from mmcompress.surgery.quantized import weights_unread
 from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
-TOKENIZER_EXTRAS = (
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "normalizer.json",
-    "chat_template.jinja",
-)
 
 
 def load(
@@ -72,17 +57,8 @@ def load(
     config = read_json(directory / "config.json")
     family = family_for(config)
     files = weight_files(directory, allow_pickle)
-    if saved is None:
-        source = Source(
-            id=directory.name,
-            sha256=digest(files),
-            config=config,
-            bytes=sum(file.stat().st_size for file in files),
-            dtype=stored_dtype(files),
-        )
-        records: tuple[Record, ...] = ()
-    else:
-        source, records = saved.source, saved.records
+    records: tuple[Record, ...]
+    source, records = (saved.source, saved.records) if saved else (_source(directory, config, files), ())
     made = _build(directory, files, family, source, records, dtype)
     made.eval()
     bundle = Bundle(made.to(device), read_processor(directory), family, source, list(records))
@@ -95,44 +71,84 @@ def save(
     bundle: Bundle,
     output: str | Path,
     *,
-    measured: dict[str, Any] | None = None,
+    measured: dict[str, Any] | Callable[[Path], dict[str, Any]] | None = None,
     recipe: dict[str, Any] | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    write_weights: Callable[[Path], None] | None = None,
 ) -> Manifest:
     """Write the bundle as a checkpoint directory with mmc.json and a model card; all of it appears at once or not at all.
 
-    Raises UsageError when `output` exists, OSError (ENOSPC) when the disk is full.
+    `measured` may be a function of the directory with the written weights, which may add files to it. `write_weights(directory)`
+    writes those of a model that holds no values itself. Raises UsageError when `output` exists, OSError (ENOSPC) when the disk is
+    full.
     """
     bundle.family.write_config(bundle.model)
     plain, why = loads_plainly(bundle)
-    written = Manifest(
-        source=bundle.source,
-        family=bundle.family.name,
-        versions=_versions(),
-        seed=seed,
-        records=tuple(bundle.history),
-        measured=measured or {},
-        plain_transformers=plain,
-        why=why,
-        recipe=recipe or {},
-        mmc=mmcompress.__version__,
-    )
     with staging(Path(output), overwrite=overwrite) as directory:
-        with _quiet(), _stored_precision(bundle):
-            try:
-                # The names transformers 5 computes with, not those of a class's first checkpoints: it knows how to rename only
-                # its own tensors.
-                bundle.model.save_pretrained(directory, save_original_format=False)
-            except SafetensorError as error:  # it has no errno
-                if "No space left" in str(error):
-                    raise OSError(errno.ENOSPC, str(error)) from error
-                raise
+        with quiet(), _full_disk_named():
+            if write_weights:
+                _save_configs(bundle.model, directory)
+                write_weights(directory)
+            else:
+                with _stored_precision(bundle):
+                    # The names transformers 5 computes with, not those of a class's first checkpoints: it knows how to rename
+                    # only its own tensors.
+                    bundle.model.save_pretrained(directory, save_original_format=False)
             bundle.processor.save(str(directory))
+        written = Manifest(
+            source=bundle.source,
+            family=bundle.family.name,
+            versions=_versions(),
+            seed=seed,
+            records=tuple(bundle.history),
+            measured=(measured(directory) if callable(measured) else measured) or {},
+            plain_transformers=plain,
+            why=why,
+            recipe=recipe or {},
+            mmc=mmcompress.__version__,
+        )
         _set_config_dtype(directory / "config.json", bundle.source.dtype)
         written.write(directory)
         write_card(written, directory)
     return written
+
+
+def shell(model: str | Path) -> tuple[Bundle, list[Path]]:
+    """Return a checkpoint's bundle without values (all tensors meta), and its weight files. Raises what `load` raises."""
+    directory = locate(str(model))
+    saved = manifests.read(directory)
+    config = read_json(directory / "config.json")
+    family = family_for(config)
+    files = weight_files(directory)
+    source, records = (saved.source, saved.records) if saved else (_source(directory, config, files), ())
+    base = _replaying(family, source, records)
+    with torch.device("meta"), quiet():
+        made = base(_config(source))
+    if base.can_generate() and (directory / "generation_config.json").exists():
+        made.generation_config = GenerationConfig.from_pretrained(directory)
+    made.__class__ = base.__mro__[1]
+    made.eval()
+    return Bundle(made, read_processor(directory), family, source, list(records)), files
+
+
+def _save_configs(model: Any, directory: Path) -> None:
+    """Write what `save_pretrained` writes beside the weights."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def _full_disk_named() -> Iterator[None]:
+    """Give safetensors' complaint about a full disk the errno it lacks."""
+    try:
+        yield
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
 
 
 def loads_plainly(bundle: Bundle) -> tuple[bool, str]:
@@ -141,7 +157,7 @@ def loads_plainly(bundle: Bundle) -> tuple[bool, str]:
     Found out by building it (on meta tensors) and comparing every name and shape, not by trusting what passes did.
     """
     bound = [name for name, module in bundle.model.named_modules() if "forward" in vars(module)]
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         plain = bundle.family.model_class(bundle.model.config)(bundle.model.config)
     want = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
     have = {name: tuple(tensor.shape) for name, tensor in bundle.model.state_dict().items()}
@@ -175,17 +191,24 @@ def require_device(device: str) -> None:
         )
 
 
-def _build(
-    directory: Path,
-    files: Sequence[Path],
-    family: Family,
-    source: Source,
-    records: tuple[Record, ...],
-    dtype: torch.dtype,
-) -> nn.Module:
-    with _quiet():
-        config = AutoConfig.for_model(**source.config)
-    base: Any = family.model_class(config)
+def _source(directory: Path, config: dict[str, Any], files: list[Path]) -> Source:
+    return Source(
+        id=directory.name,
+        sha256=digest(files),
+        config=config,
+        bytes=sum(file.stat().st_size for file in files),
+        dtype=stored_dtype(files),
+    )
+
+
+def _config(source: Source) -> Any:
+    with quiet():
+        return AutoConfig.for_model(**source.config)
+
+
+def _replaying(family: Family, source: Source, records: tuple[Record, ...]) -> Any:
+    """Return a throw-away subclass of the model's class whose models are cut as `records` say."""
+    base: Any = family.model_class(_config(source))
 
     class Replayed(base):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -196,9 +219,23 @@ def _build(
 
     # transformers looks renamed weights of older checkpoints up by class name, in classes of its own only (5.23).
     Replayed.__name__, Replayed.__module__ = base.__name__, base.__module__
+    return Replayed
+
+
+def _build(
+    directory: Path,
+    files: Sequence[Path],
+    family: Family,
+    source: Source,
+    records: tuple[Record, ...],
+    dtype: torch.dtype,
+) -> nn.Module:
+    config = _config(source)
+    replaying = _replaying(family, source, records)
+    base = replaying.__mro__[1]
     try:
-        with _quiet(), _tensors(files) as tensors:
-            model, found = Replayed.from_pretrained(
+        with quiet(), weights_unread(), _tensors(files) as tensors:
+            model, found = replaying.from_pretrained(
                 None if tensors else directory, config=config, dtype=dtype, state_dict=tensors, output_loading_info=True
             )
     except (RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
@@ -234,38 +271,6 @@ def _tensors(files: Sequence[Path]) -> Iterator[dict[str, Any] | None]:
         yield {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
 
 
-def read_processor(directory: Path) -> Processor:
-    """Return the preprocessing of a checkpoint: the image processor, feature extractor and tokenizer its files describe."""
-    image = tokenizer = audio = None
-    parts = _preprocessors(directory)
-    with _quiet():
-        # Old image processors call themselves feature extractors; those of sound know how often it was sampled.
-        if any("sampling_rate" not in part for part in parts):
-            image = AutoImageProcessor.from_pretrained(directory, backend="pil")
-        if any("sampling_rate" in part for part in parts):
-            audio = AutoFeatureExtractor.from_pretrained(directory)
-        if any((directory / name).exists() for name in TOKENIZERS):
-            tokenizer = _tokenizer_class(directory).from_pretrained(directory)
-    names = (*PREPROCESSING, *TOKENIZERS, *TOKENIZER_EXTRAS)
-    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
-    return Processor(image, tokenizer, audio, files)
-
-
-def _preprocessors(directory: Path) -> list[dict[str, Any]]:
-    """Return the settings of every preprocessor: in a file of its own, or inside processor_config.json (transformers 5)."""
-    alone, together = (directory / name for name in PREPROCESSING)
-    document = read_json(together) if together.exists() else {}
-    parts = [document[key] for key in ("image_processor", "feature_extractor") if isinstance(document.get(key), dict)]
-    return [*parts, read_json(alone)] if alone.exists() else parts
-
-
-def _tokenizer_class(directory: Path) -> Any:
-    """AutoTokenizer picks by model type even where the files name the generic class (transformers 5.23, siglip2)."""
-    path = directory / "tokenizer_config.json"
-    named = read_json(path).get("tokenizer_class") if path.exists() else None
-    return PreTrainedTokenizerFast if named in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
-
-
 @contextlib.contextmanager
 def _stored_precision(bundle: Bundle) -> Iterator[None]:
     """Hold the parameters in the dtype they are stored in, then return them to the dtype they compute in, rounded.
@@ -295,21 +300,3 @@ def _set_config_dtype(path: Path, dtype: str) -> None:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' advice about optional backends and its own loading bars; errors still raise."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torchvision.*")
-            yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()

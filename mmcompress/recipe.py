@@ -80,7 +80,7 @@ class Recipe:
     seed: int = 0
     device: str = "cpu"
     tasks: tuple[str, ...] = ()
-    """What is measured; by default retrieval, and of a model that answers in text its transcription."""
+    """What is measured; by default retrieval; of a model that answers in text transcription, vqa or captioning, as the data is."""
     control: bool = True
     """Compare pruning and merging with a random selection at the same ratio."""
     data: Data = field(default_factory=Data)

@@ -91,7 +91,7 @@ def _qwen(size: int, **more: Any) -> dict[str, Any]:
 
 SQUARE = {"height": SIDE, "width": SIDE}
 CLIP_PIXELS = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
-QWEN_PIXELS = {"min_pixels": SIDE**2, "max_pixels": (2 * SIDE) ** 2, "patch_size": PATCH, "merge_size": 2}
+QWEN_PIXELS = {"min_pixels": SIDE**2, "max_pixels": (4 * SIDE) ** 2, "patch_size": PATCH, "merge_size": 2}
 TILED = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
 
 

@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "compress": "Run a recipe: passes in order, gates at the end, resumable.",
     "export": "Write ONNX or TensorRT files per tower, checked for parity.",
     "bench": "Measure latency, throughput, memory and size, side by side.",
+    "generate": "Answer in text what is heard, seen or asked.",
     "eval": "Measure accuracy with intervals, paired against the original.",
     "check": "The CI gate: compare a run with a baseline; exit 3 when it is worse.",
     "report": "Write one self-contained HTML page about one or more runs.",

@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 @options.tower_option
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Items per call.")
 @click.option("--tokens", type=click.IntRange(2), default=16, show_default=True, help="Tokens of a text.")
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Tokens of an answer, where models answer.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of every runner.  [default: every usable core]")
 @click.option(
     "--rounds", type=click.IntRange(1), default=100, show_default=True, help="Timed calls of each; 100 give a p99."
@@ -66,6 +73,8 @@ def command(
 
     Every round times each once, in a new order. A turn opens with untimed calls, so that each runs as warm as in a loop of
     its own.
+
+    Models that answer in text are timed by stage: what sees or hears, the prompt, one further token, and a whole answer.
 
     A and B are checkpoints (run by torch, and exported on the fly for the other runners), directories of mmc export, or
     directories with engines.
@@ -153,7 +162,7 @@ def show(made: Bench) -> None:
     )
     stages = [key for key in made.stages[0] if key != "target"]
     render.table(
-        "Stages, ms per item (encoding in each one's best runner)",
+        "Stages, ms unless named otherwise, each in its best runner",
         ["target", *(key.removesuffix("_ms").replace("_", " ") for key in stages)],
         [[row["target"], *(f"{row[key]:.2f}" if key in row else "-" for key in stages)] for row in made.stages],
     )

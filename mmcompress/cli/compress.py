@@ -112,18 +112,19 @@ def tables(document: dict[str, Any]) -> None:
     render.findings(document["verdict"])
     stages = document["stages"]
     costed = [row for row in stages if "towers" in row]
-    towers = list(costed[0]["towers"])
-    render.table(
-        "Steps",
-        ["stage", "parameters", *(f"{tower} MMACs" for tower in towers), "MiB in memory"],
-        [
+    if costed:
+        towers = list(costed[0]["towers"])
+        render.table(
+            "Steps",
+            ["stage", "parameters", *(f"{tower} MMACs" for tower in towers), "MiB in memory"],
             [
-                row["stage"], f"{row['parameters']:,}", *(f"{row['towers'][name]['macs'] / 1e6:,.0f}" for name in towers),
-                render.mebibytes(row["bytes"]),
-            ]
-            for row in costed
-        ],
-    )  # fmt: skip
+                [
+                    row["stage"], f"{row['parameters']:,}",
+                    *(f"{row['towers'][name]['macs'] / 1e6:,.0f}" for name in towers), render.mebibytes(row["bytes"]),
+                ]
+                for row in costed
+            ],
+        )  # fmt: skip
     names = sorted({name for row in stages for name in row.get("metrics", {}) if name.endswith(("_r1", "top1"))})
     if names:
         render.table(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mmcompress.cli import options
+
+SLICES = 12
+"""Printed at most; --json has all."""
 
 
 @click.command(
@@ -20,7 +24,8 @@ from mmcompress.cli import options
     "--task",
     "tasks",
     multiple=True,
-    help="retrieval, zero-shot, agreement; of a model that answers in text: transcription, answer-agreement; repeatable.  "
+    help="retrieval, zero-shot, agreement; of a model that answers in text: transcription, vqa, captioning, perplexity, "
+    "answer-agreement; repeatable.  "
     "[default: all that the model and the data allow]",
 )
 @click.option(
@@ -93,7 +98,7 @@ def command(
         ["task", "metric", "value [95%]", "chance", "difference [95%]"],
         [
             [
-                task, metric, f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}] n={row['n']}",
+                task, metric, _value(row),
                 f"{row['chance']:.4f}" if row["chance"] is not None else "", _difference(row),
             ]
             for task, by_metric in document["results"].items()
@@ -101,11 +106,48 @@ def command(
         ],
         left=2,
     )  # fmt: skip
+    _print_slices(document["slices"])
+    _print_controls(document["controls"])
     render.findings(document["findings"])
 
 
-def _difference(row: dict[str, object]) -> str:
-    found = row.get("difference")
+def _print_slices(slices: list[dict[str, Any]]) -> None:
+    """Print the slices that lost most, else those that score least: averages hide damage."""
+    from mmcompress.cli import render
+
+    def badness(row: dict[str, Any]) -> float:
+        return float(row.get("difference", row)["value"])
+
+    shown = sorted(slices, key=badness)[:SLICES]
+    if not shown:
+        return
+    more = f" ({len(slices) - len(shown)} more with --json)" if len(slices) > len(shown) else ""
+    render.table(
+        f"slices, the worst first{more}",
+        ["slice", "task", "metric", "value [95%]", "difference [95%]"],
+        [[row["slice"], row["task"], row["metric"], _value(row), _difference(row)] for row in shown],
+        left=3,
+    )
+
+
+def _print_controls(controls: list[dict[str, Any]]) -> None:
+    from mmcompress.cli import render
+
+    if controls:
+        render.table(
+            "controls: what is scored without looking",
+            ["control", "task", "metric", "value [95%]", "lost by it [95%]"],
+            [[row["control"], row["task"], row["metric"], _value(row), _difference(row, "lost")] for row in controls],
+            left=3,
+        )
+
+
+def _value(row: dict[str, Any]) -> str:
+    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}] n={row['n']}"
+
+
+def _difference(row: dict[str, Any], key: str = "difference") -> str:
+    found = row.get(key)
     if not isinstance(found, dict):
         return ""
     return f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"

@@ -74,7 +74,7 @@ class Dataset:
         return self._select(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
 
     def fingerprint(self) -> str:
-        """Return a sha256 over keys, sizes, texts and labels: equal for the same data in the same order, anywhere."""
+        """Return a sha256 over keys, sizes, texts, labels and questions: equal for the same data in the same order, anywhere."""
         return self._fingerprint
 
     @cached_property
@@ -82,6 +82,8 @@ class Dataset:
         digest = hashlib.sha256()
         for sample in self:
             line = [sample.key, sample.size, sample.texts, sample.label, sample.group, sample.tags]
+            if sample.question or sample.turns:
+                line += [sample.question, sample.turns]
             digest.update(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         return digest.hexdigest()
 

@@ -47,10 +47,12 @@ def parse_row(record: Mapping[str, Any], where: str, strict: bool) -> Row:
 
     With `strict`, a record that has texts under no known column is an error; a shard's .json often holds other things.
     """
-    texts: dict[str, None] = {}
+    texts: list[str] = []
     for column in TEXT_COLUMNS:
         if record.get(column) is not None:
-            texts.update(dict.fromkeys(_texts(record[column], column, where)))
+            found = _texts(record[column], column, where)
+            # Several people may give one answer, and how many do says how right it is; a caption told twice says no more.
+            texts += found if column == "answers" else [text for text in dict.fromkeys(found) if text not in texts]
     if strict and not texts:
         _refuse_unknown_texts(record, where)
     rate = record.get("sampling_rate")

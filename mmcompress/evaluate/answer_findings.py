@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
-from mmcompress.evaluate.answer_tasks import all_edits, transcription
+from mmcompress.evaluate.answer_tasks import all_edits
 from mmcompress.evaluate.controls import HALLUCINATED, Control
 from mmcompress.evaluate.findings import Finding, Level
-from mmcompress.evaluate.scene import Scene
+from mmcompress.evaluate.scene import Results, Scene
 from mmcompress.evaluate.words import Edits
+from mmcompress.ops.statistics import Estimate
 
 # A speech model now and then says nothing, or gets stuck; from one answer in twenty on, that is what it does.
 MANY = 0.05
@@ -21,15 +23,17 @@ REPEATS = 5
 SHOWN = 60
 
 
-def answer_findings(scene: Scene, seed: int = 0) -> list[Finding]:
-    """Return what is wrong with the answers of `scene`: empty, all the same, caught in loops; and the word error rate."""
-    if scene.answered is None:
-        return []
-    words = scene.answered.words
-    references = scene.answered.reference_words
-    found = [*_empty(words), *_same(words, references), *_loops(words, references)]
-    if references:
-        found.append(_error_rate(scene, seed))
+def answer_findings(scene: Scene, results: Results, seed: int = 0) -> list[Finding]:
+    """Return what is wrong with the answers of `scene`: empty, all the same, caught in loops; word error rate and perplexity."""
+    found = []
+    if scene.answered is not None:
+        words = scene.answered.words
+        references = scene.answered.reference_words
+        found += [*_empty(words), *_same(words, references), *_loops(words, references)]
+    if "transcription" in results:
+        found.append(_error_rate(scene, results["transcription"]["word_accuracy"].estimate(seed)))
+    if "perplexity" in results:
+        found.append(_perplexity(scene, results["perplexity"]["answer_log_likelihood"].estimate(seed)))
     return found
 
 
@@ -88,12 +92,20 @@ def loop(words: Sequence[str]) -> str:
     return ""
 
 
-def _error_rate(scene: Scene, seed: int) -> Finding:
-    accuracy = transcription(scene)["word_accuracy"].estimate(seed)
+def _error_rate(scene: Scene, accuracy: Estimate) -> Finding:
     count, total = sum(map(len, scene.answers.reference_words)), sum(all_edits(scene), Edits())
     rate = f"{1 - accuracy.value:.4f} [{1 - accuracy.high:.4f}, {1 - accuracy.low:.4f}] n={accuracy.n}"
     kinds = f"{total.substitutions} substituted, {total.deletions} left out, {total.insertions} added"
     return Finding("note", f"word error rate {rate}: of {count} words {kinds}")
+
+
+def _perplexity(scene: Scene, likelihood: Estimate) -> Finding:
+    value, low, high = (math.exp(-found) for found in (likelihood.value, likelihood.high, likelihood.low))
+    tokens = int(scene.likelihoods.tokens.sum())
+    return Finding(
+        "note",
+        f"perplexity of the right answers {value:.3f} [{low:.3f}, {high:.3f}] n={likelihood.n}: {tokens} tokens",
+    )
 
 
 def _level(count: int, n: int) -> Level:

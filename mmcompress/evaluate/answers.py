@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
-from mmcompress.bundle import Bundle, DualEncoder, Generator
+import numpy as np
+from numpy.typing import NDArray
+
+from mmcompress.bundle import Bundle, DualEncoder, Generator, TeacherForced
 from mmcompress.data import Dataset, Sample, batches
+from mmcompress.data.sample import Stored
 from mmcompress.errors import UsageError
 from mmcompress.evaluate.embed import Embedder
 from mmcompress.evaluate.words import Wording, language_code
 from mmcompress.progress import Progress, Silent, track
 
-Need = Literal["embeddings", "answers"]
+Need = Literal["embeddings", "answers", "likelihoods"]
 SPELLINGS = "normalizer.json"
 RATE = 16_000
 """What speech models listen at: fine enough for the length of a recording, which is all that silence has."""
@@ -39,10 +43,17 @@ class Answers:
 
     texts: tuple[str, ...]
     """The N answers."""
-    references: tuple[str, ...]
-    """What the data says of each sample, () where that was not asked for."""
+    references: tuple[tuple[str, ...], ...]
+    """What the data accepts of each sample, () where that was not asked for."""
     wording: Wording
     """How words are told apart in both."""
+    shared: tuple[int, ...] = ()
+    """For each sample the first one with the same picture; () where every sample has its own."""
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """Return (N,): questions about one picture are not independent."""
+        return np.array(self.shared or range(len(self.texts)), dtype=np.int64)
 
     @cached_property
     def words(self) -> list[list[str]]:
@@ -51,8 +62,13 @@ class Answers:
 
     @cached_property
     def reference_words(self) -> list[list[str]]:
-        """The normalised words of each reference."""
-        return [self.wording.words(text) for text in self.references]
+        """The normalised words of each sample's first reference."""
+        return [self.wording.words(accepted[0]) for accepted in self.references]
+
+    @cached_property
+    def accepted_words(self) -> list[list[list[str]]]:
+        """The normalised words of all references of each sample."""
+        return [[self.wording.words(text) for text in accepted] for accepted in self.references]
 
 
 def abilities(model: Model) -> frozenset[Need]:
@@ -60,9 +76,10 @@ def abilities(model: Model) -> frozenset[Need]:
     if isinstance(model, Bundle):
         # A bundle has every method; what they do is its family's matter.
         embeds, generates = isinstance(model.family, DualEncoder), isinstance(model.family, Generator)
+        reads = generates and isinstance(model.family, TeacherForced)
     else:
-        embeds, generates = isinstance(model, Embedder), isinstance(model, Answering)
-    needs: tuple[tuple[Need, bool], ...] = (("embeddings", embeds), ("answers", generates))
+        embeds, generates, reads = isinstance(model, Embedder), isinstance(model, Answering), False
+    needs: tuple[tuple[Need, bool], ...] = (("embeddings", embeds), ("answers", generates), ("likelihoods", reads))
     return frozenset(need for need, given in needs if given)
 
 
@@ -82,17 +99,18 @@ def wording_of(model: Model, language: str | None = None) -> Wording:
 
 
 def _own_language(model: Model) -> str | None:
-    settings = getattr(model.model, "generation_config", None) if isinstance(model, Bundle) else None
+    settings = getattr(getattr(model, "model", None), "generation_config", None)
     return getattr(settings, "language", None)
 
 
 def _spelling(model: Model) -> dict[str, str]:
     """The table of normalizer.json: from the file, because not every tokenizer class reads it."""
-    if not isinstance(model, Bundle):
+    processor = getattr(model, "processor", None)  # of a bundle or of an exported model
+    if processor is None:
         return {}
-    stored = model.processor.files.get(SPELLINGS)
+    stored = processor.files.get(SPELLINGS)
     if stored is None:
-        return getattr(model.processor.tokenizer, "english_spelling_normalizer", None) or {}
+        return getattr(processor.tokenizer, "english_spelling_normalizer", None) or {}
     try:
         found = json.loads(stored)
     except ValueError as error:
@@ -115,12 +133,22 @@ def answer_dataset(
     Raises ValueError when the model returns something else than one text a sample.
     """
     texts: list[str] = []
-    references: list[str] = []
+    references: list[tuple[str, ...]] = []
+    first: dict[object, int] = {}
+    shared: list[int] = []
     total = -(-len(dataset) // batch)
     for samples in track(batches(dataset, batch), progress or Silent(), "answering", total):
+        for place, sample in enumerate(samples, start=len(texts)):
+            shared.append(place if sample.picture is None else first.setdefault(picture_of(sample), place))
         texts += answer(model, samples)
-        references += [sample.texts[0] for sample in samples] if with_references else []
-    return Answers(tuple(texts), tuple(references), wording)
+        references += [sample.texts for sample in samples] if with_references else []
+    own = shared == list(range(len(shared)))
+    return Answers(tuple(texts), tuple(references), wording, () if own else tuple(shared))
+
+
+def picture_of(sample: Sample) -> object:
+    """Return what is equal for samples of one picture: where it is stored, or the very picture."""
+    return sample.picture if isinstance(sample.picture, Stored) else id(sample.picture)
 
 
 def answer(model: Answering, samples: Sequence[Sample]) -> list[str]:

@@ -16,6 +16,13 @@ from mmcompress.evaluate.scene import Scene, has
 from mmcompress.evaluate.tasks import TASKS
 from mmcompress.evaluate.words import Wording
 
+# Tasks that hold answers against the texts of the data, and what every sample needs for them.
+JUDGED = {
+    "transcription": "a recording with one text",
+    "vqa": "a question with an accepted answer",
+    "captioning": "a picture with a caption and no question",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Asked:
@@ -34,6 +41,11 @@ class Asked:
     def needs(self) -> frozenset[Need]:
         """What the model must give."""
         return frozenset(TASKS[name].needs for name in self.tasks)
+
+    @property
+    def with_references(self) -> bool:
+        """Whether answers are held against what the data says."""
+        return any(name in JUDGED for name in self.tasks)
 
     def config(self) -> dict[str, Any]:
         """Return the part of an evaluation's configuration that this settles."""
@@ -69,8 +81,7 @@ def ask(
     for name in chosen:
         if TASKS[name].relative and not has(reference, TASKS[name].needs):
             raise UsageError(f"{name} needs a reference to agree with", hint="evaluate the original too")
-    if "transcription" in chosen:
-        _require_transcripts(samples, wording)
+    _require_answers(chosen, samples, wording)
     zero_shot = (dataset.zero_shot or zero_shot_classes(samples)) if "zero-shot" in chosen else None
     index = np.array([zero_shot.index(sample) for sample in samples], dtype=np.int64) if zero_shot else None
     return Asked(
@@ -105,7 +116,10 @@ def _possible(dataset: Dataset, samples: list[Sample], gives: Collection[Need], 
         "retrieval": with_texts and several,
         "zero-shot": labelled,
         "agreement": has(reference, "embeddings"),
-        "transcription": all(sample.audio and len(sample.texts) == 1 for sample in samples),
+        "transcription": all(sample.audio and len(sample.texts) == 1 and not sample.question for sample in samples),
+        "vqa": with_texts and all(sample.question for sample in samples),
+        "captioning": with_texts and several and all(s.picture and not s.audio and not s.question for s in samples),
+        "perplexity": with_texts,
         "answer-agreement": has(reference, "answers"),
     }
     return [name for name, possible in allowed.items() if possible and TASKS[name].needs in gives]
@@ -116,9 +130,27 @@ def _nothing(dataset: Dataset, gives: Collection[Need]) -> UsageError:
         text = f"{dataset.name} has neither texts nor labels for every sample, so no task can run"
         return UsageError(text, hint="add a text or a label to every sample")
     if "answers" in gives:
-        text = f"{dataset.name} has not a recording with one text for every sample, so no task can run"
-        return UsageError(text, hint="add a transcript to every recording")
+        text = f"{dataset.name} has not {' or '.join(JUDGED.values())} for every sample, so no task can run"
+        return UsageError(text, hint="add a text to every sample: its transcript, its caption, or the answers accepted")
     return UsageError("this model gives neither embeddings nor answers", hint="evaluate another model")
+
+
+def _require_answers(chosen: Sequence[str], samples: Sequence[Sample], wording: Wording) -> None:
+    """Raise UsageError for the first sample that lacks what one of the tasks of answers needs."""
+    if "transcription" in chosen:
+        _require_transcripts(samples, wording)
+    for sample in samples:
+        if "vqa" in chosen and not sample.question:
+            raise UsageError(f"sample '{sample.key}' has no question", hint="vqa needs one for every sample")
+        if "captioning" in chosen and sample.question:
+            raise UsageError(f"sample '{sample.key}' has a question", hint="its task is vqa")
+        if "captioning" in chosen and sample.picture is None:
+            raise UsageError(f"sample '{sample.key}' has no image", hint="captioning needs one for every sample")
+        for name in ("vqa", "captioning", "perplexity"):
+            if name in chosen and not sample.texts:
+                raise UsageError(f"sample '{sample.key}' has no text", hint=f"{name} needs one for every sample")
+    if "captioning" in chosen and len({text for sample in samples for text in sample.texts}) < 2:
+        raise UsageError("captioning needs 2 samples with different captions", hint="CIDEr asks which words are rare")
 
 
 def _require_transcripts(samples: Sequence[Sample], wording: Wording) -> None:

@@ -17,6 +17,8 @@ from mmcompress.ops.statistics import Estimate, proportion
 
 CONTROL_SAMPLES = 32
 BLIND = "text only: always the commonest answer"
+BLANK = "blank image"
+SHUFFLED = "another sample's picture"
 SILENCE = "silence"
 HALLUCINATED = "answered"
 """Of silence: the share of recordings that are answered with words. Higher is worse."""
@@ -32,6 +34,8 @@ class Control:
     estimate: Estimate
     chance: float | None
     """Where known: what it may score at most, beyond noise."""
+    lost: Estimate | None = None
+    """What the same samples score as they are, above this; paired. Only where an answer is judged."""
 
     @property
     def leaks(self) -> bool:
@@ -42,6 +46,7 @@ class Control:
         return {
             "control": self.name, "task": self.task, "metric": self.metric,
             **self.estimate.to_json(), "chance": self.chance, "leaks": self.leaks,
+            **({"lost": self.lost.to_json()} if self.lost else {}),
         }  # fmt: skip
 
 
@@ -81,9 +86,8 @@ def _blank(
         hits = metrics.within(metrics.ranks(blank, gallery, seen), 1)
         # All blank pictures get the same answer, so the bar is what the best single answer scores on these samples.
         bar = float(metrics.commonest(seen, len(samples)).mean())
-        found.append(
-            Control(SILENCE if media == "audio" else "blank image", task, metric, proportion(hits, seed=seed), bar)
-        )
+        nothing = SILENCE if media == "audio" else BLANK
+        found.append(Control(nothing, task, metric, proportion(hits, seed=seed), bar))
         found.append(Control(BLIND, task, metric, proportion(commonest, seed), None))
     return found
 

@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset
 from mmcompress.errors import UsageError
+from mmcompress.evaluate.answer_controls import answer_controls, looking_findings
 from mmcompress.evaluate.answer_findings import answer_findings, silence_findings
 from mmcompress.evaluate.answers import Answering, Model, abilities, answer_dataset, wording_of
 from mmcompress.evaluate.asked import Asked, ask
 from mmcompress.evaluate.controls import Control, controls
 from mmcompress.evaluate.embed import CutsTexts, Embedder, Embeddings, embed_dataset, embed_texts
 from mmcompress.evaluate.findings import Finding, health
+from mmcompress.evaluate.likelihoods import read_dataset
 from mmcompress.evaluate.metrics import class_vectors
-from mmcompress.evaluate.scene import Scene
-from mmcompress.evaluate.slices import Results, Slice, measure_slices, parts
+from mmcompress.evaluate.scene import Results, Scene
+from mmcompress.evaluate.slices import Slice, measure_slices, parts
 from mmcompress.evaluate.tasks import TASKS
 from mmcompress.ops.statistics import Estimate
 from mmcompress.progress import Progress
@@ -96,7 +99,10 @@ def evaluate(
         _same_content(reference, {**asked.config(), "fingerprint": dataset.fingerprint()})
     scene = _scene(model, dataset, asked, before, batch, progress)
     results = {name: TASKS[name].measure(scene) for name in asked.tasks}
+    all_parts = parts(dataset, scene)
     seen = controls(model, dataset, scene, asked.tasks, seed, batch)
+    if isinstance(model, Answering) and scene.answered is not None:
+        seen += answer_controls(model, dataset, scene, asked.tasks, all_parts, seed, batch)
     earlier = reference.results if reference else {}
     return Evaluation(
         scene,
@@ -104,12 +110,13 @@ def evaluate(
         config={**asked.config(), "data": dataset.name, "fingerprint": dataset.fingerprint(), "seed": seed},
         estimates={task: {m: v.estimate(seed) for m, v in values.items()} for task, values in results.items()},
         differences=_differences(results, earlier, seed),
-        slices=tuple(measure_slices(results, earlier, parts(dataset, scene), seed)),
+        slices=tuple(measure_slices(results, earlier, all_parts, seed)),
         controls=tuple(seen),
         findings=(
             *_health(scene),
-            *answer_findings(scene, seed),
+            *answer_findings(scene, results, seed),
             *_leaks(seen),
+            *looking_findings(seen),
             *silence_findings(seen, reference.controls if reference else ()),
             *_cut(model, scene.embedded),
         ),
@@ -120,15 +127,18 @@ def _scene(
     model: Model, dataset: Dataset, asked: Asked, reference: Scene | None, batch: int, progress: Progress | None
 ) -> Scene:
     """Let the model embed or answer what the tasks need."""
-    embedded = classes = answered = None
+    embedded = classes = answered = read = None
     if "embeddings" in asked.needs:
         assert isinstance(model, Embedder), "tasks the model cannot do were refused"
         embedded = embed_dataset(model, dataset, batch, progress, asked.with_texts)
         classes = _class_vectors(model, asked, batch, progress)
     if "answers" in asked.needs:
         assert isinstance(model, Answering), "tasks the model cannot do were refused"
-        answered = answer_dataset(model, dataset, asked.wording, batch, progress, "transcription" in asked.tasks)
-    return Scene(asked.keys, embedded, answered, classes, asked.class_index, reference)
+        answered = answer_dataset(model, dataset, asked.wording, batch, progress, asked.with_references)
+    if "likelihoods" in asked.needs:
+        assert isinstance(model, Bundle), "tasks the model cannot do were refused"
+        read = read_dataset(model, dataset, batch, progress)
+    return Scene(asked.keys, embedded, answered, read, classes, asked.class_index, reference)
 
 
 def compare(before: Evaluation, after: Evaluation, seed: int = 0) -> Comparison:

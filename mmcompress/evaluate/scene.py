@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mmcompress.evaluate.answers import Answers, Need
 from mmcompress.evaluate.embed import Embeddings
+from mmcompress.evaluate.likelihoods import Likelihoods
 from mmcompress.ops.statistics import Estimate, bootstrap, paired_difference, proportion
 
 Unit = Literal["image", "text", "sample"]
@@ -24,6 +25,8 @@ class Scene:
     """The N samples, in order."""
     embedded: Embeddings | None = None
     answered: Answers | None = None
+    read: Likelihoods | None = None
+    """How probable the model finds the right answers."""
     class_vectors: NDArray[np.float32] | None = None
     """(K, C), where the data has classes."""
     class_index: NDArray[np.int64] | None = None
@@ -44,8 +47,14 @@ class Scene:
         return self.answered
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """What the data says of the samples: the distinct texts embedded, or the reference of each answer."""
+    def likelihoods(self) -> Likelihoods:
+        """The probabilities of right answers, for tasks that need them."""
+        assert self.read is not None, "tasks that need likelihoods run only where there are some"
+        return self.read
+
+    @property
+    def texts(self) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:
+        """What the data says of the samples: the distinct texts embedded, or the references of each answer."""
         if self.embedded is not None:
             return self.embedded.texts
         return self.answered.references if self.answered is not None else ()
@@ -107,6 +116,10 @@ class Measured:
         return values, owners if len(np.unique(owners)) < len(owners) else None, weights
 
 
+Results = dict[str, dict[str, Measured]]
+"""What was measured, by task and metric."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One way to ask how good a model is."""
@@ -125,7 +138,8 @@ class Task:
 
 def has(scene: Scene | None, need: Need) -> bool:
     """Whether `scene` holds what a task needs."""
-    return scene is not None and (scene.embedded if need == "embeddings" else scene.answered) is not None
+    parts = {"embeddings": "embedded", "answers": "answered", "likelihoods": "read"}
+    return getattr(scene, parts[need], None) is not None
 
 
 def _or_ones(weights: NDArray[np.float32] | None) -> NDArray[np.float32]:

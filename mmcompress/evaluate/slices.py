@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from mmcompress.data import Dataset
 from mmcompress.evaluate.answers import RATE
 from mmcompress.evaluate.embed import Embeddings
-from mmcompress.evaluate.scene import Measured, Scene
+from mmcompress.evaluate.scene import Measured, Results, Scene
 from mmcompress.evaluate.tasks import TASKS
 from mmcompress.ops.statistics import Estimate
 
-Results = dict[str, dict[str, Measured]]
 Mask = NDArray[np.bool_]
 
 # Below this the interval of a share is wider than +-20 points and says nothing.
@@ -59,16 +58,21 @@ class Slice:
 
 
 def parts(dataset: Dataset, scene: Scene) -> list[Part]:
-    """Return the slices this data has: its groups, labels and tags of 20 samples or more, its longer texts, and the
-    shorter and the longer of its recordings and transcripts."""
+    """Return the slices this data has: its groups, labels and tags of 20 samples or more, its longer texts, the shorter and the
+    longer of its recordings, transcripts and prompts, and what was asked after other questions."""
     fields: dict[str, list[tuple[str, ...]]] = {"group": [], "label": [], "tag": []}
     seconds: list[float] = []
+    prompts: list[int] = []
+    turns: list[int] = []
     for sample in dataset:
         fields["group"].append((sample.group,) if sample.group else ())
         fields["label"].append((sample.label,) if sample.label else ())
         fields["tag"].append(sample.tags)
         if scene.answered is not None and sample.audio is not None:
             seconds.append(len(sample.waveform(RATE)) / RATE)
+        if sample.question:
+            turns.append(len(sample.turns))
+            prompts.append(sum(len(text.split()) for turn in (*sample.turns, (sample.question,)) for text in turn))
     embedded, answered = scene.embedded, scene.answered
     found = []
     for field, values in fields.items():
@@ -81,7 +85,11 @@ def parts(dataset: Dataset, scene: Scene) -> list[Part]:
         found += _longer_texts(embedded)
     if answered is not None:
         found += _halves("recording", "s", seconds) if len(seconds) == len(scene.keys) else ()
-        found += _halves("transcript", "words", [len(words) for words in answered.reference_words])
+        if len(prompts) == len(scene.keys):
+            found += _halves("prompt", "words", prompts)
+            found += _later_turns(np.array(turns))
+        else:
+            found += _halves("transcript", "words", [len(words) for words in answered.reference_words])
     return found
 
 
@@ -119,5 +127,13 @@ def _halves(what: str, unit: str, lengths: Sequence[float]) -> Iterator[Part]:
         return
     median = float(np.median(lengths))
     longer = np.array(lengths) > median
-    yield Part(f"{what} longer than {median:.3g} {unit}", longer)
-    yield Part(f"{what} up to {median:.3g} {unit}", ~longer)
+    if longer.any():
+        yield Part(f"{what} longer than {median:.3g} {unit}", longer)
+        yield Part(f"{what} up to {median:.3g} {unit}", ~longer)
+
+
+def _later_turns(turns: NDArray[np.int64]) -> Iterator[Part]:
+    """Questions asked after others about the same picture, and those asked first."""
+    if turns.any() and not turns.all():
+        yield Part("multi-turn", turns > 0)
+        yield Part("first turn", turns == 0)

@@ -22,8 +22,8 @@ from mmcompress.evaluate.slices import Slice
 from mmcompress.evaluate.words import Wording
 from mmcompress.ops.statistics import Estimate
 
-# 2 may hold answers; what holds none is written as 1 was, for earlier versions to read.
-SCHEMAS = (1, 2)
+# 3 may hold answers, in 2 one reference each; embeddings without answers are written as 1 was, for earlier versions to read.
+SCHEMAS = (1, 2, 3)
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
@@ -46,7 +46,7 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
                 estimates["difference"] = evaluation.differences[task][metric].to_json()
             metrics.append({"task": task, "metric": metric, **facts, **estimates})
     document = {
-        "schema": SCHEMAS[answered is not None],
+        "schema": SCHEMAS[0] if answered is None and found is not None else SCHEMAS[-1],
         "config": evaluation.config,
         "keys": evaluation.scene.keys,
         "texts": found.texts if found is not None else (),
@@ -85,9 +85,9 @@ def read_evaluation(path: Path) -> Evaluation:
 def _evaluation(document: dict[str, Any], arrays: dict[str, np.ndarray]) -> Evaluation:
     keys = tuple(document["keys"])
     answered = _answers(document["answers"]) if "answers" in document else None
-    owners = {"image": np.arange(len(keys)), "sample": np.arange(len(keys))}
+    owners = {"image": np.arange(len(keys)), "sample": answered.owners if answered else np.arange(len(keys))}
     embedded = None
-    if answered is None or "images" in arrays:
+    if "images" in arrays:
         texts = tuple(document["texts"])
         embedded = Embeddings(
             keys, arrays["images"], texts, arrays["text_vectors"], arrays["pairs"], document.get("media", "image")
@@ -110,28 +110,38 @@ def _evaluation(document: dict[str, Any], arrays: dict[str, np.ndarray]) -> Eval
         if "difference" in row:
             differences.setdefault(task, {})[metric] = Estimate.from_json(row["difference"])
     return Evaluation(
-        Scene(keys, embedded, answered, arrays.get("class_vectors"), arrays.get("class_index")),
+        Scene(
+            keys,
+            embedded,
+            answered,
+            class_vectors=arrays.get("class_vectors"),
+            class_index=arrays.get("class_index"),
+        ),
         results,
         document["config"],
         estimates,
         differences,
         tuple(_slice(row) for row in document["slices"]),
-        tuple(
-            Control(row["control"], row["task"], row["metric"], Estimate.from_json(row), row["chance"])
-            for row in document["controls"]
-        ),
+        tuple(_control(row) for row in document["controls"]),
         tuple(Finding(row["level"], row["text"]) for row in document["findings"]),
     )
 
 
 def _answers_to_json(answered: Answers) -> dict[str, Any]:
     wording = {"language": answered.wording.language, "spelling": dict(answered.wording.spelling)}
-    return {"texts": answered.texts, "references": answered.references, "wording": wording}
+    shared = {"shared": answered.shared} if answered.shared else {}
+    return {"texts": answered.texts, "references": answered.references, "wording": wording, **shared}
 
 
 def _answers(document: dict[str, Any]) -> Answers:
     wording = Wording(document["wording"]["language"], document["wording"]["spelling"])
-    return Answers(tuple(document["texts"]), tuple(document["references"]), wording)
+    references = tuple((row,) if isinstance(row, str) else tuple(row) for row in document["references"])
+    return Answers(tuple(document["texts"]), references, wording, tuple(document.get("shared", ())))
+
+
+def _control(row: dict[str, Any]) -> Control:
+    lost = Estimate.from_json(row["lost"]) if "lost" in row else None
+    return Control(row["control"], row["task"], row["metric"], Estimate.from_json(row), row["chance"], lost)
 
 
 def _slice(row: dict[str, Any]) -> Slice:

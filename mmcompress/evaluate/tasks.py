@@ -7,9 +7,16 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
+from mmcompress.data import Dataset
 from mmcompress.errors import UsageError
 from mmcompress.evaluate import metrics
-from mmcompress.evaluate.answer_tasks import answer_agreement, transcription
+from mmcompress.evaluate.answer_tasks import (
+    answer_agreement,
+    captioning,
+    perplexity,
+    question_answering,
+    transcription,
+)
 from mmcompress.evaluate.answers import Need
 from mmcompress.evaluate.scene import Measured, Scene, Task, Unit
 
@@ -98,6 +105,27 @@ TASKS: dict[str, Task] = {
             needs="answers",
         ),
         Task(
+            "vqa",
+            "answer questions about pictures: exact match with an accepted answer after the normalisation of VQA",
+            ("accuracy",),
+            question_answering,
+            needs="answers",
+        ),
+        Task(
+            "captioning",
+            "say what is in a picture: CIDEr-D, exact match, keywords",
+            ("cider",),
+            captioning,
+            needs="answers",
+        ),
+        Task(
+            "perplexity",
+            "how probable the right answers are: mean log-likelihood of a token, whose negative exponential is perplexity",
+            ("answer_log_likelihood",),
+            perplexity,
+            needs="likelihoods",
+        ),
+        Task(
             "answer-agreement",
             "how alike the answers of the reference and the compressed model are: identical, edits, where they part",
             ("identical",),
@@ -109,8 +137,14 @@ TASKS: dict[str, Task] = {
 }
 
 
-USUAL: dict[Need, str] = {"embeddings": "retrieval", "answers": "transcription"}
-"""What a compression is judged by where no task is asked for."""
+def usual_tasks(gives: Collection[Need], dataset: Dataset) -> tuple[str, ...]:
+    """Return what a compression is judged by where no task is asked for, for a model that `gives` so much and such data."""
+    found = ["retrieval"] if "embeddings" in gives else []
+    if "answers" in gives:
+        samples = list(dataset)
+        heard, asked = all(sample.audio for sample in samples), all(sample.question for sample in samples)
+        found.append("transcription" if heard else "vqa" if asked else "captioning")
+    return tuple(found)
 
 
 def relative_tasks(gives: Collection[Need]) -> list[str]:

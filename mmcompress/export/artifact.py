@@ -15,7 +15,7 @@ from typing import Any
 from mmcompress.errors import UsageError, closest
 
 FILE_NAME = "artifact.json"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Artifact:
     records: tuple[dict[str, Any], ...]
     """The passes that were run."""
     embedding: int
-    """C of the shared space."""
+    """C of the shared space; 0 for a model that answers in text."""
     similarity: tuple[float, float]
     """(scale, bias): logits are scale * cosine + bias."""
     precision: str
@@ -76,6 +76,8 @@ class Artifact:
     """File names of the image processor and the tokenizer."""
     versions: dict[str, str] = field(default_factory=dict)
     mmc: str = ""
+    generation: dict[str, Any] | None = None
+    """The generation config of a model that answers in text, None for one that embeds."""
     format: str = "onnx"
     schema: int = SCHEMA
 

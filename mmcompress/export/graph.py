@@ -15,11 +15,20 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 from onnxscript import ir
 from onnxscript.ir.passes import common as cleanups
+
+from mmcompress.export.constants import (
+    constant,
+    initializer,
+    name,
+    nodes,
+    share_tables,
+    split_constants,
+    transpose_constants,
+)
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -32,6 +41,7 @@ def simplify(model: ir.Model) -> dict[str, int]:
         for rewrite in (
             split_constants,
             transpose_constants,
+            share_tables,
             drop_open_masks,
             fold_channel_scales,
             fold_attention_scales,
@@ -65,46 +75,16 @@ def name_nodes(model: ir.Model) -> None:
     model.metadata_props.clear()
 
 
-def split_constants(model: ir.Model) -> int:
-    """Split constants now: packed q/k/v weights of nn.MultiheadAttention."""
-    count = 0
-    for node in _nodes(model, "Split"):
-        source = node.inputs[0]
-        axis = node.attributes.get_int("axis", 0)
-        whole = _constant(source)
-        if whole is None or any(output.shape is None or not output.shape.is_static() for output in node.outputs):
-            continue
-        sizes = [int(output.shape[axis]) for output in node.outputs if output.shape is not None]  # type: ignore[arg-type]
-        for output, part in zip(node.outputs, np.split(whole, np.cumsum(sizes)[:-1], axis), strict=True):
-            ir.convenience.replace_all_uses_with(output, _initializer(model, part, str(output.name)))
-        count += 1
-    return count
-
-
-def transpose_constants(model: ir.Model) -> int:
-    """Transpose constants now: the exporter leaves large ones, which are the integer weights of linears."""
-    count = 0
-    for node in _nodes(model, "Transpose"):
-        whole = _constant(node.inputs[0])
-        if whole is None:
-            continue
-        turned = np.ascontiguousarray(whole.transpose(node.attributes["perm"].as_ints()))
-        made = _initializer(model, turned, f"{_name(node.inputs[0])}_transposed")
-        ir.convenience.replace_all_uses_with(node.outputs[0], made)
-        count += 1
-    return count
-
-
 def drop_open_masks(model: ir.Model) -> int:
     """Remove the addition of masks that hide nothing: transformers writes one whenever it is traced."""
     count = 0
-    for node in _nodes(model, "Where"):
+    for node in nodes(model, "Where"):
         condition = node.inputs[0]
         while (
             condition is not None and (made := condition.producer()) is not None and made.op_type in ("Expand", "Cast")
         ):
             condition = made.inputs[0]
-        shown, added = _constant(condition), _constant(node.inputs[1])
+        shown, added = constant(condition), constant(node.inputs[1])
         if shown is None or not shown.all() or added is None or added.any():
             continue
         for use in list(node.outputs[0].uses()):
@@ -118,14 +98,15 @@ def drop_open_masks(model: ir.Model) -> int:
 
 
 def fold_channel_scales(model: ir.Model) -> int:
-    """Linear then Mul by a constant per channel (LayerScale) -> the linear with scaled weight and bias; float32 only."""
+    """Linear then Mul by a constant, alone or per channel (LayerScale) -> the linear with scaled weight and bias; float32 only."""
     count = 0
-    for node in _nodes(model, "Mul"):
+    for node in nodes(model, "Mul"):
         for scaled, factor in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
-            by = _constant(factor)
-            if by is None or by.ndim != 1 or by.dtype != np.float32 or scaled is None:
+            by = constant(factor)
+            if by is None or by.ndim > 1 or by.dtype != np.float32 or scaled is None or scaled.shape is None:
                 continue
-            if _scale_linear(model, scaled, by):
+            width = scaled.shape[-1]
+            if isinstance(width, int) and _scale_linear(model, scaled, np.broadcast_to(by, width)):
                 ir.convenience.replace_all_uses_with(node.outputs[0], scaled, replace_graph_outputs=True)
                 count += 1
                 break
@@ -135,9 +116,9 @@ def fold_channel_scales(model: ir.Model) -> int:
 def fold_attention_scales(model: ir.Model) -> int:
     """softmax(scale * queries keysᵀ): the scale moves into the linear that makes the queries; float32 only."""
     count = 0
-    for node in _nodes(model, "Mul"):
+    for node in nodes(model, "Mul"):
         product, factor = node.inputs
-        scale = _constant(factor)
+        scale = constant(factor)
         matmul = product.producer() if product is not None else None
         if (
             scale is None
@@ -163,9 +144,9 @@ def fold_value_gains(model: ir.Model) -> int:
     Attention mixes tokens, never channels, so what scales a channel of its output may scale that channel of the values.
     """
     count = 0
-    for node in _nodes(model, "Mul"):
+    for node in nodes(model, "Mul"):
         for states, factor in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
-            by = _constant(factor)
+            by = constant(factor)
             mixed = _past_reshapes(states)
             matmul = mixed.producer() if mixed is not None else None
             if by is None or by.ndim != 1 or by.dtype != np.float32 or matmul is None or matmul.op_type != "MatMul":
@@ -197,18 +178,18 @@ def _past_reshapes(value: ir.Value | None) -> ir.Value | None:
 def fold_norm_gains(model: ir.Model) -> int:
     """LayerNormalization whose only use is a Mul by a constant per channel (a quantized layer's gain) -> one that scales itself."""
     count = 0
-    for node in _nodes(model, "Mul"):
+    for node in nodes(model, "Mul"):
         for states, factor in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
-            by = _constant(factor)
+            by = constant(factor)
             norm = states.producer() if states is not None else None
             if by is None or norm is None or norm.op_type != "LayerNormalization" or len(norm.outputs[0].uses()) != 1:
                 continue
-            parts = [_constant(value) for value in norm.inputs[1:]]
+            parts = [constant(value) for value in norm.inputs[1:]]
             if any(part is None or part.shape != by.shape or part.dtype != np.float32 for part in parts):
                 continue
             for index, part in enumerate(parts, 1):
                 assert part is not None
-                norm.replace_input_with(index, _initializer(model, part * by, f"{_name(norm.inputs[index])}_scaled"))
+                norm.replace_input_with(index, initializer(model, part * by, f"{name(norm.inputs[index])}_scaled"))
             ir.convenience.replace_all_uses_with(node.outputs[0], norm.outputs[0], replace_graph_outputs=True)
             count += 1
             break
@@ -221,76 +202,52 @@ def _scale_linear(model: ir.Model, output: ir.Value, by: np.ndarray) -> bool:
     if add is None or add.op_type != "Add" or len(output.uses()) != 1:
         return False
     for index in (0, 1):
-        bias, product = _constant(add.inputs[index]), add.inputs[1 - index]
+        bias, product = constant(add.inputs[index]), add.inputs[1 - index]
         matmul = product.producer() if product is not None else None
         if bias is None or bias.shape != by.shape or matmul is None or matmul.op_type != "MatMul":
             continue
         if product is None or len(product.uses()) != 1 or not _scale_weight(model, matmul, by):
             continue
-        add.replace_input_with(index, _initializer(model, bias * by, f"{_name(add.inputs[index])}_scaled"))
+        add.replace_input_with(index, initializer(model, bias * by, f"{name(add.inputs[index])}_scaled"))
         return True
     return False
 
 
 def _scale_weight(model: ir.Model, matmul: ir.Node, by: np.ndarray) -> bool:
     value = matmul.inputs[1]
-    weight = _constant(value)
+    weight = constant(value)
     if weight is not None:
-        matmul.replace_input_with(1, _initializer(model, weight * by, f"{_name(value)}_scaled"))
+        matmul.replace_input_with(1, initializer(model, weight * by, f"{name(value)}_scaled"))
         return True
     dequantize = value.producer() if value is not None else None
     if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.attributes.get_int("axis", 1) != 1:
         return False
     if len(dequantize.outputs[0].uses()) != 1:
         return False
-    scales, codes = _constant(dequantize.inputs[1]), _constant(dequantize.inputs[0])
+    scales, codes = constant(dequantize.inputs[1]), constant(dequantize.inputs[0])
     if scales is None or scales.shape != by.shape or codes is None or codes.dtype != np.int8:
         return False
     if (by < 0).any() and codes.min() == -128:
         return False
-    zero = _constant(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
+    zero = constant(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
     if zero is not None and zero.any():
         return False
     # A scale must be positive, so the sign moves into the codes.
     if (by < 0).any():
         flipped = codes * np.where(by < 0, -1, 1).astype(np.int8)
-        dequantize.replace_input_with(0, _initializer(model, flipped, f"{_name(dequantize.inputs[0])}_flipped"))
+        dequantize.replace_input_with(0, initializer(model, flipped, f"{name(dequantize.inputs[0])}_flipped"))
     made = np.maximum(scales * np.abs(by), np.finfo(np.float32).tiny)
-    dequantize.replace_input_with(1, _initializer(model, made, f"{_name(dequantize.inputs[1])}_scaled"))
+    dequantize.replace_input_with(1, initializer(model, made, f"{name(dequantize.inputs[1])}_scaled"))
     return True
 
 
 def drop_same_casts(model: ir.Model) -> int:
     """Remove Cast to the dtype a value already has, and Identity."""
     count = 0
-    for node in _nodes(model, "Cast", "Identity"):
+    for node in nodes(model, "Cast", "Identity"):
         source, output = node.inputs[0], node.outputs[0]
         if source is None or source.dtype is None or source.dtype != output.dtype or output.is_graph_output():
             continue
         ir.convenience.replace_all_uses_with(output, source)
         count += 1
     return count
-
-
-def _nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
-    """The nodes of these types, safe against changes while they are visited."""
-    yield from [node for node in model.graph if node.op_type in op_types]
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    if value is None or value.const_value is None:
-        return None
-    return np.asarray(value.const_value.numpy())
-
-
-def _initializer(model: ir.Model, array: np.ndarray, name: str) -> ir.Value:
-    while name in model.graph.initializers:
-        name += "_"
-    tensor = ir.tensor(array, name=name)
-    made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    model.graph.register_initializer(made)
-    return made
-
-
-def _name(value: ir.Value | None) -> str:
-    return str(value.name) if value is not None else ""

@@ -1,6 +1,6 @@
-"""ONNX export: one file per tower, checked against torch, with everything needed to use it beside it.
+"""ONNX export: one file per part of a model, checked against torch, with everything needed to use it beside it.
 
-The output directory appears only when every tower is exported, passes onnx.checker, keeps its dynamic axes, holds the promised
+The output directory appears only when every part is exported, passes onnx.checker, keeps its dynamic axes, holds the promised
 integers and agrees with torch.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnx
+import torch
 from onnxscript import ir
 
 import mmcompress
@@ -24,7 +25,7 @@ from mmcompress.export.artifact import Artifact, Component, TensorSpec, sha256
 from mmcompress.export.graph import simplify
 from mmcompress.export.parity import ParityRow, as_records, check_parity
 from mmcompress.export.promises import check_promise, promise, quantized_matrices, weights
-from mmcompress.export.trace import AXES, PRECISIONS, encoder, token_limit, trace
+from mmcompress.export.trace import PRECISIONS, Traced, trace, traced_parts
 from mmcompress.progress import Progress, Silent
 from mmcompress.staging import staging
 
@@ -52,7 +53,7 @@ _PREPROCESSING = (
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """How the export of one tower went."""
+    """How the export of one part went."""
 
     component: Component
     parity: tuple[ParityRow, ...]
@@ -79,10 +80,11 @@ def export_onnx(
     batches: Sequence[int] = (1, 2, 7),
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write one ONNX file per tower, the preprocessing files and artifact.json into the new directory `out`.
+    """Write an ONNX file for each part, the preprocessing files and artifact.json into the new directory `out`.
 
-    `precision` is the dtype of weights and arithmetic; inputs and outputs stay float32. `opset` None takes the oldest that
-    can say it. `batches` are the batch sizes at which the graph is compared with torch.
+    A part is a tower that embeds, or what a family whose models answer in text is cut into. `precision` is the dtype of weights and
+    arithmetic; inputs and outputs stay float32. `opset` None takes the oldest that can say it. `batches` are the batch sizes at
+    which the graph is compared with torch.
 
     Raises UsageError (existing output, unknown tower or precision, a model torch cannot trace), GateFailed (the graph
     does not compute or hold what the model does), OutOfMemory (disk full).
@@ -106,20 +108,23 @@ def write_onnx(
     progress: Progress | None = None,
 ) -> ExportReport:
     """Do what `export_onnx` does, into a directory that the caller has made and stages."""
-    if not isinstance(bundle.family, DualEncoder):
-        raise UsageError(
-            f"{bundle.family.name} models cannot be exported yet: only towers that embed can",
-            hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
-        )
     opset = _check_options(precision, opset, batches)
-    names = tuple(bundle.tower(name).name for name in towers or [tower.name for tower in bundle.towers()])
+    modules = {module.part.name: module for module in traced_parts(bundle, precision)}
+    for name in towers or ():
+        if name not in modules:
+            raise UsageError(f"{bundle.family.name} has no part '{name}' to export", hint=closest(name, modules))
+    if towers and not isinstance(bundle.family, DualEncoder) and set(towers) != set(modules):
+        raise UsageError(
+            f"{', '.join(towers)} alone cannot answer: {bundle.family.name} is {', '.join(modules)}",
+            hint="export all parts: leave --tower out",
+        )
     progress = progress or Silent()
     begun = time.perf_counter()
     reports = []
-    progress.start("export", 3 * len(names))
+    progress.start("export", 3 * len(towers or modules))
     try:
-        for name in names:
-            reports.append(_export_tower(bundle, directory, name, precision, opset, batches, progress))
+        for name in towers or modules:
+            reports.append(_export_part(bundle, directory, modules[name], precision, opset, batches, progress))
     finally:
         progress.finish()
     bundle.processor.save(str(directory))
@@ -128,16 +133,21 @@ def write_onnx(
     return ExportReport(artifact, tuple(reports), time.perf_counter() - begun)
 
 
-def _export_tower(
-    bundle: Bundle, directory: Path, name: str, precision: str, opset: int, batches: Sequence[int], progress: Progress
+def _export_part(
+    bundle: Bundle,
+    directory: Path,
+    module: Traced,
+    precision: str,
+    opset: int,
+    batches: Sequence[int],
+    progress: Progress,
 ) -> ComponentReport:
-    begun = time.perf_counter()
-    module = encoder(bundle, name, precision)
-    # Three items: a batch of 1 would be taken as fixed, and 3 is in no usual list of batches to check.
-    model = trace(module, module.family.example_inputs(module.model, name, 3), opset)
+    begun, name = time.perf_counter(), module.part.name
+    graph = trace(module, opset)
+    model = graph.model
     progress.advance(note=f"{name} traced")
     rewrites = simplify(model)
-    promised = promise(bundle, module)
+    promised = promise(module, graph)
     check_promise(model, promised, name)
     _stamp(model, bundle, name)
     path = directory / f"{name}.onnx"
@@ -159,7 +169,7 @@ def _export_tower(
         outputs=_specs(model.graph.outputs),
         nodes=dict(sorted(operators.items())),
         weights=weights(model),
-        tokens=token_limit(module) if any(AXES[1] in spec.dims for spec in _specs(model.graph.inputs)) else 0,
+        tokens=module.part.most_tokens,
         quantized=quantized_matrices(model),
         parity=as_records(rows),
     )
@@ -182,10 +192,10 @@ def _check_options(precision: str, opset: int | None, batches: Sequence[int]) ->
     return opset
 
 
-def _stamp(model: ir.Model, bundle: Bundle, tower: str) -> None:
+def _stamp(model: ir.Model, bundle: Bundle, part: str) -> None:
     """Say in the file itself what it is and where it came from."""
     model.producer_name, model.producer_version = "mmcompress", mmcompress.__version__
-    model.graph.name = f"{bundle.family.name}.{tower}"
+    model.graph.name = f"{bundle.family.name}.{part}"
     model.metadata_props.update(
         {
             "mmc.version": mmcompress.__version__,
@@ -209,10 +219,11 @@ def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 def _describe(
     bundle: Bundle, directory: Path, reports: Sequence[ComponentReport], precision: str, opset: int
 ) -> Artifact:
-    scale, bias = bundle.dual.similarity(bundle.model)
+    dual = isinstance(bundle.family, DualEncoder)
+    scale, bias = bundle.dual.similarity(bundle.model) if dual else (torch.ones(()), torch.zeros(()))
     source = asdict(bundle.source)
     del source["config"]  # of the original; the exported model's own is kept below
-    width = reports[0].component.outputs[0].dims[-1]
+    width = reports[0].component.outputs[0].dims[-1] if dual else 0
     assert isinstance(width, int)
     return Artifact(
         directory=directory,
@@ -224,6 +235,7 @@ def _describe(
         records=tuple({**asdict(record), "seconds": round(record.seconds, 3)} for record in bundle.history),
         embedding=width,
         similarity=(float(scale.detach()), float(bias.detach())),
+        generation=None if dual else bundle.model.generation_config.to_dict(),
         precision=precision,
         opset=opset,
         preprocessing=tuple(name for name in _PREPROCESSING if (directory / name).is_file()),

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from torch import Tensor
 
 from mmcompress.errors import GateFailed
 from mmcompress.export.rounding import check_grids, no_rounding, unrounded
 from mmcompress.export.running import open_graph, run_torch, run_torch_blocks
-from mmcompress.export.trace import Encoder, token_limit
+from mmcompress.export.trace import Traced
+from mmcompress.parts import BATCH, PAST, TOKENS
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One comparison. `tokens` is 0 for inputs without a token axis."""
+    """One comparison, of the output that differs most. `tokens` and `past` are 0 for inputs without such axes."""
 
     batch: int
     tokens: int
@@ -58,50 +58,25 @@ class ParityRow:
     runner: str
     rounding: bool = True
     """False: compared without the rounding of activations."""
+    past: int = 0
 
 
-def corners(module: Encoder, batches: Sequence[int]) -> Iterator[dict[str, Tensor]]:
-    """Yield inputs at every corner of the shapes: each batch, with few and more tokens, and once the longest text.
-
-    Texts keep their last token, which is where some towers read.
-    """
+def corners(module: Traced, batches: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+    """Yield inputs at every corner of the shapes: each batch with each of the part's sizes, and once the longest."""
+    part = module.part
     for batch in batches:
-        example = module.family.example_inputs(module.model, module.tower, batch)
-        if "input_ids" not in example:
-            yield example
-            continue
-        length = example["input_ids"].shape[1]
-        for tokens in sorted({max(2, length // 2), length}):
-            yield _resized(example, tokens)
-    example = module.family.example_inputs(module.model, module.tower, 1)
-    if "input_ids" in example:
-        limit = token_limit(module)
-        if limit > example["input_ids"].shape[1]:
-            yield _resized(example, limit)
-
-
-def _resized(example: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """Cut or repeat token inputs to (B, `tokens`), keeping the last; every second row ends in padding where there is a mask."""
-    made = {}
-    for name, value in example.items():
-        repeats = -(-tokens // value.shape[1])
-        body = value[:, :-1].repeat(1, repeats + 1)[:, : tokens - 1]
-        made[name] = torch.cat([body, value[:, -1:]], dim=1)
-    if "attention_mask" in made:
-        padding = tokens // 4
-        if padding:
-            made["attention_mask"][1::2, -padding:] = 0
-            # What stands in the padding is the last token again, so that a tower that looks for it by id finds the first.
-            made["input_ids"][1::2, -padding - 1 :] = made["input_ids"][1::2, -1:]
-    return made
+        for sizes in part.corners:
+            yield module.example({BATCH: batch, **sizes})
+    if part.longest is not None:
+        yield module.example({BATCH: 1, **part.longest})
 
 
 def check_parity(
-    module: Encoder, path: Path, *, precision: str, batches: Sequence[int] = (1, 2, 7)
+    module: Traced, path: Path, *, precision: str, batches: Sequence[int] = (1, 2, 7)
 ) -> tuple[ParityRow, ...]:
     """Compare the graph at `path` with the torch module at every corner.
 
-    Raises GateFailed naming the tower, the shape, the difference and the first block that differs.
+    Raises GateFailed naming the part, the shape, the difference and the first block that differs.
     """
     inputs = list(corners(module, batches))
     strict = TOLERANCES[precision]
@@ -122,17 +97,17 @@ def check_parity(
 
 
 def _compare_all(
-    module: Encoder, graph: onnx.ModelProto | Path, corner_inputs: Sequence[dict[str, Tensor]], limit: Tolerance
+    module: Traced, graph: onnx.ModelProto | Path, corner_inputs: Sequence[dict[str, Tensor]], limit: Tolerance
 ) -> tuple[ParityRow, ...]:
     run, runner = open_graph(graph)
     rows = []
     for inputs in corner_inputs:
-        row = compare(run_torch(module, inputs), run(inputs)[0], inputs, runner)
+        row = _worst(module, run_torch(module, inputs), run(inputs), inputs, runner)
         if not limit.holds(row):
             where = first_divergence(module, onnx.load(graph) if isinstance(graph, Path) else graph, inputs, limit)
-            tokens = f", {row.tokens} tokens" if row.tokens else ""
+            sizes = (f", {row.tokens} tokens" if row.tokens else "") + (f", {row.past} past" if row.past else "")
             raise GateFailed(
-                f"the exported {module.tower} tower differs from torch at batch {row.batch}{tokens}: "
+                f"the exported {module.part.name} part differs from torch at batch {row.batch}{sizes}: "
                 f"cosine {row.cosine:.5f} (limit {limit.cosine}), relative error {row.relative:.2e} "
                 f"(limit {limit.relative}); first in {where or 'what follows the blocks'}",
                 hint="report it with the model's config; a float32 export without quantize tells whether rounding is the cause",
@@ -141,15 +116,42 @@ def _compare_all(
     return tuple(rows)
 
 
-def compare(want: np.ndarray, got: np.ndarray, inputs: dict[str, Tensor], runner: str) -> ParityRow:
-    """Return the differences between two outputs (B, C); NaN where one has NaN, which no tolerance accepts."""
+def _worst(
+    module: Traced, want: list[np.ndarray], got: list[np.ndarray], inputs: dict[str, Tensor], runner: str
+) -> ParityRow:
+    """Compare every output; the largest differences, and NaN before any number."""
+    if [array.shape for array in want] != [array.shape for array in got]:
+        shapes = [(a.shape, b.shape) for a, b in zip(want, got, strict=True) if a.shape != b.shape]
+        raise GateFailed(
+            f"the exported {module.part.name} part gives shape {shapes[0][1]}, torch {shapes[0][0]}",
+            hint="report it with the model's config and the versions of torch and onnxscript",
+        )
+    rows = [compare(*pair, runner) for pair in zip(want, got, strict=True) if pair[0].size]
+    sizes = {
+        name: inputs[key].shape[axis]
+        for key, names in module.part.axes.items()
+        for axis, name in enumerate(names)
+        if name in (TOKENS, PAST)
+    }
+    return replace(
+        rows[0],
+        max_abs=float(np.max([row.max_abs for row in rows])),
+        relative=float(np.max([row.relative for row in rows])),
+        cosine=float(np.min([row.cosine for row in rows])),
+        tokens=sizes.get(TOKENS, 0),
+        past=sizes.get(PAST, 0),
+    )
+
+
+def compare(want: np.ndarray, got: np.ndarray, runner: str) -> ParityRow:
+    """Return the differences between two outputs (B, …); NaN where one has NaN, which no tolerance accepts."""
     want, got = want.astype(np.float64).reshape(len(want), -1), got.astype(np.float64).reshape(len(got), -1)
     largest = float(np.abs(want - got).max())
     norms = np.linalg.norm(want, axis=1) * np.linalg.norm(got, axis=1)
     cosines = (want * got).sum(axis=1) / np.maximum(norms, 1e-30)
     return ParityRow(
         batch=len(want),
-        tokens=int(inputs["input_ids"].shape[1]) if "input_ids" in inputs else 0,
+        tokens=0,
         max_abs=largest,
         relative=largest / max(float(np.abs(want).max()), 1e-30),
         cosine=float(cosines.min()),
@@ -166,26 +168,29 @@ def as_records(rows: Sequence[ParityRow]) -> tuple[dict[str, Any], ...]:
     )  # fmt: skip
 
 
-def first_divergence(
-    module: Encoder, graph: onnx.ModelProto, inputs: dict[str, Tensor], limit: Tolerance
-) -> str | None:
+def first_divergence(module: Traced, graph: onnx.ModelProto, inputs: dict[str, Tensor], limit: Tolerance) -> str | None:
     """Return the path of the first block whose output differs from torch by more than `limit`, or None.
 
     A block's output in the graph is the last node named after it, so a block that was optimised away is skipped.
     """
-    tower = next(tower for tower in module.family.towers(module.model) if tower.name == module.tower)
+    blocks = [
+        block
+        for tower in module.family.towers(module.model)
+        if tower.name == module.part.tower
+        for block in tower.blocks
+    ]
     exposed = onnx.ModelProto()
     exposed.CopyFrom(graph)
     values = {}
-    for block in tower.blocks:
+    for block in blocks:
         last = [node for node in graph.graph.node if node.name.startswith((f"{block.path}/", f"{block.path}."))]
         if last:
             values[block.path] = last[-1].output[0]
             exposed.graph.output.append(onnx.helper.make_empty_tensor_value_info(last[-1].output[0]))
     run, runner = open_graph(exposed)
-    got = dict(zip(values, run(inputs)[1:], strict=True))
+    got = dict(zip(values, run(inputs)[len(module.part.outputs) :], strict=True))
     for block_path, want in run_torch_blocks(module, inputs, list(values)).items():
         found = got[block_path]
-        if want.shape != found.shape or not limit.holds(compare(want, found, inputs, runner)):
+        if want.shape != found.shape or not limit.holds(compare(want, found, runner)):
             return block_path
     return None

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from onnxscript import ir
 
-from mmcompress.bundle import Bundle
 from mmcompress.errors import GateFailed
-from mmcompress.export.trace import Encoder
+from mmcompress.export.trace import Graph, Traced
 
 SLACK_SHARE = 0.01
 SLACK_BYTES = 16 * 1024
@@ -21,20 +20,20 @@ _INTEGERS = {torch.int8, torch.uint8}
 
 @dataclass(frozen=True)
 class Promise:
-    """What the torch tower holds: bytes of everything, and its integer matrices."""
+    """What the torch part holds: bytes of everything, tables included, and its integer matrices."""
 
     bytes: int
     quantized: int
     quantized_bytes: int
 
 
-def promise(bundle: Bundle, module: Encoder) -> Promise:
-    """Count the tensors of the tower that `module` exports."""
-    tower = next(tower for tower in bundle.family.towers(module.model) if tower.name == module.tower)
-    own = {name: value for name, value in module.model.state_dict().items() if tower.owns(name)}
-    packed = [value for value in own.values() if value.dtype in _INTEGERS and value.dim() >= 2]
+def promise(module: Traced, graph: Graph) -> Promise:
+    """Count the parameters and buffers the part computes with, tied ones once."""
+    stored = {**dict(module.model.named_parameters(remove_duplicate=False)), **dict(module.model.named_buffers())}
+    own = {(value.data_ptr(), value.shape): value for name, value in stored.items() if name in graph.used}.values()
+    packed = [value for value in own if value.dtype in _INTEGERS and value.dim() >= 2]
     return Promise(
-        bytes=sum(value.nbytes for value in own.values()),
+        bytes=sum(value.nbytes for value in own) + module.part.tables,
         quantized=len(packed),
         quantized_bytes=sum(value.nbytes for value in packed),
     )
@@ -59,19 +58,19 @@ def quantized_matrices(model: ir.Model) -> int:
     )
 
 
-def check_promise(model: ir.Model, promised: Promise, tower: str) -> None:
+def check_promise(model: ir.Model, promised: Promise, part: str) -> None:
     """Raise GateFailed when integers were unpacked or weights copied on the way into the graph."""
     found = weights(model)
     integers = found.get("INT8", 0) + found.get("UINT8", 0)
     if integers < promised.quantized_bytes:
         raise GateFailed(
-            f"the exported {tower} tower holds {integers} bytes of integer weights; the model has {promised.quantized_bytes}",
+            f"the exported {part} part holds {integers} bytes of integer weights; the model has {promised.quantized_bytes}",
             hint="the exporter unpacked quantized weights; quantize with --keep-float for the layer, and report it "
             "with the versions of torch and onnxscript",
         )
     total, limit = sum(found.values()), promised.bytes * (1 + SLACK_SHARE) + SLACK_BYTES
     if total > limit:
         raise GateFailed(
-            f"the exported {tower} tower holds {total} bytes of weights; the model has {promised.bytes}",
+            f"the exported {part} part holds {total} bytes of weights; the model has {promised.bytes}",
             hint="the exporter copied weights; report it with the versions of torch and onnxscript",
         )

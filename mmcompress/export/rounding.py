@@ -16,7 +16,9 @@ import numpy as np
 import onnx
 
 from mmcompress.errors import GateFailed
-from mmcompress.export.trace import Encoder
+from mmcompress.export.running import run_torch
+from mmcompress.export.trace import Traced
+from mmcompress.parts import BATCH
 
 Grid = tuple[float, int]
 """(scale, zero point)."""
@@ -46,7 +48,7 @@ def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextlib.contextmanager
-def no_rounding(module: Encoder) -> Iterator[None]:
+def no_rounding(module: Traced) -> Iterator[None]:
     """While active, the module's quantized layers take their inputs as they come."""
     held: dict[Any, Any] = {layer: layer.input_scale for layer in _rounding_layers(module)}
     for layer in held:
@@ -58,27 +60,30 @@ def no_rounding(module: Encoder) -> Iterator[None]:
             layer.input_scale = scale
 
 
-def check_grids(module: Encoder, graph: onnx.ModelProto) -> None:
+def check_grids(module: Traced, graph: onnx.ModelProto) -> None:
     """Raise GateFailed unless activations are rounded with the scales and zero points of the torch module, and no others."""
     want, got = torch_grids(module), graph_grids(graph)
     if want != got:
         odd = sorted(want ^ got)[0]
         where = "the torch model" if odd in want else "the exported graph"
         raise GateFailed(
-            f"activations of the {module.tower} tower are rounded differently: only {where} has scale {odd[0]:.6g}, "
+            f"activations of the {module.part.name} part are rounded differently: only {where} has scale {odd[0]:.6g}, "
             f"zero point {odd[1]} ({len(want)} in torch, {len(got)} in the graph)",
             hint="report it with the model's config and the versions of torch and onnxscript",
         )
 
 
-def torch_grids(module: Encoder) -> set[Grid]:
-    """Return the grids of the tower's quantized layers."""
-    tower = next(tower for tower in module.family.towers(module.model) if tower.name == module.tower)
-    layers = {name: layer for name, layer in module.model.named_modules() if tower.owns(name)}
-    own = set(layers.values())
-    return {
-        (float(layer.input_scale), int(layer.input_zero_point)) for layer in _rounding_layers(module) if layer in own
-    }
+def torch_grids(module: Traced) -> set[Grid]:
+    """Return the grids of the quantized layers that run when the part does."""
+    inputs = module.example({BATCH: 1, **module.part.traced})
+    ran: list[Any] = []
+    handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in _rounding_layers(module)]
+    try:
+        run_torch(module, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {(float(layer.input_scale), int(layer.input_zero_point)) for layer in ran}
 
 
 def graph_grids(graph: onnx.ModelProto) -> set[Grid]:
@@ -95,5 +100,5 @@ def graph_grids(graph: onnx.ModelProto) -> set[Grid]:
     }
 
 
-def _rounding_layers(module: Encoder) -> list[Any]:
+def _rounding_layers(module: Traced) -> list[Any]:
     return [layer for layer in module.model.modules() if getattr(layer, "input_scale", None) is not None]

@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from mmcompress.export.trace import Encoder
+from mmcompress.export.trace import Traced
 
 Run = Callable[[dict[str, Tensor]], list[np.ndarray]]
 
@@ -44,12 +44,12 @@ def open_graph(graph: onnx.ModelProto | Path) -> tuple[Run, str]:
 
 
 @torch.inference_mode()
-def run_torch(module: Encoder, inputs: dict[str, Tensor]) -> np.ndarray:
-    """Return the torch module's embeddings (B, C)."""
-    return np.asarray(module(*inputs.values()).numpy())
+def run_torch(module: Traced, inputs: dict[str, Tensor]) -> list[np.ndarray]:
+    """Return the torch module's outputs, (B, …) each."""
+    return [np.asarray(output.numpy()) for output in module(*inputs.values())]
 
 
-def run_torch_blocks(module: Encoder, inputs: dict[str, Tensor], blocks: Sequence[str]) -> dict[str, np.ndarray]:
+def run_torch_blocks(module: Traced, inputs: dict[str, Tensor], blocks: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the outputs of the modules at the paths `blocks`, in the order they are called."""
     outputs: dict[str, np.ndarray] = {}
 

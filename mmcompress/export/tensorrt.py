@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import torch
 
-from mmcompress.bundle import Bundle
+from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import Artifact, Component, sha256
 from mmcompress.export.onnx import ExportReport, write_onnx
@@ -112,6 +112,11 @@ def export_tensorrt(
     """
     options, progress = options or EngineOptions(), progress or Silent()
     api = load_api(options.api)
+    if source.generation is not None if isinstance(source, Artifact) else not isinstance(source.family, DualEncoder):
+        raise UsageError(
+            "engines are built of models that embed; the cache of one that answers in text starts empty, and no engine takes that",
+            hint="mmc export --to onnx, and run it in onnxruntime (--device cuda uses the GPU)",
+        )
     _refuse_unused(api, options)
     with staging(Path(out)) as directory:
         if isinstance(source, Artifact):

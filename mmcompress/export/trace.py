@@ -1,4 +1,4 @@
-"""From one tower of a bundle to an ONNX graph in memory: torch.export with a dynamic batch, then torch's ONNX exporter.
+"""From one part of a bundle to an ONNX graph in memory: torch.export with dynamic axes, then torch's ONNX exporter.
 
 Inputs and outputs keep their dtype whatever the precision inside: pixel values come in and embeddings go out as float32, so that
 one client serves every precision. Half precision is cast in torch (weights and activations), not in the graph: LayerNormalization
@@ -12,21 +12,20 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
-from mmcompress.bundle import Bundle, DualEncoder, Family, Processor
-from mmcompress.errors import UsageError
+from mmcompress.bundle import Bundle, DualEncoder, Family, Processor, Tower
+from mmcompress.errors import UsageError, closest
 from mmcompress.export.translations import translations
+from mmcompress.parts import BATCH, TOKENS, Exportable, Part, Sizes
 
 OUTPUT = "embeddings"
-AXES = ("batch", "tokens")
-"""Names of the dynamic axes: the first of every input, and the second of token ids and their masks."""
-
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _HARMLESS = (
@@ -42,62 +41,135 @@ _HARMLESS_LOGS = {
 }
 
 
-class Encoder(nn.Module):
-    """One tower as a module with positional tensors in and float32 embeddings (B, C) out."""
+class Traced(nn.Module):
+    """One part of a model as a module with positional tensors in and out, floats as float32 whatever the precision inside."""
 
-    def __init__(
-        self, family: Family, model: nn.Module, tower: str, names: tuple[str, ...], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, family: Family, model: nn.Module, part: Part, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.family = family
-        self.tower = tower
-        self.names = names
+        self.part = part
         self.dtype = dtype
 
-    def forward(self, *values: Tensor) -> Tensor:
-        inputs = {
-            name: value.to(self.dtype) if value.is_floating_point() else value
-            for name, value in zip(self.names, values, strict=True)
-        }
-        return self.family.encode(self.model, self.tower, inputs).float()
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        made = self.part.compute(self.model, *(_cast(value, self.dtype) for value in values))
+        return tuple(_cast(value, torch.float32) for value in ((made,) if isinstance(made, Tensor) else made))
+
+    def example(self, sizes: Sizes) -> dict[str, Tensor]:
+        """Return valid inputs of the sizes asked for, by name."""
+        found = self.part.example(sizes)
+        return {name: found[name] for name in self.part.axes}
 
 
-def encoder(bundle: Bundle, tower: str, precision: str) -> Encoder:
-    """Return the tower on the CPU in evaluation mode, cast to `precision`; the bundle itself is not changed."""
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced part."""
+
+    model: ir.Model
+    used: frozenset[str]
+    """Names, within the model, of the parameters and buffers it computes with."""
+
+
+def on_cpu(bundle: Bundle, precision: str) -> nn.Module:
+    """Return the model on the CPU in evaluation mode, cast to `precision`; the bundle itself is not changed."""
     dtype = PRECISIONS[precision]
-    model = bundle.model
+    model: nn.Module = bundle.model
     stored = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if stored != {dtype} or bundle.device.type != "cpu" or model.training:
         model = copy.deepcopy(model).to(device="cpu", dtype=dtype).eval()
-    names = tuple(bundle.family.example_inputs(model, tower, 1))
-    return Encoder(bundle.family, model, tower, names, dtype)
+    return model
 
 
-def token_limit(module: Encoder) -> int:
-    """Return the most tokens a text may have, 0 where the config does not say."""
-    if isinstance(module.family, DualEncoder):
-        return module.family.cut_texts(module.model, Processor(), ())[1]
-    config: Any = module.model.config
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 0))
+def traced_parts(bundle: Bundle, precision: str) -> tuple[Traced, ...]:
+    """Return what a bundle is exported as: the parts its family names, or one for each tower that embeds.
 
-
-def dynamic_axes(inputs: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return the dynamic axes of each input: the batch, and the tokens of integer inputs shaped like token ids."""
-    return {
-        name: AXES if value.dim() == 2 and "input_ids" in inputs and not value.is_floating_point() else AXES[:1]
-        for name, value in inputs.items()
-    }
-
-
-def trace(module: Encoder, inputs: dict[str, Tensor], opset: int) -> ir.Model:
-    """Return the tower as an ONNX graph that takes any batch (and any number of tokens).
-
-    `inputs` is an example of at least two items. Raises UsageError when torch cannot trace the tower, or when an axis
-    declared dynamic came out fixed.
+    Raises UsageError for a family that has neither.
     """
-    axes = dynamic_axes(inputs)
-    shapes = tuple(dict.fromkeys(range(len(names)), torch.export.Dim.DYNAMIC) for names in axes.values())
+    model, family = on_cpu(bundle, precision), bundle.family
+    if isinstance(family, DualEncoder):
+        parts = tuple(_tower(family, model, tower) for tower in family.towers(model))
+    elif isinstance(family, Exportable):
+        family.decoding(model)  # refuses early what the loop around the graphs cannot say
+        parts = family.parts(model)
+    else:
+        raise UsageError(
+            f"{family.name} models cannot be exported yet: the family names no parts",
+            hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
+        )
+    return tuple(Traced(family, model, part, PRECISIONS[precision]) for part in parts)
+
+
+def traced(bundle: Bundle, name: str, precision: str) -> Traced:
+    """Return the part called `name`. Raises UsageError naming those there are."""
+    found = {module.part.name: module for module in traced_parts(bundle, precision)}
+    if name not in found:
+        raise UsageError(f"{bundle.family.name} has no part '{name}' to export", hint=closest(name, found))
+    return found[name]
+
+
+def _tower(family: Family, model: Any, tower: Tower) -> Part:
+    """Return a tower that embeds as a part: its inputs in, embeddings (B, C) out."""
+    example = family.example_inputs(model, tower.name, 1)
+    tokens = example["input_ids"].shape[1] if "input_ids" in example else 0
+    limit = family.cut_texts(model, Processor(), ())[1] if tokens and isinstance(family, DualEncoder) else 0
+    corners = tuple({TOKENS: count} for count in sorted({max(2, tokens // 2), tokens})) if tokens else ({},)
+
+    def encode(model: Any, *values: Tensor) -> Tensor:
+        return family.encode(model, tower.name, dict(zip(example, values, strict=True)))
+
+    def resized(sizes: Sizes) -> dict[str, Tensor]:
+        made = family.example_inputs(model, tower.name, sizes[BATCH])
+        return _resized_text(made, sizes[TOKENS]) if TOKENS in sizes else made
+
+    return Part(
+        name=tower.name,
+        compute=encode,
+        outputs=(OUTPUT,),
+        axes={
+            name: (BATCH, TOKENS) if tokens and value.dim() == 2 and not value.is_floating_point() else (BATCH,)
+            for name, value in example.items()
+        },
+        example=resized,
+        traced={TOKENS: tokens} if tokens else {},
+        corners=corners,
+        longest={TOKENS: limit} if limit > tokens else None,
+        most_tokens=limit,
+        tower=tower.name,
+    )
+
+
+def _resized_text(example: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """Cut or repeat token inputs to (B, `tokens`), keeping the last; every second row ends in padding where there is a mask."""
+    made = {}
+    for name, value in example.items():
+        repeats = -(-tokens // value.shape[1])
+        body = value[:, :-1].repeat(1, repeats + 1)[:, : tokens - 1]
+        made[name] = torch.cat([body, value[:, -1:]], dim=1)
+    if "attention_mask" in made:
+        padding = tokens // 4
+        if padding:
+            made["attention_mask"][1::2, -padding:] = 0
+            # What stands in the padding is the last token again, so that a tower that looks for it by id finds the first.
+            made["input_ids"][1::2, -padding - 1 :] = made["input_ids"][1::2, -1:]
+    return made
+
+
+def trace(module: Traced, opset: int) -> Graph:
+    """Return the part as an ONNX graph that takes any batch (and any size of its other dynamic axes).
+
+    Raises UsageError when torch cannot trace it, or when an axis declared dynamic came out fixed.
+    """
+    part = module.part
+    # Three items: a batch of 1 would be taken as fixed, and 3 is in no usual list of batches to check.
+    # Copied: of a view torch would guard the base, which is not there when it looks (2.13).
+    inputs = {name: value.clone() for name, value in module.example({BATCH: 3, **part.traced}).items()}
+    shapes = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, name in enumerate(names) if name} for names in part.axes.values()
+    )
     with quiet(), torch.no_grad(), module.family.exporting(module.model):
         try:
             program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=(shapes,), strict=False)
@@ -106,7 +178,7 @@ def trace(module: Encoder, inputs: dict[str, Tensor], opset: int) -> ir.Model:
                 dynamo=True,
                 opset_version=opset,
                 input_names=list(inputs),
-                output_names=[OUTPUT],
+                output_names=list(part.outputs),
                 custom_translation_table=translations(),
                 verbose=False,
                 verify=False,
@@ -118,11 +190,22 @@ def trace(module: Encoder, inputs: dict[str, Tensor], opset: int) -> ir.Model:
         except (torch._dynamo.exc.UserError, torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(
-                f"the {module.tower} tower cannot be exported: {reason.strip()}",
+                f"the {part.name} part cannot be exported: {reason.strip()}",
                 hint="mmc passes NAME says what each pass supports; export the model before the last pass to find the one",
             ) from error
-    _name_axes(model, axes)
-    return model
+    _name_axes(model, part.axes)
+    return Graph(model, _used(program))
+
+
+def _used(program: torch.export.ExportedProgram) -> frozenset[str]:
+    """Names of the parameters and buffers that some operator of the program reads, without the module around the model."""
+    signature = program.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return frozenset(
+        targets[node.name].removeprefix("model.")
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.users and node.name in targets
+    )
 
 
 def _should_fold(node: ir.Node) -> bool | None:
@@ -134,12 +217,14 @@ def _should_fold(node: ir.Node) -> bool | None:
     return False if source is not None and source.dtype in (ir.DataType.INT8, ir.DataType.UINT8) else None
 
 
-def _name_axes(model: ir.Model, axes: dict[str, tuple[str, ...]]) -> None:
+def _name_axes(model: ir.Model, axes: Mapping[str, tuple[str, ...]]) -> None:
     """Give the exporter's symbols (s48) the names of the axes they stand for, everywhere in the graph."""
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         assert value.shape is not None
         for axis, name in enumerate(axes[str(value.name)]):
+            if not name:
+                continue
             dim = value.shape[axis]
             if not isinstance(dim, ir.SymbolicDim):
                 raise UsageError(

@@ -9,6 +9,7 @@ from mmcompress.errors import UsageError
 from mmcompress.families import (
     altclip,
     blip,
+    blip_retrieval,
     chinese_clip,
     clap,
     clip,
@@ -33,7 +34,7 @@ FAMILIES: dict[str, Family] = {
     "flava": flava.FAMILY,
     "blip": blip.CAPTIONER,
     "blip_vqa": blip.ANSWERER,
-    "blip_retrieval": blip.RETRIEVER,
+    "blip_retrieval": blip_retrieval.FAMILY,
     "vilt": vilt.ANSWERER,
     "vilt_retrieval": vilt.RETRIEVER,
     "whisper": whisper.FAMILY,

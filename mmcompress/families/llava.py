@@ -14,6 +14,7 @@ from mmcompress.errors import UsageError, closest
 from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
+from mmcompress.parts import Part
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,6 +72,16 @@ class Llava(VisionLanguage):
         c = model.config.vision_config
         return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
 
+    def look(self, model: Any, *inputs: Tensor) -> Tensor:
+        """Return image_embeds (B, N, C); the model's own way lists them, picture by picture."""
+        config = model.config
+        states = model.model.vision_tower(inputs[0], output_hidden_states=True).hidden_states
+        layers = config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        first = int(config.vision_feature_select_strategy == "default")
+        tokens: Tensor = model.model.multi_modal_projector(torch.cat([states[i][:, first:] for i in layers], dim=-1))
+        return tokens
+
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
         return self._token(model, processor) * self.example_counts(model)
 
@@ -116,6 +127,12 @@ class LlavaNext(Llava):
             "pixel_values": pixels.unflatten(0, (batch, tiles)),
             "image_sizes": torch.tensor([[height, width]]).expand(batch, -1).contiguous(),
         }
+
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        raise UsageError(
+            "llava_next cuts every picture into as many tiles as suit it, and pads their tokens by its size; no graph does that",
+            hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
+        )
 
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
         return self._token(model, processor) * self._count(model, inputs["pixel_values"], inputs["image_sizes"][row])

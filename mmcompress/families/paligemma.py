@@ -50,6 +50,7 @@ class PaliGemma(VisionLanguage):
     model_types: tuple[str, ...] = ("paligemma",)
     architectures: tuple[str, ...] = ("PaliGemmaForConditionalGeneration",)
     talk = OneQuestion(without_question="caption en")
+    both_ways = True
 
     def model_class(self, config: Any) -> type[nn.Module]:
         self.check_config(config)
@@ -85,6 +86,10 @@ class PaliGemma(VisionLanguage):
     def example_counts(self, model: Any) -> int:
         c = model.config.vision_config
         return int((c.image_size // c.patch_size) ** 2)
+
+    def look(self, model: Any, *inputs: Tensor) -> Tensor:
+        tokens: Tensor = model.get_image_features(inputs[0], return_dict=True).pooler_output
+        return tokens
 
     def ready_made(self, model: Any, tokens: Tensor) -> Any:
         return BaseModelOutputWithPooling(pooler_output=tokens)

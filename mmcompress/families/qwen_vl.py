@@ -7,6 +7,7 @@ few; Qwen3 gives the language model's first blocks what its own earlier blocks m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from mmcompress.bundle import Numbering, Processor, Tower
+from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
     QWEN2_VISION_BLOCK,
     QWEN3_VISION_BLOCK,
@@ -26,11 +28,16 @@ from mmcompress.families.anatomy import (
     example_pixels,
     read_blocks,
 )
+from mmcompress.families.qwen_vl_parts import layout, look
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage, padded
+from mmcompress.families.vision_language_parts import embed_part, language_part, vision_part
+from mmcompress.parts import Part
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from mmcompress.data import Sample
 
 CLASSES: dict[str, type[nn.Module]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
@@ -39,7 +46,7 @@ CLASSES: dict[str, type[nn.Module]] = {
 }
 BLOCKS = {"qwen2_vl": QWEN2_VISION_BLOCK, "qwen2_5_vl": QWEN25_VISION_BLOCK, "qwen3_vl": QWEN3_VISION_BLOCK}
 EXAMPLE_GRID = (1, 16, 16)
-"""Frames, rows and columns of patches in an example picture."""
+"""Frames, rows and columns of patches in an example picture, and in all that exported models see."""
 
 
 class QwenVL(VisionLanguage):
@@ -124,6 +131,39 @@ class QwenVL(VisionLanguage):
     def ready_made(self, model: Any, tokens: Tensor) -> Any:
         parts: Any = [list(rows) for rows in tokens.split(super().image_width(model), dim=-1)]
         return BaseModelOutputWithDeepstackFeatures(pooler_output=parts[0], deepstack_features=parts[1:])
+
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        """Return the graphs; the vision part takes pictures of `EXAMPLE_GRID` patches alone. Raises UsageError for Qwen3-VL."""
+        if model.config.model_type == "qwen3_vl":
+            raise UsageError(
+                "Qwen3-VL's language model is given what earlier vision blocks made (deepstack), and export does not know that",
+                hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
+            )
+        at = layout(model.config.vision_config, EXAMPLE_GRID)
+        vision = vision_part(
+            lambda model, *inputs: look(model.model.visual, at, inputs[0]),
+            lambda count: self.looked_at(model, self.example_images(model, count)),
+            at.table_bytes,
+        )
+        return vision, embed_part(model), language_part(model, self.language, False, 3)
+
+    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return what the parts take; pictures are first drawn at the one size the vision part knows."""
+        patch = model.config.vision_config.patch_size
+        _, rows, columns = EXAMPLE_GRID
+        size = (columns * patch, rows * patch)
+        resized = [s if s.picture is None else replace(s, picture=s.image.resize(size)) for s in samples]
+        return super().asked(model, processor, resized)
+
+    def looked_at(self, model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return pixel_values (R, P, …). Raises UsageError for another grid than `EXAMPLE_GRID`."""
+        other = [grid for grid in images["image_grid_thw"].tolist() if tuple(grid) != EXAMPLE_GRID]
+        if other:
+            raise UsageError(
+                f"the image processor cuts a picture into {other[0]} patches; the exported vision part takes {list(EXAMPLE_GRID)}",
+                hint="let min_pixels and max_pixels in preprocessor_config.json allow that size",
+            )
+        return {"pixel_values": images["pixel_values"]}
 
     def marks(
         self, model: Any, ids: Tensor, mask: Tensor, prompt: Tensor, images: dict[str, Tensor]

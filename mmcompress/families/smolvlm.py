@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
 from mmcompress.bundle import Processor, Tower
+from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, read_blocks, widths
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage
@@ -66,6 +68,27 @@ class SmolVLM(VisionLanguage):
             "pixel_attention_mask": torch.ones(batch, 1, side, side, dtype=torch.long),
         }
 
+    def looked_at(self, model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return pixel_values (R, 3, H, W) of all tiles. Raises UsageError for a picture that does not fill its tile."""
+        pixels, mask = images["pixel_values"].flatten(0, 1), images["pixel_attention_mask"].flatten(0, 1)
+        there = mask.flatten(1).any(-1)
+        if not mask[there].all():
+            raise UsageError(
+                "the picture does not fill its tile, and the exported vision part knows no padding",
+                hint="use square pictures, or answer with the checkpoint",
+            )
+        return {"pixel_values": pixels[there]}
+
+    def look(self, model: Any, *inputs: Tensor) -> Tensor:
+        """Return image_embeds (R, N, C) of full tiles; the model's own way counts each one's patches."""
+        vision = model.model.vision_model
+        patches = vision.embeddings.patch_embedding(inputs[0]).flatten(2).transpose(1, 2)
+        states = patches + vision.embeddings.position_embedding(
+            torch.tensor(_places(vision.embeddings.num_patches_per_side))
+        )
+        tokens: Tensor = model.model.connector(vision.post_layernorm(vision.encoder(states).last_hidden_state))
+        return tokens
+
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
         token = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
         each = token * self.example_counts(model)
@@ -86,6 +109,17 @@ class SmolVLM(VisionLanguage):
         found = widths(tower.blocks)
         if found:
             config.intermediate_size = found[1]
+
+
+def _places(side: int) -> list[int]:
+    """Return the index of each patch's position in the table, for a full picture of `side` x `side` patches.
+
+    Not simply 0, 1, 2: the model puts patches into buckets by fractions in float32, whose rounding it was trained with.
+    """
+    fractions = np.minimum(np.arange(side, dtype=np.float32) * np.float32(1 / side), np.float32(1 - 1e-6))
+    buckets = np.digitize(fractions, (np.arange(1, side) / side).astype(np.float32))
+    found: list[int] = (buckets[:, None] * side + buckets[None, :]).flatten().tolist()
+    return found
 
 
 FAMILY = SmolVLM()

@@ -25,6 +25,8 @@ from mmcompress.errors import UsageError
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.language_models import language_tower, require_language, write_language_config
 from mmcompress.families.talk import Talk
+from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part, vision_part
+from mmcompress.parts import Decoding, Part
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +48,11 @@ class VisionLanguage:
     image_keys: tuple[str, ...] = ("pixel_values",)
     """The inputs that are made of a picture."""
     talk = Talk()
+    answering = "language"
+    both_ways = False
+    """Whether the prompt's tokens look at one another in both directions."""
+    position_axes = 1
+    """How many positions a token has."""
 
     def vision_tower(self, model: Any) -> Tower:
         """Return the view of the vision encoder with its connector."""
@@ -164,6 +171,11 @@ class VisionLanguage:
             **self.marks(model, ids, mask, prompt, images),
         }
 
+    def next_tokens(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return (B, T): the answer's tokens and its end, -1 behind; see `TeacherForced.next_tokens`."""
+        following = inputs["input_ids"].roll(-1, 1).gather(1, inputs["answer_positions"])
+        return following.masked_fill(~inputs["answer_mask"].bool(), -1)
+
     def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
         """Return the greedy answer to each sample's question; to none, a description. Raises what `prepare` raises."""
         images, prompts = self._asked(model, processor, samples)
@@ -175,8 +187,7 @@ class VisionLanguage:
             made = model.generate(
                 **self.generation_inputs(model, given), generation_config=greedy(model.generation_config, ANSWER_TOKENS)
             )
-        texts = self.talk.tokenizer(processor).batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return self.texts(processor, made[:, ids.shape[1] :].tolist())
 
     def generation_inputs(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return batch-first inputs as the model's own `generate` takes them."""
@@ -184,6 +195,42 @@ class VisionLanguage:
         if present is not None:
             inputs |= {key: inputs[key][present.bool()] for key in self.image_keys if key in inputs}
         return inputs
+
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        """Return the graphs that look, look words up, and write. Raises UsageError for models whose pictures no graph can take."""
+        return (
+            vision_part(self.look, lambda count: self.looked_at(model, self.example_images(model, count))),
+            embed_part(model),
+            language_part(model, self.language, self.both_ways, self.position_axes),
+        )
+
+    def decoding(self, model: Any) -> Decoding:
+        return language_decoding(model, ANSWER_TOKENS)
+
+    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return the vision part's inputs, of pictures only, and the prompt: input_ids, attention_mask, position_ids."""
+        images, prompts = self._asked(model, processor, samples)
+        ids, mask = self._row_up(model, prompts, samples, left=True)
+        places = (mask.cumsum(-1) - 1).clamp_min(0)
+        marks = self.marks(model, ids, mask, mask, images)
+        present = images.pop("has_image", None)
+        if present is not None:
+            images = {key: value[present.bool()] for key, value in images.items()}
+        seen = self.looked_at(model, images) if images else {}
+        prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": marks.get("position_ids", places)}
+        return seen | prompt
+
+    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+        found = self.talk.tokenizer(processor).batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in found]
+
+    def look(self, model: Any, *inputs: Tensor) -> Tensor:
+        """Return image_embeds (R, N, C) of what `looked_at` gives, in a way that can be traced with any R."""
+        raise NotImplementedError
+
+    def looked_at(self, model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs of `look` for pictures, one row each picture or tile. Raises UsageError for pictures it cannot take."""
+        return images
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
         """Return smooth pictures for the vision tower; for the language model image tokens, and 16 tokens of text around them."""

@@ -23,6 +23,8 @@ from mmcompress.families.anatomy import (
     widths,
 )
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
+from mmcompress.families.whisper_parts import whisper_decoding, whisper_parts
+from mmcompress.parts import Decoding, Part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +42,7 @@ class Whisper:
     name = "whisper"
     model_types: tuple[str, ...] = ("whisper",)
     architectures: tuple[str, ...] = ("WhisperForConditionalGeneration",)
+    answering = "decoder"
 
     def model_class(self, config: Any) -> type[nn.Module]:
         return WhisperForConditionalGeneration
@@ -105,7 +108,7 @@ class Whisper:
         if tower == "audio":
             return inputs
         start = self.start_tokens(model)
-        limit = min(FORCED_TOKENS, model.config.max_target_positions - len(start))
+        limit = self._forced_limit(model)
         # Whisper writes a space before the first word too.
         texts = [" " + sample.texts[0].strip() for sample in items]
         tokens = [start + ids[:limit] for ids in _tokenizer(processor)(texts, add_special_tokens=False)["input_ids"]]
@@ -115,6 +118,18 @@ class Whisper:
         counts = torch.tensor([len(row) for row in tokens])
         mask = (torch.arange(longest) < counts[:, None]).long()
         return {**inputs, "decoder_input_ids": ids, "decoder_mask": mask}
+
+    def next_tokens(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return (B, T): the transcript's next token at each place, the end after its last; -1 at start tokens and padding.
+
+        What comes after `FORCED_TOKENS` tokens is -1 too: more of the text may have been cut off.
+        """
+        ids, counts = inputs["decoder_input_ids"], inputs["decoder_mask"].sum(1, keepdim=True)
+        start = len(self.start_tokens(model))
+        place = torch.arange(ids.shape[1], device=ids.device)
+        tokens = torch.where(place == counts - 1, _end(model.config), ids.roll(-1, 1))
+        cut = (place == counts - 1) & (counts >= start + self._forced_limit(model))
+        return tokens.masked_fill((place < start - 1) | (place >= counts) | cut, -1)
 
     def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
         """Return the greedy transcript of each sample, of half as many tokens as the decoder has places, as OpenAI's own does.
@@ -126,7 +141,7 @@ class Whisper:
         settings.return_timestamps, settings.max_new_tokens = False, model.config.max_target_positions // 2
         with quiet():
             ids = model.generate(features, generation_config=settings)
-        return [text.strip() for text in _tokenizer(processor).batch_decode(ids, skip_special_tokens=True)]
+        return self.texts(processor, ids)
 
     def start_tokens(self, model: Any) -> list[int]:
         """Return the tokens before the text: start and, as far as the model has them, language, task and "no timestamps".
@@ -146,11 +161,24 @@ class Whisper:
         tokens.append(getattr(settings, "no_timestamps_token_id", None))
         return [token for token in tokens if token is not None]
 
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        """Return the graph that listens and the graph that writes."""
+        return whisper_parts(model, lambda batch: self._example_features(model, batch), self.start_tokens(model))
+
+    def decoding(self, model: Any) -> Decoding:
+        return whisper_decoding(model, self.start_tokens(model))
+
+    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        return {"input_features": self._features(model, processor, samples)}
+
+    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+        return [text.strip() for text in _tokenizer(processor).batch_decode(ids, skip_special_tokens=True)]
+
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
         """Return smooth features for the audio tower; for the decoder states as an encoder gives them, and 16 tokens."""
         c = model.config
         if tower == "audio":
-            return {"input_features": example_pixels(batch, 1, c.num_mel_bins, self._frames(model)).squeeze(1)}
+            return {"input_features": self._example_features(model, batch)}
         start = self.start_tokens(model)
         ids = example_tokens(batch, min(16, c.max_target_positions), c.vocab_size, _end(c))
         ids[:, : len(start)] = torch.tensor(start)
@@ -173,6 +201,9 @@ class Whisper:
             found = widths(tower.blocks)
             if found:
                 setattr(model.config, f"{side}_ffn_dim", found[1])
+
+    def _forced_limit(self, model: Any) -> int:
+        return min(FORCED_TOKENS, int(model.config.max_target_positions) - len(self.start_tokens(model)))
 
     def _features(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> Tensor:
         """Return the log-mel spectrograms (B, mel bins, frames) of recordings, padded with silence."""
@@ -198,6 +229,9 @@ class Whisper:
                 hint="use the preprocessor_config.json that belongs to this checkpoint",
             )
         return features.to(next(model.parameters()).dtype)
+
+    def _example_features(self, model: Any, batch: int) -> Tensor:
+        return example_pixels(batch, 1, model.config.num_mel_bins, self._frames(model)).squeeze(1)
 
     @staticmethod
     def _frames(model: Any) -> int:

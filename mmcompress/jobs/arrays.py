@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,12 +13,21 @@ TOKENS = 16
 """Of a text: a caption, not the longest text a model takes."""
 
 
-def arrays_for(specs: Sequence[TensorSpec], batch: int, tokens: int = TOKENS) -> Arrays:
-    """Return inputs (B, …) that fit `specs`: noise for floats, small ids and full masks for integers."""
+def arrays_for(
+    specs: Sequence[TensorSpec], batch: int, tokens: int = TOKENS, sizes: Mapping[str, int] | None = None
+) -> Arrays:
+    """Return inputs (B, …) that fit `specs`: noise for floats, small ids and full masks for integers.
+
+    `sizes` are those of named axes; one that is not named has `tokens`. An axis may be a sum of others, "past + tokens".
+    """
     generator = np.random.default_rng(0)
+    known = {"batch": batch, **(sizes or {})}
     arrays = {}
     for spec in specs:
-        shape = [dim if isinstance(dim, int) else batch if dim == "batch" else tokens for dim in spec.dims]
+        shape = [
+            dim if isinstance(dim, int) else sum(known.get(name, tokens) for name in dim.split(" + "))
+            for dim in spec.dims
+        ]
         if "float" in spec.dtype:
             arrays[spec.name] = generator.standard_normal(shape).astype(np.float32)
         elif "mask" in spec.name:

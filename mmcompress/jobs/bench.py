@@ -11,24 +11,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 import mmcompress
 from mmcompress.errors import MissingError, UsageError
 from mmcompress.evaluate.findings import Finding
 from mmcompress.jobs.arrays import TOKENS
-from mmcompress.jobs.bench_targets import Target, Variant, arrays, open_targets
-from mmcompress.jobs.footprint import footprint
+from mmcompress.jobs.bench_answers import open_targets
+from mmcompress.jobs.bench_targets import Target, Variant
 from mmcompress.jobs.speed import BEST, Lane, Timing, TowerSpeed, speeds_between, time_lanes
-from mmcompress.measure.latency import interleaved
 from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.measure.memory import PeakMemory
 from mmcompress.measure.runners import RUNNERS, RunnerSpec
 from mmcompress.progress import Progress, Silent, track
 
 SCHEMA = 1
-TEXT = "a small red house beside two trees"
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,8 @@ class Settings:
     """0: every usable core."""
     rounds: int = 100
     tokens: int = TOKENS
+    new_tokens: int = 32
+    """Of an answer, where models answer in text."""
     device: str = "cpu"
     memory: bool = True
     """Measure peak memory, in a fresh process for each."""
@@ -88,7 +85,7 @@ class Bench:
     speeds: list[tuple[str, TowerSpeed]] = field(default_factory=list)
     """(target, how much faster than the first)."""
     stages: list[dict[str, Any]] = field(default_factory=list)
-    """Milliseconds per item of preprocessing and encoding, by target."""
+    """Milliseconds of preprocessing and of what follows, by target; see `Target.stages`."""
 
     @property
     def headlines(self) -> list[tuple[str, TowerSpeed]]:
@@ -139,7 +136,7 @@ def bench(paths: Sequence[str], settings: Settings, progress: Progress | None = 
     runners = _runners(settings)
     made = Bench(settings, machine_facts(threads))
     with tempfile.TemporaryDirectory(prefix="mmc-bench-") as scratch:
-        targets = open_targets(paths, settings.device, Path(scratch), progress)
+        targets = open_targets(paths, settings.device, Path(scratch), settings.new_tokens, progress)
         variants = {target.name: _variants(target, runners, settings) for target in targets}
         for tower in _towers(targets, settings):
             sharing = [target for target in targets if tower in target.towers]
@@ -156,7 +153,7 @@ def bench(paths: Sequence[str], settings: Settings, progress: Progress | None = 
                 replace(row, memory=_memory(by_name[row.timing.side], row.timing, threads, settings))
                 for row in track(made.rows, progress, "peak memory", len(made.rows))
             ]
-        made.stages = [_stages(target, made.rows, progress) for target in targets]
+        made.stages = [_stages(target, made.rows, settings.batch) for target in targets]
         made.targets = [
             {
                 "name": target.name,
@@ -233,7 +230,7 @@ def _time(
             target.name,
             variant.label,
             target.loader(variant, tower, threads),
-            arrays(target, tower, settings.batch, settings.tokens),
+            target.arrays(tower, settings.batch, settings.tokens),
         )
         for target in targets
         for variant in variants[target.name]
@@ -242,42 +239,16 @@ def _time(
 
 
 def _memory(target: Target, timing: Timing, threads: int, settings: Settings) -> PeakMemory | None:
-    name, _, precision = timing.runner.partition(" ")
-    if name == "torch" and precision:  # it is loaded in full precision first, so the peak would be that one's
-        return None
-    path = target.path if name == "torch" else target.graph(timing.tower, precision or "fp32")
-    return footprint(
-        name, path, timing.tower, target.specs(timing.tower),
-        batch=settings.batch, tokens=settings.tokens, threads=threads,
-    )  # fmt: skip
+    return target.memory(timing.runner, timing.tower, batch=settings.batch, tokens=settings.tokens, threads=threads)
 
 
-def _stages(target: Target, rows: Sequence[Row], progress: Progress) -> dict[str, Any]:
-    """Milliseconds per item from an image and a text to their embeddings; encoding in the best runner."""
-    items = {"vision": _picture(), "text": TEXT}
-    prepare = target.preparers()
-    steps = {f"prepare_{tower}": _call(prepare[tower], items[tower]) for tower in target.towers if tower in items}
-    taken = interleaved(steps, rounds=10, progress=progress) if steps else {}
-    found: dict[str, Any] = {"target": target.name}
-    for tower in target.towers:
-        own = [row.timing for row in rows if row.timing.side == target.name and row.timing.tower == tower]
-        if f"prepare_{tower}" in taken:
-            found[f"prepare_{tower}_ms"] = float(np.median(taken[f"prepare_{tower}"].seconds) * 1e3)
-        if own:
-            best = min(own, key=lambda timing: timing.latency.p50_ms.value)
-            found[f"encode_{tower}_ms"] = best.latency.p50_ms.value / best.latency.batch
-    return found
-
-
-def _call(prepare: Any, item: Any) -> Any:
-    return lambda: prepare([item])
-
-
-def _picture() -> Image.Image:
-    """A photo-sized picture, so that resizing costs what it costs in use."""
-    across, down = np.meshgrid(np.arange(640), np.arange(480))
-    pixels = np.stack([across % 256, down % 256, (across + down) % 256], axis=-1).astype(np.uint8)
-    return Image.fromarray(pixels)
+def _stages(target: Target, rows: Sequence[Row], batch: int) -> dict[str, Any]:
+    """What happens from raw samples to the result, each stage in the target's fastest runner."""
+    best: dict[str, float] = {}
+    for timing in (row.timing for row in rows if row.timing.side == target.name):
+        median = timing.latency.p50_ms.value
+        best[timing.tower] = min(best.get(timing.tower, median), median)
+    return {"target": target.name, **target.stages(best, batch)}
 
 
 def _speed_finding(name: str, speed: TowerSpeed) -> Finding:

@@ -5,29 +5,37 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoConfig
 
 from mmcompress import checkpoint, weights
-from mmcompress.bundle import Bundle
+from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.errors import UsageError
 from mmcompress.export import tensorrt as engines
 from mmcompress.export.artifact import Artifact, TensorSpec, is_artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
 from mmcompress.families import family_for
 from mmcompress.jobs.arrays import arrays_for
+from mmcompress.jobs.footprint import footprint
+from mmcompress.measure.latency import interleaved
 from mmcompress.measure.machine import cpu_flags
+from mmcompress.measure.memory import PeakMemory
 from mmcompress.measure.runner import Arrays, Runner
 from mmcompress.measure.runners import RUNNERS, open_runner
 from mmcompress.measure.size import artifact_size, macs, onnx_macs
+from mmcompress.parts import Exportable
+from mmcompress.preprocessing import read_processor
 from mmcompress.progress import Progress
 
+TEXT = "a small red house beside two trees"
 ENGINES = ("tensorrt", "tensorrt_rtx")
 EXPORTED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,23 +54,39 @@ class Variant:
         return self.runner if self.precision == "fp32" else f"{self.runner} {self.precision}"
 
 
-class Target:
-    """One argument of `mmc bench`."""
+@dataclass(frozen=True)
+class Source:
+    """What an argument names: a checkpoint or an exported directory."""
 
-    def __init__(self, path: str, name: str, device: str, scratch: Path, progress: Progress) -> None:
+    path: Path
+    bundle: Bundle | None = None
+    artifact: Artifact | None = None
+
+    @property
+    def answers(self) -> bool:
+        """Whether it answers in text from parts."""
+        if self.bundle is not None:
+            return isinstance(self.bundle.family, Exportable) and not isinstance(self.bundle.family, DualEncoder)
+        return self.artifact is not None and self.artifact.generation is not None
+
+
+def open_source(path: str, device: str) -> Source:
+    """Open a checkpoint or an exported directory. Raises UsageError, MissingError."""
+    if is_artifact(path):
+        return Source(Path(path), artifact=open_artifact(path))
+    return Source(weights.locate(path), bundle=checkpoint.load(path, device=device))
+
+
+class Target:
+    """One argument of `mmc bench`, whose towers embed."""
+
+    def __init__(self, source: Source, name: str, device: str, scratch: Path, progress: Progress) -> None:
         self.name, self._device, self._scratch, self._progress = name, device, scratch, progress
         self.notes: list[str] = []
-        self.bundle: Bundle | None = None
+        self.path, self.bundle, self.artifact = source.path, source.bundle, source.artifact
         self._exports: dict[str, Artifact] = {}
-        self.path = Path(path)
-        if is_artifact(path):
-            self.artifact: Artifact | None = open_artifact(path)
-            self.engine = _engine_api(self.path)
-            self.kind = "engines" if self.engine else "exported"
-        else:
-            self.artifact, self.engine, self.kind = None, "", "checkpoint"
-            self.path = weights.locate(path)
-            self.bundle = checkpoint.load(path, device=device)
+        self.engine = _engine_api(self.path) if self.artifact is not None else ""
+        self.kind = "checkpoint" if self.artifact is None else "engines" if self.engine else "exported"
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -150,6 +174,32 @@ class Target:
         own = self._own()
         return sum(artifact_size(own.path(component.name)).total for component in own.components)
 
+    def arrays(self, tower: str, batch: int, tokens: int) -> Arrays:
+        """Return the inputs a tower is timed with."""
+        return arrays_for(self.specs(tower), batch, tokens)
+
+    def memory(self, runner: str, tower: str, *, batch: int, tokens: int, threads: int) -> PeakMemory | None:
+        """Return the peak of loading a tower and encoding once, None where it cannot be told."""
+        name, _, precision = runner.partition(" ")
+        if name == "torch" and precision:  # it is loaded in full precision first, so the peak would be that one's
+            return None
+        path = self.path if name == "torch" else self.graph(tower, precision or "fp32")
+        return footprint(name, path, tower, self.specs(tower), batch=batch, tokens=tokens, threads=threads)
+
+    def stages(self, best: Mapping[str, float], batch: int) -> dict[str, Any]:
+        """Return milliseconds per item from a picture and a text to their embeddings, given the towers' times of a batch."""
+        prepare = self.preparers()
+        items = {"vision": photo(), "text": TEXT}
+        steps = {tower: partial(prepare[tower], [items[tower]]) for tower in self.towers if tower in items}
+        taken = interleaved(steps, rounds=10) if steps else {}
+        found: dict[str, Any] = {}
+        for tower in self.towers:
+            if tower in taken:
+                found[f"prepare_{tower}_ms"] = float(np.median(taken[tower].seconds) * 1e3)
+            if tower in best:
+                found[f"encode_{tower}_ms"] = best[tower] / batch
+        return found
+
     def preparers(self) -> dict[str, Callable[[Any], Any]]:
         """Return what turns one image and one text into inputs: {"vision": …, "text": …}."""
         if self.bundle is not None:
@@ -158,7 +208,7 @@ class Target:
         family, config = family_for(own.config), AutoConfig.for_model(**own.config)
         with torch.device("meta"):
             model = family.model_class(config)(config)
-        processor = checkpoint.read_processor(own.directory)
+        processor = read_processor(own.directory)
         return {tower: partial(family.prepare, model, processor, tower) for tower in self.towers}
 
     def _own(self) -> Artifact:
@@ -190,27 +240,11 @@ class Target:
         return encode
 
 
-def open_targets(paths: Sequence[str], device: str, scratch: Path, progress: Progress) -> list[Target]:
-    """Open every argument; two of the same name are told apart by a number. Raises UsageError, MissingError."""
-    names = [Path(path).name or path for path in paths]
-    labels = [
-        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
-        for index, name in enumerate(names)
-    ]
-    targets = [Target(path, label, device, scratch, progress) for path, label in zip(paths, labels, strict=True)]
-    first = targets[0]
-    for other in targets[1:]:
-        if not set(first.towers) & set(other.towers):
-            raise UsageError(
-                f"{first.name} has {', '.join(first.towers)} and {other.name} has {', '.join(other.towers)}",
-                hint="only models that share a tower can be compared",
-            )
-    return targets
-
-
-def arrays(target: Target, tower: str, batch: int, tokens: int) -> Arrays:
-    """Return the inputs a tower is timed with."""
-    return arrays_for(target.specs(tower), batch, tokens)
+def photo() -> Image.Image:
+    """A photo-sized picture, so that resizing costs what it costs in use."""
+    across, down = np.meshgrid(np.arange(640), np.arange(480))
+    pixels = np.stack([across % 256, down % 256, (across + down) % 256], axis=-1).astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def _engine_api(directory: Path) -> str:

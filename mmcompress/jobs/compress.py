@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 import mmcompress
-from mmcompress import checkpoint, pipeline, weights
+from mmcompress import checkpoint, pipeline, streamed, weights
 from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.data import Dataset, open_data
 from mmcompress.errors import GateFailed, MmcError, UsageError, closest
 from mmcompress.evaluate.answers import abilities
 from mmcompress.evaluate.asked import require_able
 from mmcompress.evaluate.findings import Finding
-from mmcompress.evaluate.tasks import TASKS, USUAL
+from mmcompress.evaluate.tasks import TASKS, usual_tasks
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch, usable_runners
@@ -32,9 +32,9 @@ from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.manifest import Manifest
 from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.passes.base import Context
-from mmcompress.pipeline import Workplace
+from mmcompress.pipeline import Stage, Workplace
 from mmcompress.progress import Progress, Silent
-from mmcompress.recipe import Recipe
+from mmcompress.recipe import Gates, Recipe
 from mmcompress.staging import free_name, partial_path, publish, refuse_existing
 
 
@@ -83,10 +83,12 @@ def compress(
     refuse_existing(output)
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
+    if isinstance(model, str | Path) and _streams(recipe, todo) and not allow_pickle:
+        return _streamed(model, recipe, todo, output, progress)
     bundle = load_again(model, recipe.device, allow_pickle)
-    recipe = with_tasks(recipe, bundle)
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
     evaluation_data = _evaluation_data(recipe)
+    recipe = with_tasks(recipe, bundle, evaluation_data)
     place = Workplace(partial_path(output), _identity(bundle, recipe, data, evaluation_data), resume)
     context = Context(
         data=data,
@@ -113,6 +115,39 @@ def compress(
         place.close()
 
 
+def _streams(recipe: Recipe, todo: list[Stage]) -> bool:
+    """Whether nothing has to be computed with the model, and no step needs more of it than a layer at a time."""
+    asks = (
+        recipe.data.calibration or recipe.data.evaluation or recipe.tasks or recipe.export.to or recipe.gates != Gates()
+    )
+    return not asks and all(streamed.can_stream(stage.made) for stage in todo)
+
+
+def _streamed(model: str | Path, recipe: Recipe, todo: list[Stage], output: Path, progress: Progress) -> Result:
+    """Run the steps without ever having the model in memory; what it became is not measured, only weighed."""
+    before = _bytes_in(weights.locate(str(model)))
+    findings: tuple[Finding, ...] = ()
+
+    def measured(directory: Path) -> dict[str, Any]:
+        nonlocal findings
+        after = _bytes_in(directory)
+        (directory / "recipe.yaml").write_text(recipe.to_yaml())
+        findings = tuple(verdict(Facts(bytes_before=before, bytes_after=after, random_expected=False), recipe.seed))
+        return {
+            "verdict": [finding.to_json() for finding in findings],
+            "stages": [],
+            "speeds": [],
+            "gates": [],
+            "metrics": {},
+            "bytes": {"original": before, "compressed": after},
+            "machine": {},
+        }
+
+    context = Context(seed=recipe.seed, progress=progress)
+    manifest = streamed.run(model, todo, output, context, measured=measured, recipe=recipe.to_dict())
+    return Result(output, manifest, findings, (), exports=False)
+
+
 def require_usable(recipe: Recipe) -> None:
     """Raise now what would otherwise come up after the last step: an unknown task, a runner that is not installed."""
     for name in recipe.tasks:
@@ -122,12 +157,12 @@ def require_usable(recipe: Recipe) -> None:
         usable_runners(recipe.export.runners)
 
 
-def with_tasks(recipe: Recipe, bundle: Bundle) -> Recipe:
-    """Return `recipe` with the tasks to measure `bundle` by. Raises UsageError for one that its family cannot do."""
+def with_tasks(recipe: Recipe, bundle: Bundle, data: Dataset | None) -> Recipe:
+    """Return `recipe` with the tasks to measure `bundle` by on `data`. Raises UsageError for one that its family cannot do."""
     gives = abilities(bundle)
     for name in recipe.tasks:
         require_able(name, gives)
-    return dataclasses.replace(recipe, tasks=recipe.tasks or tuple(USUAL[need] for need in sorted(gives)))
+    return dataclasses.replace(recipe, tasks=recipe.tasks or (usual_tasks(gives, data) if data else ()))
 
 
 def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickle: bool = False) -> None:

@@ -10,6 +10,7 @@ from mmcompress.evaluate.answers import Model
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
 from mmcompress.evaluate.store import read_evaluation
 from mmcompress.export.artifact import is_artifact, open_artifact
+from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.measure.embedder import ArtifactEmbedder
 
 
@@ -18,7 +19,10 @@ def open_model(
 ) -> Model:
     """Open a checkpoint (torch on `device`) or an exported artifact (in `runner`)."""
     if is_artifact(target):
-        return ArtifactEmbedder(open_artifact(target), runner=runner, threads=threads)
+        artifact = open_artifact(target)
+        if artifact.generation is not None:
+            return artifact_answerer(artifact, runner, threads=threads)
+        return ArtifactEmbedder(artifact, runner=runner, threads=threads)
     return checkpoint.load(target, device=device)
 
 

@@ -38,11 +38,11 @@ def estimate(
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
     bundle = checkpoint.load(model, device=recipe.device, allow_pickle=allow_pickle)
-    recipe = with_tasks(recipe, bundle)
+    evaluation = open_data(recipe.data.evaluation) if recipe.data.evaluation else None
+    recipe = with_tasks(recipe, bundle, evaluation)
     for stage in todo:
         stage.made.check(bundle)
     calibration = open_data(recipe.data.calibration) if recipe.data.calibration else None
-    evaluation = open_data(recipe.data.evaluation) if recipe.data.evaluation else None
     progress.say("timing one batch")
     shown = evaluation or calibration
     forward = _seconds_per_sample(bundle, shown, recipe.data.batch_size)

@@ -29,6 +29,30 @@ def footprint(
     )
 
 
+def answer_footprint(runner: str, path: Path, *, batch: int, new_tokens: int, threads: int) -> PeakMemory | None:
+    """Return the peak of loading `path` (an exported directory, or a checkpoint for torch) and answering one batch."""
+    if runner not in MODULES:
+        return None
+    imports = tuple(dict.fromkeys(("numpy", MODULES[runner], "torch", "transformers")))
+    return peak_rss_of(
+        "mmcompress.jobs.footprint:answer_once", [runner, str(path), batch, new_tokens, threads], imports=imports
+    )
+
+
+def answer_once(runner: str, path: str, batch: int, new_tokens: int, threads: int) -> None:
+    """Answer one batch; what the fresh process runs."""
+    from mmcompress import checkpoint
+    from mmcompress.export.artifact import open_artifact
+    from mmcompress.jobs.bench_answers import example_sample
+    from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
+
+    if runner == "torch":
+        answerer = bundle_answerer(checkpoint.load(path), threads=threads)
+    else:
+        answerer = artifact_answerer(open_artifact(path, verify=False), runner, threads=threads)
+    answerer.writer.write(answerer.asked([example_sample()] * batch), new_tokens, to_the_end=True)
+
+
 def encode_once(
     runner: str, path: str, tower: str, inputs: list[list[Any]], batch: int, tokens: int, threads: int
 ) -> None:

@@ -20,6 +20,8 @@ FAVOURITES = (
     "retrieval.text_to_image_r1",
     "retrieval.text_to_audio_r1",
     "transcription.word_accuracy",
+    "vqa.accuracy",
+    "captioning.cider",
 )
 """Metrics for the plots, the first that was measured."""
 

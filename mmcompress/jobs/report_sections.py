@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmcompress.evaluate.tasks import TASKS
+from mmcompress.jobs.report_answers import changed_answers, controls
 from mmcompress.jobs.report_html import Markup, breakable, join, section, table, tag
 from mmcompress.jobs.report_points import MIB, favourite, headline_speeds, total_macs
 from mmcompress.ops.statistics import Estimate
@@ -40,6 +41,8 @@ def evidence(run: Run, runs: Sequence[Run]) -> Markup:
                 _title(run, runs, "accuracy"),
                 accuracy(run),
                 slices(run),
+                controls(run),
+                changed_answers(run),
                 note="Differences are paired, sample by sample.",
             ),
             section(_title(run, runs, "components"), components(run), speeds(run)),

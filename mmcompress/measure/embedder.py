@@ -14,11 +14,11 @@ import torch
 from transformers import AutoConfig
 
 from mmcompress.bundle import DualEncoder
-from mmcompress.checkpoint import read_processor
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import Artifact
 from mmcompress.families import family_for
 from mmcompress.measure.runners import Runner, open_runner
+from mmcompress.preprocessing import read_processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,7 +10,7 @@ next (about 20 ms of processor time after every run, measured on two cores).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,24 @@ class OnnxRuntimeRunner:
             binding.synchronize_outputs()
 
         return step
+
+    def chain(self, inputs: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
+        import onnxruntime
+
+        binding = self._session.io_binding()
+        arrays = {name: value for name, value in inputs.items() if not isinstance(value, onnxruntime.OrtValue)}
+        wanted = {name: declared for name, declared in self._declared.items() if name not in inputs or name in arrays}
+        for name, array in fitted(arrays, wanted).items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device, 0))
+        for name, value in inputs.items():
+            if name not in arrays:
+                binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, self.device if name in keep else "cpu")
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        found = zip(self._outputs, binding.get_outputs(), strict=True)
+        return {name: value if name in keep else value.numpy() for name, value in found}
 
     def close(self) -> None:
         self._session = None

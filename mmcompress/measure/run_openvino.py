@@ -8,7 +8,7 @@ core library is used: it sends no telemetry (the converter, which may, is never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ class OpenVinoRunner:
 
     def run(self, inputs: Mapping[str, Array]) -> Arrays:
         found = self._request.infer(list(fitted(inputs, self._declared).values()), share_outputs=False)
+        return {name: np.array(found[port]) for name, port in zip(self._outputs, self._compiled.outputs, strict=True)}
+
+    def chain(self, inputs: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
+        # Inputs are read where they lie. Outputs are copied: the request writes its next ones into the same memory.
+        placed = list(fitted(inputs, self._declared).values())
+        found = self._request.infer(placed, share_inputs=True, share_outputs=True)
         return {name: np.array(found[port]) for name, port in zip(self._outputs, self._compiled.outputs, strict=True)}
 
     def bind(self, inputs: Mapping[str, Array]) -> Step:

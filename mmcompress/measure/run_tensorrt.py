@@ -8,7 +8,7 @@ know strongly typed networks only). TensorRT-RTX compiles its kernels at the fir
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,10 @@ class TensorRtRunner:
             name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
             for name, tensor in outputs.items()
         }
+
+    def chain(self, inputs: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
+        """See `runner.Runner`; everything passes through arrays: no engine is built of a part with a growing cache."""
+        return dict(self.run(inputs))
 
     def bind(self, inputs: Mapping[str, Array]) -> Step:
         return self._prepare(inputs)[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -56,6 +56,10 @@ class TorchRunner:
         outputs = self._named(self._call(self._placed(inputs)))
         return {name: _to_numpy(tensor) for name, tensor in outputs.items()}
 
+    def chain(self, inputs: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
+        found = self._named(self._call(self._placed(inputs)))
+        return {name: tensor if name in keep else _to_numpy(tensor) for name, tensor in found.items()}
+
     def bind(self, inputs: Mapping[str, Array]) -> Step:
         placed = self._placed(inputs)
 
@@ -84,7 +88,7 @@ class TorchRunner:
             raise RuntimeError("this runner was closed")
         return self._module
 
-    def _placed(self, inputs: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    def _placed(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         module = self._open()
         try:
             signature = inspect.signature(module.forward if isinstance(module, torch.nn.Module) else module)
@@ -93,9 +97,14 @@ class TorchRunner:
             raise UsageError(
                 f"the inputs do not fit the module: {error}", hint="its inputs are " + ", ".join(signature.parameters)
             ) from error
+        return {name: self._tensor(value).to(self.device) for name, value in inputs.items()}
+
+    @staticmethod
+    def _tensor(value: Any) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value
         # from_numpy shares memory and wants it writable: read-only arrays are copied.
-        arrays = {name: np.require(np.asarray(value), requirements=["C", "W"]) for name, value in inputs.items()}
-        return {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        return torch.from_numpy(np.require(np.asarray(value), requirements=["C", "W"]))
 
     def _named(self, outputs: Any) -> dict[str, torch.Tensor]:
         if isinstance(outputs, Mapping):

@@ -7,7 +7,7 @@ precision from the file alone and refuse any other request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +39,13 @@ class Runner(Protocol):
         """Place `inputs` where the engine wants them; each call of the result computes once and waits until it is done.
 
         This is what a timing should call: copies to and from the device and conversions stay outside.
+        """
+
+    def chain(self, inputs: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
+        """Compute once from arrays and from what an earlier call kept; outputs named in `keep` stay as the engine holds them.
+
+        What is kept may go into another runner of the same engine and device. It is never copied on the way where the
+        engine allows that, which is what a growing cache of keys and values needs. Raises what `run` raises.
         """
 
     def close(self) -> None:

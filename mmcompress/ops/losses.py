@@ -1,6 +1,7 @@
 """Distillation losses: tensors in, one scalar out, equal to 0 with gradient 0 where student and teacher agree (not `contrastive`).
 
-Every loss is a mean over its rows, so its size does not depend on the batch. Embeddings need not be normalised; they are in here.
+Every loss is a mean over its rows (`answer_kl` gives them one by one), so its size does not depend on the batch. Embeddings need
+not be normalised; they are in here.
 
     feature      ||s - t||^2 of unit vectors = 2 (1 - cosine)                       CLIP-KD (Yang et al. 2024), section 3.2, "FD"
     contrastive  -log softmax(scale * q k^T)[i, i]                                  CLIP (Radford et al. 2021), section 2.3
@@ -8,12 +9,19 @@ Every loss is a mean over its rows, so its size does not depend on the batch. Em
     relational   KL between the rows of both models' similarity matrices            CLIP-KD, section 3.2, "CRD"
     softened_kl  T^2 KL(softmax(z_t / T) || softmax(z_s / T))                       Hinton et al. 2015, section 2
     affinity     softened_kl over similarities to a bank of the teacher's vectors   DIME-FM (Sun et al. 2023), section 3.2
+    answer_kl    KL(p_t || p_s) of next-token distributions, T = 1                  Kim and Rush 2016, section 3.1 (word-level)
+    hidden       mean squared difference / variance of the teacher's states         TinyBERT (Jiao et al. 2020), section 3
 
-Deliberate differences: CLIP-KD averages the squared difference over the C channels and weighs it with 2000; summing over them
-makes one weight (2000 / 512, about 4) fit every width. Its ICL anchors on the student's side only; here both sides are anchors.
-Captions that occur twice in a batch are no negatives of each other: `duplicates` marks them and the softmax leaves them out.
+Deliberate differences: a hidden state's squared difference is relative to the teacher's variance, so that one weight fits every
+model: 1 is what a constant would cost. CLIP-KD averages the squared difference over the C channels and weighs it with 2000;
+summing over them makes one weight (2000 / 512, about 4) fit every width. Its ICL anchors on the student's side only; here both
+sides are anchors. Captions that occur twice in a batch are no negatives of each other: `duplicates` marks them and the softmax
+leaves them out.
 
-Shape alphabet: B batch (rows), K keys or bank entries, C channels.
+The last two are for models that answer in text. Next-token distributions p come as roots sqrt(p), which is how families encode
+them: log p = 2 log root.
+
+Shape alphabet: B batch (rows), K keys or bank entries, C channels, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -106,6 +114,27 @@ def affinity(student: Tensor, teacher: Tensor, bank: Tensor, scale: Tensor | flo
     Row i of the bank need not belong to row i of the batch, so images and texts may come from unrelated collections.
     """
     return softened_kl(scale * cosines(student, bank), scale * cosines(teacher, bank), temperature)
+
+
+def token_log_likelihoods(roots: Tensor, tokens: Tensor) -> Tensor:
+    """Return (T,): log p of each of `tokens` (T,) int under `roots` (T, V)."""
+    return 2 * _log(roots.gather(1, tokens[:, None]).squeeze(1))
+
+
+def answer_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return (T,): KL(teacher || student) of the next token at each place; both roots (T, V)."""
+    return 2 * (teacher.square() * (_log(teacher) - _log(student))).sum(-1)
+
+
+def hidden(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean over rows of the squared difference, relative to the variance of the teacher's row; both (B, C)."""
+    spread = teacher.var(1, correction=0).clamp_min(torch.finfo(teacher.dtype).tiny)
+    return ((student - teacher).square().mean(1) / spread).mean()
+
+
+def _log(roots: Tensor) -> Tensor:
+    """Return the logarithm, of 0 a finite one: p log p is 0 there, and p log 0 would be nan."""
+    return roots.clamp_min(torch.finfo(roots.dtype).tiny).log()
 
 
 def _without(logits: Tensor, excluded: Tensor | None) -> Tensor:

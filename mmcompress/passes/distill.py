@@ -1,8 +1,12 @@
-"""Recover accuracy: pull a compressed model's embeddings towards its teacher's. Values change, structure does not.
+"""Recover accuracy: pull what a compressed model embeds or answers towards its teacher's. Values change, structure does not.
 
 The recommended set of losses for CLIP-like models is feature + interactive + relational (CLIP-KD, Yang et al. 2024, table 6).
 Where images and texts do not belong together, the interactive loss gives way to affinity with the other modality's vectors
 (DIME-FM, Sun et al. 2023). The scale of the logits does not train: it is the teacher's and the student keeps it.
+
+Of a model that answers in text, the tower that writes learns the teacher's distributions of the next token along the data's
+answers (word-level distillation, Kim and Rush 2016), every other tower the teacher's hidden states; each tower by itself, so that
+any choice of towers can train.
 """
 
 from __future__ import annotations
@@ -11,15 +15,18 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from mmcompress.bundle import Bundle, DualEncoder
+from mmcompress.bundle import Bundle, DualEncoder, TeacherForced
 from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context, Plan, Work
-from mmcompress.passes.distill_run import distill, read_job, trainable
+from mmcompress.passes.distill_answers import BATCH as ANSWERS
+from mmcompress.passes.distill_job import trainable
+from mmcompress.passes.distill_pairs import BATCH as PAIRS
+from mmcompress.passes.distill_run import distill, read_job
 
 
 @dataclass(frozen=True)
 class Distill:
-    """Recover accuracy by training towards a teacher's embeddings.
+    """Recover accuracy by training towards a teacher's embeddings, hidden states and answers.
 
     Runs alone or in several processes: under `torchrun`, on CPUs (over gloo) or with `--device cuda` on one GPU each, or on GPUs
     under `accelerate launch --multi_gpu`. On CPUs `accelerate launch` starts one process whatever its `--num_processes`. What is
@@ -36,8 +43,8 @@ class Distill:
     """Optimizer steps, instead of epochs."""
     max_minutes: float | None = None
     """Make as many of these steps as fit into this time; decided once, by timing the first."""
-    batch_size: int = 64
-    """Samples that go through the towers at once, in each process."""
+    batch_size: int | None = None
+    """Samples that go through the towers at once, in each process; default 64, of models that answer in text 8."""
     accumulate: int = 1
     """Batches in one step; the contrastive losses see all of them as one batch (costs a third more time)."""
     learning_rate: float = 1e-4
@@ -62,16 +69,24 @@ class Distill:
     """Weight of the KL between both models' similarities to the teacher's other modality; default 1 for unpaired data, 0 else."""
     temperature: float = 2.0
     """Softens both sides of the logit and affinity losses."""
+    answer: float = 1.0
+    """Of models that answer in text: weight of the KL between both models' next tokens along the data's answers."""
+    cross_entropy: float = 0.0
+    """Of models that answer in text: weight of the cross entropy of the data's answers themselves."""
+    hidden: float = 1.0
+    """Of models that answer in text: weight of the squared distance of other towers' hidden states, relative to their variance."""
     pairing: Literal["auto", "paired", "unpaired"] = "auto"
     """Whether image i belongs to text i; auto: if every sample has both."""
     towers: tuple[str, ...] = ()
     """Towers that train, the others stay as they are to the bit; empty: all the data has samples for."""
     train: Literal["all", "norms-and-biases", "projection"] = "all"
-    """Which parameters of these towers train; norms-and-biases: everything one-dimensional."""
+    """Which parameters of these towers train; norms-and-biases: everything one-dimensional; projection: what leads from a tower
+    into the shared space, or into the language model (the connector)."""
     augment: bool = False
     """Crop and recolour the images lightly, never mirror them."""
     cache_teacher: bool | None = None
-    """Run the teacher once per plain image, not in every step; default: unless augment, where it sees the changed image."""
+    """Run the teacher once per plain image, not in every step; default: unless augment, where it sees the changed image. What a
+    teacher answers is too much to keep: it always runs in every step."""
     amp: bool = True
     """Compute in bfloat16 where the device has it in hardware (CUDA; CPUs with AMX or AVX512-BF16)."""
     save_minutes: float = 5.0
@@ -83,7 +98,8 @@ class Distill:
         positive = ("batch_size", "accumulate", "learning_rate", "temperature", "max_minutes")
         not_negative = ("epochs", "steps", "weight_decay", "clip", "save_minutes", "seed")
         weights = ("feature", "interactive", "relational", "logit", "affinity")
-        for name in (*positive, *not_negative, *weights):
+        of_answers = ("answer", "cross_entropy", "hidden")
+        for name in (*positive, *not_negative, *weights, *of_answers):
             value = getattr(self, name)
             if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and name not in positive))):
                 continue
@@ -91,7 +107,7 @@ class Distill:
         for name in ("warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"distill.{name} is {getattr(self, name)}; expected 0 <= {name} < 1")
-        if not any(getattr(self, name) or getattr(self, name) is None for name in weights):
+        if not any(getattr(self, name) or getattr(self, name) is None for name in (*weights, *of_answers)):
             raise UsageError("all losses of distill have weight 0", hint="remove feature: 0 to get the default")
 
     @property
@@ -103,23 +119,25 @@ class Distill:
         """Return None: nothing is selected."""
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """The teacher sees every sample once; the student sees it forwards and backwards in every epoch."""
+        """The student sees every sample forwards and backwards in every epoch; the teacher once, or each time where it is live."""
         if self.neutral:
             return 0.0
-        seen = self.epochs * work.dataset if self.steps is None else self.steps * self.batch_size * self.accumulate
-        training = 3 * seen * work.forward
+        live = not isinstance(bundle.family, DualEncoder)
+        step = (self.batch_size or (ANSWERS if live else PAIRS)) * self.accumulate
+        seen = self.epochs * work.dataset if self.steps is None else self.steps * step
+        training = (4 if live else 3) * seen * work.forward
         if self.max_minutes is not None:
             training = min(training, 60 * self.max_minutes)
         return training + work.dataset * work.forward
 
     def check(self, bundle: Bundle) -> None:
-        """Raise UsageError for models that embed nothing, and when a tower is unknown or nothing in the chosen ones can train."""
-        if not isinstance(bundle.family, DualEncoder):
+        """Raise UsageError for models that neither embed nor answer, and when nothing in the chosen towers can train."""
+        if not isinstance(bundle.family, DualEncoder | TeacherForced):
             raise UsageError(
-                f"distill pulls embeddings in a shared space together, and {bundle.family.name} models have none",
+                f"distill learns embeddings in a shared space or answers in text, and {bundle.family.name} models give neither",
                 hint="prune with compensate=least-squares repairs a model without training",
             )
-        if bundle.family.media != "vision":
+        if isinstance(bundle.family, DualEncoder) and bundle.family.media != "vision":
             raise UsageError(
                 f"distill trains models of images and texts, and the texts of {bundle.family.name} describe sound",
                 hint="prune with compensate=least-squares repairs a model without training",
@@ -133,11 +151,8 @@ class Distill:
         if self.neutral:
             return Plan({"steps": 0})
         job = read_job(self, bundle, context)
-        if self.pairing == "auto" and not job.corpus.paired and job.corpus.pairs:
-            context.progress.say(
-                f"{job.corpus.pairs} of {job.corpus.samples} samples have an image and a text; because not all do, "
-                "distill takes images and texts as unpaired"
-            )
+        for remark in job.remarks:
+            context.progress.say(remark)
         return Plan(job.decisions(bundle))
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -24,6 +24,7 @@ from mmcompress.errors import UsageError
 if TYPE_CHECKING:
     from mmcompress.data import Dataset
 
+T = TypeVar("T")
 HELD_BACK = 64
 """Samples kept out of training at most."""
 
@@ -181,6 +182,16 @@ def augmented(image: Image.Image, random: np.random.Generator) -> Image.Image:
     return view
 
 
+def ahead(batch: Callable[[int], T], first: int, last: int) -> Iterator[T]:
+    """Yield `batch` of each step from `first` to `last`, without the last; the next is made in a thread meanwhile."""
+    with ThreadPoolExecutor(1, "distill-data") as thread:
+        coming = thread.submit(batch, first) if first < last else None
+        for step in range(first, last):
+            assert coming is not None
+            ready, coming = coming, thread.submit(batch, step + 1) if step + 1 < last else None
+            yield ready.result()
+
+
 @dataclass(frozen=True)
 class Micro:
     """What goes through the towers at once: the inputs of the student's trained towers, and of a live teacher."""
@@ -222,12 +233,7 @@ class Feeder:
 
     def batches(self, first: int, last: int) -> Iterator[tuple[Rows, list[Micro]]]:
         """Yield the batches of steps `first` to `last`, without the last."""
-        with ThreadPoolExecutor(1, "distill-data") as thread:
-            coming = thread.submit(self.batch, first) if first < last else None
-            for step in range(first, last):
-                assert coming is not None
-                ready, coming = coming, thread.submit(self.batch, step + 1) if step + 1 < last else None
-                yield ready.result()
+        return ahead(self.batch, first, last)
 
     def _micro(self, rows: Rows, start: int, part: slice) -> Micro:
         inputs, live = {}, None

@@ -1,10 +1,7 @@
-"""The training loop: gradients of a whole batch from pieces of it, AdamW, a cosine schedule, and state that survives a kill.
+"""The training loop: a lesson's gradients, AdamW, a cosine schedule, and state that survives a kill.
 
-A loss over all pairs of a batch does not fall apart into losses of its pieces. So gradients go in two halves (GradCache, Gao et al.
-2021, section 3): embeddings of all pieces and all processes first, the loss and its gradient at those embeddings next, and that
-gradient through one piece after the other last. Two pieces of b, or two processes with b, then give what 2b gives at once.
-
-The model stays in evaluation mode: no dropout, so that both halves agree, and a compressed model is tuned as it will run.
+The model stays in evaluation mode: no dropout, so that a compressed model is tuned as it will run, and passes over the same samples
+agree.
 """
 
 from __future__ import annotations
@@ -13,7 +10,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.ops import losses
-from mmcompress.passes.distill_data import Feeder, Micro, Rows
-from mmcompress.passes.distill_objective import Embeddings, Objective
 from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_state import State
-from mmcompress.passes.distill_targets import Targets
 from mmcompress.progress import Progress
 
 PLAIN_ATTENTION = 256
@@ -66,17 +60,40 @@ class Student(nn.Module):
         self._half = half
         self._tokens = {tower.name: tower.stream.tokens for tower in bundle.towers() if tower.stream}
 
-    def forward(self, inputs: dict[str, dict[str, Tensor]]) -> Embeddings:
-        """Return float32 embeddings (B, C) of each tower in `inputs`."""
+    def forward(self, inputs: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the float32 rows (B, C) of `encode` of each tower in `inputs`."""
         device = next(self.model.parameters()).device.type
         made = {}
         for name, given in inputs.items():
-            tokens = self._tokens.get(name) or next(iter(given.values())).shape[1]
+            tokens = self._tokens.get(name) or max(value.shape[-1] for value in given.values())
             plain = self._half and device == "cpu" and tokens <= PLAIN_ATTENTION
             kernel = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
             with torch.autocast(device, torch.bfloat16, enabled=self._half), kernel:
                 made[name] = self._family.encode(self.model, name, given).float()
         return made
+
+
+class Lesson(Protocol):
+    """What the steps learn from: batches in an order that depends on the seed alone, and the gradients of each."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of one step, over all processes."""
+
+    def begin(self) -> None:
+        """Get ready to train; called once, when the parameters that train are chosen."""
+
+    def batch(self, step: int) -> Any:
+        """Return this process's share of step `step`, prepared."""
+
+    def batches(self, first: int, last: int) -> Iterator[Any]:
+        """Yield the batches of steps `first` to `last`, without the last."""
+
+    def gradients(self, batch: Any, step: int) -> float:
+        """Add the gradient of the loss over all processes' samples to the parameters; return the loss."""
+
+    def examine(self) -> dict[str, float]:
+        """Return "loss" on the held-back samples, and for each trained tower the mean cosine to the teacher there."""
 
 
 @dataclass
@@ -85,20 +102,15 @@ class Trainer:
 
     bundle: Bundle
     parameters: dict[str, nn.Parameter]
-    feeder: Feeder
-    objective: Objective
-    targets: Targets
+    lesson: Lesson
     schedule: Schedule
     ranks: Ranks
     progress: Progress
-    half: bool = False
-    """Compute the towers in bfloat16; weights and losses stay in float32."""
-    _student: nn.Module = field(init=False)
 
     def run(self, state: State) -> State:
         """Train from `state` to the end. Raises UsageError when the loss stops being a number."""
         with _only_trainable(self.bundle.model, self.parameters), deterministic(self.bundle.device):
-            self._student = self.ranks.wrap(Student(self.bundle, self.half))
+            self.lesson.begin()
             # A nearly perfect student has gradients of rounding size; a smaller eps would blow them up into full steps.
             groups = parameter_groups(self.bundle.model, self.parameters, self.schedule.weight_decay)
             optimizer = torch.optim.AdamW(groups, lr=self.schedule.learning_rate, betas=(0.9, 0.98), eps=1e-6)
@@ -117,9 +129,9 @@ class Trainer:
         self.progress.advance(state.step)
         saved = started = time.monotonic()
         try:
-            for rows, micros in self.feeder.batches(state.step, state.steps):
+            for batch in self.lesson.batches(state.step, state.steps):
                 before = time.monotonic()
-                loss = self.gradients(rows, micros, state.step)
+                loss = self.lesson.gradients(batch, state.step)
                 if not math.isfinite(loss):
                     raise UsageError(
                         f"the loss is {loss} at step {state.step + 1} of {state.steps}",
@@ -139,7 +151,7 @@ class Trainer:
                 state.losses.append(loss)
                 now = time.monotonic()
                 state.seconds += now - before
-                rate = self.feeder.samples * (state.step - state.resumed_at) / (now - started)
+                rate = self.lesson.samples * (state.step - state.resumed_at) / (now - started)
                 self.progress.advance(1, f"loss {loss:.4f}, {rate:.0f} samples/s")
                 due = now - saved >= 60 * self.schedule.save_minutes or state.step == state.steps
                 if due and self.ranks.main:
@@ -148,56 +160,13 @@ class Trainer:
         finally:
             self.progress.finish()
 
-    def gradients(self, rows: Rows, micros: list[Micro], step: int) -> float:
-        """Add the gradient of the loss over all processes' samples to the parameters; return the loss."""
-        whole = len(micros) == 1
-        teacher: dict[str, list[Tensor]] = {}
-        made: list[Embeddings] = []
-        device = self.bundle.device
-        devices = [device.index or 0] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.set_grad_enabled(whole):
-            # Whatever draws random numbers in a forward draws the same in both halves, and after a resume.
-            torch.manual_seed(self.feeder.seed + step)
-            run = self._student if whole else getattr(self._student, "module", self._student)
-            for micro in micros:
-                made.append(run(micro.inputs))
-                if micro.live is not None and self.targets.live is not None:
-                    teacher.setdefault("vision", []).append(self._live(self.targets.live, micro.live))
-            joined = {name: torch.cat([part[name] for part in made]) for name in made[0]}
-            leaves = {name: value.detach().requires_grad_() for name, value in joined.items()}
-            with torch.enable_grad():
-                loss = self._loss(rows, leaves, {name: torch.cat(parts) for name, parts in teacher.items()})
-                at = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-            # Data parallelism averages what must be summed here: each process holds the gradient of its own rows only.
-            slopes = {name: value * self.ranks.world for name, value in zip(leaves, at, strict=True)}
-            if whole:
-                _backward(joined, slopes)
-                return float(loss.detach())
-            torch.manual_seed(self.feeder.seed + step)
-            size = self.feeder.batch_size
-            for number, micro in enumerate(micros):
-                part = {name: value[number * size : (number + 1) * size] for name, value in slopes.items()}
-                with torch.enable_grad(), self.ranks.alone(self._student, last=number == len(micros) - 1):
-                    _backward(self._student(micro.inputs), part)
-        return float(loss.detach())
-
-    def _loss(self, rows: Rows, own: Embeddings, live: Embeddings) -> Tensor:
-        """Return the loss over all processes' rows, with gradient at this process's embeddings `own` only."""
-        student = {name: self.ranks.gather(value) for name, value in own.items()} | self.targets.student(rows)
-        teacher = self.targets.kept(rows) | {name: self.ranks.gather(value) for name, value in live.items()}
-        return self.objective(student, teacher, same_rows(rows, self.bundle.device, self.objective.paired))
-
-    def _live(self, teacher: Bundle, inputs: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad(), torch.autocast(self.bundle.device.type, torch.bfloat16, enabled=self.half):
-            return teacher.encode("vision", inputs).float()
-
     def _affordable_steps(self) -> int:
         """Return the steps to make: as many as planned, fewer where the time limit asks for it (measured, then fixed)."""
         if self.schedule.seconds is None:
             return self.schedule.steps
         started = warm = time.monotonic()
         for timed in range(TIMED_STEPS):
-            self.gradients(*self.feeder.batch(0), step=0)
+            self.lesson.gradients(self.lesson.batch(0), step=0)
             for parameter in self.parameters.values():
                 parameter.grad = None
             if timed == 0:
@@ -217,17 +186,6 @@ def parameter_groups(
         decayed = parameter.ndim >= 2 and name.endswith("weight") and id(parameter) not in tables
         groups[decayed].append(parameter)
     return [{"params": groups[1], "weight_decay": weight_decay}, {"params": groups[0], "weight_decay": 0.0}]
-
-
-def same_rows(rows: Rows, device: torch.device, paired: bool) -> Tensor | None:
-    """Return which pairs of a paired batch are no negatives of each other: one caption or one sample behind both."""
-    if not paired:
-        return None
-    return losses.duplicates(*(torch.from_numpy(ids).to(device) for ids in (rows.texts, rows.images)))
-
-
-def _backward(embeddings: Embeddings, slopes: Embeddings) -> None:
-    torch.autograd.backward([embeddings[name] for name in slopes], list(slopes.values()))
 
 
 @contextmanager

@@ -101,6 +101,10 @@ class Quantize:
     def control(self) -> None:
         """Return None: nothing is selected."""
 
+    def streams(self) -> bool:
+        """Whether weights alone are rounded: each layer's by itself."""
+        return all(scheme.upper() in ("W8A16", "W16A16") for scheme in (self.scheme, *self._own_schemes.values()))
+
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Two looks at the samples for the ranges; then each part of a block is judged, in rounded arithmetic."""
         towers = [tower for tower in bundle.towers() if self._scheme(tower.name) != "W16A16"]

@@ -24,7 +24,9 @@ Scales follow the model's dtype (`.half()`, `.bfloat16()`); the rounding itself 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -46,6 +48,10 @@ _LIBRARY = torch.library.Library("mmcompress", "DEF")
 _LIBRARY.define("round_input(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")
 _LIBRARY.define("int8_matrix(Tensor codes, Tensor scale) -> Tensor")
 _LIBRARY.define("int8_filters(Tensor codes, Tensor scale) -> Tensor")
+
+
+ROUNDED_AT_ONCE = 2**23
+"""Numbers of a weight that are rounded together: 32 MiB, and as much again a few times over."""
 
 
 def _levels(zero_point: Tensor) -> Levels:
@@ -91,6 +97,23 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     }
 
 
+_UNREAD: ContextVar[bool] = ContextVar("unread", default=False)
+
+
+@contextmanager
+def weights_unread() -> Iterator[None]:
+    """While active, `weight` of quantized layers has a shape and no values.
+
+    transformers fills every weight it knows before it looks which were loaded (5.23): made of integers, each would become floats
+    for nothing, which took three quarters of the time of loading and as much memory again.
+    """
+    token = _UNREAD.set(True)
+    try:
+        yield
+    finally:
+        _UNREAD.reset(token)
+
+
 class _Quantized(nn.Module):
     """What the three layers share: the stored integers and, for W8A8, the grid of the input."""
 
@@ -103,9 +126,8 @@ class _Quantized(nn.Module):
     def __init__(self, weight: Tensor, levels: Levels, inputs: Levels | None) -> None:
         """Round `weight`, one scale per index of its first dimension; on meta tensors everything stays meta."""
         super().__init__()
-        weight = weight.detach()
-        scale, zero_point = choose_scale(weight, levels, axis=0)
-        self.register_buffer("weight_int8", quantize(weight, scale, zero_point, levels, axis=0))
+        codes, scale = _rounded_rows(weight.detach(), levels)
+        self.register_buffer("weight_int8", codes)
         self.register_buffer("weight_scale", scale.to(weight.dtype))
         self._add_input_grid(inputs)
 
@@ -121,6 +143,10 @@ class _Quantized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight as floats, as it multiplies the rounded input. Not a parameter; models ask layers for its dtype and shape."""
+        if _UNREAD.get():
+            empty = torch.empty_like(self.weight_int8, dtype=self.weight_scale.dtype, device="meta")
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]
+            return empty
         return dequantize(self.weight_int8, self.weight_scale, axis=0)
 
     def set_input_grid(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -139,6 +165,19 @@ class _Quantized(nn.Module):
 
     def _grid_name(self) -> str:
         return "W8A16" if self.input_zero_point is None else f"W8A8, {str(self.input_zero_point.dtype)[6:]} inputs"
+
+
+def _rounded_rows(weight: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Return the integers of `weight` and its scales (C,), some rows at a time: a word table takes a gigabyte as it is."""
+    step = max(1, ROUNDED_AT_ONCE // max(1, weight[0].numel()))
+    codes = torch.empty(weight.shape, dtype=levels.dtype, device=weight.device)
+    scales = []
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
+        scale, zero_point = choose_scale(rows, levels, axis=0)
+        codes[start : start + step] = quantize(rows, scale, zero_point, levels, axis=0)
+        scales.append(scale)
+    return codes, torch.cat(scales)
 
 
 class QuantizedLinear(_Quantized):

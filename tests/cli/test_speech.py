@@ -41,8 +41,10 @@ def test_eval_measures_word_accuracy_and_says_the_error_rate(mmc: Mmc, whisper: 
     assert "word_accuracy" in done.out
     assert "identical" in done.out
     assert "word error rate" in done.out
+    assert "perplexity of the right answers" in done.out
+    assert "controls: what is scored without looking" in done.out
     document = mmc("eval", whisper, "--data", speech, "--language", "German", "--json").document
-    assert document["config"]["tasks"] == ["transcription"]
+    assert document["config"]["tasks"] == ["transcription", "perplexity"]
     assert document["config"]["wording"] == "whisper de"
     assert document["controls"][0]["control"] == "silence"
     row = document["results"]["transcription"]["word_accuracy"]
@@ -54,7 +56,7 @@ def test_a_task_of_embeddings_is_refused_with_those_there_are(mmc: Mmc, whisper:
     done = mmc("eval", whisper, "--data", speech, "--task", "retrieval")
     assert done.code == 2
     assert "retrieval needs embeddings, and this model gives answers" in done.err
-    assert "transcription, answer-agreement" in done.err
+    assert "its tasks are transcription, vqa, captioning, perplexity, answer-agreement" in done.err
 
 
 def test_pruning_is_judged_by_word_accuracy(mmc: Mmc, whisper: Path, speech: Path, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_tasks_default_to_what_model_and_data_allow() -> None:
     assert found.config["wording"] == "whisper en"
     assert evaluate(Hearing(), speech(5), reference=found).config["tasks"] == ["transcription", "answer-agreement"]
     untold = Dataset(Memory([replace(sample, texts=()) for sample in speech(5)]))
-    with pytest.raises(UsageError, match="has not a recording with one text for every sample"):
+    with pytest.raises(UsageError, match="has not a recording with one text or a question"):
         evaluate(Hearing(), untold)
 
     class Both(Hearing, Seeing):
@@ -137,7 +137,9 @@ def test_tasks_default_to_what_model_and_data_allow() -> None:
 
     films = [replace(s, audio=recording(i), label=None, texts=(f"thing {i}",)) for i, s in enumerate(world(5))]
     assert evaluate(Both(), Dataset(Memory(films))).config["tasks"] == ["retrieval", "transcription"]
-    assert set(TASKS) == {"retrieval", "zero-shot", "agreement", "transcription", "answer-agreement"}
+    assert set(TASKS) == {
+        "retrieval", "zero-shot", "agreement", "transcription", "vqa", "captioning", "perplexity", "answer-agreement",
+    }  # fmt: skip
 
 
 def test_what_cannot_be_done_is_said_before_the_model_runs() -> None:
@@ -301,14 +303,14 @@ def test_an_evaluation_without_answers_is_written_as_before(tmp_path: Path) -> N
 def test_whisper_is_evaluated_like_any_model_that_answers(tmp_path: Path) -> None:
     bundle, data = tiny.bundle("whisper"), tiny.spoken(6)
     before = evaluate(bundle, data, batch=4)
-    assert before.config["tasks"] == ["transcription"]
+    assert before.config["tasks"] == ["transcription", "perplexity"]
     assert before.scene.answers.texts == tuple(text for sample in data for text in bundle.generate([sample]))
     assert [control.name for control in before.controls] == ["silence"]
     with pytest.raises(UsageError, match="retrieval needs embeddings, and this model gives answers"):
         evaluate(bundle, data, tasks=["retrieval"])
     other = tiny.bundle("whisper", seed=1)
     after = evaluate(other, data, reference=before)
-    assert set(after.results) == {"transcription", "answer-agreement"}
+    assert set(after.results) == {"transcription", "perplexity", "answer-agreement"}
     write_evaluation(after, tmp_path / "a.npz")
     assert compare(before, read_evaluation(tmp_path / "a.npz")) == after.differences
 

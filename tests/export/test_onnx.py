@@ -156,7 +156,7 @@ def test_what_protobuf_cannot_hold_goes_beside_the_graph(clip, clip_export, tmp_
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"towers": ["audio"]}, "no tower 'audio'"),
+        ({"towers": ["audio"]}, "no part 'audio'"),
         ({"precision": "float64"}, "precision is 'float64'"),
         ({"opset": 12}, "opset is 12"),
         ({"precision": "bfloat16", "opset": 20}, "opset is 20; expected 22"),
@@ -182,7 +182,7 @@ def test_a_failing_export_leaves_nothing_behind(clip, tmp_path, monkeypatch):
         (directory / "vision.onnx").write_bytes(b"half done")
         raise GateFailed("differs")
 
-    monkeypatch.setattr(exporting, "_export_tower", write_and_fail)
+    monkeypatch.setattr(exporting, "_export_part", write_and_fail)
     with pytest.raises(GateFailed):
         export_onnx(clip, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -193,7 +193,7 @@ def test_a_model_that_cannot_be_traced_is_one_clear_error(clip, tmp_path, monkey
         return inputs["pixel_values"][: int(inputs["pixel_values"].abs().sum())].flatten(1)
 
     monkeypatch.setattr(clip.family, "encode", looks_at_values, raising=False)
-    with pytest.raises(UsageError, match="the vision tower cannot be exported") as caught:
+    with pytest.raises(UsageError, match="the vision part cannot be exported") as caught:
         export_onnx(clip, tmp_path / "out", towers=["vision"])
     assert "\n" not in caught.value.message
     assert list(tmp_path.iterdir()) == []

@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from mmcompress.errors import GateFailed
 from mmcompress.export.parity import TOLERANCES, Tolerance, check_parity, compare, corners
 from mmcompress.export.rounding import graph_grids, unrounded
 from mmcompress.export.running import open_graph, run_torch
-from mmcompress.export.trace import encoder
-
-EXAMPLE = {"pixel_values": torch.zeros(2, 3)}
+from mmcompress.export.trace import traced
 
 
 def edited(source: Path, target: Path, name: str, factor: float) -> Path:
@@ -35,12 +32,12 @@ def initializer_of(path: Path, node: str, position: int) -> str:
 
 def test_differences_by_hand():
     want = np.array([[3.0, 4.0], [0.0, 2.0]])
-    row = compare(want, np.array([[3.0, 4.0], [2.0, 0.0]]), EXAMPLE, "x")
+    row = compare(want, np.array([[3.0, 4.0], [2.0, 0.0]]), "x")
     assert (row.batch, row.tokens, row.max_abs, row.relative, row.cosine) == (2, 0, 2.0, 0.5, 0.0)
 
 
 def test_nan_is_never_within_tolerance():
-    row = compare(np.ones((1, 2)), np.array([[np.nan, 1.0]]), EXAMPLE, "x")
+    row = compare(np.ones((1, 2)), np.array([[np.nan, 1.0]]), "x")
     assert not Tolerance(float("inf"), -1).holds(row)
 
 
@@ -49,9 +46,9 @@ def test_a_wrong_weight_is_found_in_its_block(clip, clip_export, tmp_path):
     bias = initializer_of(path, "vision_model.encoder.layers.1.mlp.fc2/Add", 1)
     broken = edited(path, tmp_path / "vision.onnx", bias, 1.05)
     with pytest.raises(
-        GateFailed, match=r"vision tower differs .* batch 1.* first in vision_model\.encoder\.layers\.1$"
+        GateFailed, match=r"vision part differs .* batch 1.* first in vision_model\.encoder\.layers\.1$"
     ):
-        check_parity(encoder(clip, "vision", "float32"), broken, precision="float32")
+        check_parity(traced(clip, "vision", "float32"), broken, precision="float32")
 
 
 def test_a_wrong_activation_grid_is_found(unsigned, unsigned_export, tmp_path):
@@ -59,7 +56,7 @@ def test_a_wrong_activation_grid_is_found(unsigned, unsigned_export, tmp_path):
     scale = initializer_of(path, "vision_model.encoder.layer.2.mlp.fc1/QuantizeLinear", 1)
     broken = edited(path, tmp_path / "vision.onnx", scale, 1.01)
     with pytest.raises(GateFailed, match="rounded differently"):
-        check_parity(encoder(unsigned, "vision", "float32"), broken, precision="float32")
+        check_parity(traced(unsigned, "vision", "float32"), broken, precision="float32")
 
 
 def test_a_wrong_weight_scale_is_found_although_rounding_hides_it(unsigned, unsigned_export, tmp_path):
@@ -72,7 +69,7 @@ def test_a_wrong_weight_scale_is_found_although_rounding_hides_it(unsigned, unsi
     (scale,) = [value for value in weights.values() if sizes[value] > 1]
     broken = edited(path, tmp_path / "vision.onnx", scale, 1.002)
     with pytest.raises(GateFailed, match=r"first in vision_model\.encoder\.layer\.0"):
-        check_parity(encoder(unsigned, "vision", "float32"), broken, precision="float32")
+        check_parity(traced(unsigned, "vision", "float32"), broken, precision="float32")
 
 
 def test_unrounded_graphs_have_no_rounding_left_but_their_integers(unsigned_export):
@@ -86,7 +83,7 @@ def test_unrounded_graphs_have_no_rounding_left_but_their_integers(unsigned_expo
 
 
 def test_corners_keep_the_last_token_and_pad_every_second_row(clip):
-    made = list(corners(encoder(clip, "text", "float32"), (2,)))
+    made = list(corners(traced(clip, "text", "float32"), (2,)))
     assert [tuple(inputs["input_ids"].shape) for inputs in made] == [(2, 8), (2, 16), (1, 20)]
     for inputs in made:
         assert (inputs["input_ids"][:, -1] == 3).all()
@@ -101,7 +98,7 @@ def test_the_slow_reference_runs_where_onnxruntime_is_missing(clip, clip_export,
     run, name = open_graph(onnx.load(clip_export.artifact.path("vision")))
     assert name == "onnx.reference"
     inputs = clip.example_inputs("vision", 1)
-    row = compare(run_torch(encoder(clip, "vision", "float32"), inputs), run(inputs)[0], inputs, name)
+    row = compare(run_torch(traced(clip, "vision", "float32"), inputs)[0], run(inputs)[0], name)
     assert TOLERANCES["float32"].holds(row)
 
 

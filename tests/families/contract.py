@@ -14,6 +14,7 @@ from torch import nn
 from mmcompress.bundle import Bundle, DualEncoder, Generator, Tower
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
+from mmcompress.evaluate.likelihoods import read_answers
 from tests import tiny
 
 
@@ -208,7 +209,49 @@ class GeneratorContract(AnsweringContract):
         assert bundle.model.generation_config.to_dict() == before
 
 
-class VisionLanguageContract(GeneratorContract):
+class TeacherForcedContract:
+    """Beside `GeneratorContract`, for families that can be led through a given answer."""
+
+    def samples(self) -> list[Sample]:
+        """Return three samples with texts of different lengths, in words the tokenizer knows."""
+        raise NotImplementedError
+
+    def test_the_next_tokens_are_the_answers_then_its_end(self, bundle: Bundle) -> None:
+        samples = self.samples()
+        tokens, roots = self.led(bundle, samples)
+        decode = bundle.processor.tokenizer.decode
+        for row, sample in zip(tokens, samples, strict=True):
+            said = row[row >= 0]
+            assert decode(said, skip_special_tokens=True).strip() == sample.texts[0]
+            assert not decode(said[-1:], skip_special_tokens=True).strip()
+        assert len({int((row >= 0).sum()) for row in tokens}) > 1
+        assert tokens.shape == roots.shape[:2]
+
+    def test_at_each_token_of_an_answer_stands_a_distribution(self, bundle: Bundle) -> None:
+        tokens, roots = self.led(bundle, self.samples())
+        assert tokens.max() < roots.shape[2]
+        torch.testing.assert_close(
+            roots[tokens >= 0].square().sum(-1), torch.ones(int((tokens >= 0).sum())), atol=1e-5, rtol=0
+        )
+
+    def test_of_likelihoods_those_of_a_batch_are_those_of_single_samples(self, bundle: Bundle) -> None:
+        samples = self.samples()
+        together = read_answers(bundle, samples)
+        for place, sample in enumerate(samples):
+            alone = read_answers(bundle, [sample])
+            assert alone.tokens[0] == together.tokens[place]
+            assert alone.log[0] == pytest.approx(together.log[place], abs=1e-4)
+
+    def led(self, bundle: Bundle, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the next tokens (B, T) and the roots (B, T, V)."""
+        tower = bundle.forced.answering
+        inputs = bundle.prepare(tower, [bundle.items(tower, sample)[0] for sample in samples])
+        tokens = bundle.forced.next_tokens(bundle.model, inputs)
+        with torch.no_grad():
+            return tokens, bundle.encode(tower, inputs).unflatten(1, (tokens.shape[1], -1))
+
+
+class VisionLanguageContract(TeacherForcedContract, GeneratorContract):
     towers = ("vision", "language")
 
     def items(self, tower: str) -> list[Any]:

@@ -19,6 +19,7 @@ from tests.families.contract import (
     DualEncoderContract,
     FamilyContract,
     GeneratorContract,
+    TeacherForcedContract,
     VisionLanguageContract,
 )
 
@@ -74,7 +75,7 @@ class TestFlava(DualEncoderContract):
         assert bundle.model(**inputs).multimodal_embeddings.shape == (2, 1 + 50 + 16, 32)
 
 
-class TestWhisper(GeneratorContract):
+class TestWhisper(TeacherForcedContract, GeneratorContract):
     model = "whisper"
     towers = ("audio", "decoder")
 
@@ -85,7 +86,7 @@ class TestWhisper(GeneratorContract):
         return list(tiny.spoken(3))
 
 
-class TestBlip(GeneratorContract):
+class TestBlip(TeacherForcedContract, GeneratorContract):
     model = "blip"
     towers = ("vision", "decoder")
 

@@ -133,6 +133,16 @@ def test_long_transcripts_are_cut(bundle: Bundle) -> None:
     assert bundle.prepare("decoder", [sample])["decoder_input_ids"].shape[1] == min(24, FORCED_TOKENS + 2)
 
 
+def test_a_transcript_that_was_cut_has_no_end_and_start_tokens_are_no_part_of_it(bundle: Bundle) -> None:
+    recording = tiny.recordings(1)[0]
+    samples = [Sample("a", ("red cat",), audio=recording), Sample("b", ("cat " * 500,), audio=recording)]
+    tokens = bundle.forced.next_tokens(bundle.model, bundle.prepare("decoder", samples))
+    cat = bundle.processor.tokenizer.convert_tokens_to_ids("cat")
+    # At the start token nothing is asked, at "no timestamps" the first word; the end (3) follows the last one.
+    assert tokens[0, :5].tolist() == [-1, bundle.processor.tokenizer.convert_tokens_to_ids("red"), cat, 3, -1]
+    assert tokens[1].tolist() == [-1] + [cat] * 22 + [-1]
+
+
 def test_what_a_sample_offers_each_tower(bundle: Bundle) -> None:
     audio = tiny.recordings(1)[0]
     heard, read = Sample("a", audio=audio), Sample("b", ("a cat",))
@@ -237,8 +247,6 @@ def test_feature_extractor_tokenizer_and_generation_config_come_back(
 
 
 def test_what_cannot_be_done_yet_is_refused_with_the_reason(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="distill pulls embeddings in a shared space together, and whisper"):
-        passes.build("distill", {}).check(bundle)
     with pytest.raises(UsageError, match="tokens of whisper models cannot be merged"):
         passes.build("merge-tokens", {}).check(bundle)
     with pytest.raises(UsageError, match="audio tower's tokens cannot be merged: Whisper's decoder"):
@@ -257,7 +265,9 @@ def test_inspect_counts_each_tower_and_says_why_not(bundle: Bundle, tmp_path: Pa
     assert audio["parameters"] + decoder["parameters"] == sum(p.numel() for p in bundle.model.parameters())
     applies = {(row["pass"], row["tower"]): row["applies"] for row in found["passes"]}
     assert applies == {
-        (name, tower): name in ("prune", "quantize") for name in passes.PASSES for tower in ("audio", "decoder")
+        (name, tower): name in ("prune", "quantize", "distill")
+        for name in passes.PASSES
+        for tower in ("audio", "decoder")
     }
     assert all(row["applies"] or row["reason"] for row in found["passes"])
 

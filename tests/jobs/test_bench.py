@@ -14,7 +14,8 @@ from mmcompress.export.artifact import TensorSpec
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.arrays import arrays_for
 from mmcompress.jobs.bench import Bench, Settings, bench, require_speedup
-from mmcompress.jobs.bench_targets import Target, Variant, open_targets
+from mmcompress.jobs.bench_answers import open_targets
+from mmcompress.jobs.bench_targets import Target, Variant, open_source
 from mmcompress.jobs.check import check
 from mmcompress.jobs.speed import BEST, TowerSpeed
 from mmcompress.measure.macs import macs
@@ -79,7 +80,7 @@ def test_the_gate_takes_the_worst_tower() -> None:
 
 
 def test_who_can_run_what(places: dict[str, Path], tmp_path: Path) -> None:
-    model, exported = open_targets([str(places["checkpoint"]), str(places["exported"])], "cpu", tmp_path, Silent())
+    model, exported = open_targets([str(places["checkpoint"]), str(places["exported"])], "cpu", tmp_path, 32, Silent())
     runners = ("torch", "onnxruntime", "openvino")
     assert {variant.runner for variant in model.variants(runners, ())} == set(runners)
     assert exported.variants(runners, ()) == [Variant("onnxruntime"), Variant("openvino")]
@@ -89,7 +90,7 @@ def test_who_can_run_what(places: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_both_forms_are_given_the_same_inputs(places: dict[str, Path], tmp_path: Path) -> None:
-    model, exported = open_targets([str(places["checkpoint"]), str(places["exported"])], "cpu", tmp_path, Silent())
+    model, exported = open_targets([str(places["checkpoint"]), str(places["exported"])], "cpu", tmp_path, 32, Silent())
     for tower in model.towers:
         first, second = (arrays_for(target.specs(tower), 3, 5) for target in (model, exported))
         assert first.keys() == second.keys()
@@ -99,7 +100,7 @@ def test_both_forms_are_given_the_same_inputs(places: dict[str, Path], tmp_path:
 
 def test_two_of_one_name_are_told_apart(places: dict[str, Path], tmp_path: Path) -> None:
     same = [str(places["checkpoint"])] * 2
-    assert [target.name for target in open_targets(same, "cpu", tmp_path, Silent())] == ["clip (1)", "clip (2)"]
+    assert [target.name for target in open_targets(same, "cpu", tmp_path, 32, Silent())] == ["clip (1)", "clip (2)"]
 
 
 def test_inputs_fit_their_specs() -> None:
@@ -140,8 +141,8 @@ def test_the_real_thing(places: dict[str, Path], tmp_path: Path) -> None:
 
 def test_macs_of_a_checkpoint_are_those_of_its_graph(places: dict[str, Path], tmp_path: Path) -> None:
     """Counted on the running model and on the exported graph, two ways that share no code."""
-    model = Target(str(places["checkpoint"]), "a", "cpu", tmp_path, Silent())
-    exported = Target(str(places["exported"]), "b", "cpu", tmp_path, Silent())
+    model = Target(open_source(str(places["checkpoint"]), "cpu"), "a", "cpu", tmp_path, Silent())
+    exported = Target(open_source(str(places["exported"]), "cpu"), "b", "cpu", tmp_path, Silent())
     assert model.bundle is not None
     inputs = model.bundle.example_inputs("vision")
     assert model.macs("vision", 16) == macs(lambda **given: model.bundle.encode("vision", given), inputs).total

@@ -128,3 +128,43 @@ def test_structure_and_relational_allow_different_widths() -> None:
     student, teacher = (vectors(4, 3, seed=1), vectors(4, 3, seed=2)), (vectors(4, 7, seed=3), vectors(4, 7, seed=4))
     assert losses.relational(student, teacher, 3.0).item() > 0
     assert losses.structure(student[0], teacher[0], 3.0).item() > 0
+
+
+def roots(*rows: tuple[float, ...]) -> Tensor:
+    """Next-token distributions as families encode them."""
+    return torch.tensor(rows, dtype=torch.float64).sqrt()
+
+
+def test_answer_kl_golden() -> None:
+    # KL((1/2, 1/2) || (1/4, 3/4)) = log(2 / sqrt 3); KL((1, 0) || (1/2, 1/2)) = log 2, though 0 log 0 occurs.
+    found = losses.answer_kl(roots((0.25, 0.75), (0.5, 0.5)), roots((0.5, 0.5), (1.0, 0.0)))
+    assert found.tolist() == pytest.approx([math.log(2 / math.sqrt(3)), math.log(2)])
+    # In the logarithms of the distributions it is the softened KL at temperature 1.
+    student, teacher = (vectors(3, 7, seed=seed).log_softmax(-1) for seed in (1, 2))
+    ours = losses.answer_kl((student / 2).exp(), (teacher / 2).exp()).mean()
+    assert ours.item() == pytest.approx(losses.softened_kl(student, teacher).item())
+
+
+def test_answer_kl_has_no_gradient_where_both_agree_and_a_finite_one_where_a_word_is_impossible() -> None:
+    logits = vectors(4, 6, seed=1).requires_grad_()
+    teacher = vectors(4, 6, seed=1).log_softmax(-1)
+    losses.answer_kl((logits.log_softmax(-1) / 2).exp(), (teacher / 2).exp()).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-12
+    sure = torch.tensor([[0.0, -1e9]], dtype=torch.float64, requires_grad=True)
+    losses.answer_kl((sure.log_softmax(-1) / 2).exp(), roots((0.5, 0.5))).sum().backward()
+    assert sure.grad is not None
+    assert sure.grad.isfinite().all()
+
+
+def test_token_log_likelihoods_golden() -> None:
+    found = losses.token_log_likelihoods(roots((0.25, 0.75), (0.5, 0.5)), torch.tensor([1, 0]))
+    assert found.tolist() == pytest.approx([math.log(0.75), math.log(0.5)])
+
+
+def test_hidden_is_one_for_a_constant_and_knows_no_scale() -> None:
+    teacher = torch.tensor([[1.0, 3.0], [10.0, 30.0]], dtype=torch.float64)
+    assert losses.hidden(teacher.mean(1, keepdim=True).expand(2, 2), teacher).item() == pytest.approx(1.0)
+    # Off by 1 everywhere: 1 / variance 1, 1 / variance 100.
+    assert losses.hidden(teacher + 1, teacher).item() == pytest.approx((1 + 0.01) / 2)
+    assert losses.hidden(teacher, teacher).item() == 0

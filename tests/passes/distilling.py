@@ -1,6 +1,6 @@
 """A small distillation as a program: what the tests kill, resume, and start as several processes.
 
-python distilling.py OUT WORKDIR [JSON settings]
+python distilling.py OUT WORKDIR SETTINGS [FAMILY]   (settings of the pass as JSON; a family of tests/tiny.py)
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from mmcompress.passes.distill_state import State
 from tests import tiny
 
 
-def main(out: Path, workdir: Path, settings: dict[str, Any]) -> None:
-    """Train a damaged tiny CLIP; the first process writes its weights and the facts."""
+def main(out: Path, workdir: Path, settings: dict[str, Any], family: str = "clip") -> None:
+    """Train a damaged tiny model; the first process writes its weights and the facts."""
     torch.set_num_threads(1)
-    student = tiny.bundle("clip")
+    student = tiny.bundle(family)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in student.model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03)
     given = {"batch_size": 8, "steps": 6, "learning_rate": 1e-3, "amp": False, **settings}
-    context = Context(data=tiny.dataset(24), teacher=lambda: tiny.bundle("clip"), workdir=workdir)
+    data = tiny.spoken(24) if family in tiny.GENERATORS else tiny.dataset(24)
+    context = Context(data=data, teacher=lambda: tiny.bundle(family), workdir=workdir)
     facts = Distill(**given).fit(student, context)
     if os.environ.get("RANK", "0") == "0":
-        save_file({name: value.contiguous() for name, value in student.model.state_dict().items()}, out)
+        # Weights that are tied have one memory, which a file may not hold twice.
+        save_file({name: value.clone() for name, value in student.model.state_dict().items()}, out)
         out.with_suffix(".json").write_text(json.dumps(facts))
 
 
@@ -52,4 +54,4 @@ def hang_after(step: int, reached: Any, *arguments: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), *sys.argv[4:])

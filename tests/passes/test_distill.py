@@ -337,7 +337,7 @@ def test_check_refuses_unknown_towers_and_nothing_to_train() -> None:
         ({"learning_rate": float("nan")}, "distill.learning_rate is nan"),
         ({"warmup": 1.0}, "distill.warmup is 1.0; expected 0 <= warmup < 1"),
         (
-            {"feature": 0.0, "interactive": 0.0, "relational": 0.0, "affinity": 0.0},
+            {"feature": 0.0, "interactive": 0.0, "relational": 0.0, "affinity": 0.0, "answer": 0.0, "hidden": 0.0},
             "all losses of distill have weight 0",
         ),
     ],

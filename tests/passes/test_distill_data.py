@@ -13,11 +13,12 @@ from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.ops import losses
 from mmcompress.passes.distill_data import Feeder, augmented, random_for, read_corpus, shuffled, split
 from mmcompress.passes.distill_objective import Objective
+from mmcompress.passes.distill_pair_lesson import same_rows
 from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_run import curve
 from mmcompress.passes.distill_state import State
 from mmcompress.passes.distill_targets import CHUNK, digest, embed_once
-from mmcompress.passes.distill_train import Schedule, parameter_groups, same_rows
+from mmcompress.passes.distill_train import Schedule, parameter_groups
 from mmcompress.progress import Silent
 from tests import tiny
 

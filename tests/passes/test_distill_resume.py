@@ -25,41 +25,52 @@ def facts(out: Path) -> dict[str, Any]:
     return found
 
 
-def run(out: Path, workdir: Path, settings: dict[str, Any]) -> None:
-    process = PROCESSES.Process(target=distilling.main, args=(out, workdir, settings))
+def run(out: Path, workdir: Path, settings: dict[str, Any], family: str = "clip") -> None:
+    process = PROCESSES.Process(target=distilling.main, args=(out, workdir, settings, family))
     process.start()
     process.join(120)
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize("settings", [{"augment": True, "ema": 0.9}, {"accumulate": 2, "max_minutes": 60.0}])
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("clip", {"augment": True, "ema": 0.9}),
+        ("clip", {"accumulate": 2, "max_minutes": 60.0}),
+        ("whisper", {"accumulate": 2, "ema": 0.9}),
+    ],
+)
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     settings = {"save_minutes": 0.0, **settings}
     whole, broken, workdir = tmp_path / "whole", tmp_path / "broken", tmp_path / "work"
-    run(whole, tmp_path / "other", settings)
+    run(whole, tmp_path / "other", settings, family)
     reached = PROCESSES.Event()
-    process = PROCESSES.Process(target=distilling.hang_after, args=(3, reached, broken, workdir, settings))
+    process = PROCESSES.Process(target=distilling.hang_after, args=(3, reached, broken, workdir, settings, family))
     process.start()
     assert reached.wait(120)
     process.kill()
     process.join()
     assert not broken.exists()
-    run(broken, workdir, settings)
+    run(broken, workdir, settings, family)
     assert broken.read_bytes() == whole.read_bytes()
     assert facts(broken) == facts(whole)
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+# Gradients far below AdamW's eps make its steps as large as the gradient, so that half a gradient would show.
+PAIRS = {"augment": True, "feature": 1e-6, "interactive": 1e-6, "relational": 1e-6, "logit": 1e-6}
+ANSWERS = {"answer": 1e-6, "cross_entropy": 1e-6, "hidden": 1e-6}
+
+
+@pytest.mark.parametrize(("family", "losses"), [("clip", PAIRS), ("whisper", ANSWERS)])
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, family: str, losses: dict[str, Any]) -> None:
     pytest.importorskip("accelerate")
-    # Gradients far below AdamW's eps make its steps as large as the gradient, so that half a gradient would show.
-    weights = {"feature": 1e-6, "interactive": 1e-6, "relational": 1e-6, "logit": 1e-6}
-    settings = {"steps": 3, "augment": True, "clip": 0.0, "learning_rate": 1e-3, **weights}
+    settings = {"steps": 3, "clip": 0.0, "learning_rate": 1e-3, **losses}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", distilling.__file__]
-    arguments = [str(tmp_path / "pair"), str(tmp_path / "work"), json.dumps({**settings, "batch_size": 4})]
+    arguments = [str(tmp_path / "pair"), str(tmp_path / "work"), json.dumps({**settings, "batch_size": 4}), family]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    run(tmp_path / "alone", tmp_path / "other", {**settings, "batch_size": 8})
+    run(tmp_path / "alone", tmp_path / "other", {**settings, "batch_size": 8}, family)
     one, two = load_file(tmp_path / "alone"), load_file(tmp_path / "pair")
     assert max((value - two[name]).abs().max().item() for name, value in one.items()) < 1e-5
     found = facts(tmp_path / "pair")

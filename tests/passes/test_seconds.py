@@ -36,3 +36,10 @@ WORK = Work(samples=10, dataset=100, forward=0.5)
 )
 def test_by_hand(name: str, params: dict[str, Any], seconds: float) -> None:
     assert passes.build(name, params).seconds(tiny.bundle("clip"), WORK) == pytest.approx(seconds)
+
+
+def test_the_teacher_of_a_model_that_answers_runs_in_every_step() -> None:
+    whisper = tiny.bundle("whisper")
+    assert passes.build("distill", {"epochs": 2}).seconds(whisper, WORK) == (4 * 200 + 100) * 0.5
+    # 8 samples a batch, where nothing else is said
+    assert passes.build("distill", {"steps": 4}).seconds(whisper, WORK) == (4 * 32 + 100) * 0.5

@@ -1,0 +1,74 @@
+"""`mmc generate`: see a model answer, from a checkpoint or from exported files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmcompress.cli import options
+
+
+@click.command(
+    "generate",
+    epilog="\b\nExamples:\n  mmc generate WHISPER --audio speech.wav\n  mmc generate WHISPER-onnx --audio a.wav --json\n"
+    '  mmc generate VLM-onnx --image photo.jpg --prompt "What is on the table?" --runner openvino',
+)
+@options.model_argument
+@click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="A recording; repeatable.")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; repeatable.")
+@click.option("--prompt", default="", help="What is asked, about each picture or by itself.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), help="Of an answer.  [default: as the model's own settings say]"
+)
+@click.option(
+    "--runner", help="onnxruntime or openvino for exported files.  [default: onnxruntime; torch for a checkpoint]"
+)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples at a time.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: every usable core]")
+@options.device_option
+@options.talk_options
+def command(
+    model: str,
+    audio: tuple[Path, ...],
+    images: tuple[Path, ...],
+    prompt: str,
+    max_new_tokens: int | None,
+    runner: str | None,
+    batch_size: int,
+    threads: int | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+) -> None:
+    """Answer in text what is heard, seen or asked: one line for each file, in the order given.
+
+    Greedy and the same every time. MODEL is a checkpoint (run by torch) or a directory of mmc export, whose answers are those of
+    the checkpoint. How long each stage took is said on stderr, and in the document of --json.
+    """
+    from mmcompress.cli import render
+    from mmcompress.jobs.generate import generate, samples_of
+
+    terminal = render.Terminal(quiet, verbose)
+    made = generate(
+        model,
+        samples_of(audio, images, prompt),
+        runner=runner,
+        limit=max_new_tokens,
+        batch=batch_size,
+        threads=threads,
+        device=device,
+    )
+    if as_json:
+        render.document(made.to_json())
+        return
+    for text in made.answers:
+        click.echo(text)
+    found = made.timing()
+    if found:
+        speed = found["tokens_per_second"]
+        terminal.say(
+            f"{made.runner}: first token after {found['prepare_ms']:.1f} ms of preparing and {found['first_token_ms']:.1f} ms"
+            + (f", then {found['token_ms']:.2f} ms for each ({speed:,.0f} tokens/s)" if speed else "")
+        )

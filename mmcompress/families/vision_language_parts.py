@@ -1,0 +1,163 @@
+"""Vision-language models as three graphs: one looks, once; one turns tokens into rows; the third writes, token after token.
+
+The writer serves the prompt (an empty past) and every later step alike, so its weights exist once. The word table stands beside it,
+because the picture's tokens take the place of some of its rows in between.
+
+Shape alphabet: B batch, R pictures or tiles, N tokens of a picture, T tokens, P past tokens, H heads, D head width, C channels,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcompress.errors import UsageError
+from mmcompress.families.causal import causal_mask
+from mmcompress.families.whisper_parts import UNKNOWN, filled
+from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
+
+
+def vision_part(look: Callable[..., Tensor], example: Callable[[int], dict[str, Tensor]], tables: int = 0) -> Part:
+    """Return the part that makes image_embeds (R, N, C) by `look(model, *inputs)`; `example(R)` returns its inputs.
+
+    `tables`: see `Part.tables`.
+    """
+    return Part(
+        "vision",
+        look,
+        ("image_embeds",),
+        dict.fromkeys(example(1), (BATCH,)),
+        lambda sizes: example(sizes[BATCH]),
+        tables=tables,
+        tower="vision",
+    )
+
+
+def embed_part(model: Any) -> Part:
+    """Return the word table as a part."""
+
+    def look_up(model: Any, ids: Tensor) -> Tensor:
+        rows: Tensor = model.get_input_embeddings()(ids)
+        return rows
+
+    def example(sizes: Sizes) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.text_config.vocab_size - 1, (sizes[BATCH], sizes[TOKENS]), generator=generator)
+        padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+        # The row of padding is all zeros, of which no cosine can be taken.
+        return {"input_ids": ids if padding is None else ids + (ids >= padding)}
+
+    return Part(
+        "embed",
+        look_up,
+        ("inputs_embeds",),
+        {"input_ids": (BATCH, TOKENS)},
+        example,
+        traced={TOKENS: 3},
+        corners=({TOKENS: 1}, {TOKENS: 5}),
+    )
+
+
+def language_part(model: Any, language: str, both_ways: bool, axes: int) -> Part:
+    """Return the writer: inputs_embeds (B, T, C), attention_mask (B, P + T), position_ids and past in; logits (B, V), present out.
+
+    `both_ways`: the tokens given together look at one another in both directions. `axes`: how many positions a token has; with
+    more than one position_ids is (B, axes, T).
+    """
+    config = model.config.text_config
+    layers = len(model.get_submodule(language).layers)
+    past, present = (
+        tuple(f"{kind}_{what}_{layer}" for layer in range(layers) for what in ("key", "value"))
+        for kind in ("past", "present")
+    )
+
+    def write(model: Any, rows: Tensor, mask: Tensor, positions: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        cache, before = filled(caches), caches[0].shape[2]
+        if both_ways:
+            seen = torch.where(mask[:, None, None, :].bool(), 0.0, -10000.0).to(rows.dtype)
+            seen = seen.expand(-1, -1, rows.shape[1], -1)
+        else:
+            seen = causal_mask(before, rows.shape[1], rows.dtype, mask)
+        hidden = model.get_submodule(language)(
+            inputs_embeds=rows,
+            attention_mask=seen,
+            position_ids=positions.transpose(0, 1) if axes > 1 else positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        held: Any = cache.layers
+        return (model.lm_head(hidden[:, -1]), *(tensor for layer in held for tensor in (layer.keys, layer.values)))
+
+    def example(sizes: Sizes) -> dict[str, Tensor]:
+        batch, before, count = sizes[BATCH], sizes[PAST], sizes[TOKENS]
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(config.vocab_size, (batch, before + count), generator=generator)
+        mask = torch.ones_like(ids)
+        if before + count > 2:
+            mask[1::2, :1] = 0  # every second row begins with padding
+        places = (mask.cumsum(-1) - 1).clamp_min(0)
+        positions = places[:, None].repeat(1, axes, 1) if axes > 1 else places
+        with torch.no_grad():
+            rows = model.get_input_embeddings()(ids).to(model.dtype)
+            earlier = empty(batch)
+            if before:
+                parts = (rows[:, :before], mask[:, :before], positions[..., :before])
+                earlier = write(model, *parts, *earlier)[1:]
+        made = {
+            "inputs_embeds": rows[:, before:].float(),
+            "attention_mask": mask,
+            "position_ids": positions[..., before:],
+        }
+        return made | {name: value.float() for name, value in zip(past, earlier, strict=True)}
+
+    def empty(batch: int) -> tuple[Tensor, ...]:
+        tensors = []
+        for layer in model.get_submodule(language).layers:
+            width = layer.self_attn.head_dim
+            heads = layer.self_attn.k_proj.out_features // width
+            tensors += [torch.zeros(batch, heads, 0, width, dtype=model.dtype)] * 2
+        return tuple(tensors)
+
+    limit = int(getattr(config, "max_position_embeddings", 0))
+    return Part(
+        "language",
+        write,
+        ("logits", *present),
+        {
+            "inputs_embeds": (BATCH, TOKENS),
+            "attention_mask": (BATCH, f"{PAST} + {TOKENS}"),
+            "position_ids": (BATCH, "", TOKENS) if axes > 1 else (BATCH, TOKENS),
+        }
+        | dict.fromkeys(past, (BATCH, "", PAST)),
+        example,
+        traced={TOKENS: 3, PAST: 4},
+        corners=({TOKENS: 6, PAST: 0}, {TOKENS: 1, PAST: 6}, {TOKENS: 3, PAST: 5}),
+        most_tokens=limit,
+        tower="language",
+    )
+
+
+def language_decoding(model: Any, limit: int) -> Decoding:
+    """Return how greedy generation writes. Raises UsageError for settings it does not cover."""
+    settings, config = model.generation_config, model.config
+    for name in UNKNOWN:
+        value = getattr(settings, name, None)
+        if value not in (None, 0, 1.0, [], {}):
+            raise UsageError(
+                f"generation_config.json sets {name} to {value}, which exported models do not know",
+                hint="remove it, or answer with the checkpoint",
+            )
+    end = settings.eos_token_id
+    ends = tuple(end if isinstance(end, list) else [end]) if end is not None else ()
+    return Decoding(
+        end=ends,
+        padding=settings.pad_token_id if settings.pad_token_id is not None else (ends[0] if ends else 0),
+        limit=settings.max_new_tokens or limit,
+        suppressed=tuple(settings.suppress_tokens or ()),
+        suppressed_first=tuple(settings.begin_suppress_tokens or ()),
+        image_token=config.image_token_id,
+    )

@@ -1,0 +1,121 @@
+"""The settings of a distillation with everything decided that data and model decide, and which parameters train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.manifest import Json
+from mmcompress.passes.base import Context
+from mmcompress.passes.distill_ranks import Ranks, world_size
+from mmcompress.passes.distill_train import Lesson
+
+if TYPE_CHECKING:
+    from mmcompress.data import Dataset
+    from mmcompress.passes.distill import Distill
+
+
+@dataclass(frozen=True)
+class Job:
+    """What models that embed and models that answer have in common."""
+
+    settings: Distill
+    data: Dataset
+    towers: tuple[str, ...]
+    """Those that train."""
+    teacher: Callable[[], Bundle]
+    seed: int
+    batch_size: int
+
+    @property
+    def size(self) -> int:
+        """How many training samples one epoch has."""
+        raise NotImplementedError
+
+    @property
+    def held_back(self) -> int:
+        """Samples that do not train; 0 where the data is so small that all serve for both."""
+        raise NotImplementedError
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the data."""
+        return ()
+
+    def lesson(
+        self, bundle: Bundle, teacher: Bundle, ranks: Ranks, folder: Path | None, context: Context, half: bool
+    ) -> Lesson:
+        """Return what the steps learn from. Raises UsageError for losses that data, student and teacher do not allow."""
+        raise NotImplementedError
+
+    @property
+    def samples_per_step(self) -> int:
+        """Over all processes."""
+        return self.batch_size * self.settings.accumulate * world_size()
+
+    @property
+    def steps(self) -> int:
+        if self.settings.steps is not None:
+            return self.settings.steps
+        return math.ceil(self.settings.epochs * self.size / self.samples_per_step)
+
+    def decisions(self, bundle: Bundle) -> dict[str, Json]:
+        """Return what to record of all this."""
+        parameters = trainable(bundle, self.towers, self.settings.train)
+        return {
+            "steps": self.steps,
+            "samples_per_step": self.samples_per_step,
+            "samples": self.size,
+            "held_back": self.held_back,
+            "towers": list(self.towers),
+            "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
+        }
+
+
+def trainable(bundle: Bundle, towers: tuple[str, ...], train: str) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name. Raises UsageError when there are none.
+
+    Integer weights are buffers, so a quantized layer contributes its bias at most. What the model holds constant (the positions of
+    Whisper's encoder are sines) stays so.
+    """
+    chosen = [bundle.tower(name) for name in towers]
+    found = {
+        name: parameter
+        for name, parameter in bundle.model.named_parameters()
+        if parameter.is_floating_point()
+        and parameter.requires_grad
+        and any(tower.owns(name) for tower in chosen)
+        and (train != "norms-and-biases" or parameter.ndim == 1)
+        and (train != "projection" or any(name.startswith(head + ".") for tower in chosen for head in tower.heads))
+    }
+    if not found:
+        raise UsageError(
+            f"nothing can train: distill.train is '{train}' and the towers are {', '.join(towers) or 'none'}",
+            hint="distill before quantizing" if train == "all" else "use train: all",
+        )
+    return found
+
+
+def reached(bundle: Bundle, towers: tuple[str, ...], parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return those of `parameters` that the towers' embeddings depend on; a mask token or a second pooler is left out."""
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        total = torch.stack([bundle.encode(name, bundle.example_inputs(name)).sum() for name in towers]).sum()
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(flags[name])
+    return {
+        name: parameter
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+        if gradient is not None
+    }

@@ -1,0 +1,133 @@
+"""Layer by layer gives the same files as all at once, in the memory of a layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmcompress import checkpoint, passes, streamed
+from mmcompress.errors import UsageError
+from mmcompress.jobs import compress as job
+from mmcompress.recipe import parse
+from tests import tiny
+
+RECIPE = {"steps": [{"quantize": {"scheme": "W8A16"}}]}
+
+
+@pytest.fixture(params=["llava_dinov2", "qwen2_5_vl", "whisper", "clip"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    bundle = tiny.bundle(request.param)
+    bundle.source = bundle.source.__class__(**{**vars(bundle.source), "dtype": "bfloat16"})
+    checkpoint.save(bundle, tmp_path / "model")
+    (tmp_path / "model" / "mmc.json").unlink()
+    return tmp_path / "model"
+
+
+def at_once(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "can_stream", lambda made: False)
+    job.compress(model, parse(RECIPE), output)
+    monkeypatch.undo()
+
+
+def test_the_files_are_those_of_a_run_in_memory(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(model, tmp_path / "whole", monkeypatch)
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: pytest.fail("the whole model was loaded"))
+    result = job.compress(model, parse(RECIPE), tmp_path / "streamed")
+    monkeypatch.undo()
+    assert "accuracy was not measured" in [finding.text for finding in result.findings]
+    names = sorted(file.name for file in (tmp_path / "streamed").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "whole").iterdir() if file.name != "reports")
+    for name in names:
+        one, other = ((tmp_path / kind / name).read_bytes() for kind in ("streamed", "whole"))
+        if name == "mmc.json":
+            first, second = (without_measurements(json.loads(text)) for text in (one, other))
+            assert first == second
+        elif name not in ("README.md", "recipe.yaml"):  # they tell what was measured
+            assert one == other, name
+
+
+def without_measurements(document: dict[str, object]) -> dict[str, object]:
+    document.pop("measured")
+    document["recipe"].pop("tasks")  # type: ignore[attr-defined]
+    for record in document["records"]:  # type: ignore[attr-defined]
+        del record["seconds"]
+    return document
+
+
+def test_many_shards_hold_what_one_does(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.compress(model, parse(RECIPE), tmp_path / "one")
+    monkeypatch.setattr(streamed, "SHARD_BYTES", 20_000)
+    job.compress(model, parse(RECIPE), tmp_path / "many")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    found = {}
+    for file in files:
+        part = load_file(tmp_path / "many" / file)
+        assert all(index["weight_map"][name] == file for name in part)
+        found |= part
+    want = load_file(tmp_path / "one" / "model.safetensors")
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in want.values())
+    first, second = (checkpoint.load(tmp_path / kind).model.state_dict() for kind in ("one", "many"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_more_than_a_layer_has_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tiny.bundle("llava_clip"), tmp_path / "model")
+    (tmp_path / "model" / "mmc.json").unlink()
+    seen = []
+    replace = streamed.Streamed.replace
+
+    def counted(self: streamed.Streamed, path: str, module: torch.nn.Module) -> None:
+        replace(self, path, module)
+        seen.append(sum(not tensor.is_meta for tensor in self.model.state_dict().values()))
+
+    monkeypatch.setattr(streamed.Streamed, "replace", counted)
+    job.compress(tmp_path / "model", parse(RECIPE), tmp_path / "out")
+    assert len(seen) > 30
+    assert set(seen) == {0}
+
+
+def test_names_of_older_checkpoints_are_known(tmp_path: Path) -> None:
+    bundle = tiny.bundle("llava_clip")
+    checkpoint.save(bundle, tmp_path / "new")
+    checkpoint.save(bundle, tmp_path / "old")
+    bundle.model.save_pretrained(tmp_path / "old")  # in the class's first format
+    assert "language_model.lm_head.weight" in load_file(tmp_path / "old" / "model.safetensors")
+    for kind in ("new", "old"):
+        (tmp_path / kind / "mmc.json").unlink()
+        job.compress(tmp_path / kind, parse(RECIPE), tmp_path / f"{kind}-out")
+    first, second = (tmp_path / f"{kind}-out" / "model.safetensors" for kind in ("new", "old"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_checkpoint_that_lacks_a_tensor_leaves_nothing(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    checkpoint.save(tiny.bundle("clip"), tmp_path / "model")
+    (tmp_path / "model" / "mmc.json").unlink()
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UsageError, match=r"lacks visual_projection\.weight"):
+        job.compress(tmp_path / "model", parse(RECIPE), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "streams"),
+    [
+        ("quantize", {"scheme": "W8A16"}, True),
+        ("quantize", {"scheme": "w8a16", "vision_scheme": "W16A16"}, True),
+        ("quantize", {"scheme": "W8A16", "vision_scheme": "W8A8"}, False),
+        ("prune", {"score": "magnitude"}, False),
+    ],
+)
+def test_what_streams(name: str, params: dict[str, object], streams: bool) -> None:
+    assert streamed.can_stream(passes.build(name, params)) == streams
