@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from mmcompress import passes
-from mmcompress.bundle import Bundle
+from mmcompress.bundle import Bundle, DualEncoder, Generator
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.families import FAMILIES, family_for
 from mmcompress.passes.base import Context
 from tests import tiny
 from tests.families.contract import (
+    AnsweringContract,
     DualEncoderContract,
+    FamilyContract,
     GeneratorContract,
     TeacherForcedContract,
     VisionLanguageContract,
@@ -84,7 +86,7 @@ class TestWhisper(TeacherForcedContract, GeneratorContract):
         return list(tiny.spoken(3))
 
 
-class TestBlip(GeneratorContract):
+class TestBlip(TeacherForcedContract, GeneratorContract):
     model = "blip"
     towers = ("vision", "decoder")
 
@@ -112,6 +114,28 @@ class TestBlipRetrieval(DualEncoderContract):
             for name, n in (("vision", 2), ("text", 3))
         )
         torch.testing.assert_close(scores, image @ text.T)
+
+
+class TestVilt(AnsweringContract):
+    model = "vilt"
+    towers = ("joint",)
+
+    def items(self, tower: str) -> list[Any]:
+        return self.samples()
+
+    def samples(self) -> list[Sample]:
+        return list(tiny.data(self.model, 3))
+
+
+class TestViltRetrieval(FamilyContract):
+    model = "vilt_retrieval"
+    towers = ("joint",)
+
+    def items(self, tower: str) -> list[Any]:
+        return list(tiny.data(self.model, 3))
+
+    def test_it_neither_embeds_nor_answers(self, bundle: Bundle) -> None:
+        assert not isinstance(bundle.family, DualEncoder | Generator)
 
 
 class TestLlavaClip(VisionLanguageContract):
@@ -155,7 +179,7 @@ class TestPaliGemma(VisionLanguageContract):
 
 
 def test_every_family_is_under_the_contract() -> None:
-    kinds = (DualEncoderContract, GeneratorContract, VisionLanguageContract)
+    kinds = (FamilyContract, AnsweringContract, DualEncoderContract, GeneratorContract, VisionLanguageContract)
     covered = {cls.model for kind in (*kinds, TestBlip) for cls in kind.__subclasses__() if cls not in kinds}
     assert covered == set(tiny.EVERY)
     assert {tiny.bundle(model).family.name for model in covered} == set(FAMILIES)
