@@ -51,12 +51,8 @@ def test_llava_without_a_template_takes_the_words_it_was_first_trained_with() ->
     said_words = said.split()
     assert said_words.count("<image>") == 16
     assert said_words.index("<image>") < said_words.index("what")
-    assert said_words[-6:-2] == [
-        "what",
-        "is",
-        "this",
-        "?",
-    ]  # then ASSISTANT, which this tokenizer does not know, and the colon
+    # Then ASSISTANT, which this tokenizer does not know, the colon, and the end of an empty answer.
+    assert " ".join(said_words[-7:-3]) == "what is this ?"
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm"])
