@@ -62,7 +62,9 @@ def test_the_graphs_take_any_batch_prompt_and_past(exported: tuple[Bundle, Artif
     assert dims["position_ids"] == ["batch", "tokens"]
     assert dims["past_value_2"] == ["batch", 2, "past", 8]  # of two heads, each for two of the queries'
     sizes = {(row["batch"], row["tokens"], row["past"]) for row in artifact.component("language").parity}
-    assert sizes == {(batch, *rest) for batch in (1, 2) for rest in ((9, 0), (1, 9))}
+    assert {batch for batch, _, _ in sizes} == {1, 2}
+    assert any(tokens > 1 and past == 0 for _, tokens, past in sizes)
+    assert any(tokens == 1 and past > 1 for _, tokens, past in sizes)
 
 
 def test_stages_of_a_benchmark(exported: tuple[Bundle, Artifact], tmp_path: Path) -> None:
@@ -77,8 +79,10 @@ def test_stages_of_a_benchmark(exported: tuple[Bundle, Artifact], tmp_path: Path
     assert shapes["token"]["past_key_0"] == (2, 2, prompt + 2, 8)
     assert shapes["token"]["attention_mask"] == (2, prompt + 3)
     torch_target = AnswerTarget(Source(tmp_path, bundle=bundle), "y", "cpu", tmp_path, Silent(), 4)
-    for stage in ("vision", "prompt", "token"):
+    for stage in ("prompt", "token"):
         assert torch_target.macs(stage, 16) == target.macs(stage, 16)
+    # torch runs the encoder's last block too where the connector reads the one before; no graph holds what nobody reads.
+    assert torch_target.macs("vision", 16) >= target.macs("vision", 16)
 
 
 def test_an_answer_ends_where_the_model_has_no_place_left() -> None:
