@@ -103,7 +103,12 @@ def generate(
         raise UsageError(f"{model} is a checkpoint, which only torch runs", hint=f"mmc export {model} -o DIRECTORY")
     bundle = checkpoint.load(model, device=device)
     if isinstance(bundle.family, Exportable):
-        return _answered(str(model), "torch", bundle_answerer(bundle, threads=threads), samples, limit, batch)
+        try:
+            return _answered(str(model), "torch", bundle_answerer(bundle, threads=threads), samples, limit, batch)
+        except UsageError:
+            # Parts take less than the whole model, such as pictures of one size; without them nothing is timed.
+            if limit is not None:
+                raise
     if limit is not None:
         raise UsageError(
             f"{bundle.family.name} models answer through transformers, which takes its limit from generation_config.json",

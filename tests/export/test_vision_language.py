@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
@@ -14,8 +15,8 @@ from mmcompress.export.artifact import Artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.bench_answers import AnswerTarget
 from mmcompress.jobs.bench_targets import Source
+from mmcompress.jobs.generate import generate, samples_of
 from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
-from mmcompress.parts import Exportable
 from mmcompress.progress import Silent
 from tests import tiny
 
@@ -96,9 +97,21 @@ def test_an_answer_ends_where_the_model_has_no_place_left() -> None:
         answerer.write([sample], 100)
 
 
-def test_pictures_in_tiles_are_refused_with_the_reason(tmp_path: Path) -> None:
-    bundle = tiny.bundle("llava_next")
-    assert not isinstance(bundle.family, Exportable)
-    with pytest.raises(UsageError, match="llava_next models cannot be exported yet"):
-        export_onnx(bundle, tmp_path / "out")
+@pytest.mark.parametrize(("name", "reason"), [("llava_next", "as many tiles as suit it"), ("qwen3_vl", "deepstack")])
+def test_what_no_graph_does_is_refused_with_the_reason(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason) as caught:
+        export_onnx(tiny.bundle(name), tmp_path / "out")
+    assert caught.value.hint
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_answers_what_its_parts_do_not_take(tmp_path: Path) -> None:
+    bundle = tiny.bundle("llava_next")
+    checkpoint.save(bundle, tmp_path / "model")
+    tiny.images(1)[0].save(tmp_path / "picture.png")
+    asked = samples_of([], [tmp_path / "picture.png"], "what is this ?")
+    made = generate(tmp_path / "model", asked)
+    assert list(made.answers) == bundle.generate(asked)
+    assert made.timing() == {}
+    with pytest.raises(UsageError, match="as many tiles as suit it"):
+        generate(tmp_path / "model", asked, limit=3)
