@@ -89,7 +89,7 @@ def test_stages_of_a_benchmark(exported: tuple[Bundle, Artifact], tmp_path: Path
 def test_an_answer_ends_where_the_model_has_no_place_left() -> None:
     bundle = tiny.bundle("llava_clip")
     answerer = bundle_answerer(bundle, threads=1)
-    sample = Sample("a", question="what " * 230)
+    sample = Sample("a", question="what " * 245)
     prompt = answerer.asked([sample])["input_ids"].shape[1]
     assert 256 - 8 < prompt < 256
     assert len(answerer.write([sample]).rows[0]) <= 256 - prompt
