@@ -105,13 +105,15 @@ def test_what_no_graph_does_is_refused_with_the_reason(tmp_path: Path, name: str
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_answers_what_its_parts_do_not_take(tmp_path: Path) -> None:
-    bundle = tiny.bundle("llava_next")
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_vl"])
+def test_a_checkpoint_answers_what_its_parts_do_not_take(tmp_path: Path, name: str) -> None:
+    """Neither tiles nor pictures of any size: what is asked of a checkpoint is never cut to fit a graph."""
+    bundle = tiny.bundle(name)
     checkpoint.save(bundle, tmp_path / "model")
     tiny.images(1)[0].save(tmp_path / "picture.png")
     asked = samples_of([], [tmp_path / "picture.png"], "what is this ?")
     made = generate(tmp_path / "model", asked)
     assert list(made.answers) == bundle.generate(asked)
     assert made.timing() == {}
-    with pytest.raises(UsageError, match="as many tiles as suit it"):
+    with pytest.raises(UsageError):
         generate(tmp_path / "model", asked, limit=3)
