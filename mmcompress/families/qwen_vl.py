@@ -32,7 +32,7 @@ from mmcompress.families.qwen_vl_parts import layout, look
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage, padded
 from mmcompress.families.vision_language_parts import embed_part, language_part, vision_part
-from mmcompress.parts import Part
+from mmcompress.parts import Decoding, Part
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -146,6 +146,9 @@ class QwenVL(VisionLanguage):
             at.table_bytes,
         )
         return vision, embed_part(model), language_part(model, self.language, False, 3)
+
+    def decoding(self, model: Any) -> Decoding:
+        return replace(super().decoding(model), resizes=True)
 
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return what the parts take; pictures are first drawn at the one size the vision part knows."""

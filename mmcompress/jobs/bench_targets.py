@@ -66,8 +66,19 @@ class Source:
     def answers(self) -> bool:
         """Whether it answers in text from parts."""
         if self.bundle is not None:
-            return isinstance(self.bundle.family, Exportable) and not isinstance(self.bundle.family, DualEncoder)
+            return not isinstance(self.bundle.family, DualEncoder) and has_parts(self.bundle)
         return self.artifact is not None and self.artifact.generation is not None
+
+
+def has_parts(bundle: Bundle) -> bool:
+    """Whether the family cuts this model into parts; some refuse some of their models."""
+    if not isinstance(bundle.family, Exportable):
+        return False
+    try:
+        bundle.family.decoding(bundle.model)
+        return bool(bundle.family.parts(bundle.model))
+    except UsageError:
+        return False
 
 
 def open_source(path: str, device: str) -> Source:

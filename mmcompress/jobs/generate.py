@@ -103,10 +103,17 @@ def generate(
         raise UsageError(f"{model} is a checkpoint, which only torch runs", hint=f"mmc export {model} -o DIRECTORY")
     bundle = checkpoint.load(model, device=device)
     if isinstance(bundle.family, Exportable):
-        return _answered(str(model), "torch", bundle_answerer(bundle, threads=threads), samples, limit, batch)
+        try:
+            answerer = bundle_answerer(bundle, threads=threads)
+            if not answerer.decoding.resizes:
+                return _answered(str(model), "torch", answerer, samples, limit, batch)
+        except UsageError:
+            # Parts take less than the whole model, such as pictures without padding; without them nothing is timed.
+            if limit is not None:
+                raise
     if limit is not None:
         raise UsageError(
-            f"{bundle.family.name} models answer through transformers, which takes its limit from generation_config.json",
+            f"this {bundle.family.name} model answers through transformers, which takes its limit from generation_config.json",
             hint="set max_new_tokens there, and leave --max-new-tokens out",
         )
     answers = [text for part in batches(Dataset(Memory(samples), "files"), batch) for text in bundle.generate(part)]

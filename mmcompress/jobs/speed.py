@@ -25,6 +25,8 @@ from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.measure.runner import Arrays, Runner
 from mmcompress.measure.runners import RUNNERS, open_runner
 from mmcompress.ops.statistics import Estimate
+from mmcompress.parts import PAST
+from mmcompress.parts import TOKENS as TOKENS_AXIS
 from mmcompress.progress import Progress
 from mmcompress.recipe import Export
 
@@ -157,8 +159,10 @@ def _against_half(timings: Sequence[Timing], threads: int) -> list[TowerSpeed]:
 
 
 def example_arrays(artifact: Artifact, tower: str, batch: int, tokens: int = TOKENS) -> Arrays:
-    """Return deterministic inputs (B, …) of a component's graph."""
-    return arrays_for(artifact.component(tower).inputs, batch, tokens)
+    """Return deterministic inputs (B, …) of a component's graph; of one that writes, those of one further token."""
+    specs = artifact.component(tower).inputs
+    writes = any(PAST in spec.dims for spec in specs)
+    return arrays_for(specs, batch, tokens, {TOKENS_AXIS: 1, PAST: tokens} if writes else None)
 
 
 def speeds_between(before: str, after: str, timings: Sequence[Timing], threads: int) -> list[TowerSpeed]:

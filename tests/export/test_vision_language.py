@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
@@ -14,8 +15,8 @@ from mmcompress.export.artifact import Artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.bench_answers import AnswerTarget
 from mmcompress.jobs.bench_targets import Source
+from mmcompress.jobs.generate import generate, samples_of
 from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
-from mmcompress.parts import Exportable
 from mmcompress.progress import Silent
 from tests import tiny
 
@@ -62,7 +63,9 @@ def test_the_graphs_take_any_batch_prompt_and_past(exported: tuple[Bundle, Artif
     assert dims["position_ids"] == ["batch", "tokens"]
     assert dims["past_value_2"] == ["batch", 2, "past", 8]  # of two heads, each for two of the queries'
     sizes = {(row["batch"], row["tokens"], row["past"]) for row in artifact.component("language").parity}
-    assert sizes == {(batch, *rest) for batch in (1, 2) for rest in ((9, 0), (1, 9))}
+    assert {batch for batch, _, _ in sizes} == {1, 2}
+    assert any(tokens > 1 and past == 0 for _, tokens, past in sizes)
+    assert any(tokens == 1 and past > 1 for _, tokens, past in sizes)
 
 
 def test_stages_of_a_benchmark(exported: tuple[Bundle, Artifact], tmp_path: Path) -> None:
@@ -77,14 +80,16 @@ def test_stages_of_a_benchmark(exported: tuple[Bundle, Artifact], tmp_path: Path
     assert shapes["token"]["past_key_0"] == (2, 2, prompt + 2, 8)
     assert shapes["token"]["attention_mask"] == (2, prompt + 3)
     torch_target = AnswerTarget(Source(tmp_path, bundle=bundle), "y", "cpu", tmp_path, Silent(), 4)
-    for stage in ("vision", "prompt", "token"):
+    for stage in ("prompt", "token"):
         assert torch_target.macs(stage, 16) == target.macs(stage, 16)
+    # torch runs the encoder's last block too where the connector reads the one before; no graph holds what nobody reads.
+    assert torch_target.macs("vision", 16) >= target.macs("vision", 16)
 
 
 def test_an_answer_ends_where_the_model_has_no_place_left() -> None:
     bundle = tiny.bundle("llava_clip")
     answerer = bundle_answerer(bundle, threads=1)
-    sample = Sample("a", question="what " * 230)
+    sample = Sample("a", question="what " * 245)
     prompt = answerer.asked([sample])["input_ids"].shape[1]
     assert 256 - 8 < prompt < 256
     assert len(answerer.write([sample]).rows[0]) <= 256 - prompt
@@ -92,9 +97,23 @@ def test_an_answer_ends_where_the_model_has_no_place_left() -> None:
         answerer.write([sample], 100)
 
 
-def test_pictures_in_tiles_are_refused_with_the_reason(tmp_path: Path) -> None:
-    bundle = tiny.bundle("llava_next")
-    assert not isinstance(bundle.family, Exportable)
-    with pytest.raises(UsageError, match="llava_next models cannot be exported yet"):
-        export_onnx(bundle, tmp_path / "out")
+@pytest.mark.parametrize(("name", "reason"), [("llava_next", "as many tiles as suit it"), ("qwen3_vl", "deepstack")])
+def test_what_no_graph_does_is_refused_with_the_reason(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason) as caught:
+        export_onnx(tiny.bundle(name), tmp_path / "out")
+    assert caught.value.hint
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_vl"])
+def test_a_checkpoint_answers_what_its_parts_do_not_take(tmp_path: Path, name: str) -> None:
+    """Neither tiles nor pictures of any size: what is asked of a checkpoint is never cut to fit a graph."""
+    bundle = tiny.bundle(name)
+    checkpoint.save(bundle, tmp_path / "model")
+    tiny.images(1)[0].save(tmp_path / "picture.png")
+    asked = samples_of([], [tmp_path / "picture.png"], "what is this ?")
+    made = generate(tmp_path / "model", asked)
+    assert list(made.answers) == bundle.generate(asked)
+    assert made.timing() == {}
+    with pytest.raises(UsageError):
+        generate(tmp_path / "model", asked, limit=3)
