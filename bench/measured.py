@@ -14,7 +14,7 @@ MIB = 2**20
 
 def section() -> str:
     """Return the part of README.md from marker to marker."""
-    parts = [table() for table in (edge, nncf, against_random, memory, demo_model)]
+    parts = [table() for table in (edge, nncf, against_random, memory, streaming, demo_model)]
     return "\n\n".join([BEGIN, *(part for part in parts if part), END])
 
 
@@ -120,6 +120,28 @@ def memory() -> str:
         f"`mmc --help`: median {sorted(found['help_seconds'])[len(found['help_seconds']) // 2]:.2f} s of "
         f"{len(found['help_seconds'])} starts.",
     ]
+    return "\n".join(lines)
+
+
+def streaming() -> str:
+    """Models that are never in memory as a whole."""
+    found = _read("streaming")
+    if not found:
+        return ""
+    lines = [
+        f"**Weights rounded layer by layer** (`mmc quantize --scheme W8A16` without data; Qwen2.5-VL's sizes, random weights, "
+        f"{_machine(found)}; `{found['command']}`)",
+        "",
+        "| parameters | on disk | largest shard | peak above the interpreter | in shards | seconds | loading the result, seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["models"].values():
+        above = row["quantize_peak_mib"] - row["interpreter_mib"]
+        lines.append(
+            f"| {row['parameters'] / 1e9:.2f} billion | {row['bytes'] / 2**30:.1f} → {row['bytes_quantized'] / 2**30:.1f} GiB | "
+            f"{row['largest_shard_mib']:,} MiB | {above:,} MiB | {row['above_interpreter_in_shards']:.2f} | "
+            f"{row['quantize_seconds']:.0f} | {row['load_quantized_seconds']:.0f} |"
+        )
     return "\n".join(lines)
 
 

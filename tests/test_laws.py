@@ -43,8 +43,8 @@ CHAIN = ("prune-taylor", "merge", "w8a8-cpu", "distill")
 EVERY = tiny.EVERY
 # What is refused: by a pass's name or a case's, the families. `check` says why, and README's matrix shows it.
 REFUSED: dict[str, tuple[str, ...]] = {
-    "merge-tokens": ("flava", "blip_retrieval", *tiny.HEARING, *tiny.GENERATORS),
-    "distill": tiny.HEARING,
+    "merge-tokens": ("flava", "blip_retrieval", *tiny.HEARING, *tiny.GENERATORS, *tiny.JUDGES),
+    "distill": ("vilt", *tiny.HEARING, *tiny.JUDGES),
     "prune-blocks": ("clap", "blip_vqa"),
     "prune-uniform": ("clap",),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -58,11 +59,15 @@ MERGING = tuple(name for name in FAMILIES if name != "flava")
 """Those of them whose image tokens can be merged."""
 HEARING = ("clap",)
 """The dual encoders of sound and texts."""
-GENERATORS = ("whisper", "blip", "blip_vqa", *tiny_vlm.MODELS)
+GENERATORS = ("whisper", "blip", "blip_vqa", "vilt", *tiny_vlm.MODELS)
 """Families that answer in text."""
-EVERY = (*FAMILIES, *WHOLE, *HEARING, *GENERATORS)
+JUDGES = ("vilt_retrieval",)
+"""Those that neither embed nor answer."""
+EVERY = (*FAMILIES, *WHOLE, *HEARING, *GENERATORS, *JUDGES)
 TOWERS = {
     "blip_retrieval": ("vision", "text"),
+    "vilt": ("joint",),
+    "vilt_retrieval": ("joint",),
     "clap": ("audio", "text"),
     "whisper": ("audio", "decoder"),
     "blip": ("vision", "decoder"),
@@ -287,7 +292,8 @@ def bundle(name: str, seed: int = 0) -> Bundle:
     tiny_joint.strengthen(model, name)
     model.eval()
     part = {"audio" if name in SOUND else "image": preprocessor}
-    made_source = Source(id=name, config=config.to_dict() | {"architectures": [type(model).__name__]})
+    as_read = json.loads(json.dumps(config.to_dict()))  # its keys are strings
+    made_source = Source(id=name, config=as_read | {"architectures": [type(model).__name__]})
     return Bundle(
         model=model,
         processor=Processor(tokenizer=words, **part),

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import BlipConfig, BlipImageProcessorPil
+from transformers import BlipConfig, BlipImageProcessorPil, ViltConfig, ViltImageProcessorPil
 
 SIDE = 56
 ARCHITECTURES = {
     "blip": "BlipForConditionalGeneration",
     "blip_vqa": "BlipForQuestionAnswering",
     "blip_retrieval": "BlipForImageTextRetrieval",
+    "vilt": "ViltForQuestionAnswering",
+    "vilt_retrieval": "ViltForImageAndTextRetrieval",
 }
-ASKED = ("blip_vqa",)
+ASKED = ("blip_vqa", "vilt")
 """Those that are asked something about every picture."""
 
 
@@ -24,17 +26,36 @@ def named(name: str) -> list[str]:
 
 def parts(name: str) -> tuple[Any, Any]:
     """Return config and image processor of the model `name`; its words are those of `tiny.tokenizer`."""
-    assert name.startswith("blip")
+    if name.startswith("vilt"):
+        return _vilt(), ViltImageProcessorPil(size={"shortest_edge": SIDE}, size_divisor=8)
     return _blip(), BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
 
 
 def strengthen(model: torch.nn.Module, name: str) -> None:
     """Let the answer depend on what is looked at, as a trained model's does."""
-    if name in ("blip", "blip_vqa"):
-        with torch.no_grad():
-            for path, parameter in model.named_parameters():
-                if path.endswith(("crossattention.output.dense.weight", "self.value.weight", "patch_embedding.weight")):
-                    parameter.mul_(9)
+    parts = {
+        "blip": ("crossattention.output.dense.weight", "self.value.weight", "patch_embedding.weight"),
+        "vilt": ("attention.output.dense.weight", "attention.value.weight", "patch_embeddings.projection.weight"),
+    }
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if name in ARCHITECTURES and path.endswith(parts.get(name.removesuffix("_vqa"), ())):
+                parameter.mul_(9)
+
+
+def _vilt() -> Any:
+    return ViltConfig(
+        vocab_size=24,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=20,
+        image_size=SIDE,
+        patch_size=8,
+        pad_token_id=0,
+        id2label={number: f"answer {number}" for number in range(12)},
+    )
 
 
 def _blip() -> Any:

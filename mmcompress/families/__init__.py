@@ -9,6 +9,7 @@ from mmcompress.errors import UsageError
 from mmcompress.families import (
     altclip,
     blip,
+    blip_retrieval,
     chinese_clip,
     clap,
     clip,
@@ -19,6 +20,7 @@ from mmcompress.families import (
     qwen_vl,
     siglip,
     smolvlm,
+    vilt,
     whisper,
 )
 
@@ -32,7 +34,9 @@ FAMILIES: dict[str, Family] = {
     "flava": flava.FAMILY,
     "blip": blip.CAPTIONER,
     "blip_vqa": blip.ANSWERER,
-    "blip_retrieval": blip.RETRIEVER,
+    "blip_retrieval": blip_retrieval.FAMILY,
+    "vilt": vilt.ANSWERER,
+    "vilt_retrieval": vilt.RETRIEVER,
     "whisper": whisper.FAMILY,
     "llava": llava.LLAVA,
     "llava_next": llava.LLAVA_NEXT,

@@ -116,7 +116,7 @@ FLAVA_BLOCK = replace(
     head_dim="attention.attention_head_size",
     bookkeeping=(("attention.num_attention_heads", "heads"), ("attention.all_head_size", "width")),
 )
-"""Pre-norm; its attention takes no function by name, so it gives no keys to match tokens by."""
+"""FLAVA and ViLT. Pre-norm; their attention takes no function by name, so it gives no keys to match tokens by."""
 
 WHISPER_ENCODER_BLOCK = BlockNames(
     attention="self_attn",

@@ -21,9 +21,13 @@ def next_token_roots(logits: Tensor, mask: Tensor) -> Tensor:
     order, a quarter of their mean KL divergence. A small change moves the normalised row by a squared distance of a quarter of the
     mean Fisher information: that is what Taylor scores in this space are.
     """
+    return (roots(logits) * mask[:, :, None]).flatten(1)
+
+
+def roots(logits: Tensor) -> Tensor:
+    """Return sqrt(p) of the distributions p over the last dimension of `logits`."""
     # exp(log p / 2), because sqrt has no gradient where p underflows to 0.
-    roots = (logits.float().log_softmax(-1) / 2).exp()
-    return (roots * mask[:, :, None]).flatten(1)
+    return (logits.float().log_softmax(-1) / 2).exp()
 
 
 def greedy(settings: Any, max_new_tokens: int) -> Any:

@@ -1,4 +1,4 @@
-"""BLIP: a ViT beside a BERT that can look at what the ViT saw; it captions, answers questions, or embeds both into one space.
+"""BLIP: a ViT beside a BERT that can look at what the ViT saw; it captions, or answers questions.
 
 Shape alphabet: B batch, N image tokens, T text tokens, C channels, V vocabulary.
 """
@@ -13,29 +13,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from transformers import BlipForConditionalGeneration, BlipForQuestionAnswering
 
 from mmcompress.bundle import Processor, Tower
 from mmcompress.errors import UsageError
-from mmcompress.families.anatomy import (
-    BERT_BLOCK,
-    BLIP_DECODER_BLOCK,
-    BLIP_VISION_BLOCK,
-    example_pixels,
-    example_tokens,
-    read_blocks,
-    widths,
-)
+from mmcompress.families.anatomy import BLIP_DECODER_BLOCK, read_blocks, widths
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
-from mmcompress.families.two_tower import TwoTowers, in_dtype_of, tokenizer_of
+from mmcompress.families.blip_views import (
+    example_ids,
+    example_pictures,
+    example_states,
+    lined_up,
+    pixels,
+    text_tower,
+    vision_tower,
+    write_widths,
+)
+from mmcompress.families.two_tower import tokenizer_of
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample
 
 ANSWER_TOKENS = 32
 """The longest caption or answer, where the generation config names no other."""
-EXAMPLE_TOKENS = 16
-POST_NORM = "BERT blocks normalise after the residual; merging inside them is not implemented"
 
 
 class BlipCaptioner:
@@ -48,13 +48,14 @@ class BlipCaptioner:
     name = "blip"
     model_types: tuple[str, ...] = ("blip",)
     architectures: tuple[str, ...] = ("BlipForConditionalGeneration",)
+    answering = "decoder"
 
     def model_class(self, config: Any) -> type[nn.Module]:
         return BlipForConditionalGeneration
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
         seen = "BLIP's text decoder looks at every token of the picture, in its place"
-        return replace(_vision(model), why_no_stream=seen), self.decoder(model)
+        return replace(vision_tower(model), why_no_stream=seen), self.decoder(model)
 
     def decoder(self, model: Any) -> Tower:
         """Return the view of the text decoder."""
@@ -109,8 +110,19 @@ class BlipCaptioner:
         That is the sample's first text, cut at `FORCED_TOKENS`. Raises UsageError where an image processor or a tokenizer is
         missing, and for what the model cannot be asked.
         """
-        inputs = self.asked(model, processor, items) if tower != "vision" else _pixels(model, processor, items)
+        inputs = self.asked(model, processor, items) if tower != "vision" else pixels(model, processor, items)
         return {**inputs, **_led(model, processor, items)} if tower == "decoder" else inputs
+
+    def next_tokens(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return (B, T): the text's next token at each place, the end after its last; -1 at padding.
+
+        What comes after `FORCED_TOKENS` tokens is -1 too: more of the text may have been cut off.
+        """
+        ids, counts = inputs["decoder_input_ids"], inputs["decoder_mask"].sum(1, keepdim=True)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        tokens = torch.where(place == counts - 1, model.config.text_config.sep_token_id, ids.roll(-1, 1))
+        cut = (place == counts - 1) & (counts > _forced_limit(model))
+        return tokens.masked_fill((place >= counts) | cut, -1)
 
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return what an answer depends on: the picture. Raises UsageError for samples with a question."""
@@ -120,7 +132,7 @@ class BlipCaptioner:
                     f"sample '{sample.key}' asks a question, and {self.architectures[0]} only captions",
                     hint="use a BlipForQuestionAnswering checkpoint",
                 )
-        return _pixels(model, processor, samples)
+        return pixels(model, processor, samples)
 
     def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
         """Return the greedy caption of (or answer to) each sample. Raises what `prepare` raises."""
@@ -141,12 +153,12 @@ class BlipCaptioner:
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
         """Return smooth pictures for the vision tower; for the decoder states as the vision tower gives them, and 16 tokens."""
         if tower == "vision":
-            return _example_pixels(model, batch)
+            return example_pictures(model, batch)
         c = model.config.text_config
-        ids = _example_ids(model, batch)
+        ids = example_ids(model, batch)
         ids[:, 0] = c.bos_token_id
         return {
-            "encoder_hidden_states": _example_states(model, batch),
+            "encoder_hidden_states": example_states(model, batch),
             "decoder_input_ids": ids,
             "decoder_mask": torch.ones_like(ids),
         }
@@ -157,7 +169,7 @@ class BlipCaptioner:
 
     def write_config(self, model: Any) -> None:
         """Write depth and MLP width of the towers; heads cannot be written (the head size would change)."""
-        _write_widths(model, self.towers(model))
+        write_widths(model, self.towers(model))
 
 
 class BlipAnswerer(BlipCaptioner):
@@ -176,7 +188,7 @@ class BlipAnswerer(BlipCaptioner):
         vision, decoder = super().towers(model)
         shared = "config.json has one depth for the question encoder and the answer decoder"
         text = replace(
-            _text(model, BLIP_DECODER_BLOCK),
+            text_tower(model, BLIP_DECODER_BLOCK),
             why_fixed_depth=shared,
             why_no_stream="the answer decoder looks at every token of the question, in its place",
         )
@@ -226,15 +238,15 @@ class BlipAnswerer(BlipCaptioner):
                     f"the question of sample '{sample.key}' has {len(row)} tokens; {self.name} takes {limit}",
                     hint="ask a shorter question",
                 )
-        ids, mask = _lined_up(rows, model.config.text_config.pad_token_id)
-        return {**_pixels(model, processor, samples), "input_ids": ids, "attention_mask": mask}
+        ids, mask = lined_up(rows, model.config.text_config.pad_token_id)
+        return {**pixels(model, processor, samples), "input_ids": ids, "attention_mask": mask}
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
         """Return inputs as the captioner's; of "text" a question and states as the vision tower gives them."""
-        ids = _example_ids(model, batch)
+        ids = example_ids(model, batch)
         mask = torch.ones_like(ids)
         if tower == "text":
-            return {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": _example_states(model, batch)}
+            return {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": example_states(model, batch)}
         inputs = super().example_inputs(model, tower, batch)
         if tower == "decoder":
             # The question's states have the picture's width.
@@ -248,56 +260,10 @@ class BlipAnswerer(BlipCaptioner):
     def write_config(self, model: Any) -> None:
         """Write depth and MLP width of the vision tower, and the width of both others where they have one."""
         vision, text, decoder = self.towers(model)
-        _write_widths(model, (vision,))
+        write_widths(model, (vision,))
         found = widths(text.blocks + decoder.blocks)
         if found:
             model.config.text_config.intermediate_size = found[1]
-
-
-class BlipRetriever(TwoTowers):
-    """BlipForImageTextRetrieval as a dual encoder, through its contrastive projections.
-
-    Its text encoder reads a text alone then; the cross-attention inside, and the head that says whether a text matches a picture,
-    stay as they are.
-    """
-
-    name = "blip_retrieval"
-    model_types: tuple[str, ...] = ("blip",)
-    architectures: tuple[str, ...] = ("BlipForImageTextRetrieval",)
-    outside = ("itm_head",)
-
-    def model_class(self, config: Any) -> type[nn.Module]:
-        return BlipForImageTextRetrieval
-
-    def towers(self, model: Any) -> tuple[Tower, ...]:
-        keyless = "BLIP computes attention by itself and gives no keys to match tokens by"
-        return (
-            replace(_vision(model), heads=("vision_proj",), why_no_stream=keyless),
-            replace(_text(model, BERT_BLOCK), heads=("text_proj",), why_no_stream=POST_NORM),
-        )
-
-    def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the embeddings (B, C) of one tower: the projection of its first token; see `Family.encode`."""
-        encoder, projection = (
-            (model.vision_model, model.vision_proj) if tower == "vision" else (model.text_encoder, model.text_proj)
-        )
-        made: Tensor = projection(encoder(**inputs).last_hidden_state[:, 0])
-        return made
-
-    def similarity(self, model: Any) -> tuple[Tensor, Tensor]:
-        """Return (1, 0): the model's own logits are cosines."""
-        weight = model.text_proj.weight if isinstance(model.text_proj, nn.Linear) else model.vision_proj.weight
-        return weight.new_ones(()), weight.new_zeros(())
-
-    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
-        if tower == "vision":
-            return _example_pixels(model, batch)
-        ids = _example_ids(model, batch)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def write_config(self, model: Any) -> None:
-        """Write depth and MLP width of both towers; heads cannot be written (the head size would change)."""
-        _write_widths(model, self.towers(model))
 
 
 @contextlib.contextmanager
@@ -320,82 +286,16 @@ def _masked_cross_attention(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _vision(model: Any) -> Tower:
-    vision = model.config.vision_config
-    return Tower(
-        name="vision",
-        path="vision_model",
-        blocks_path="vision_model.encoder.layers",
-        blocks=read_blocks(model, "vision_model.encoder.layers", BLIP_VISION_BLOCK, vision.hidden_act),
-        config="vision_config",
-        depth_key="num_hidden_layers",
-        embeddings=("vision_model.embeddings.patch_embedding",),
-    )
-
-
-def _text(model: Any, names: Any) -> Tower:
-    path = "text_encoder.encoder.layer"
-    return Tower(
-        name="text",
-        path="text_encoder",
-        blocks_path=path,
-        blocks=read_blocks(model, path, names, model.config.text_config.hidden_act),
-        config="text_config",
-        depth_key="num_hidden_layers",
-        embeddings=tuple(f"text_encoder.embeddings.{table}_embeddings" for table in ("word", "position")),
-    )
-
-
-def _pixels(model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    if processor.image is None:
-        raise UsageError("this checkpoint has no image processor", hint="add its preprocessor_config.json")
-    made = processor.image(images=[sample.image for sample in samples], return_tensors="pt")
-    return in_dtype_of(model, {"pixel_values": made["pixel_values"]})
-
-
 def _led(model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Return ids and mask (B, T) of the samples' first texts behind the start token."""
-    text = model.config.text_config
-    limit = min(FORCED_TOKENS, text.max_position_embeddings - 1)
+    text, limit = model.config.text_config, _forced_limit(model)
     answers = tokenizer_of(processor)([sample.texts[0] for sample in samples], add_special_tokens=False)["input_ids"]
-    ids, mask = _lined_up([[text.bos_token_id, *answer[:limit]] for answer in answers], text.pad_token_id)
+    ids, mask = lined_up([[text.bos_token_id, *answer[:limit]] for answer in answers], text.pad_token_id)
     return {"decoder_input_ids": ids, "decoder_mask": mask}
 
 
-def _lined_up(rows: Sequence[list[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask (B, T), padded behind."""
-    counts = torch.tensor([len(row) for row in rows])
-    longest = int(counts.max())
-    ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
-    return ids, (torch.arange(longest) < counts[:, None]).long()
+def _forced_limit(model: Any) -> int:
+    return min(FORCED_TOKENS, int(model.config.text_config.max_position_embeddings) - 1)
 
 
-def _example_pixels(model: Any, batch: int) -> dict[str, Tensor]:
-    side = model.config.vision_config.image_size
-    return {"pixel_values": example_pixels(batch, 3, side, side)}
-
-
-def _example_ids(model: Any, batch: int) -> Tensor:
-    c = model.config.text_config
-    return example_tokens(
-        batch, min(EXAMPLE_TOKENS, c.max_position_embeddings), c.vocab_size, c.sep_token_id, c.pad_token_id
-    )
-
-
-def _example_states(model: Any, batch: int) -> Tensor:
-    c = model.config.vision_config
-    generator = torch.Generator().manual_seed(0)
-    tokens = (c.image_size // c.patch_size) ** 2 + 1
-    return torch.randn(batch, tokens, c.hidden_size, generator=generator).to(next(model.parameters()).dtype)
-
-
-def _write_widths(model: Any, towers: Sequence[Tower]) -> None:
-    for tower in towers:
-        config = getattr(model.config, tower.config)
-        config.num_hidden_layers = len(tower.blocks)
-        found = widths(tower.blocks)
-        if found:
-            config.intermediate_size = found[1]
-
-
-CAPTIONER, ANSWERER, RETRIEVER = BlipCaptioner(), BlipAnswerer(), BlipRetriever()
+CAPTIONER, ANSWERER = BlipCaptioner(), BlipAnswerer()

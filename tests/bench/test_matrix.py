@@ -30,7 +30,7 @@ def test_a_row_by_hand() -> None:
     assert answers["prune blocks"]["text"] == ""
     assert "pairs" in answers["prune blocks"]["audio"]
     line = next(line for line in matrix.section().splitlines() if line.startswith("| `ClapModel`"))
-    assert line.startswith("| `ClapModel` | audio, text | ✓ | audio <sup>")
+    assert line.startswith("| `ClapModel` | audio, text | ✓ | ✓ | audio <sup>")
 
 
 def test_a_pass_that_starts_to_refuse_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from mmcompress import passes
-from mmcompress.bundle import Bundle
+from mmcompress.bundle import Bundle, DualEncoder, Generator
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.families import FAMILIES, family_for
 from mmcompress.passes.base import Context
 from tests import tiny
 from tests.families.contract import (
+    AnsweringContract,
     DualEncoderContract,
+    FamilyContract,
     GeneratorContract,
     TeacherForcedContract,
     VisionLanguageContract,
@@ -84,7 +87,7 @@ class TestWhisper(TeacherForcedContract, GeneratorContract):
         return list(tiny.spoken(3))
 
 
-class TestBlip(GeneratorContract):
+class TestBlip(TeacherForcedContract, GeneratorContract):
     model = "blip"
     towers = ("vision", "decoder")
 
@@ -114,6 +117,28 @@ class TestBlipRetrieval(DualEncoderContract):
         torch.testing.assert_close(scores, image @ text.T)
 
 
+class TestVilt(AnsweringContract):
+    model = "vilt"
+    towers = ("joint",)
+
+    def items(self, tower: str) -> list[Any]:
+        return self.samples()
+
+    def samples(self) -> list[Sample]:
+        return list(tiny.data(self.model, 3))
+
+
+class TestViltRetrieval(FamilyContract):
+    model = "vilt_retrieval"
+    towers = ("joint",)
+
+    def items(self, tower: str) -> list[Any]:
+        return list(tiny.data(self.model, 3))
+
+    def test_it_neither_embeds_nor_answers(self, bundle: Bundle) -> None:
+        assert not isinstance(bundle.family, DualEncoder | Generator)
+
+
 class TestLlavaClip(VisionLanguageContract):
     model = "llava_clip"
 
@@ -128,18 +153,27 @@ class TestLlavaDinov2(VisionLanguageContract):
 
 class TestLlavaNext(VisionLanguageContract):
     model = "llava_next"
+    no_parts = "as many tiles as suit it"
 
 
-class TestQwen2VL(VisionLanguageContract):
+class AtOneSize(VisionLanguageContract):
+    """Exported, these look at pictures of one size."""
+
+    def resized(self, sample: Sample) -> Sample:
+        return sample if sample.picture is None else replace(sample, picture=sample.image.resize((224, 224)))
+
+
+class TestQwen2VL(AtOneSize):
     model = "qwen2_vl"
 
 
-class TestQwen25VL(VisionLanguageContract):
+class TestQwen25VL(AtOneSize):
     model = "qwen2_5_vl"
 
 
 class TestQwen3VL(VisionLanguageContract):
     model = "qwen3_vl"
+    no_parts = "deepstack"
 
 
 class TestSmolVLM(VisionLanguageContract):
@@ -155,8 +189,11 @@ class TestPaliGemma(VisionLanguageContract):
 
 
 def test_every_family_is_under_the_contract() -> None:
-    kinds = (DualEncoderContract, GeneratorContract, VisionLanguageContract)
-    covered = {cls.model for kind in (*kinds, TestBlip) for cls in kind.__subclasses__() if cls not in kinds}
+    covered, todo = set(), [FamilyContract]
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        covered |= {cls.model} if hasattr(cls, "model") else set()
     assert covered == set(tiny.EVERY)
     assert {tiny.bundle(model).family.name for model in covered} == set(FAMILIES)
 
