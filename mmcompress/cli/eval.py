@@ -9,8 +9,8 @@ import click
 
 from mmcompress.cli import options
 
-SLICES = 12
-"""Printed at most; --json has all."""
+SLICES = 8
+"""Printed at most of each task; --json has all."""
 
 
 @click.command(
@@ -129,13 +129,15 @@ def command(
 
 
 def _print_slices(slices: list[dict[str, Any]]) -> None:
-    """Print the slices that lost most, else those that score least: averages hide damage."""
+    """Print of each task the slices that lost most, else those that score least: averages hide damage."""
     from mmcompress.cli import render
 
     def badness(row: dict[str, Any]) -> float:
         return float(row.get("difference", row)["value"])
 
-    shown = sorted(slices, key=badness)[:SLICES]
+    shown = []
+    for task in dict.fromkeys(row["task"] for row in slices):
+        shown += sorted((row for row in slices if row["task"] == task), key=badness)[:SLICES]
     if not shown:
         return
     more = f" ({len(slices) - len(shown)} more with --json)" if len(slices) > len(shown) else ""

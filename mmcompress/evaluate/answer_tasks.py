@@ -116,4 +116,5 @@ def all_edits(scene: Scene) -> list[Edits]:
 
 
 def _each(scene: Scene) -> np.ndarray:
-    return np.arange(len(scene.keys))
+    """Return (N,): which sample of the same picture each belongs to, as far as answers tell."""
+    return scene.answered.owners if scene.answered is not None else np.arange(len(scene.keys))

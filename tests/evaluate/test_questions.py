@@ -12,6 +12,7 @@ from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.errors import UsageError
 from mmcompress.evaluate import Evaluation, compare, evaluate, read_evaluation, write_evaluation
 from mmcompress.evaluate.tasks import usual_tasks
+from tests import tiny
 from tests.evaluate.recordings import speech
 from tests.evaluate.worlds import number_of, picture, world
 
@@ -213,3 +214,16 @@ def test_it_survives_the_disk(tmp_path: Path) -> None:
     assert again.scene.answers.references == after.scene.answers.references
     write_evaluation(again, tmp_path / "b.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_right_answers_about_one_picture_are_not_independent_either(tmp_path: Path) -> None:
+    shown = tiny.images(3)
+    data = [
+        Sample(f"{i}{word}", (word,), picture=image, question="what is this ?")
+        for i, image in enumerate(shown)
+        for word in ("red cat", "blue dog")
+    ]
+    before, after = (evaluate(tiny.bundle("llava_clip", seed), Dataset(Memory(data)), batch=4) for seed in (0, 1))
+    assert before.estimates["perplexity"]["answer_log_likelihood"].n == 3
+    write_evaluation(after, tmp_path / "a.npz")
+    assert compare(before, read_evaluation(tmp_path / "a.npz")) == compare(before, after)
