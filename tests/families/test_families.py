@@ -138,6 +138,18 @@ class TestViltRetrieval(FamilyContract):
         assert not isinstance(bundle.family, DualEncoder | Generator)
 
 
+class TestLayoutLm(TestViltRetrieval):
+    model = "layoutlm"
+
+
+class TestLayoutLmPages(TestViltRetrieval):
+    model = "layoutlm_pages"
+
+
+class TestLayoutLmWords(TestViltRetrieval):
+    model = "layoutlm_words"
+
+
 class TestLlavaClip(VisionLanguageContract):
     model = "llava_clip"
 
@@ -180,7 +192,9 @@ class TestPaliGemma(VisionLanguageContract):
 
 def test_every_family_is_under_the_contract() -> None:
     kinds = (FamilyContract, AnsweringContract, DualEncoderContract, GeneratorContract, VisionLanguageContract)
-    covered = {cls.model for kind in (*kinds, TestBlip) for cls in kind.__subclasses__() if cls not in kinds}
+    covered = {
+        cls.model for kind in (*kinds, TestBlip, TestViltRetrieval) for cls in kind.__subclasses__() if cls not in kinds
+    }
     assert covered == set(tiny.EVERY)
     assert {tiny.bundle(model).family.name for model in covered} == set(FAMILIES)
 
