@@ -25,7 +25,7 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Named for a type annotation only.
-TYPES_ONLY = {("bundle", "data"), ("families", "data"), ("passes", "data")}
+TYPES_ONLY = {("bundle", "data"), ("parts", "data"), ("families", "data"), ("passes", "data")}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

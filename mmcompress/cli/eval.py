@@ -16,16 +16,19 @@ SLICES = 12
 @click.command(
     "eval",
     epilog="\b\nExamples:\n  mmc eval MODEL --data demo:test\n  mmc eval OUT --data held-out/ --baseline MODEL\n"
-    "  mmc eval OUT-onnx --data held-out/ --baseline MODEL --runner openvino",
+    "  mmc eval OUT-onnx --data held-out/ --baseline MODEL --runner openvino\n"
+    "  mmc eval OUT --task lm-eval:mmmu_val --baseline MODEL --num-samples 200",
 )
 @options.model_argument
-@click.option("--data", required=True, help="A folder with metadata.jsonl, tar shards, demo:test.")
+@click.option(
+    "--data", help="A folder with metadata.jsonl, tar shards, demo:test; not for tasks of lm-eval and lmms-eval."
+)
 @click.option(
     "--task",
     "tasks",
     multiple=True,
     help="retrieval, zero-shot, agreement; of a model that answers in text: transcription, vqa, captioning, perplexity, "
-    "answer-agreement; repeatable.  "
+    "answer-agreement; repeatable. Or one of lm-eval (an extra) or lmms-eval: lm-eval:NAME, lmms-eval:NAME.  "
     "[default: all that the model and the data allow]",
 )
 @click.option(
@@ -38,7 +41,11 @@ SLICES = 12
     "--language", help="Of transcripts, as two letters: how their words are compared.  [default: the model's, else en]"
 )
 @click.option("--runner", default="onnxruntime", show_default=True, help="What runs exported artifacts.")
-@click.option("--num-samples", type=click.IntRange(1), help="Evaluate a random subset.  [default: all]")
+@click.option(
+    "--num-samples",
+    type=click.IntRange(1),
+    help="Evaluate a random subset; of lm-eval and lmms-eval the first.  [default: all]",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Samples at a time.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the subset and the intervals.")
 @click.option(
@@ -48,7 +55,7 @@ SLICES = 12
 @options.talk_options
 def command(
     model: str,
-    data: str,
+    data: str | None,
     tasks: tuple[str, ...],
     baseline: str | None,
     classes: Path | None,
@@ -66,26 +73,36 @@ def command(
     """Measure accuracy: every number with its n and 95% interval, paired with --baseline sample by sample."""
     from mmcompress.cli import render
     from mmcompress.data import open_data
+    from mmcompress.errors import UsageError
     from mmcompress.evaluate.store import write_evaluation
     from mmcompress.evaluate.tasks import TASKS
     from mmcompress.jobs.embedders import evaluate_target
+    from mmcompress.jobs.harness import evaluate_harness, harness_task
 
     if save is not None:
         from mmcompress.staging import refuse_existing
 
         refuse_existing(save)
     terminal = render.Terminal(quiet, verbose)
-    dataset = open_data(data, classes)
-    if num_samples:
-        dataset = dataset.subset(num_samples, seed)
-    settings = {
-        "dataset": dataset, "seed": seed, "batch": batch_size, "progress": terminal, "language": language,
-    }  # fmt: skip
     reference = None
-    if baseline:
-        wanted = [task for task in tasks if task not in TASKS or not TASKS[task].relative] or None
-        reference = evaluate_target(baseline, runner, device, tasks=wanted, **settings)
-    found = evaluate_target(model, runner, device, tasks=tasks or None, reference=reference, **settings)
+    common: dict[str, Any] = {"runner": runner, "device": device, "seed": seed, "batch": batch_size}
+    harness = harness_task(tasks)
+    if harness:
+        common["limit"] = num_samples
+        if baseline:
+            reference = evaluate_harness(baseline, harness, **common)
+        found = evaluate_harness(model, harness, reference=reference, **common)
+    else:
+        if data is None:
+            raise UsageError("there is nothing to evaluate on", hint="give --data FOLDER, or --task lm-eval:NAME")
+        dataset = open_data(data, classes)
+        if num_samples:
+            dataset = dataset.subset(num_samples, seed)
+        common |= {"dataset": dataset, "progress": terminal, "language": language}
+        if baseline:
+            wanted = [task for task in tasks if task not in TASKS or not TASKS[task].relative] or None
+            reference = evaluate_target(baseline, tasks=wanted, **common)
+        found = evaluate_target(model, tasks=tasks or None, reference=reference, **common)
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)
         write_evaluation(found, save)

@@ -65,9 +65,10 @@ def _unseen(model: Answering, dataset: Dataset, scene: Scene, task: str, seed: i
         (TEXT_ONLY, CONTROL_SAMPLES, _without_pictures),
     )
     found = []
+    shown = [row for row, sample in enumerate(dataset) if sample.picture is not None]
     for name, most, change in changes:
-        samples = list(dataset.take(most))
-        changed = change(samples) if task == "vqa" or change is not _without_pictures else []
+        rows = shown[:most]
+        changed = change([dataset[row] for row in rows]) if task == "vqa" or change is not _without_pictures else []
         try:
             said = [text for at in range(0, len(changed), batch) for text in answer(model, changed[at : at + batch])]
         except UsageError:
@@ -76,7 +77,8 @@ def _unseen(model: Answering, dataset: Dataset, scene: Scene, task: str, seed: i
                 raise
             continue
         if said:
-            own, other = (_score(scene, task, metric, texts) for texts in (scene.answers.texts[: len(said)], said))
+            was = [scene.answers.texts[row] for row in rows]
+            own, other = (_score(scene, task, metric, texts, rows) for texts in (was, said))
             found.append(Control(name, task, metric, other.estimate(seed), None, own.difference(other, seed)))
     return found
 
@@ -89,7 +91,7 @@ def _commonest(scene: Scene, task: str, parts: Sequence[Part], seed: int) -> lis
     found = []
     for name, chosen in ((BLIND, everything), *groups):
         said = _favourite([several for several, inside in zip(scene.answers.references, chosen, strict=True) if inside])
-        always = _score(scene, task, metric, [said] * len(scene.keys))
+        always = _score(scene, task, metric, [said] * len(scene.keys), range(len(scene.keys)))
         found.append(Control(name, task, metric, always.estimate(seed, chosen), None))
     return found
 
@@ -101,11 +103,14 @@ def _favourite(references: Sequence[tuple[str, ...]]) -> str:
     return spelled[counts.most_common(1)[0][0]]
 
 
-def _score(scene: Scene, task: str, metric: str, texts: Sequence[str]) -> Measured:
-    """Measure other answers to the first samples."""
-    n, answers = len(texts), scene.answers
-    said = Answers(tuple(texts), answers.references[:n], answers.wording, answers.shared[:n])
-    return TASKS[task].measure(Scene(scene.keys[:n], answered=said))[metric]
+def _score(scene: Scene, task: str, metric: str, texts: Sequence[str], rows: Sequence[int]) -> Measured:
+    """Measure other answers to some samples."""
+    answers = scene.answers
+    owners, references = answers.owners.tolist(), answers.references
+    said = Answers(
+        tuple(texts), tuple(references[row] for row in rows), answers.wording, tuple(owners[row] for row in rows)
+    )
+    return TASKS[task].measure(Scene(tuple(scene.keys[row] for row in rows), answered=said))[metric]
 
 
 def _with_other_pictures(samples: list[Sample], seed: int) -> list[Sample]:

@@ -9,7 +9,7 @@ same way perplexity is reported as the mean log-likelihood of a token, of all to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -79,23 +79,31 @@ def answer_agreement(scene: Scene) -> dict[str, Measured]:
     """How alike the answers of the reference and of this model are.
 
     identical: the share of answers that are equal letter by letter. edit_similarity: 1 - edits / words of the longer answer.
-    first_divergence: how many words both begin with, as a share of the reference's; 1 where it goes on beyond its end.
+    first_divergence: how many words both begin with, as a share of the reference's; 1 where it goes on beyond its end. Both once
+    more in tokens, as this model's tokenizer cuts the two texts, where it has one.
     """
     if scene.reference is None or scene.reference.answered is None:
         raise UsageError("answer-agreement needs answers to agree with", hint="evaluate the original too (--baseline)")
     mine, other = scene.answers, scene.reference.answers
     # The other model's answers in this one's wording: a difference in spelling tables is none in answers.
-    pairs = [(mine.wording.words(text), words) for text, words in zip(other.texts, mine.words, strict=True)]
-
-    def shares(of: Callable[[list[str], list[str]], float]) -> Measured:
-        return _measured(scene, [of(*pair) for pair in pairs])
-
+    words = [(mine.wording.words(text), words) for text, words in zip(other.texts, mine.words, strict=True)]
+    found = _alike(scene, words, "")
+    if mine.tokenise is not None:
+        texts = zip(other.texts, mine.texts, strict=True)
+        found |= _alike(
+            scene, [(mine.tokenise(was.strip()), mine.tokenise(now.strip())) for was, now in texts], "token_"
+        )
     same = [a.strip() == b.strip() for a, b in zip(mine.texts, other.texts, strict=True)]
-    return {
-        "identical": _measured(scene, same),
-        "edit_similarity": shares(lambda was, now: 1 - edits(was, now).total / max(len(was), len(now), 1)),
-        "first_divergence": shares(lambda was, now: common_start(was, now) / len(was) if was else float(not now)),
-    }
+    return {"identical": _measured(scene, same), **found}
+
+
+def _alike(
+    scene: Scene, pairs: Sequence[tuple[Sequence[Hashable], Sequence[Hashable]]], prefix: str
+) -> dict[str, Measured]:
+    """Return edit_similarity and first_divergence of pairs (before, now) of words or tokens."""
+    similar = [1 - edits(was, now).total / max(len(was), len(now), 1) for was, now in pairs]
+    first = [common_start(was, now) / len(was) if was else float(not now) for was, now in pairs]
+    return {f"{prefix}edit_similarity": _measured(scene, similar), f"{prefix}first_divergence": _measured(scene, first)}
 
 
 def _measured(scene: Scene, values: Sequence[float], chance: float | None = None) -> Measured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
@@ -49,6 +49,8 @@ class Answers:
     """How words are told apart in both."""
     shared: tuple[int, ...] = ()
     """For each sample the first one with the same picture; () where every sample has its own."""
+    tokenise: Callable[[str], list[int]] | None = None
+    """Cuts an answer into the model's tokens; None where the model has no tokenizer, and for answers read from disk."""
 
     @property
     def owners(self) -> NDArray[np.int64]:
@@ -143,7 +145,14 @@ def answer_dataset(
         texts += answer(model, samples)
         references += [sample.texts for sample in samples] if with_references else []
     own = shared == list(range(len(shared)))
-    return Answers(tuple(texts), tuple(references), wording, () if own else tuple(shared))
+    return Answers(tuple(texts), tuple(references), wording, () if own else tuple(shared), _tokeniser(model))
+
+
+def _tokeniser(model: Answering) -> Callable[[str], list[int]] | None:
+    tokenizer = model.processor.tokenizer if isinstance(model, Bundle) else None
+    if tokenizer is None:
+        return None
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def picture_of(sample: Sample) -> object:

@@ -23,7 +23,7 @@ from mmcompress.evaluate.likelihoods import read_dataset
 from mmcompress.evaluate.metrics import class_vectors
 from mmcompress.evaluate.scene import Results, Scene
 from mmcompress.evaluate.slices import Slice, measure_slices, parts
-from mmcompress.evaluate.tasks import TASKS
+from mmcompress.evaluate.tasks import TASKS, is_relative
 from mmcompress.ops.statistics import Estimate
 from mmcompress.progress import Progress
 
@@ -212,7 +212,7 @@ def _differences(after: Results, before: Results, seed: int) -> Comparison:
     return {
         task: {m: value.difference(before[task][m], seed) for m, value in values.items() if m in before[task]}
         for task, values in after.items()
-        if task in before and not TASKS[task].relative
+        if task in before and not is_relative(task)
     }
 
 

@@ -46,8 +46,8 @@ def read_dataset(bundle: Bundle, dataset: Dataset, batch: int = 32, progress: Pr
 
 
 @torch.inference_mode()
-def read_answers(bundle: Bundle, samples: Sequence[Sample]) -> Likelihoods:
-    """Lead the model through the first text of a few samples, all at once.
+def read_answers(bundle: Bundle, samples: Sequence[Sample], with_end: bool = True) -> Likelihoods:
+    """Lead the model through the first text of a few samples, all at once; `with_end`: and see whether it would end there.
 
     Raises UsageError where the family gives no probabilities, for a sample without a text or what it is about, and for a text
     without a token.
@@ -63,6 +63,9 @@ def read_answers(bundle: Bundle, samples: Sequence[Sample]) -> Likelihoods:
     bundle.model.eval()
     inputs = bundle.prepare(family.answering, [found[0] for found in items])
     tokens = family.next_tokens(bundle.model, inputs)
+    if not with_end:
+        special = torch.tensor(bundle.processor.tokenizer.all_special_ids, device=tokens.device)
+        tokens = tokens.masked_fill(torch.isin(tokens, special), -1)
     counts = (tokens >= 0).sum(1)
     if not counts.all():
         key = samples[int(counts.argmin())].key

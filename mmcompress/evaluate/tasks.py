@@ -147,6 +147,11 @@ def usual_tasks(gives: Collection[Need], dataset: Dataset) -> tuple[str, ...]:
     return tuple(found)
 
 
+def is_relative(name: str) -> bool:
+    """Whether a task is itself a comparison; one that is not ours (lm-eval's) is none."""
+    return name in TASKS and TASKS[name].relative
+
+
 def relative_tasks(gives: Collection[Need]) -> list[str]:
     """Return the tasks that set what a model `gives` beside a reference."""
     return [task.name for task in TASKS.values() if task.relative and task.needs in gives]

@@ -12,7 +12,7 @@ Shape alphabet: R reference words, A answer words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -81,8 +81,8 @@ class Edits:
         )
 
 
-def edits(reference: Sequence[str], answer: Sequence[str]) -> Edits:
-    """Return the fewest edits between two lists of words, in one of the ways that need so few; the same every time.
+def edits(reference: Sequence[Hashable], answer: Sequence[Hashable]) -> Edits:
+    """Return the fewest edits between two lists of words (or of tokens), in one of the ways that need so few; the same every time.
 
     O(R * A) time and memory, after what both have in common at either end is set aside.
     """
@@ -109,13 +109,13 @@ def edits(reference: Sequence[str], answer: Sequence[str]) -> Edits:
     return Edits(substitutions, (unpaired - longer) // 2, (unpaired + longer) // 2)
 
 
-def common_start(first: Sequence[str], second: Sequence[str]) -> int:
+def common_start(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Return how many words both begin with."""
     both = zip(first, second, strict=False)
     return next((index for index, (one, other) in enumerate(both) if one != other), min(len(first), len(second)))
 
 
-def _distances(reference: Sequence[str], answer: Sequence[str]) -> np.ndarray:
+def _distances(reference: Sequence[Hashable], answer: Sequence[Hashable]) -> np.ndarray:
     """Return (R + 1, A + 1): the fewest edits between the first r words of one and the first a of the other."""
     numbers = {word: index for index, word in enumerate(dict.fromkeys((*reference, *answer)))}
     wanted = np.array([numbers[word] for word in answer], dtype=np.int64)

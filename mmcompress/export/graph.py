@@ -106,7 +106,9 @@ def fold_channel_scales(model: ir.Model) -> int:
             if by is None or by.ndim > 1 or by.dtype != np.float32 or scaled is None or scaled.shape is None:
                 continue
             width = scaled.shape[-1]
-            if isinstance(width, int) and _scale_linear(model, scaled, np.broadcast_to(by, width)):
+            if not isinstance(width, int) or by.size not in (1, width):
+                continue
+            if _scale_linear(model, scaled, np.broadcast_to(by, width)):
                 ir.convenience.replace_all_uses_with(node.outputs[0], scaled, replace_graph_outputs=True)
                 count += 1
                 break

@@ -18,7 +18,7 @@ from mmcompress import manifest as manifests
 from mmcompress.errors import UsageError
 from mmcompress.evaluate.evaluation import Evaluation, compare
 from mmcompress.evaluate.store import read_evaluation
-from mmcompress.evaluate.tasks import TASKS
+from mmcompress.evaluate.tasks import TASKS, is_relative
 from mmcompress.ops.statistics import Estimate
 
 Kind = Literal["accuracy", "latency", "size"]
@@ -191,8 +191,9 @@ def _accuracy(before: Side, after: Side, limits: Limits, seed: int) -> Iterator[
     differences = compare(before.evaluation, after.evaluation, seed)
     for task, by_metric in before.evaluation.estimates.items():
         for metric in by_metric:
-            # Agreement is itself a comparison, each side with its own original.
-            if TASKS[task].relative or metric not in TASKS[task].headlines:
+            # Agreement is itself a comparison, each side with its own original. Of a task that is not ours (lm-eval's) every metric
+            # counts: which are its headlines is not known.
+            if is_relative(task) or (task in TASKS and metric not in TASKS[task].headlines):
                 continue
             found = differences.get(task, {}).get(metric)
             if found is None:

@@ -74,8 +74,8 @@ class Writer:
         are longer than the model takes.
         """
         state = _State(self, asked)
-        ids, limit = self._start(state), self.decoding.limit if limit is None else limit
-        self._check_room(max(ids.shape[1], len(self.decoding.start)), limit)
+        ids = self._start(state)
+        limit = self._room(max(ids.shape[1], len(self.decoding.start)), limit)
         logits = state.step(ids)
         written: list[Array] = []
         running = np.ones(len(ids), dtype=bool)
@@ -107,15 +107,19 @@ class Writer:
             ids = np.concatenate([ids, chosen], axis=1)
         return ids
 
-    def _check_room(self, prompt: int, limit: int) -> None:
+    def _room(self, prompt: int, limit: int | None) -> int:
+        """Return how many tokens are written: those asked for, else the usual limit as far as there is room."""
+        most = self.last.most_tokens
+        if limit is None:
+            limit = min(self.decoding.limit, max(1, most - prompt)) if most else self.decoding.limit
         if limit < 1:
             raise UsageError(f"an answer of {limit} tokens was asked for", hint="ask for at least 1")
-        most = self.last.most_tokens
         if most and prompt + limit > most:
             raise UsageError(
                 f"{prompt} tokens of prompt and {limit} of answer are {prompt + limit}; the model takes {most}",
                 hint=f"ask for at most {most - prompt} new tokens" if most > prompt else "ask a shorter question",
             )
+        return limit
 
     def _suppress(self, logits: Array, first: bool) -> None:
         logits[:, self._suppressed] = -np.inf

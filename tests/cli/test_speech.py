@@ -94,3 +94,34 @@ def test_compress_refuses_a_task_before_it_computes(mmc: Mmc, whisper: Path, spe
         assert done.code == 2
         assert "zero-shot needs embeddings, and this model gives answers" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_task_of_lm_eval_is_asked_for_alone_and_of_a_model_that_answers(
+    mmc: Mmc, whisper: Path, speech: Path, saved: Path
+) -> None:
+    done = mmc("eval", whisper, "--task", "lm-eval:mmmu_val", "--task", "perplexity", "--data", speech)
+    assert done.code == 2
+    assert "lm-eval:mmmu_val is asked for together with other tasks" in done.err
+    done = mmc("eval", whisper)
+    assert done.code == 2
+    assert "there is nothing to evaluate on" in done.err
+    done = mmc("eval", saved, "--task", "lm-eval:mmmu_val")
+    assert done.code == 2
+    assert "lm-eval:mmmu_val needs answers, and this model gives embeddings" in done.err
+
+
+def test_a_pruned_model_learns_from_the_original(mmc: Mmc, whisper: Path, speech: Path, tmp_path: Path) -> None:
+    pruned, taught = tmp_path / "pruned", tmp_path / "taught"
+    assert mmc("prune", whisper, "-o", pruned, "--ratio", "0.2", "--data", speech).code == 0
+    given = ("--teacher", whisper, "--data", speech, "--eval-data", speech, "--steps", "2", "--learning-rate", "1e-3")
+    done = mmc("distill", pruned, "-o", taught, *given, "--cross-entropy", "0.5", "--json")
+    assert done.code == 0, done.err
+    assert "transcription.word_accuracy" in done.document["stages"][-1]["metrics"]
+    record = json.loads((taught / "mmc.json").read_text())["records"][-1]
+    assert record["facts"]["towers"] == ["audio", "decoder"]
+    assert record["facts"]["loss"]["after"] < record["facts"]["loss"]["before"]
+    done = mmc("report", taught, "-o", tmp_path / "report.html")
+    assert done.code == 0, done.err
+    page = (tmp_path / "report.html").read_text()
+    assert "Answers that changed" in page or "are those of the original, letter by letter" in page
+    assert "Controls: what is scored without looking" in page

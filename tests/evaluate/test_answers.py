@@ -14,7 +14,8 @@ from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.errors import UsageError
 from mmcompress.evaluate import TASKS, Evaluation, compare, evaluate, read_evaluation, write_evaluation
 from mmcompress.evaluate.answer_findings import loop
-from mmcompress.evaluate.answers import wording_of
+from mmcompress.evaluate.answers import Answers, answer_dataset, wording_of
+from mmcompress.evaluate.scene import Scene
 from mmcompress.evaluate.words import Wording
 from tests import tiny
 from tests.evaluate.recordings import Hearing, Saying, recording, speech, spoken, transcript
@@ -313,6 +314,28 @@ def test_whisper_is_evaluated_like_any_model_that_answers(tmp_path: Path) -> Non
     assert set(after.results) == {"transcription", "perplexity", "answer-agreement"}
     write_evaluation(after, tmp_path / "a.npz")
     assert compare(before, read_evaluation(tmp_path / "a.npz")) == after.differences
+
+
+def test_agreement_in_tokens_is_that_of_the_models_own_tokenizer() -> None:
+    bundle = tiny.bundle("whisper")
+    tokenise = answer_dataset(bundle, tiny.spoken(2), Wording()).tokenise
+    assert tokenise is not None
+    assert tokenise("red cat") == bundle.processor.tokenizer.convert_tokens_to_ids(["red", "cat"])
+    was, now = (
+        Answers(texts, (), Wording(), tokenise=list_of_bytes) for texts in (("abcd", "", "ab"), ("abxd", "", "abc"))
+    )
+    scene = Scene(("1", "2", "3"), answered=now, reference=Scene(("1", "2", "3"), answered=was))
+    found = TASKS["answer-agreement"].measure(scene)
+    # Of four tokens one is another one, at the third place; nothing and nothing; one more at the end.
+    assert found["token_edit_similarity"].values.tolist() == pytest.approx([0.75, 1, 2 / 3])
+    assert found["token_first_divergence"].values.tolist() == [0.5, 1, 1]
+    assert found["first_divergence"].values.tolist() == [0, 1, 0]
+    again = evaluate(bundle, tiny.spoken(4), reference=evaluate(bundle, tiny.spoken(4)))
+    assert again.estimates["answer-agreement"]["token_edit_similarity"].value == 1
+
+
+def list_of_bytes(text: str) -> list[int]:
+    return list(text.encode())
 
 
 def test_a_bundle_brings_its_language_and_its_spellings() -> None:

@@ -127,6 +127,15 @@ def test_a_model_that_needs_a_picture_has_no_control_without() -> None:
     assert not [control for control in found.controls if control.name.startswith("text only: the question")]
 
 
+def test_questions_without_a_picture_are_asked_once_and_no_control_of_pictures() -> None:
+    data = [*questions(4), Sample("text", ("4",), question="What is two and two?")]
+    model = Asked(lambda number, question: "4" if "two" in question else knows(number, question))
+    found = evaluate(model, Dataset(Memory(data[::-1])))
+    assert value(found, "accuracy") == 1
+    assert {control.estimate.n for control in found.controls if control.lost} == {4}  # pictures
+    assert control(found, "blank image") == (0, 1)
+
+
 def test_the_commonest_answer_is_scored_on_the_whole_and_on_each_group() -> None:
     found = evaluate(Asked(knows), questions(40))
     # "1" and "1 of them" are accepted of 20 of 80; no colour of more than 10.

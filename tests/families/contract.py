@@ -15,6 +15,8 @@ from mmcompress.bundle import Bundle, DualEncoder, Generator, Tower
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.evaluate.likelihoods import read_answers
+from mmcompress.measure.answerer import bundle_answerer
+from mmcompress.parts import Exportable
 from tests import tiny
 
 
@@ -202,6 +204,15 @@ class GeneratorContract(AnsweringContract):
         answers = bundle.generate(self.samples())
         bundle.model.generation_config.use_cache = False
         assert bundle.generate(self.samples()) == answers
+
+    def test_its_parts_in_one_loop_answer_the_same(self, bundle: Bundle) -> None:
+        """For families that can be exported: the loop that serves every engine, around the parts in torch."""
+        if not isinstance(bundle.family, Exportable):
+            with pytest.raises(UsageError, match="names no parts"):
+                bundle_answerer(bundle)
+            return
+        answerer = bundle_answerer(bundle, threads=1)
+        assert answerer.generate(self.samples()) == bundle.generate(self.samples())
 
     def test_asking_changes_no_setting(self, bundle: Bundle) -> None:
         before = bundle.model.generation_config.to_dict()

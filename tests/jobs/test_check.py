@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mmcompress.errors import UsageError
+from mmcompress.evaluate.harness import read_results
 from mmcompress.evaluate.store import write_evaluation
 from mmcompress.jobs.check import Checked, Limits, _quotient, check
 from mmcompress.jobs.check_reports import junit, markdown, write_markdown
@@ -202,3 +203,15 @@ def _edit(directory: Path, change: Any) -> None:
     document = json.loads(path.read_text())
     change(document)
     path.write_text(json.dumps(document))
+
+
+def test_a_task_that_is_not_ours_is_compared_by_all_its_metrics(tmp_path: Path) -> None:
+    for name, hits in (("before", 40), ("after", 10)):
+        documents = [
+            {"doc_id": i, "doc_hash": str(i), "filter": "none", "metrics": ["acc"], "acc": float(i < hits)}
+            for i in range(40)
+        ]
+        found = read_results("lm-eval:legs", {"samples": {"legs": documents}}, seed=0)
+        write_evaluation(found, tmp_path / f"{name}.npz")
+    checked = check(tmp_path / "after.npz", tmp_path / "before.npz")
+    assert [(case.name, case.value) for case in checked.failed] == [("lm-eval:legs.acc", pytest.approx(75))]

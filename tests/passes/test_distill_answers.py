@@ -206,3 +206,46 @@ def test_a_loss_of_answers_is_refused_for_a_model_that_embeds() -> None:
     given = Context(data=tiny.dataset(12), teacher=lambda: tiny.bundle("clip"))
     with pytest.raises(UsageError, match=r"cross_entropy is 1\.0, but clip models do not answer in text"):
         Distill(cross_entropy=1.0).plan(tiny.bundle("clip"), given)
+
+
+def test_the_connector_alone_learns_to_give_the_language_model_what_the_teacher_gives() -> None:
+    bundle, data = tiny.bundle("llava_clip"), tiny.data("llava_clip", 12)
+    with torch.no_grad():
+        for parameter in bundle.model.model.multi_modal_projector.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    before = weights(bundle)
+    given = Context(data=data, teacher=lambda: tiny.bundle("llava_clip"))
+    facts = Distill(**{**QUICK, "steps": 30}, towers=("vision",), train="projection").fit(bundle, given)
+    assert {name.split(".")[1] for name in changed(before, bundle)} == {"multi_modal_projector"}
+    assert facts["loss"]["after"] < 0.5 * facts["loss"]["before"]
+
+
+def test_a_language_model_learns_from_a_teacher_that_sees_more_image_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The places of the answer's tokens differ then, and what stands at them is compared all the same."""
+    taken: list[tuple[int, ...]] = []
+    data = tiny.data("llava_clip", 6)
+
+    def teacher() -> Bundle:
+        made = tiny.bundle("llava_clip")
+        prepare = type(made.family).prepare
+
+        def shifted(self: Any, model: Any, processor: Any, tower: str, items: Any) -> dict[str, Tensor]:
+            inputs = prepare(self, model, processor, tower, items)
+            if model is made.model and tower == "language":
+                # One more token of text in front, as more image tokens would stand there.
+                inputs = {**inputs, "answer_positions": inputs["answer_positions"] + 1}
+                for name in ("input_ids", "attention_mask"):
+                    inputs[name] = torch.cat([inputs[name][:, :1], inputs[name]], dim=1)
+                taken.append(tuple(inputs["input_ids"].shape))
+            return inputs
+
+        monkeypatch.setattr(type(made.family), "prepare", shifted)
+        return made
+
+    monkeypatch.setattr("mmcompress.passes.distill_answers._takes_the_same", lambda *_: False)
+    settings = {**QUICK, "steps": 10}
+    facts = Distill(**settings, towers=("language",)).fit(
+        tiny.bundle("llava_clip", seed=1), Context(data, teacher=teacher)
+    )
+    assert taken
+    assert facts["loss"]["after"] < facts["loss"]["before"]

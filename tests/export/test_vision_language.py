@@ -1,0 +1,100 @@
+"""Vision-language models in three graphs answer as the checkpoint does: pictures or none, prompts of uneven length, any batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from mmcompress.bundle import Bundle
+from mmcompress.data import Sample
+from mmcompress.errors import UsageError
+from mmcompress.export.artifact import Artifact, open_artifact
+from mmcompress.export.onnx import export_onnx
+from mmcompress.jobs.bench_answers import AnswerTarget
+from mmcompress.jobs.bench_targets import Source
+from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
+from mmcompress.parts import Exportable
+from mmcompress.progress import Silent
+from tests import tiny
+
+MODELS = ("llava_clip", "llava_siglip", "llava_dinov2", "paligemma")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Artifact]:
+    bundle = tiny.bundle(request.param)
+    report = export_onnx(bundle, tmp_path_factory.mktemp(request.param) / "out", batches=(1, 2))
+    return bundle, open_artifact(report.artifact.directory)
+
+
+def samples(bundle: Bundle, name: str = "llava_clip") -> list[Sample]:
+    found = list(tiny.data("paligemma" if bundle.family.name == "paligemma" else name, 4))
+    assert {sample.picture is None for sample in found} == {True, False}
+    return found
+
+
+@pytest.mark.parametrize("runner", ["onnxruntime", "openvino"])
+def test_the_answers_are_those_of_torch(exported: tuple[Bundle, Artifact], runner: str) -> None:
+    bundle, artifact = exported
+    asked = samples(bundle)
+    want = bundle.generate(asked)
+    assert len(set(want)) > 1
+    answerer = artifact_answerer(artifact, runner, threads=1)
+    lengths = answerer.asked(asked)["attention_mask"].sum(axis=1)
+    assert len(set(lengths.tolist())) > 1  # some prompts are padded
+    assert answerer.generate(asked) == want
+    assert [answerer.generate([sample])[0] for sample in asked] == want
+    answerer.close()
+
+
+def test_the_graphs_take_any_batch_prompt_and_past(exported: tuple[Bundle, Artifact]) -> None:
+    _, artifact = exported
+    assert [component.name for component in artifact.components] == ["vision", "embed", "language"]
+    graph = onnx.load(artifact.path("language")).graph
+    dims = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in graph.input
+    }
+    assert dims["inputs_embeds"] == ["batch", "tokens", 32]
+    assert dims["attention_mask"] == ["batch", "past + tokens"]
+    assert dims["position_ids"] == ["batch", "tokens"]
+    assert dims["past_value_2"] == ["batch", 2, "past", 8]  # of two heads, each for two of the queries'
+    sizes = {(row["batch"], row["tokens"], row["past"]) for row in artifact.component("language").parity}
+    assert sizes == {(batch, *rest) for batch in (1, 2) for rest in ((9, 0), (1, 9))}
+
+
+def test_stages_of_a_benchmark(exported: tuple[Bundle, Artifact], tmp_path: Path) -> None:
+    bundle, artifact = exported
+    target = AnswerTarget(Source(artifact.directory, artifact=artifact), "x", "cpu", tmp_path, Silent(), 4)
+    assert target.towers == ("vision", "prompt", "token", "answer")  # looking tokens up is no stage
+    prompt = target.asked(2)["input_ids"].shape[1]
+    shapes = {stage: {k: v.shape for k, v in target.arrays(stage, 2, 16).items()} for stage in target.towers}
+    assert shapes["vision"] == {"pixel_values": (2, 3, 56, 56)}
+    assert shapes["prompt"]["inputs_embeds"] == (2, prompt, 32)
+    assert shapes["prompt"]["attention_mask"] == (2, prompt)
+    assert shapes["token"]["past_key_0"] == (2, 2, prompt + 2, 8)
+    assert shapes["token"]["attention_mask"] == (2, prompt + 3)
+    torch_target = AnswerTarget(Source(tmp_path, bundle=bundle), "y", "cpu", tmp_path, Silent(), 4)
+    for stage in ("vision", "prompt", "token"):
+        assert torch_target.macs(stage, 16) == target.macs(stage, 16)
+
+
+def test_an_answer_ends_where_the_model_has_no_place_left() -> None:
+    bundle = tiny.bundle("llava_clip")
+    answerer = bundle_answerer(bundle, threads=1)
+    sample = Sample("a", question="what " * 230)
+    prompt = answerer.asked([sample])["input_ids"].shape[1]
+    assert 256 - 8 < prompt < 256
+    assert len(answerer.write([sample]).rows[0]) <= 256 - prompt
+    with pytest.raises(UsageError, match=f"{prompt} tokens of prompt and 100 of answer"):
+        answerer.write([sample], 100)
+
+
+def test_pictures_in_tiles_are_refused_with_the_reason(tmp_path: Path) -> None:
+    bundle = tiny.bundle("llava_next")
+    assert not isinstance(bundle.family, Exportable)
+    with pytest.raises(UsageError, match="llava_next models cannot be exported yet"):
+        export_onnx(bundle, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
