@@ -131,6 +131,8 @@ class Tower:
     embeddings: tuple[str, ...] = ()
     """Paths of the nn.Embedding tables and the patch embedding."""
     stream: TokenStream | None = None
+    uncalled: tuple[str, ...] = ()
+    """Paths of Linears whose weight their owner reads without calling them: they cannot be quantized."""
     tied: tuple[tuple[str, str], ...] = ()
     """Paths of (embedding table, Linear) that share one weight."""
     why_no_stream: str = ""

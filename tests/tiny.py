@@ -61,13 +61,13 @@ HEARING = ("clap",)
 """The dual encoders of sound and texts."""
 GENERATORS = ("whisper", "blip", "blip_vqa", "vilt", *tiny_vlm.MODELS)
 """Families that answer in text."""
-JUDGES = ("vilt_retrieval",)
+JUDGES = ("vilt_retrieval", "layoutlm", "layoutlm_pages", "layoutlm_words")
 """Those that neither embed nor answer."""
 EVERY = (*FAMILIES, *WHOLE, *HEARING, *GENERATORS, *JUDGES)
 TOWERS = {
     "blip_retrieval": ("vision", "text"),
     "vilt": ("joint",),
-    "vilt_retrieval": ("joint",),
+    **dict.fromkeys(("vilt_retrieval", "layoutlm", "layoutlm_pages", "layoutlm_words"), ("joint",)),
     "clap": ("audio", "text"),
     "whisper": ("audio", "decoder"),
     "blip": ("vision", "decoder"),
@@ -254,6 +254,7 @@ def bundle(name: str, seed: int = 0) -> Bundle:
         config, preprocessor, words = tiny_vlm.parts(name, tuple(WORDS))
     elif name in tiny_joint.ARCHITECTURES:
         config, preprocessor = tiny_joint.parts(name)
+        words = tiny_joint.words(name) or words
     else:
         config, preprocessor = SOUND[name]() if name in SOUND else _config(name)
     family = family_for({"model_type": config.model_type, "architectures": tiny_joint.named(name)})

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import torch
-from transformers import BlipConfig, BlipImageProcessorPil, ViltConfig, ViltImageProcessorPil
+from transformers import (
+    BlipConfig,
+    BlipImageProcessorPil,
+    LayoutLMv3Config,
+    LayoutLMv3ImageProcessorPil,
+    LayoutLMv3Tokenizer,
+    ViltConfig,
+    ViltImageProcessorPil,
+)
 
 SIDE = 56
 ARCHITECTURES = {
@@ -14,6 +23,9 @@ ARCHITECTURES = {
     "blip_retrieval": "BlipForImageTextRetrieval",
     "vilt": "ViltForQuestionAnswering",
     "vilt_retrieval": "ViltForImageAndTextRetrieval",
+    "layoutlm": "LayoutLMv3Model",
+    "layoutlm_pages": "LayoutLMv3ForSequenceClassification",
+    "layoutlm_words": "LayoutLMv3ForTokenClassification",
 }
 ASKED = ("blip_vqa", "vilt")
 """Those that are asked something about every picture."""
@@ -26,6 +38,8 @@ def named(name: str) -> list[str]:
 
 def parts(name: str) -> tuple[Any, Any]:
     """Return config and image processor of the model `name`; its words are those of `tiny.tokenizer`."""
+    if name.startswith("layoutlm"):
+        return _layoutlm(name), LayoutLMv3ImageProcessorPil(size={"height": SIDE, "width": SIDE}, apply_ocr=False)
     if name.startswith("vilt"):
         return _vilt(), ViltImageProcessorPil(size={"shortest_edge": SIDE}, size_divisor=8)
     return _blip(), BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
@@ -41,6 +55,34 @@ def strengthen(model: torch.nn.Module, name: str) -> None:
         for path, parameter in model.named_parameters():
             if name in ARCHITECTURES and path.endswith(parts.get(name.removesuffix("_vqa"), ())):
                 parameter.mul_(9)
+
+
+def words(name: str) -> Any:
+    """Return the tokenizer of the model `name`, None where it is that of `tiny.tokenizer`."""
+    if not name.startswith("layoutlm"):
+        return None
+    marks = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocabulary = {token: number for number, token in enumerate([*marks, "Ġ", *string.ascii_lowercase])}
+    return LayoutLMv3Tokenizer(vocab=vocabulary, merges=[])
+
+
+def _layoutlm(name: str) -> Any:
+    return LayoutLMv3Config(
+        architectures=[ARCHITECTURES[name]],
+        vocab_size=32,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=384,
+        max_position_embeddings=64,
+        coordinate_size=8,
+        shape_size=8,
+        rel_pos_bins=8,
+        rel_2d_pos_bins=8,
+        input_size=SIDE,
+        patch_size=8,
+        id2label={number: f"label {number}" for number in range(5)},
+    )
 
 
 def _vilt() -> Any:

@@ -221,7 +221,7 @@ class Quantize:
         tables = {table for table, _ in tower.tied}
         found = []
         for path, module in bundle.model.named_modules():
-            if not tower.owns(path) or not can_quantize(module):
+            if not tower.owns(path) or path in tower.uncalled or not can_quantize(module):
                 continue
             if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.keep_float):
                 continue

@@ -139,6 +139,18 @@ class TestViltRetrieval(FamilyContract):
         assert not isinstance(bundle.family, DualEncoder | Generator)
 
 
+class TestLayoutLm(TestViltRetrieval):
+    model = "layoutlm"
+
+
+class TestLayoutLmPages(TestViltRetrieval):
+    model = "layoutlm_pages"
+
+
+class TestLayoutLmWords(TestViltRetrieval):
+    model = "layoutlm_words"
+
+
 class TestLlavaClip(VisionLanguageContract):
     model = "llava_clip"
 
