@@ -27,6 +27,7 @@ from bench.drawings import SIZE, VENDORS, draw_vendor
 
 HERE = Path(__file__).resolve().parent
 TRAINED = HERE / "trained" / "dual_encoder.safetensors"
+TRAINED_VLM = HERE / "trained" / "mini_vlm.safetensors"
 RESULTS = HERE / "results"
 DEMO = HERE.parent / "mmcompress" / "demo"
 
@@ -245,6 +246,38 @@ def dual_encoder() -> Path:
         cache_dir() / "built" / f"dual-encoder-{key}",
         lambda staging: build_dual_encoder(dinov2_onnx(), minilm_folder(), TRAINED, staging),
     )
+
+
+def mini_vlm() -> Path:
+    """DINOv2-S (first 9 blocks, 224 px), projector and small decoder: a LlavaForConditionalGeneration folder of 89 MB."""
+    from bench.mini_vlm import build_mini_vlm
+
+    key = f"{_sha256(TRAINED_VLM)[:12]}-{BUILD}"
+    return _staged(
+        cache_dir() / "built" / f"mini-vlm-{key}",
+        lambda staging: build_mini_vlm(dinov2_onnx(), TRAINED_VLM, staging),
+    )
+
+
+def vqa(split: Literal["heldout", "naming", "training"]) -> Path:
+    """Questions about pictures, as `mmc --data` reads them.
+
+    heldout: 300 questions of each slice (the held-out vendor's drawings; scenes and words never trained on). naming: the name
+    and the category of every drawing of the held-out vendor. training: 600 of each slice, of the demo's training drawings.
+    """
+    from bench.demo_data import unpack
+    from bench.vqa_data import write_split
+
+    shards = [DEMO / "test.tar", DEMO / "train.tar"]
+
+    def fill(staging: Path) -> None:
+        with tempfile.TemporaryDirectory() as drawings:
+            for shard in shards:
+                unpack(shard, Path(drawings) / shard.stem)
+            write_split(split, Path(drawings), staging)
+
+    key = "-".join(_sha256(shard)[:6] for shard in shards)
+    return _staged(cache_dir() / "built" / f"vqa-{split}-{key}-{BUILD}", fill)
 
 
 def whisper_tiny() -> Path:

@@ -1,0 +1,355 @@
+"""Trains the mini-VLM's projector and decoder (bench/trained/mini_vlm.safetensors) on cached vision features.
+
+A sequence is one picture and several turns about it in random order, so the picture is paid for once and talk in several turns
+is learnt; the loss is on the answers only. Pictures are the training vendors' drawings and rendered scenes. Only some patches
+of a picture are shown (positions kept), which is faster and works like dropout: of a drawing any, of a scene first those with
+something on them, for a letter without its patches cannot be read. The last steps see everything.
+
+    python -m bench.build_mini_vlm [--steps N]     resumes by itself; then: python -m bench.vlm_quality
+"""
+
+import argparse
+import copy
+import json
+import math
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from bench import assets
+from bench.mini_vlm import (
+    ASSISTANT,
+    END,
+    IMAGE,
+    PATCHES,
+    START,
+    USER,
+    assembled,
+    fast_tokenizer,
+    image_processor,
+    save_trained,
+    text_config,
+    train_tokenizer,
+    trained_parameters,
+    vision,
+)
+from bench.pretrained import PATCH
+from bench.scenes import Group, ask_scene, draw_scene, make_scene
+from bench.training import Average
+from bench.vision_features import cached_features
+from bench.vqa_data import INVENTED, WORDINGS, Drawn, ask_drawing, corpus, drawn, main_colour, training_words
+
+SCENES = 3500
+# Black shapes only, the furthest from any other vendor; and an older version of another one: time is short.
+LEFT_OUT = ("fluent-emoji-high-contrast", "noto-v1")
+BATCH_DRAWINGS, BATCH_SCENES, MOST_TURNS = 24, 10, 8
+SHOWN_OF_DRAWING, SHOWN_OF_SCENE, ALL_SHOWN = (
+    32,
+    128,
+    0.08,
+)  # patches while training; the last part of the steps shows all
+RATE, WARMUP, DECAY = 3e-3, 50, 0.05
+SAVE_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is trained on: drawings with their right answers, and the scenes 0..scenes-1 with these words."""
+
+    drawings: list[Drawn]
+    answers: list[dict[Group, str]]
+    words: list[str]
+    scenes: int
+
+    def scene(self, number: int) -> Image.Image:
+        """The picture of a scene."""
+        return draw_scene(make_scene(number, self.words, INVENTED))
+
+    def drawing(self, number: int) -> Image.Image:
+        """The picture of a drawing."""
+        with Image.open(self.drawings[number].file) as image:
+            return image.convert("RGB")
+
+    def inked(self) -> Tensor:
+        """Which patches of each scene hold anything but paper: (scenes, PATCHES)."""
+        return torch.stack([inked_patches(self.scene(number)) for number in range(self.scenes)])
+
+    def drawing_turns(self, number: int, choose: random.Random) -> list[tuple[str, str]]:
+        """(question, answer) about a drawing; its name is asked first as often as not, when nothing has given it away."""
+        answers = list(self.answers[number].items())
+        choose.shuffle(answers)
+        if choose.random() < 0.5:
+            answers.sort(key=lambda item: item[0] != "naming")
+        return [(choose.choice(WORDINGS[group]), answer) for group, answer in answers]
+
+    def scene_turns(self, number: int, choose: random.Random) -> list[tuple[str, str]]:
+        """(question, answer) about a scene, at most MOST_TURNS of them; words are read in most of the sequences."""
+        turns = ask_scene(make_scene(number, self.words, INVENTED))
+        choose.shuffle(turns)
+        turns.sort(key=lambda turn: turn.group != "reading")
+        turns = turns[:MOST_TURNS]
+        choose.shuffle(turns)
+        return [(turn.question, turn.answers[0]) for turn in turns]
+
+
+def inked_patches(image: Image.Image) -> Tensor:
+    """Which patches of a scene hold anything but the paper of its first pixel: (PATCHES,)."""
+    pixels = torch.from_numpy(np.array(image)).int()
+    marked = (pixels != pixels[0, 0]).any(-1)
+    side = marked.shape[0] // PATCH
+    return marked.reshape(side, PATCH, side, PATCH).any(3).any(1).flatten()
+
+
+def load_pictures(scenes: int, drawings: list[Drawn]) -> Pictures:
+    """Training material of `drawings` and so many scenes."""
+    answers = []
+    for drawing in drawings:
+        with Image.open(drawing.file) as image:
+            answers.append(ask_drawing(drawing.row, main_colour(image)))
+    return Pictures(drawings, answers, training_words(drawings), scenes)
+
+
+class Talk:
+    """Turns as token numbers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.start, self.end, self.user, self.assistant, self.image = tokenizer.convert_tokens_to_ids(
+            [START, END, USER, ASSISTANT, IMAGE]
+        )
+        self.known: dict[str, list[int]] = {}
+
+    def text(self, text: str) -> list[int]:
+        """The tokens of a question or an answer."""
+        if text not in self.known:
+            self.known[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self.known[text]
+
+    def after_image(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[bool]]:
+        """What follows the image tokens of the first turn, and which of these tokens the model is to say."""
+        tokens: list[int] = []
+        said: list[bool] = []
+        for i, (question, answer) in enumerate(turns):
+            asked = [*([self.user] if i else []), *self.text(question), self.assistant]
+            answered = [*self.text(answer), self.end]
+            tokens += asked + answered
+            said += [False] * len(asked) + [True] * len(answered)
+        return tokens, said
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration,
+    talk: Talk,
+    features: Tensor,
+    shown: Tensor,
+    turns: list[list[tuple[str, str]]],
+) -> Tensor:
+    """Mean cross-entropy of the answer tokens.
+
+    features: (B, N', C) patches; shown: (B, N') which of the PATCHES they are, rising.
+    """
+    language = model.model.language_model
+    followed = [talk.after_image(each) for each in turns]
+    longest = max(len(tokens) for tokens, _ in followed)
+    ids = torch.full((len(turns), longest), talk.tokenizer.pad_token_id)
+    said = torch.zeros(len(turns), longest, dtype=torch.bool)
+    for i, (tokens, flags) in enumerate(followed):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        said[i, : len(flags)] = torch.tensor(flags)
+    before = language.embed_tokens(torch.tensor([[talk.start, talk.user]])).expand(len(turns), -1, -1)
+    image = model.model.multi_modal_projector(features)
+    inputs = torch.cat((before, image.to(before.dtype), language.embed_tokens(ids)), dim=1)
+    # A patch keeps the position that it has among all patches, so fewer patches look like the same picture.
+    lead = torch.arange(2).expand(len(turns), -1)
+    rest = (2 + PATCHES + torch.arange(longest)).expand(len(turns), -1)
+    positions = torch.cat((lead, shown + 2, rest), dim=1)
+    # Padding comes last, where a causal model cannot see it; the mask of ones says that gaps in the positions mean nothing.
+    hidden = language(
+        inputs_embeds=inputs, position_ids=positions, attention_mask=torch.ones_like(positions), use_cache=False
+    ).last_hidden_state
+    # The state before a token predicts it: one to the left.
+    states = hidden[:, -longest - 1 : -1][said]
+    return nn.functional.cross_entropy(model.lm_head(states).float(), ids[said])
+
+
+def choose_patches(preference: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """For each picture `count` different patches, rising: (B, count); preferred ones first, else at random.
+
+    preference: (B, PATCHES), larger is sooner; equal ones take turns.
+    """
+    order = (preference + torch.rand(preference.shape, generator=generator)).argsort(1, descending=True)
+    return order[:, :count].sort(1).values
+
+
+@torch.no_grad()
+def whiten(projector: nn.Module, features: Tensor) -> None:
+    """Starts the projector's first layer as the whitening of patch features (n, C), n >= C: principal parts of equal size.
+
+    Patches share a large mean and few large directions; without this a decoder sees one and the same patch for long.
+    """
+    mean = features.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(features.T))  # rising
+    width = projector.linear_1.out_features
+    values, vectors = values[-width:], vectors[:, -width:]
+    projector.linear_1.weight.copy_((vectors / values.clamp(min=1e-6).sqrt()).T)
+    projector.linear_1.bias.copy_(-projector.linear_1.weight @ mean)
+    nn.init.normal_(projector.linear_2.weight, std=0.2 / math.sqrt(width))
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rate's factor: linear warm-up, then half a cosine down to 2 %."""
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+
+
+class Training:
+    """One run: model, optimizer, average, and the step it is at; everything random comes from the step's number."""
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, talk: Talk, pictures: Pictures, features: dict[str, np.ndarray]
+    ) -> None:
+        self.model, self.talk, self.pictures, self.features = model, talk, pictures, features
+        self.inked = pictures.inked().float()
+        self.trained = trained_parameters(model)
+        # Muon (Jordan et al. 2024) needs far fewer steps than AdamW where it applies: weight matrices between hidden states.
+        hidden = [value for name, value in self.trained.items() if value.ndim == 2 and "embed" not in name]
+        others = [value for name, value in self.trained.items() if value.ndim != 2 or "embed" in name]
+        self.optimizers = (
+            torch.optim.Muon(hidden, lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        )
+        self.average = Average(self.trained, 0.99)
+        self.step = 0
+
+    def batch_loss(
+        self, what: str, numbers: list[int], turns: list[list[tuple[str, str]]], preference: Tensor, count: int
+    ) -> Tensor:
+        """Loss over so numbered drawings or scenes, `count` patches of each shown."""
+        shown = choose_patches(preference, count, torch.Generator().manual_seed(self.step))
+        whole = torch.from_numpy(self.features[what][numbers])
+        features = whole.gather(1, shown[..., None].expand(-1, -1, whole.shape[-1])).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return answer_loss(self.model, self.talk, features, shown, turns)
+
+    def run_step(self, steps: int) -> tuple[float, float]:
+        """One update; returns the losses on drawings and on scenes."""
+        choose, pictures = random.Random(self.step), self.pictures
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * rate(self.step, steps)
+        everything = self.step >= steps * (1 - ALL_SHOWN)
+        numbers = choose.sample(range(len(pictures.drawings)), BATCH_DRAWINGS)
+        turns = [pictures.drawing_turns(number, choose) for number in numbers]
+        alike = torch.zeros(BATCH_DRAWINGS, PATCHES)
+        named = self.batch_loss("drawings", numbers, turns, alike, PATCHES if everything else SHOWN_OF_DRAWING)
+        named.backward()
+        numbers = choose.sample(range(pictures.scenes), BATCH_SCENES)
+        turns = [pictures.scene_turns(number, choose) for number in numbers]
+        inked = self.inked[numbers]
+        seen = self.batch_loss("scenes", numbers, turns, inked, PATCHES if everything else SHOWN_OF_SCENE)
+        seen.backward()
+        nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.average.update(self.trained)
+        self.step += 1
+        return named.item(), seen.item()
+
+    def save(self, file: Path) -> None:
+        """Writes everything that a later `load` needs."""
+        state = {
+            "step": self.step,
+            "trained": {name: value.detach() for name, value in self.trained.items()},
+            "average": self.average.values,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        torch.save(state, file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)
+
+    def load(self, file: Path) -> None:
+        """Goes back to where `save` was called."""
+        state = torch.load(file, weights_only=True)
+        self.step = self.average.steps = state["step"]
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(state["trained"][name])
+        self.average.values = state["average"]
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+
+
+def train(training: Training, steps: int, file: Path) -> None:
+    """Runs up to step `steps`, saving to `file` now and then, from `file` on when it is there."""
+    if file.exists():
+        training.load(file)
+        print(f"going on at step {training.step}", flush=True)
+    started, first = time.monotonic(), training.step
+    while training.step < steps:
+        named, seen = training.run_step(steps)
+        if training.step % 20 == 0:
+            pace = (time.monotonic() - started) / (training.step - first)
+            print(f"step {training.step}/{steps} drawings {named:.3f} scenes {seen:.3f} {pace:.2f} s/step", flush=True)
+        if training.step % SAVE_EVERY == 0 or training.step == steps:
+            training.save(file)
+
+
+def main() -> None:
+    """Trains, writes the trained part, measures the built model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--drawings", type=int, help="a quick trial with so many drawings and scenes")
+    parser.add_argument("--finish", action="store_true", help="train no further; write what the last checkpoint holds")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    everything = [each for each in drawn(assets.training_drawings()) if each.file.parent.name not in LEFT_OUT]
+    text = train_tokenizer(corpus(everything))
+    tokenizer = fast_tokenizer(text)
+    few = random.Random(0).sample(everything, options.drawings) if options.drawings else everything
+    pictures = load_pictures(options.drawings or SCENES, few)
+    folder = assets.cache_dir() / f"mini-vlm-training-{len(few)}-{pictures.scenes}"
+    tower = vision(assets.dinov2_onnx())
+    frozen = copy.deepcopy(tower).to(torch.bfloat16)
+    features = {
+        "drawings": cached_features(folder / "drawings", len(few), pictures.drawing, frozen, image_processor()),
+        "scenes": cached_features(folder / "scenes", pictures.scenes, pictures.scene, frozen, image_processor()),
+    }
+    model = assembled(tower, text_config(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE))
+    # The backward pass of the fused CPU attention takes longer than all matrix products together; the plain one does not.
+    model.model.language_model.set_attn_implementation("eager")
+    sample = [torch.from_numpy(table[:: max(1, len(table) // 150)]).float() for table in features.values()]
+    whiten(model.model.multi_modal_projector, torch.cat(sample).flatten(0, 1))
+    training = Training(model, Talk(tokenizer), pictures, features)
+    print(
+        f"{len(pictures)} pictures, {sum(v.numel() for v in training.trained.values()):,} trained parameters",
+        flush=True,
+    )
+    checkpoint = folder / f"seed-{options.seed}.pt"
+    if options.finish:
+        training.load(checkpoint)
+    else:
+        train(training, options.steps, checkpoint)
+    save_trained(training.average.values, text_config(tokenizer), text, assets.TRAINED_VLM)
+    facts = {
+        "command": f"python -m bench.build_mini_vlm --steps {options.steps} --seed {options.seed}",
+        "steps": training.step,
+        "drawings": dict(sorted(Counter(each.file.parent.name for each in few).items())),
+        "scenes": pictures.scenes,
+        "parameters": sum(value.numel() for value in training.trained.values()),
+    }
+    assets.TRAINED_VLM.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
