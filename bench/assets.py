@@ -263,7 +263,7 @@ def vqa(split: Literal["heldout", "naming", "training"]) -> Path:
     """Questions about pictures, as `mmc --data` reads them.
 
     heldout: 300 questions of each slice (the held-out vendor's drawings; scenes and words never trained on). naming: the name
-    and the category of every drawing of the held-out vendor. training: 600 of each slice, of the demo's training drawings.
+    of every drawing of the held-out vendor. training: 600 of each slice, of the demo's training drawings.
     """
     from bench.demo_data import unpack
     from bench.vqa_data import write_split
@@ -301,6 +301,8 @@ def main() -> None:
         print(heldout_drawings())
         print(dual_encoder())
         print(whisper_tiny())
+        print(mini_vlm())
+        print(vqa("heldout"))
     except AssetError as error:
         sys.exit(f"error: {error}")
 

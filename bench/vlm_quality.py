@@ -47,10 +47,10 @@ def correct(rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> np.ndarra
 
 
 class Answering:
-    """A folder's model in eval mode, fp32, and its processor."""
+    """A folder's model in eval mode and its processor; in bfloat16, several times as fast where the CPU has it."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
 
     @torch.inference_mode()
@@ -62,6 +62,7 @@ class Answering:
             chats = [self.processor.apply_chat_template(messages(row), add_generation_prompt=True) for row in part]
             images = [Image.open(folder / row["file_name"]) for row in part]
             batch = self.processor(text=chats, images=images, padding=True, return_tensors="pt")
+            batch = batch.to(torch.bfloat16)
             tokens = self.model.generate(**batch)[:, batch["input_ids"].shape[1] :]
             found += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return found

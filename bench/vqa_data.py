@@ -139,12 +139,12 @@ def drawing_turns(drawing: Drawn) -> list[Turn]:
 
 
 def write_naming(drawings: Sequence[Drawn], out: Path) -> int:
-    """Writes one naming and one category question for every drawing; returns the number of questions."""
+    """Writes one naming question for every drawing; returns the number of questions."""
     asked = []
     for drawing in drawings:
         _copy(drawing, out)
-        wanted = [turn for turn in drawing_turns(drawing) if turn.group in ("naming", "category")]
-        asked += [Asked(_name(drawing), turn) for turn in wanted]
+        turn = Turn(WORDINGS["naming"][0], (drawing.row["text"],), "naming")
+        asked.append(Asked(_name(drawing), turn))
     (out / "metadata.jsonl").write_text(_lines(asked), encoding="utf-8")
     return len(asked)
 

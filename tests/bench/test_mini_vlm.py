@@ -13,18 +13,10 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlavaProcessor
 
 from bench import assets, build_mini_vlm
-from bench.build_mini_vlm import (
-    Pictures,
-    Talk,
-    Training,
-    answer_loss,
-    choose_patches,
-    inked_patches,
-    rate,
-    whiten,
-)
+from bench.build_mini_vlm import Training, rate, whiten
 from bench.mini_vlm import CHAT_TEMPLATE, IMAGE, PATCHES, assembled, fast_tokenizer, image_processor, train_tokenizer
 from bench.vision_features import cached_features, patch_features
+from bench.vlm_batches import Pictures, Talk, answer_loss, choose_patches, inked_patches
 from bench.vlm_quality import Answering, correct, majority, messages, plain, read_rows
 from bench.vqa_data import Drawn
 from tests.built import built

@@ -93,12 +93,11 @@ def test_slices_are_full_and_the_product_reads_them(drawings: list[Drawn], tmp_p
     assert [sample.question for sample in open_data(out)] == [row["question"] for row in found]
 
 
-def test_the_naming_folder_asks_twice_about_every_drawing(drawings: list[Drawn], tmp_path: Path) -> None:
+def test_the_naming_folder_asks_about_every_drawing(drawings: list[Drawn], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    assert write_naming(drawings, out) == 6
-    assert Counter(row["group"] for row in rows(out)) == {"naming": 3, "category": 3}
-    assert next(row["texts"] for row in rows(out) if row["group"] == "naming") == ["red fish hook pot"]
+    assert write_naming(drawings, out) == 3
+    assert [row["texts"] for row in rows(out)] == [[drawing.row["text"]] for drawing in drawings]
 
 
 def test_words_are_on_one_side_only(drawings: list[Drawn]) -> None:
