@@ -27,6 +27,7 @@ from bench.drawings import SIZE, VENDORS, draw_vendor
 
 HERE = Path(__file__).resolve().parent
 TRAINED = HERE / "trained" / "dual_encoder.safetensors"
+TRAINED_VLM = HERE / "trained" / "mini_vlm.safetensors"
 RESULTS = HERE / "results"
 DEMO = HERE.parent / "mmcompress" / "demo"
 
@@ -262,6 +263,38 @@ def dual_encoder() -> Path:
     )
 
 
+def mini_vlm() -> Path:
+    """DINOv2-S (first 9 blocks, 224 px), projector and small decoder: a LlavaForConditionalGeneration folder of 89 MB."""
+    from bench.mini_vlm import build_mini_vlm
+
+    key = f"{_sha256(TRAINED_VLM)[:12]}-{BUILD}"
+    return _staged(
+        cache_dir() / "built" / f"mini-vlm-{key}",
+        lambda staging: build_mini_vlm(dinov2_onnx(), TRAINED_VLM, staging),
+    )
+
+
+def vqa(split: Literal["heldout", "naming", "training"]) -> Path:
+    """Questions about pictures, as `mmc --data` reads them.
+
+    heldout: 300 questions of each slice (the held-out vendor's drawings; scenes and words never trained on). naming: the name
+    of every drawing of the held-out vendor. training: 600 of each slice, of the demo's training drawings.
+    """
+    from bench.demo_data import unpack
+    from bench.vqa_data import write_split
+
+    shards = [DEMO / "test.tar", DEMO / "train.tar"]
+
+    def fill(staging: Path) -> None:
+        with tempfile.TemporaryDirectory() as drawings:
+            for shard in shards:
+                unpack(shard, Path(drawings) / shard.stem)
+            write_split(split, Path(drawings), staging)
+
+    key = "-".join(_sha256(shard)[:6] for shard in shards)
+    return _staged(cache_dir() / "built" / f"vqa-{split}-{key}-{BUILD}", fill)
+
+
 def whisper_tiny() -> Path:
     """Whisper tiny.en (37.8 M parameters, English speech to text) as a WhisperForConditionalGeneration folder of 146 MiB."""
     from bench.whisper import build_whisper
@@ -314,6 +347,8 @@ def main() -> None:
         print(dual_encoder())
         print(whisper_tiny())
         print(speech())
+        print(mini_vlm())
+        print(vqa("heldout"))
     except AssetError as error:
         sys.exit(f"error: {error}")
 
