@@ -75,6 +75,12 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
         state = Trainer(bundle, parameters, lesson, schedule, ranks, context.progress).run(state)
         after = lesson.examine()
         bundle.model.to(home)
+    if after["loss"] > before["loss"]:
+        # AdamW's first steps have one size however small the gradient is: a student that was nearly perfect is thrown back.
+        context.progress.say(
+            f"distill raised the loss on held-back samples from {before['loss']:.4g} to {after['loss']:.4g}; "
+            f"lower distill.learning_rate (now {settings.learning_rate:g}), or make more steps"
+        )
     return {
         **job.decisions(bundle),
         "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),

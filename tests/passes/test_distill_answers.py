@@ -249,3 +249,17 @@ def test_a_language_model_learns_from_a_teacher_that_sees_more_image_tokens(monk
     )
     assert taken
     assert facts["loss"]["after"] < facts["loss"]["before"]
+
+
+def test_a_student_that_got_worse_is_mentioned() -> None:
+    class Said(Silent):
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+    lines: list[str] = []
+    Distill(**{**QUICK, "learning_rate": 1e-2}).fit(tiny.bundle("whisper"), context(progress=Said()))
+    (line,) = lines
+    assert line.startswith("distill raised the loss on held-back samples from ")
+    assert line.endswith("lower distill.learning_rate (now 0.01), or make more steps")
+    Distill(**QUICK).fit(damaged(), context(progress=Said()))
+    assert len(lines) == 1
