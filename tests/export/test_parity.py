@@ -51,6 +51,19 @@ def test_a_wrong_weight_is_found_in_its_block(clip, clip_export, tmp_path):
         check_parity(traced(clip, "vision", "float32"), broken, precision="float32")
 
 
+def test_where_float32_itself_errs_more_than_the_limit_its_own_error_is_the_measure(
+    clip, clip_export, tmp_path, monkeypatch
+):
+    path = clip_export.artifact.path("vision")
+    module = traced(clip, "vision", "float32")
+    monkeypatch.setitem(TOLERANCES, "float32", Tolerance(relative=1e-12, cosine=0.99999))
+    rows = check_parity(module, path, precision="float32")
+    assert 1e-12 < max(row.relative for row in rows) < 1e-5
+    bias = initializer_of(path, "vision_model.encoder.layers.1.mlp.fc2/Add", 1)
+    with pytest.raises(GateFailed, match="vision part differs"):
+        check_parity(module, edited(path, tmp_path / "vision.onnx", bias, 1.0001), precision="float32")
+
+
 def test_a_wrong_activation_grid_is_found(unsigned, unsigned_export, tmp_path):
     path = unsigned_export.artifact.path("vision")
     scale = initializer_of(path, "vision_model.encoder.layer.2.mlp.fc1/QuantizeLinear", 1)
