@@ -264,7 +264,7 @@ def dual_encoder() -> Path:
 
 
 def mini_vlm() -> Path:
-    """DINOv2-S (first 9 blocks, 224 px), projector and small decoder: a LlavaForConditionalGeneration folder of 89 MB."""
+    """DINOv2-S (first 9 blocks, 224 px), projector and small decoder: a LlavaForConditionalGeneration folder of 83 MB."""
     from bench.mini_vlm import build_mini_vlm
 
     key = f"{_sha256(TRAINED_VLM)[:12]}-{BUILD}"

@@ -44,8 +44,10 @@ SCENES = 3500
 # Black shapes only, the furthest from any other vendor; and an older version of another one: time is short.
 LEFT_OUT = ("fluent-emoji-high-contrast", "noto-v1")
 BATCH_DRAWINGS, BATCH_SCENES = 24, 10
-SHOWN_OF_DRAWING, SHOWN_OF_SCENE = 32, 128  # patches of a picture while training
-ALL_SHOWN = 0.05  # the last part of the steps shows all
+# Patches of a picture while training, drawn anew each step: a decoder that always saw 32 of them is lost among 256 (the loss
+# of held-out names rose from 2.31 to 2.96).
+SHOWN_OF_DRAWING, SHOWN_OF_SCENE = (32, 32, 64, 64, 128, PATCHES), (128, 128, PATCHES)
+ALL_SHOWN = 0.02  # the last part of the steps shows all
 RATE, WARMUP, DECAY = 3e-3, 50, 0.05
 SAVE_EVERY = 50
 
@@ -112,12 +114,16 @@ class Training:
         numbers = choose.sample(range(len(pictures.drawings)), BATCH_DRAWINGS)
         turns = [pictures.drawing_turns(number, choose) for number in numbers]
         alike = torch.zeros(BATCH_DRAWINGS, PATCHES)
-        named = self.batch_loss("drawings", numbers, turns, alike, PATCHES if everything else SHOWN_OF_DRAWING)
+        named = self.batch_loss(
+            "drawings", numbers, turns, alike, PATCHES if everything else choose.choice(SHOWN_OF_DRAWING)
+        )
         named.backward()
         numbers = choose.sample(range(pictures.scenes), BATCH_SCENES)
         turns = [pictures.scene_turns(number, choose) for number in numbers]
         inked = self.inked[numbers]
-        seen = self.batch_loss("scenes", numbers, turns, inked, PATCHES if everything else SHOWN_OF_SCENE)
+        seen = self.batch_loss(
+            "scenes", numbers, turns, inked, PATCHES if everything else choose.choice(SHOWN_OF_SCENE)
+        )
         seen.backward()
         nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
         for optimizer in self.optimizers:
@@ -167,7 +173,7 @@ def train(training: Training, steps: int, file: Path) -> None:
 def main() -> None:
     """Trains, writes the trained part, measures the built model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drawings", type=int, help="a quick trial with so many drawings and scenes")
     parser.add_argument("--finish", action="store_true", help="train no further; write what the last checkpoint holds")

@@ -112,6 +112,7 @@ def main() -> None:
     if options.folder is None:
         trained = json.loads(assets.TRAINED_VLM.with_suffix(".json").read_text(encoding="utf-8"))
         result |= {
+            "dtype": "bfloat16",
             "trained": trained,
             "versions": {
                 "python": platform.python_version(),
