@@ -90,19 +90,19 @@ def run(work: Path, rounds: int, threads: int, runners: tuple[str, ...], overrid
         "latency_ms": [
             {key: row[key] for key in ("target", "tower", "runner", "p50_ms", "n")} for row in timed["results"]
         ],
-        "speedups": speedups(timed, list(sides.values())),
+        "speedups": speedups(timed, list(sides.values()), STAGES),
         "stages": timed["stages"],
         "bytes": {name: open_artifact(side).bytes for name, side in sides.items()},
     }
 
 
-def speedups(timed: dict[str, Any], sides: list[Path]) -> dict[str, dict[str, Any]]:
+def speedups(timed: dict[str, Any], sides: list[Path], stages: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """By stage: every side in every runner against the original there, and best against best."""
     names = {side.name for side in sides}
     assert len(names) == len(sides), "a side's name is what its rows are found by"
     return {
         stage: {f"{row['target']}, {row['runner']}": row["ratio"] for row in timed["ratios"] if row["tower"] == stage}
-        for stage in STAGES
+        for stage in stages
     }
 
 
