@@ -21,7 +21,7 @@ unit: $(BIN)/.dev  ## Laws and golden values on tiny models.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" -n 2 -rs
 
 real: assets  ## The same commands on real pretrained weights.
-	$(BIN)/python -m pytest -m real -rs
+	$(BIN)/python -m pytest -m real -rs --timeout 1800
 
 assets: $(BIN)/.dev  ## Fetch and build the real models and data (cached outside the repository).
 	$(BIN)/python -m bench.assets
