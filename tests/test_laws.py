@@ -102,7 +102,10 @@ def same_outputs(one: Bundle, other: Bundle) -> bool:
 
 
 # Models whose family another one stands for here: the contract and one whole chain are theirs too.
-VARIANTS = ("llava_siglip", "idefics3", "qwen2_vl", "vilt_retrieval", "layoutlm_pages", "layoutlm_words")
+VARIANTS = (
+    "chinese_clip", "llava_clip", "llava_siglip", "idefics3", "qwen2_vl", "blip_vqa", "vilt_retrieval", "layoutlm_pages",
+    "layoutlm_words",
+)  # fmt: skip
 LAWFUL = tuple(family for family in EVERY if family not in VARIANTS)
 
 every_case = pytest.mark.parametrize(
