@@ -14,6 +14,7 @@ from mmcompress.errors import UsageError, closest
 from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
+from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Part
 
 if TYPE_CHECKING:
@@ -72,10 +73,14 @@ class Llava(VisionLanguage):
         c = model.config.vision_config
         return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
 
-    def look(self, model: Any, *inputs: Tensor) -> Tensor:
+    def vision_graph(self, model: Any) -> Part:
+        return vision_part(self._look, lambda count: self.example_images(model, count))
+
+    @staticmethod
+    def _look(model: Any, pixels: Tensor) -> Tensor:
         """Return image_embeds (B, N, C); the model's own way lists them, picture by picture."""
         config = model.config
-        states = model.model.vision_tower(inputs[0], output_hidden_states=True).hidden_states
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         first = int(config.vision_feature_select_strategy == "default")
@@ -83,9 +88,9 @@ class Llava(VisionLanguage):
         return tokens
 
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
-        return self._token(model, processor) * self.example_counts(model)
+        return self._token(model, processor) * self.example_image_tokens(model)
 
-    def example_counts(self, model: Any) -> int:
+    def example_image_tokens(self, model: Any) -> int:
         c = model.config
         patches = (c.vision_config.image_size // c.vision_config.patch_size) ** 2
         # "default" leaves out the first token, whether the encoder has a class token or not.
@@ -128,7 +133,7 @@ class LlavaNext(Llava):
             "image_sizes": torch.tensor([[height, width]]).expand(batch, -1).contiguous(),
         }
 
-    def parts(self, model: Any) -> tuple[Part, ...]:
+    def vision_graph(self, model: Any) -> Part:
         raise UsageError(
             "llava_next cuts every picture into as many tiles as suit it, and pads their tokens by its size; no graph does that",
             hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
@@ -137,7 +142,7 @@ class LlavaNext(Llava):
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
         return self._token(model, processor) * self._count(model, inputs["pixel_values"], inputs["image_sizes"][row])
 
-    def example_counts(self, model: Any) -> int:
+    def example_image_tokens(self, model: Any) -> int:
         made = self.example_images(model, 1)
         return self._count(model, made["pixel_values"], made["image_sizes"][0])
 
@@ -147,7 +152,7 @@ class LlavaNext(Llava):
 
         c = model.config
         tiles = image_size_to_num_patches(size, c.image_grid_pinpoints, c.vision_config.image_size)
-        each = super().example_counts(model)
+        each = super().example_image_tokens(model)
         packed, _ = model.model.pack_image_features(
             [torch.empty(tiles, each, 1, device="meta")],
             size[None],

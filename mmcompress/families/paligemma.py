@@ -15,6 +15,8 @@ from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
+from mmcompress.families.vision_language_parts import vision_part
+from mmcompress.parts import Part
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,15 +83,17 @@ class PaliGemma(VisionLanguage):
 
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
         token: str = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
-        return token * self.example_counts(model)
+        return token * self.example_image_tokens(model)
 
-    def example_counts(self, model: Any) -> int:
+    def example_image_tokens(self, model: Any) -> int:
         c = model.config.vision_config
         return int((c.image_size // c.patch_size) ** 2)
 
-    def look(self, model: Any, *inputs: Tensor) -> Tensor:
-        tokens: Tensor = model.get_image_features(inputs[0], return_dict=True).pooler_output
-        return tokens
+    def vision_graph(self, model: Any) -> Part:
+        return vision_part(
+            lambda model, pixels: model.get_image_features(pixels, return_dict=True).pooler_output,
+            lambda count: self.example_images(model, count),
+        )
 
     def ready_made(self, model: Any, tokens: Tensor) -> Any:
         return BaseModelOutputWithPooling(pooler_output=tokens)

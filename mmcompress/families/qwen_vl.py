@@ -31,7 +31,7 @@ from mmcompress.families.anatomy import (
 from mmcompress.families.qwen_vl_parts import layout, look
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage, padded
-from mmcompress.families.vision_language_parts import embed_part, language_part, vision_part
+from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Decoding, Part
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class QwenVL(VisionLanguage):
     architectures: tuple[str, ...] = tuple(made.__name__ for made in CLASSES.values())
     image_keys = ("pixel_values", "image_grid_thw")
     talk = Talk(without_template=None)
+    position_axes = 3
 
     def model_class(self, config: Any) -> type[nn.Module]:
         self.check_config(config)
@@ -108,7 +109,7 @@ class QwenVL(VisionLanguage):
         token: str = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
         return token * self._count(model, inputs["image_grid_thw"][row])
 
-    def example_counts(self, model: Any) -> int:
+    def example_image_tokens(self, model: Any) -> int:
         return self._count(model, torch.tensor(EXAMPLE_GRID))
 
     def _count(self, model: Any, grid: Tensor) -> int:
@@ -132,20 +133,19 @@ class QwenVL(VisionLanguage):
         parts: Any = [list(rows) for rows in tokens.split(super().image_width(model), dim=-1)]
         return BaseModelOutputWithDeepstackFeatures(pooler_output=parts[0], deepstack_features=parts[1:])
 
-    def parts(self, model: Any) -> tuple[Part, ...]:
-        """Return the graphs; the vision part takes pictures of `EXAMPLE_GRID` patches alone. Raises UsageError for Qwen3-VL."""
+    def vision_graph(self, model: Any) -> Part:
+        """Return the graph; it takes pictures of `EXAMPLE_GRID` patches alone. Raises UsageError for Qwen3-VL."""
         if model.config.model_type == "qwen3_vl":
             raise UsageError(
                 "Qwen3-VL's language model is given what earlier vision blocks made (deepstack), and export does not know that",
                 hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
             )
         at = layout(model.config.vision_config, EXAMPLE_GRID)
-        vision = vision_part(
-            lambda model, *inputs: look(model.model.visual, at, inputs[0]),
+        return vision_part(
+            lambda model, pixels: look(model.model.visual, at, pixels),
             lambda count: self.looked_at(model, self.example_images(model, count)),
             at.table_bytes,
         )
-        return vision, embed_part(model), language_part(model, self.language, False, 3)
 
     def decoding(self, model: Any) -> Decoding:
         return replace(super().decoding(model), resizes=True)

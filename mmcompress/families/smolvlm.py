@@ -15,6 +15,8 @@ from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, read_blocks, widths
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage
+from mmcompress.families.vision_language_parts import vision_part
+from mmcompress.parts import Part
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,10 +81,14 @@ class SmolVLM(VisionLanguage):
             )
         return {"pixel_values": pixels[there]}
 
-    def look(self, model: Any, *inputs: Tensor) -> Tensor:
+    def vision_graph(self, model: Any) -> Part:
+        return vision_part(self._look, lambda count: self.looked_at(model, self.example_images(model, count)))
+
+    @staticmethod
+    def _look(model: Any, pixels: Tensor) -> Tensor:
         """Return image_embeds (R, N, C) of full tiles; the model's own way counts each one's patches."""
         vision = model.model.vision_model
-        patches = vision.embeddings.patch_embedding(inputs[0]).flatten(2).transpose(1, 2)
+        patches = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         states = patches + vision.embeddings.position_embedding(
             torch.tensor(_places(vision.embeddings.num_patches_per_side))
         )
@@ -91,7 +97,7 @@ class SmolVLM(VisionLanguage):
 
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
         token = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
-        each = token * self.example_counts(model)
+        each = token * self.example_image_tokens(model)
         rows, columns = inputs["tiles"][row].tolist()
         tiles = "".join(
             "".join(f"{AROUND}<row_{r + 1}_col_{c + 1}>{each}" for c in range(columns)) + "\n" for r in range(rows)
@@ -99,7 +105,7 @@ class SmolVLM(VisionLanguage):
         line = "\n" if tiles else ""
         return f"{tiles}{line}{AROUND}{WHOLE}{each}{AROUND}"
 
-    def example_counts(self, model: Any) -> int:
+    def example_image_tokens(self, model: Any) -> int:
         c = model.config
         return int((c.vision_config.image_size // c.vision_config.patch_size) ** 2 // c.scale_factor**2)
 

@@ -9,6 +9,7 @@ Shape alphabet: B batch, T text tokens, N patches, C channels, V answers.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 BLOCKS = "vilt.encoder.layer"
 
 
-class Vilt:
+class Vilt(ABC):
     """Base of both classes: everything but what is asked, and what the answer is read from."""
 
     name: str
@@ -38,17 +39,17 @@ class Vilt:
     head: str
     """Path of what is behind the encoder."""
 
+    @abstractmethod
     def built(self) -> type[nn.Module]:
         """Return the transformers class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text(self, sample: Sample) -> str:
         """Return the text of a sample, "" where it has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, model: Any, pooled: Tensor) -> Tensor:
         """Return the rows of `encode` (B, …) from the pooled states (B, C)."""
-        raise NotImplementedError
 
     def model_class(self, config: Any) -> type[nn.Module]:
         if config.max_image_length > 0:

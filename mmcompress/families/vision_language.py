@@ -12,6 +12,7 @@ Shape alphabet: B batch, N tokens, T answer tokens, C channels, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from mmcompress.errors import UsageError
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.language_models import language_tower, require_language, write_language_config
 from mmcompress.families.talk import Talk
-from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part, vision_part
+from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part
 from mmcompress.parts import Decoding, Part
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ ANSWER_TOKENS = 128
 """The longest answer, where the generation config names no other."""
 
 
-class VisionLanguage:
+class VisionLanguage(ABC):
     """Base of these families; a family adds names, classes, the vision tower, and how pictures become inputs and placeholders."""
 
     name: str
@@ -54,25 +55,25 @@ class VisionLanguage:
     position_axes = 1
     """How many positions a token has."""
 
+    @abstractmethod
     def vision_tower(self, model: Any) -> Tower:
         """Return the view of the vision encoder with its connector."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
         """Return the inputs made of pictures, one row each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def example_images(self, model: Any, batch: int) -> dict[str, Tensor]:
         """Return what `image_inputs` could, the same every time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
         """Return the text that stands for picture `row`: its image token as often as the picture has tokens."""
-        raise NotImplementedError
 
-    def example_counts(self, model: Any) -> int:
+    @abstractmethod
+    def example_image_tokens(self, model: Any) -> int:
         """Return how many tokens an example picture has."""
-        raise NotImplementedError
 
     def seen(self, model: Any, inputs: dict[str, Tensor]) -> Any:
         """Return what the model makes of the pictures: an output whose `pooler_output` lists (N, C) of each."""
@@ -196,10 +197,17 @@ class VisionLanguage:
             inputs |= {key: inputs[key][present.bool()] for key in self.image_keys if key in inputs}
         return inputs
 
+    @abstractmethod
+    def vision_graph(self, model: Any) -> Part:
+        """Return the part that makes image_embeds (R, N, C) of what `looked_at` gives, for any R.
+
+        Raises UsageError for models whose pictures no graph can take.
+        """
+
     def parts(self, model: Any) -> tuple[Part, ...]:
-        """Return the graphs that look, look words up, and write. Raises UsageError for models whose pictures no graph can take."""
+        """Return the graphs that look, look words up, and write. Raises what `vision_graph` raises."""
         return (
-            vision_part(self.look, lambda count: self.looked_at(model, self.example_images(model, count))),
+            self.vision_graph(model),
             embed_part(model),
             language_part(model, self.language, self.both_ways, self.position_axes),
         )
@@ -224,12 +232,8 @@ class VisionLanguage:
         found = self.talk.tokenizer(processor).batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in found]
 
-    def look(self, model: Any, *inputs: Tensor) -> Tensor:
-        """Return image_embeds (R, N, C) of what `looked_at` gives, in a way that can be traced with any R."""
-        raise NotImplementedError
-
     def looked_at(self, model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs of `look` for pictures, one row each picture or tile. Raises UsageError for pictures it cannot take."""
+        """Return the vision graph's inputs, one row each picture or tile. Raises UsageError for pictures it cannot take."""
         return images
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
@@ -237,7 +241,7 @@ class VisionLanguage:
         if tower == "vision":
             return self.example_images(model, batch)
         c = model.config
-        count, width = self.example_counts(model), self.image_width(model)
+        count, width = self.example_image_tokens(model), self.image_width(model)
         generator = torch.Generator().manual_seed(0)
         reserved = sorted({c.image_token_id, getattr(c, "video_token_id", None) or c.image_token_id})
         ids = torch.randint(c.text_config.vocab_size - len(reserved), (batch, 16), generator=generator)
@@ -270,9 +274,9 @@ class VisionLanguage:
         self.write_vision_config(model, vision)
         write_language_config(model.config.text_config, language.blocks)
 
+    @abstractmethod
     def write_vision_config(self, model: Any, tower: Tower) -> None:
         """Write depth and uniform widths of the vision tower."""
-        raise NotImplementedError
 
     def _images(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         if processor.image is None:

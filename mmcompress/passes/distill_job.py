@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(ABC):
     """What models that embed and models that answer have in common."""
 
     settings: Distill
@@ -36,25 +37,25 @@ class Job:
     batch_size: int
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """How many training samples one epoch has."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def held_back(self) -> int:
         """Samples that do not train; 0 where the data is so small that all serve for both."""
-        raise NotImplementedError
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the user should know of the data."""
         return ()
 
+    @abstractmethod
     def lesson(
         self, bundle: Bundle, teacher: Bundle, ranks: Ranks, folder: Path | None, context: Context, half: bool
     ) -> Lesson:
         """Return what the steps learn from. Raises UsageError for losses that data, student and teacher do not allow."""
-        raise NotImplementedError
 
     @property
     def samples_per_step(self) -> int:

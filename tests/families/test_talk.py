@@ -108,7 +108,7 @@ def test_pictures_of_another_size_than_the_models_are_refused() -> None:
 def test_smolvlm_writes_tiles_as_transformers_does(rows: int, columns: int) -> None:
     for name in ("smolvlm", "idefics3"):
         bundle = tiny.bundle(name)
-        count = bundle.family.example_counts(bundle.model)
+        count = bundle.family.example_image_tokens(bundle.model)
         got = bundle.family.placeholders(bundle.model, bundle.processor, {"tiles": torch.tensor([[rows, columns]])}, 0)
         if name == "smolvlm":
             assert got == get_image_prompt_string(rows, columns, count, AROUND, "<image>", WHOLE)
