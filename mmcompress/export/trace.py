@@ -20,10 +20,11 @@ import torch
 from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
-from mmcompress.bundle import Bundle, DualEncoder, Family, Processor, Tower
+from mmcompress.bundle import Bundle, DualEncoder, Family, Processor
 from mmcompress.errors import UsageError, closest
 from mmcompress.export.translations import translations
 from mmcompress.parts import BATCH, TOKENS, Exportable, Part, Sizes
+from mmcompress.views import Tower
 
 OUTPUT = "embeddings"
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mmcompress.bundle import Attention, Block, Counts, Mlp
+from mmcompress.views import Attention, Block, Counts, Mlp
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipForConditionalGeneration, BlipForQuestionAnswering
 
-from mmcompress.bundle import Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import BLIP_DECODER_BLOCK, read_blocks, widths
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
@@ -30,6 +30,7 @@ from mmcompress.families.blip_views import (
     write_widths,
 )
 from mmcompress.families.two_tower import tokenizer_of
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample

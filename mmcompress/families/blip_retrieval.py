@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval
 
-from mmcompress.bundle import Tower
 from mmcompress.families.anatomy import BERT_BLOCK
 from mmcompress.families.blip_views import example_ids, example_pictures, text_tower, vision_tower, write_widths
 from mmcompress.families.two_tower import TwoTowers
+from mmcompress.views import Tower
 
 POST_NORM = "BERT blocks normalise after the residual; merging inside them is not implemented"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmcompress.bundle import Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
     BLIP_VISION_BLOCK,
@@ -22,6 +22,7 @@ from mmcompress.families.anatomy import (
     widths,
 )
 from mmcompress.families.two_tower import in_dtype_of
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import ChineseCLIPModel
 
-from mmcompress.bundle import Tower
 from mmcompress.families.anatomy import BERT_BLOCK, example_pixels, example_tokens, read_blocks
 from mmcompress.families.clip import clip_vision, write_clip_widths
 from mmcompress.families.two_tower import TwoTowers
+from mmcompress.views import Tower
 
 
 class ChineseClip(TwoTowers):

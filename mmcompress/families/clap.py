@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ClapModel
 
-from mmcompress.bundle import Block, Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
     BERT_BLOCK,
@@ -23,6 +23,7 @@ from mmcompress.families.anatomy import (
     widths,
 )
 from mmcompress.families.two_tower import TwoTowers, in_dtype_of
+from mmcompress.views import Block, Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from mmcompress.bundle import TokenStream, Tower
 from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, example_tokens, read_blocks, widths
 from mmcompress.families.two_tower import TwoTowers
+from mmcompress.views import TokenStream, Tower
 
 
 class Clip(TwoTowers):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import VisionTextDualEncoderModel
 
-from mmcompress.bundle import TokenStream, Tower
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
     BERT_BLOCK,
@@ -20,6 +19,7 @@ from mmcompress.families.anatomy import (
 )
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.families.vision_encoders import VISION, write_vision_config
+from mmcompress.views import TokenStream, Tower
 
 VISION_TYPES = ("vit", "dinov2")
 TEXT: dict[str, tuple[str, BlockNames]] = {"bert": ("text_model.encoder.layer", BERT_BLOCK)}

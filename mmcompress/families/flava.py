@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import FlavaModel
 
-from mmcompress.bundle import Tower
 from mmcompress.families.anatomy import FLAVA_BLOCK, example_pixels, example_tokens, read_blocks, widths
 from mmcompress.families.two_tower import TwoTowers, in_dtype_of
+from mmcompress.views import Tower
 
 ITSELF = "FLAVA computes attention by itself and gives no keys to match tokens by"
 

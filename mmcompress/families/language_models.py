@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmcompress.bundle import Block, Tower
 from mmcompress.errors import UsageError, closest
 from mmcompress.families.anatomy import LLAMA_BLOCK, QWEN_LANGUAGE_BLOCK, BlockNames, read_blocks
+from mmcompress.views import Block, Tower
 
 LANGUAGE: dict[str, BlockNames] = {
     "llama": LLAMA_BLOCK,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LayoutLMv3ForSequenceClassification, LayoutLMv3ForTokenClassification, LayoutLMv3Model
 
-from mmcompress.bundle import Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
     BERT_BLOCK,
@@ -27,6 +27,7 @@ from mmcompress.families.anatomy import (
 )
 from mmcompress.families.answers import next_token_roots, roots
 from mmcompress.families.two_tower import in_dtype_of, tokenizer_of
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample

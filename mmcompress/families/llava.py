@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from mmcompress.bundle import Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError, closest
 from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Part
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PaliGemmaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmcompress.bundle import Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.talk import Talk
@@ -17,6 +17,7 @@ from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Part
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from mmcompress.bundle import Numbering, Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
     QWEN2_VISION_BLOCK,
@@ -33,6 +33,7 @@ from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage, padded
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Decoding, Part
+from mmcompress.views import Numbering, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image

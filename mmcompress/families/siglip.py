@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Siglip2Model, SiglipModel
 
-from mmcompress.bundle import TokenStream, Tower
 from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, example_tokens, read_blocks
 from mmcompress.families.clip import write_clip_widths
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.ops.grids import resize_grid
+from mmcompress.views import TokenStream, Tower
 
 
 class Siglip(TwoTowers):

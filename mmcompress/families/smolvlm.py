@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
-from mmcompress.bundle import Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, read_blocks, widths
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Part
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image

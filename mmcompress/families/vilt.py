@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import ViltForImageAndTextRetrieval, ViltForQuestionAnswering
 
-from mmcompress.bundle import Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import FLAVA_BLOCK, example_pixels, example_tokens, read_blocks, widths
 from mmcompress.families.answers import roots
 from mmcompress.families.two_tower import in_dtype_of, tokenizer_of
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample

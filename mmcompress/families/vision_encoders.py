@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mmcompress.bundle import Block
 from mmcompress.families.anatomy import CLIP_BLOCK, DINOV2_BLOCK, VIT_BLOCK, BlockNames, widths
+from mmcompress.views import Block
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmcompress.bundle import Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.language_models import language_tower, require_language, write_language_config
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part
 from mmcompress.parts import Decoding, Part
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from mmcompress.bundle import Processor, Tower
+from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
     WHISPER_DECODER_BLOCK,
@@ -25,6 +25,7 @@ from mmcompress.families.anatomy import (
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.whisper_parts import whisper_decoding, whisper_parts
 from mmcompress.parts import Decoding, Part
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     import numpy as np

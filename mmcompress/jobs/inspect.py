@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mmcompress import checkpoint, passes
-from mmcompress.bundle import Bundle, Tower
+from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.measure.cost import cost_of
+from mmcompress.views import Tower
 
 # What to ask a pass about one tower: parameters that make it do something there. Little, because embedding tables and projections
 # are never cut, and can be most of a tower.

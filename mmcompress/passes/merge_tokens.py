@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mmcompress.bundle import Bundle, Tower
+from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops.schedule import (
     capped,
@@ -24,6 +24,7 @@ from mmcompress.ops.selection import random_selection
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.surgery.attention import give_keys
 from mmcompress.surgery.merging import Ledger, Reduction, bind_block, bind_pool, is_reduced
+from mmcompress.views import Tower
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from mmcompress.bundle import Bundle, DualEncoder, Tower
+from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.errors import UsageError, closest
 from mmcompress.manifest import Json
 from mmcompress.passes import prune_scores
@@ -39,6 +39,7 @@ from mmcompress.passes.prune_units import (
     write_ranges,
 )
 from mmcompress.surgery.freeing import give_back_freed
+from mmcompress.views import Tower
 
 KINDS = ("heads", "neurons", "blocks")
 BLOCK_SCORES = ("block-influence", "taylor", "random")

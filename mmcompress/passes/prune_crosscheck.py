@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmcompress.bundle import Bundle, Tower
+from mmcompress.bundle import Bundle
 from mmcompress.errors import MissingError, UsageError
 from mmcompress.passes.prune_units import head_rows, kept_rows
 from mmcompress.surgery.linears import spread
+from mmcompress.views import Tower
 
 Channels = dict[tuple[str, str], list[int]]
 """(path of a Linear, "rows" or "columns") -> the channels that go."""

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcompress.bundle import Attention, Bundle, Mlp, Numbering, Tower
+from mmcompress.bundle import Bundle
 from mmcompress.passes.prune_units import head_rows, kept_rows
 from mmcompress.surgery.linears import keep_columns, keep_rows, selected, spread
+from mmcompress.views import Attention, Mlp, Numbering, Tower
 
 PLACES = ("layer_idx", "layer_index", "layer_id")
 

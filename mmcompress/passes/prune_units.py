@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcompress.bundle import Attention, Block, Bundle, Tower
+from mmcompress.bundle import Bundle
 from mmcompress.surgery.linears import spread
 from mmcompress.surgery.watch import evaluating, meter, watch_inputs
+from mmcompress.views import Attention, Block, Tower
 
 Kind = Literal["heads", "neurons", "blocks"]
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from mmcompress.bundle import Bundle, Tower
+from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError, closest
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8, Levels
 from mmcompress.passes.base import Context, Plan, Work
@@ -18,6 +18,7 @@ from mmcompress.passes.quantize_calibrate import Grid, Judge, calibrate, groups_
 from mmcompress.progress import track
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import QUANTIZED, can_quantize, drop_ties, quantized
+from mmcompress.views import Tower
 
 SCHEMES = {"W8A8": (True, True), "W8A16": (True, False), "W16A16": (False, False)}
 """Name -> (weights in 8 bits, activations in 8 bits)."""

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmcompress.bundle import Bundle, Tower
+from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops.observers import ChannelRange, Method, MinMax, observer
 from mmcompress.ops.rounding import Levels, scale_from_range, smoothing
 from mmcompress.passes.base import Context
 from mmcompress.progress import track
 from mmcompress.surgery.watch import evaluating, padding_mask, watch_inputs
+from mmcompress.views import Tower
 
 Inputs = dict[str, Tensor]
 

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mmcompress.bundle import Bundle, DualEncoder, Generator, Tower
+from mmcompress.bundle import Bundle, DualEncoder, Generator
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.evaluate.likelihoods import read_answers
 from mmcompress.measure.answerer import bundle_answerer
 from mmcompress.parts import Exportable
+from mmcompress.views import Tower
 from tests import tiny
 
 

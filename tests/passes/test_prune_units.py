@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmcompress.bundle import Attention, Bundle, Processor
+from mmcompress.bundle import Bundle, Processor
 from mmcompress.manifest import Source
 from mmcompress.passes.prune_cut import cut_heads
 from mmcompress.passes.prune_units import count_costs, count_tokens, list_groups, read_ranges, write_ranges
+from mmcompress.views import Attention
 from tests import tiny
 
 

@@ -1,0 +1,134 @@
+"""Views of a model: where its towers, blocks, attentions and feed-forwards are, by dotted path from the model.
+
+Paths can be recorded, compared and used on meta tensors. Views are made afresh by `Bundle.towers()` each time; surgery makes older
+ones stale.
+
+Shape alphabet: B batch, N tokens, C channels, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Readout = Literal["class", "mean", "attention", "all"]
+Counts = Literal["heads", "kv_heads", "width"]
+Numbering = Literal["each", "block", "after"]
+"""How a value counts the blocks of a tower: one entry for each; the index of one or several blocks; or how many blocks come before
+a place in the stack (negative: from the end, -1 behind the last)."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One multi-head attention: `writers` make queries, keys and values, `reader` mixes the heads' outputs."""
+
+    path: str
+    """The module that is called with hidden states."""
+    writers: tuple[str, ...]
+    """Paths of the q, k, v Linears; their rows are (heads * head_dim), of k and v (kv_heads * head_dim). A single path is a
+    fused Linear: its rows are those of q, k and v one after the other, of equally many heads."""
+    reader: str
+    """Path of the output Linear; its columns are (heads * head_dim)."""
+    heads: int
+    kv_heads: int
+    """Where there are fewer than `heads`, each serves as many query heads in a row (grouped-query attention)."""
+    head_dim: int
+    bookkeeping: tuple[tuple[str, str, Counts], ...] = ()
+    """(module path, attribute, what it counts): integers transformers keeps beside the weights and that surgery must follow."""
+    per_head: tuple[str, ...] = ()
+    """Names of parameters (positions, heads) that hold a column for each head: a table of relative position biases."""
+    why_whole: str = ""
+    """Where heads cannot be cut: why not, for a person."""
+    window: int = 0
+    """How many keys each query sees, where those are not all."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One feed-forward: `writers` is (up,) or (gate, up), `reader` is down. Units are its hidden neurons."""
+
+    path: str
+    writers: tuple[str, ...]
+    reader: str
+    neurons: int
+    activation: str
+    """Name of the activation, as in the config: removing a silenced neuron is exact only where act(0) = 0."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    A pre-norm block computes ``x += attend(x)`` then ``x += feed(x)``; `attend` and `feed` are the block's children to call in
+    order, `attention` being one of `attend`. A block that is not of this shape (post-norm) leaves both empty, and passes
+    that change tokens inside it refuse.
+    """
+
+    path: str
+    index: int
+    attention: Attention
+    mlp: Mlp
+    attend: tuple[str, ...] = ()
+    feed: tuple[str, ...] = ()
+    cross: Attention | None = None
+    """In a decoder that looks at an encoder: queries come from this block's tokens, keys and values from the encoder's output."""
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The tokens that flow through a tower's blocks."""
+
+    tokens: int
+    """N at the model's own input size, protected ones included."""
+    protected: int
+    """Leading class/register tokens that are never merged or dropped."""
+    readout: Readout
+    """What the tower's output is read from."""
+    pool: str = ""
+    """For readout "attention": path of the nn.MultiheadAttention whose keys are the tokens."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One modality's encoder, with its projection into the shared space."""
+
+    name: str
+    path: str
+    blocks_path: str
+    """Path of the nn.ModuleList that holds the blocks."""
+    blocks: tuple[Block, ...]
+    config: str
+    """Attribute path of the tower's config inside model.config ("" for the model's own)."""
+    depth_key: str
+    """The config key that counts the blocks."""
+    heads: tuple[str, ...] = ()
+    """Paths of what follows the blocks, inside `path` or not: a projection, the connector to a language model, its output layer."""
+    parameters: tuple[str, ...] = ()
+    """Names of parameters that belong to the tower but to none of these modules."""
+    numbered: tuple[tuple[str, str, Numbering], ...] = ()
+    """(path of a module or of a config inside model.config, attribute, how it counts the tower's blocks)."""
+    why_fixed_depth: str = ""
+    """Where blocks cannot be removed: why not, for a person. They may then lie in several lists below `blocks_path`."""
+    needed: tuple[int, ...] = ()
+    """Indices of blocks that cannot go: something beside the stack reads what they give out."""
+    packed: bool = False
+    """Whether the blocks see the tokens of all samples in one row, (N, C) instead of (B, N, C), or a row for each window."""
+    embeddings: tuple[str, ...] = ()
+    """Paths of the nn.Embedding tables and the patch embedding."""
+    stream: TokenStream | None = None
+    uncalled: tuple[str, ...] = ()
+    """Paths of Linears whose weight their owner reads without calling them: they cannot be quantized."""
+    tied: tuple[tuple[str, str], ...] = ()
+    """Paths of (embedding table, Linear) that share one weight."""
+    why_no_stream: str = ""
+    """Where `stream` is None: why tokens of this tower cannot be merged, for a person."""
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter or module path belongs to this tower."""
+        roots = (self.path, *self.heads, *self.parameters)
+        return any(name == root or name.startswith(root + ".") for root in roots)
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Paths of the modules that make up the tower, none inside another."""
+        return (self.path, *(head for head in self.heads if not head.startswith(self.path + ".")))
