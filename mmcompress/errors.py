@@ -30,6 +30,10 @@ class UsageError(MmcError):
     exit_code = 2
 
 
+class NotExportable(UsageError):
+    """What the checkpoint can do and no exported graph of it: a model, a picture, a setting of generation."""
+
+
 class GateFailed(MmcError):
     """A gate of a recipe or of `mmc check` failed (exit code 3)."""
 

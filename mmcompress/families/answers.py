@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
+from mmcompress.errors import NotExportable
+
 FORCED_TOKENS = 32
 """How many tokens of a reference answer a decoder is led through: its rows are T * vocabulary wide."""
 
@@ -51,3 +53,22 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+UNKNOWN = (
+    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "forced_eos_token_id",
+    "forced_bos_token_id", "min_length", "min_new_tokens", "exponential_decay_length_penalty", "no_speech_threshold",
+    "guidance_scale", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+)  # fmt: skip
+"""Settings of transformers' generation that change what is written and that the exported loop does not know."""
+
+
+def require_known_settings(settings: Any) -> None:
+    """Raise NotExportable where a generation config says what the loop around exported graphs does not do."""
+    for name in UNKNOWN:
+        value = getattr(settings, name, None)
+        if value not in (None, 0, 1.0, [], {}):
+            raise NotExportable(
+                f"generation_config.json sets {name} to {value}, which exported models do not know",
+                hint="remove it, or answer with the checkpoint",
+            )

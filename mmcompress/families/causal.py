@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 HIDDEN = -10000.0
 """exp() of it is 0 in every precision, and it fits in float16."""
@@ -23,3 +24,14 @@ def causal_mask(past: int, tokens: int, dtype: torch.dtype, present: Tensor | No
         # A row of padding looks at itself: what it makes of it is never read, and a softmax over nothing would be NaN.
         shown = shown & (present[:, None, None, :].bool() | (columns[None, :] == rows[:, None])[None, None])
     return torch.where(shown, torch.zeros((), dtype=dtype), torch.full((), HIDDEN, dtype=dtype))
+
+
+def filled(tensors: tuple[Tensor, ...]) -> DynamicCache:
+    """Return a cache of keys and values, which may be of no tokens at all: filling it by `update` would look at the number."""
+    cache = DynamicCache()
+    for keys, values in zip(tensors[::2], tensors[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+        layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache

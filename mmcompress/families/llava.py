@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from mmcompress.bundle import Processor
-from mmcompress.errors import UsageError, closest
+from mmcompress.errors import NotExportable, UsageError, closest
 from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
@@ -135,7 +135,7 @@ class LlavaNext(Llava):
         }
 
     def vision_graph(self, model: Any) -> Part:
-        raise UsageError(
+        raise NotExportable(
             "llava_next cuts every picture into as many tiles as suit it, and pads their tokens by its size; no graph does that",
             hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
         )

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from mmcompress.bundle import Processor
-from mmcompress.errors import UsageError
+from mmcompress.errors import NotExportable
 from mmcompress.families.anatomy import (
     QWEN2_VISION_BLOCK,
     QWEN3_VISION_BLOCK,
@@ -137,7 +137,7 @@ class QwenVL(VisionLanguage):
     def vision_graph(self, model: Any) -> Part:
         """Return the graph; it takes pictures of `EXAMPLE_GRID` patches alone. Raises UsageError for Qwen3-VL."""
         if model.config.model_type == "qwen3_vl":
-            raise UsageError(
+            raise NotExportable(
                 "Qwen3-VL's language model is given what earlier vision blocks made (deepstack), and export does not know that",
                 hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
             )
@@ -163,7 +163,7 @@ class QwenVL(VisionLanguage):
         """Return pixel_values (R, P, …). Raises UsageError for another grid than `EXAMPLE_GRID`."""
         other = [grid for grid in images["image_grid_thw"].tolist() if tuple(grid) != EXAMPLE_GRID]
         if other:
-            raise UsageError(
+            raise NotExportable(
                 f"the image processor cuts a picture into {other[0]} patches; the exported vision part takes {list(EXAMPLE_GRID)}",
                 hint="let min_pixels and max_pixels in preprocessor_config.json allow that size",
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
 from mmcompress.bundle import Processor
-from mmcompress.errors import UsageError
+from mmcompress.errors import NotExportable
 from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, read_blocks, widths
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage
@@ -76,7 +76,7 @@ class SmolVLM(VisionLanguage):
         pixels, mask = images["pixel_values"].flatten(0, 1), images["pixel_attention_mask"].flatten(0, 1)
         there = mask.flatten(1).any(-1)
         if not mask[there].all():
-            raise UsageError(
+            raise NotExportable(
                 "the picture does not fill its tile, and the exported vision part knows no padding",
                 hint="use square pictures, or answer with the checkpoint",
             )

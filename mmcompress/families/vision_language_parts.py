@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcompress.errors import UsageError
-from mmcompress.families.causal import causal_mask
-from mmcompress.families.whisper_parts import UNKNOWN, filled
+from mmcompress.families.answers import require_known_settings
+from mmcompress.families.causal import causal_mask, filled
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
 
 
@@ -142,15 +141,9 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int) -> Part
 
 
 def language_decoding(model: Any, limit: int) -> Decoding:
-    """Return how greedy generation writes. Raises UsageError for settings it does not cover."""
+    """Return how greedy generation writes. Raises NotExportable for settings it does not cover."""
     settings, config = model.generation_config, model.config
-    for name in UNKNOWN:
-        value = getattr(settings, name, None)
-        if value not in (None, 0, 1.0, [], {}):
-            raise UsageError(
-                f"generation_config.json sets {name} to {value}, which exported models do not know",
-                hint="remove it, or answer with the checkpoint",
-            )
+    require_known_settings(settings)
     end = settings.eos_token_id
     ends = tuple(end if isinstance(end, list) else [end]) if end is not None else ()
     return Decoding(

@@ -14,19 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 
-from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import example_tokens
-from mmcompress.families.causal import causal_mask
+from mmcompress.families.answers import require_known_settings
+from mmcompress.families.causal import causal_mask, filled
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
-
-UNKNOWN = (
-    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "forced_eos_token_id",
-    "forced_bos_token_id", "min_length", "min_new_tokens", "exponential_decay_length_penalty", "no_speech_threshold",
-    "guidance_scale", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
-)  # fmt: skip
-"""Settings of transformers' generation that change what is written and that the exported loop does not know."""
 
 
 def listen(model: Any, features: Tensor) -> tuple[Tensor, ...]:
@@ -59,17 +52,6 @@ def write(model: Any, ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
     ).last_hidden_state
     layers: Any = cache.self_attention_cache.layers
     return (model.proj_out(hidden[:, -1]), *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
-
-
-def filled(tensors: tuple[Tensor, ...]) -> DynamicCache:
-    """Return a cache of keys and values, which may be of no tokens at all: filling it by `update` would look at the number."""
-    cache = DynamicCache()
-    for keys, values in zip(tensors[::2], tensors[1::2], strict=True):
-        layer = DynamicLayer()
-        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
-        layer.is_initialized = True
-        cache.layers.append(layer)
-    return cache
 
 
 def whisper_parts(model: Any, features: Any, start: list[int]) -> tuple[Part, ...]:
@@ -123,15 +105,9 @@ def whisper_parts(model: Any, features: Any, start: list[int]) -> tuple[Part, ..
 
 
 def whisper_decoding(model: Any, start: list[int]) -> Decoding:
-    """Return how transformers' own greedy generation writes from `start`. Raises UsageError for settings it does not cover."""
+    """Return how transformers' own greedy generation writes from `start`. Raises NotExportable for settings it does not cover."""
     settings, config = model.generation_config, model.config
-    for name in UNKNOWN:
-        value = getattr(settings, name, None)
-        if value not in (None, 0, 1.0, [], {}):
-            raise UsageError(
-                f"generation_config.json sets {name} to {value}, which exported models do not know",
-                hint="remove it, or answer with the checkpoint",
-            )
+    require_known_settings(settings)
     languages: dict[str, int] = getattr(settings, "lang_to_id", None) or {}
     end = settings.eos_token_id
     steps: list[tuple[int, ...]] = [(token,) for token in start]

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from mmcompress import checkpoint, weights
 from mmcompress.bundle import Bundle, DualEncoder
-from mmcompress.errors import UsageError
+from mmcompress.errors import NotExportable, UsageError
 from mmcompress.export import tensorrt as engines
 from mmcompress.export.artifact import Artifact, TensorSpec, is_artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
@@ -77,7 +77,7 @@ def has_parts(bundle: Bundle) -> bool:
     try:
         bundle.family.decoding(bundle.model)
         return bool(bundle.family.parts(bundle.model))
-    except UsageError:
+    except NotExportable:
         return False
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from mmcompress import checkpoint
 from mmcompress.data.dataset import Dataset, Memory, batches
 from mmcompress.data.sample import Audio, Sample, Stored
-from mmcompress.errors import UsageError
+from mmcompress.errors import NotExportable, UsageError
 from mmcompress.export.artifact import is_artifact, open_artifact
 from mmcompress.measure.answerer import Answerer, artifact_answerer, bundle_answerer
 from mmcompress.measure.writing import Written
@@ -107,7 +107,7 @@ def generate(
             answerer = bundle_answerer(bundle, threads=threads)
             if not answerer.decoding.resizes:
                 return _answered(str(model), "torch", answerer, samples, limit, batch)
-        except UsageError:
+        except NotExportable:
             # Parts take less than the whole model, such as pictures without padding; without them nothing is timed.
             if limit is not None:
                 raise

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from mmcompress import checkpoint
+from mmcompress.bundle import Bundle
 from mmcompress.cli import __main__ as cli
-from mmcompress.data import open_data
+from mmcompress.data import Sample, open_data
 from mmcompress.errors import UsageError
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.embedders import evaluate_target
 from mmcompress.jobs.generate import generate, samples_of
 from tests import tiny
-
-pytest.importorskip("soundfile")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +51,20 @@ def test_a_checkpoint_and_its_export_answer_the_same(places: dict[str, Path]) ->
         timing = made.timing()
         assert timing["first_token_ms"] >= timing["audio_ms"] > 0
         assert timing["tokens_per_second"] > 0
+
+
+def test_what_no_graph_takes_the_checkpoint_answers_itself_and_other_errors_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tiny.bundle("llava_next")
+    checkpoint.save(bundle, tmp_path / "model")
+    asked = list(tiny.data("llava_next", 2))
+    made = generate(tmp_path / "model", asked, threads=1)
+    assert (list(made.answers), made.tokens) == (bundle.generate(asked), ())
+    monkeypatch.setattr(Bundle, "generate", lambda *_: pytest.fail("tried a second way"))
+    checkpoint.save(tiny.bundle("llava_clip"), tmp_path / "other")
+    with pytest.raises(UsageError, match="takes 256"):
+        generate(tmp_path / "other", [Sample("long", question="what " * 300)], threads=1)
 
 
 def test_the_command_prints_one_line_a_file(places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,6 @@ from mmcompress.measure.answerer import artifact_answerer
 from tests.built import built
 
 pytestmark = pytest.mark.real
-pytest.importorskip("soundfile")
 COUNT = 56
 
 
