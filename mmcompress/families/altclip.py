@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AltCLIPModel
 
-from mmcompress.families.anatomy import BERT_BLOCK, example_pixels, example_tokens, read_blocks, roberta_positions
+from mmcompress.families.anatomy import example_pixels, example_tokens, roberta_positions
 from mmcompress.families.clip import clip_vision, write_clip_widths
+from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.views import Tower
 
@@ -25,23 +26,9 @@ class AltClip(TwoTowers):
         return AltCLIPModel
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
-        text = model.config.text_config
-        blocks = "text_model.roberta.encoder.layers"
         return (
             clip_vision(model),
-            Tower(
-                name="text",
-                path="text_model",
-                blocks_path=blocks,
-                blocks=read_blocks(model, blocks, BERT_BLOCK, text.hidden_act),
-                config="text_config",
-                depth_key="num_hidden_layers",
-                heads=("text_projection",),
-                embeddings=tuple(
-                    f"text_model.roberta.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")
-                ),
-                why_no_stream="RoBERTa blocks normalise after the residual; merging inside them is not implemented",
-            ),
+            bert_text(model, "roberta", "encoder.layers"),
         )
 
     def text_limit(self, model: Any) -> int:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import ChineseCLIPModel
 
-from mmcompress.families.anatomy import BERT_BLOCK, example_pixels, example_tokens, read_blocks
+from mmcompress.families.anatomy import example_pixels, example_tokens
 from mmcompress.families.clip import clip_vision, write_clip_widths
+from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.views import Tower
 
@@ -25,22 +26,9 @@ class ChineseClip(TwoTowers):
         return ChineseCLIPModel
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
-        text = model.config.text_config
         return (
             clip_vision(model),
-            Tower(
-                name="text",
-                path="text_model",
-                blocks_path="text_model.encoder.layer",
-                blocks=read_blocks(model, "text_model.encoder.layer", BERT_BLOCK, text.hidden_act),
-                config="text_config",
-                depth_key="num_hidden_layers",
-                heads=("text_projection",),
-                embeddings=tuple(
-                    f"text_model.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")
-                ),
-                why_no_stream="BERT blocks normalise after the residual; merging inside them is not implemented",
-            ),
+            bert_text(model),
         )
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:

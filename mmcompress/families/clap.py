@@ -14,7 +14,6 @@ from transformers import ClapModel
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
-    BERT_BLOCK,
     CLAP_AUDIO_BLOCK,
     example_pixels,
     example_tokens,
@@ -22,6 +21,7 @@ from mmcompress.families.anatomy import (
     roberta_positions,
     widths,
 )
+from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers, in_dtype_of
 from mmcompress.views import Block, Tower
 
@@ -48,7 +48,6 @@ class Clap(TwoTowers):
         return ClapModel
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
-        text = model.config.text_config
         return (
             Tower(
                 name="audio",
@@ -63,19 +62,7 @@ class Clap(TwoTowers):
                 packed=True,
                 why_no_stream="its tokens are a grid that is cut into windows",
             ),
-            Tower(
-                name="text",
-                path="text_model",
-                blocks_path="text_model.encoder.layer",
-                blocks=read_blocks(model, "text_model.encoder.layer", BERT_BLOCK, text.hidden_act),
-                config="text_config",
-                depth_key="num_hidden_layers",
-                heads=("text_projection",),
-                embeddings=tuple(
-                    f"text_model.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")
-                ),
-                why_no_stream="RoBERTa blocks normalise after the residual; merging inside them is not implemented",
-            ),
+            bert_text(model),
         )
 
     def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:

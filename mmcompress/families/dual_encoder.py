@@ -10,23 +10,22 @@ from transformers import VisionTextDualEncoderModel
 
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
-    BERT_BLOCK,
-    BlockNames,
     example_pixels,
     example_tokens,
     read_blocks,
     widths,
 )
+from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.views import TokenStream, Tower
 
 VISION_TYPES = ("vit", "dinov2")
-TEXT: dict[str, tuple[str, BlockNames]] = {"bert": ("text_model.encoder.layer", BERT_BLOCK)}
+TEXT_TYPES = ("bert",)
 
 
 class DualEncoder(TwoTowers):
-    """Any pair of a vision model in `VISION_TYPES` and a text model in `TEXT`."""
+    """Any pair of a vision model in `VISION_TYPES` and a text model in `TEXT_TYPES`."""
 
     name = "dual_encoder"
     model_types: tuple[str, ...] = ("vision-text-dual-encoder",)
@@ -34,11 +33,11 @@ class DualEncoder(TwoTowers):
     text_inputs = ("input_ids", "attention_mask")
 
     def model_class(self, config: Any) -> type[nn.Module]:
-        for part, known in ((config.vision_config, VISION_TYPES), (config.text_config, TEXT)):
+        for part, known in ((config.vision_config, VISION_TYPES), (config.text_config, TEXT_TYPES)):
             if part.model_type not in known:
                 raise UsageError(
                     f"a dual encoder with a '{part.model_type}' tower is not supported",
-                    hint=f"supported: {', '.join((*VISION_TYPES, *TEXT))}; add a line in mmcompress/families/dual_encoder.py",
+                    hint=f"supported: {', '.join((*VISION_TYPES, *TEXT_TYPES))}; add a line in mmcompress/families/dual_encoder.py",
                 )
         if getattr(config.vision_config, "use_swiglu_ffn", False):
             raise UsageError(
@@ -47,10 +46,9 @@ class DualEncoder(TwoTowers):
         return VisionTextDualEncoderModel
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
-        vision, text = model.config.vision_config, model.config.text_config
+        vision = model.config.vision_config
         encoder = VISION[vision.model_type]
         vision_blocks = f"vision_model.{encoder.blocks}"
-        text_blocks, text_names = TEXT[text.model_type]
         return (
             Tower(
                 name="vision",
@@ -65,19 +63,7 @@ class DualEncoder(TwoTowers):
                     tokens=(vision.image_size // vision.patch_size) ** 2 + 1, protected=1, readout="class"
                 ),
             ),
-            Tower(
-                name="text",
-                path="text_model",
-                blocks_path=text_blocks,
-                blocks=read_blocks(model, text_blocks, text_names, text.hidden_act),
-                config="text_config",
-                depth_key="num_hidden_layers",
-                heads=("text_projection",),
-                embeddings=tuple(
-                    f"text_model.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")
-                ),
-                why_no_stream="BERT blocks normalise after the residual; merging inside them is not implemented",
-            ),
+            bert_text(model),
         )
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import FlavaModel
 
 from mmcompress.families.anatomy import FLAVA_BLOCK, example_pixels, example_tokens, read_blocks, widths
+from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers, in_dtype_of
 from mmcompress.views import Tower
 
@@ -31,7 +32,7 @@ class Flava(TwoTowers):
         return FlavaModel
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
-        image, text = model.config.image_config, model.config.text_config
+        image = model.config.image_config
         return (
             Tower(
                 name="vision",
@@ -44,19 +45,7 @@ class Flava(TwoTowers):
                 embeddings=("image_model.embeddings.patch_embeddings.projection",),
                 why_no_stream=ITSELF,
             ),
-            Tower(
-                name="text",
-                path="text_model",
-                blocks_path="text_model.encoder.layer",
-                blocks=read_blocks(model, "text_model.encoder.layer", FLAVA_BLOCK, text.hidden_act),
-                config="text_config",
-                depth_key="num_hidden_layers",
-                heads=("text_projection",),
-                embeddings=tuple(
-                    f"text_model.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")
-                ),
-                why_no_stream=ITSELF,
-            ),
+            bert_text(model, names=FLAVA_BLOCK, why_no_stream=ITSELF),
         )
 
     def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,33 @@
+"""The BERT-like text encoder that stands beside many a vision or audio encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmcompress.families.anatomy import BERT_BLOCK, BlockNames, read_blocks
+from mmcompress.views import Tower
+
+POST_NORM = "BERT blocks normalise after the residual; merging inside them is not implemented"
+
+
+def bert_text(
+    model: Any,
+    inner: str = "",
+    stack: str = "encoder.layer",
+    names: BlockNames = BERT_BLOCK,
+    why_no_stream: str = POST_NORM,
+) -> Tower:
+    """Return the text tower `text_model` of a dual encoder; BERT itself lies at `inner` in it, its blocks at `stack` in BERT."""
+    root = f"text_model.{inner}".rstrip(".")
+    blocks = f"{root}.{stack}"
+    return Tower(
+        name="text",
+        path="text_model",
+        blocks_path=blocks,
+        blocks=read_blocks(model, blocks, names, model.config.text_config.hidden_act),
+        config="text_config",
+        depth_key="num_hidden_layers",
+        heads=("text_projection",),
+        embeddings=tuple(f"{root}.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")),
+        why_no_stream=why_no_stream,
+    )
