@@ -108,6 +108,7 @@ def show_plan(planned: dict[str, Any]) -> None:
 def tables(document: dict[str, Any]) -> None:
     """Print what ``--json`` prints, for a person: the verdict, what each step did and cost, the speed, the gates."""
     from mmcompress.cli import render
+    from mmcompress.evaluate.tasks import TASKS
 
     render.findings(document["verdict"])
     stages = document["stages"]
@@ -125,7 +126,8 @@ def tables(document: dict[str, Any]) -> None:
                 for row in costed
             ],
         )  # fmt: skip
-    names = sorted({name for row in stages for name in row.get("metrics", {}) if name.endswith(("_r1", "top1"))})
+    headlines = {f"{task.name}.{metric}" for task in TASKS.values() for metric in task.headlines}
+    names = sorted(headlines & {name for row in stages for name in row.get("metrics", {})})
     if names:
         render.table(
             "Accuracy after each step [95%]",

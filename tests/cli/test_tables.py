@@ -10,8 +10,11 @@ import pytest
 
 from mmcompress import demo as assets
 from mmcompress.cli.check import Share
+from mmcompress.cli.compress import tables
 from mmcompress.cli.export import numbers, profile
 from mmcompress.errors import UsageError
+from mmcompress.evaluate.scene import Task
+from mmcompress.evaluate.tasks import TASKS
 from mmcompress.export.tensorrt import Profile
 from mmcompress.jobs import demo as jobs
 from mmcompress.recipe import read
@@ -117,6 +120,17 @@ def test_tables_fit_a_terminal_of_100_columns(
     assert any(
         line.startswith("merge-tokens (random)") and line.count("[") == line.count("]") == 2 for line in accuracy
     )
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_tasks_headline_is_shown(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of models that answer too, for whom no metric ends in r1."""
+    row = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+    measured = {f"{task.name}.{task.headlines[0]}": row, f"{task.name}.something": row}
+    tables({"verdict": [], "stages": [{"stage": "original", "metrics": measured}], "speeds": [], "gates": []})
+    said = capsys.readouterr().out
+    assert task.headlines[0] in said
+    assert "something" not in said
 
 
 def test_quiet_is_quiet_and_verbose_names_the_stages(mmc: Mmc, saved: Path, data: Path, tmp_path: Path) -> None:
