@@ -94,12 +94,12 @@ def image_processor() -> BitImageProcessorPil:
 
 
 def text_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The decoder: 4 blocks, 256 wide, grouped-query attention with 4 key-value heads."""
+    """The decoder: 6 blocks, 256 wide, grouped-query attention with 4 key-value heads."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=832,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,

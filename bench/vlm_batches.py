@@ -12,23 +12,22 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from bench.mini_vlm import ASSISTANT, END, IMAGE, PATCHES, START, USER
 from bench.pretrained import PATCH
 from bench.scenes import Group, ask_scene, draw_scene, make_scene
-from bench.vqa_data import INVENTED, WORDINGS, Drawn, ask_drawing, main_colour, training_words
+from bench.vqa_data import WORDINGS, Drawn, ask_drawing, main_colour
 
 MOST_TURNS = 8
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is trained on: drawings with their right answers, and the scenes 0..scenes-1 with these words."""
+    """What is trained on: drawings with their right answers, and the scenes 0..scenes-1."""
 
     drawings: list[Drawn]
     answers: list[dict[Group, str]]
-    words: list[str]
     scenes: int
 
     def scene(self, number: int) -> Image.Image:
         """The picture of a scene."""
-        return draw_scene(make_scene(number, self.words, INVENTED))
+        return draw_scene(make_scene(number))
 
     def drawing(self, number: int) -> Image.Image:
         """The picture of a drawing."""
@@ -49,7 +48,7 @@ class Pictures:
 
     def scene_turns(self, number: int, choose: random.Random) -> list[tuple[str, str]]:
         """(question, answer) about a scene, at most MOST_TURNS of them; words are read in most of the sequences."""
-        turns = ask_scene(make_scene(number, self.words, INVENTED))
+        turns = ask_scene(make_scene(number))
         choose.shuffle(turns)
         turns.sort(key=lambda turn: turn.group != "reading")
         turns = turns[:MOST_TURNS]
@@ -71,7 +70,7 @@ def load_pictures(scenes: int, drawings: list[Drawn]) -> Pictures:
     for drawing in drawings:
         with Image.open(drawing.file) as image:
             answers.append(ask_drawing(drawing.row, main_colour(image)))
-    return Pictures(drawings, answers, training_words(drawings), scenes)
+    return Pictures(drawings, answers, scenes)
 
 
 class Talk:

@@ -1,7 +1,7 @@
 """Questions about drawings and scenes: what a small vision-language model is taught with and what it is asked afterwards.
 
 A folder made here is what `mmc eval --data FOLDER` reads: pictures beside a metadata.jsonl with one line per question (id,
-file_name, question, texts, group, turns). Drawings are split by vendor, scenes by number, words by their letters.
+file_name, question, texts, group, turns). Drawings are split by vendor, scenes by number.
 """
 
 import colorsys
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.scenes import COLOURS, PLACES, Group, Turn, ask_scene, draw_scene, is_heldout, make_scene, real_words
+from bench.scenes import COLOURS, PLACES, Group, Turn, ask_scene, draw_scene, make_scene
 
 # The first wording is the one asked in tests; the others keep a model from hanging on one form of words.
 WORDINGS: dict[str, tuple[str, ...]] = {
@@ -28,7 +28,6 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 DRAWN_COLOURS = (*COLOURS, "brown", "pink")
 # Training shows the scenes from 0 on; those for calibration and distillation, and the held-out ones, have other numbers.
 FIRST_CALIBRATION, FIRST_HELDOUT = 1_000_000, 2_000_000
-INVENTED = 0.5  # share of made-up words among those shown in training
 MAIN = 0.6  # a drawing has a main colour when so much of its ink has it
 TURNS_EVERY = 5  # in the held-out folder, one question in so many comes after earlier ones about the same picture
 
@@ -86,21 +85,11 @@ def ask_drawing(row: dict[str, Any], colour: str | None) -> dict[Group, str]:
 def corpus(drawings: Sequence[Drawn]) -> list[str]:
     """What the tokenizer learns from: every question, and every answer in small letters, so that capitals stay single letters."""
     questions = [wording for several in WORDINGS.values() for wording in several]
-    questions += [turn.question for seed in range(2000) for turn in ask_scene(make_scene(seed, ["WORD"], 0))]
+    questions += [turn.question for seed in range(2000) for turn in ask_scene(make_scene(seed))]
     answers = [
         row[name].lower() for row in (drawing.row for drawing in drawings) for name in ("text", "label", "group")
     ]
     return questions + answers + [*DRAWN_COLOURS, *PLACES] * 50
-
-
-def training_words(drawings: Sequence[Drawn]) -> list[str]:
-    """The real words that scenes for training may show."""
-    return [word for word in real_words([drawing.row["text"] for drawing in drawings]) if not is_heldout(word)]
-
-
-def heldout_words(drawings: Sequence[Drawn]) -> list[str]:
-    """The real words that only held-out scenes show."""
-    return [word for word in real_words([drawing.row["text"] for drawing in drawings]) if is_heldout(word)]
 
 
 @dataclass(frozen=True)
@@ -151,10 +140,8 @@ def write_naming(drawings: Sequence[Drawn], out: Path) -> int:
 
 def write_slices(
     drawings: Sequence[Drawn],
-    words: Sequence[str],
     first_scene: int,
     each: int,
-    invented: float,
     out: Path,
     seed: int = 0,
 ) -> int:
@@ -186,7 +173,7 @@ def write_slices(
     missing.update(colour=each, counting=each, reading=each, position=each)
     number = first_scene
     while any(missing[group] for group in ("colour", "counting", "reading", "position")):
-        scene = make_scene(number, words, invented)
+        scene = make_scene(number)
         name = f"scene-{number}.png"
         if take(name, ask_scene(scene), ("colour", "counting", "reading", "position")):
             draw_scene(scene).save(out / name, optimize=True)
@@ -205,9 +192,9 @@ def write_split(split: str, drawings: Path, out: Path) -> int:
     if split == "naming":
         return write_naming(heldout, out)
     if split == "heldout":
-        return write_slices(heldout, heldout_words(heldout), FIRST_HELDOUT, each=300, invented=0.0, out=out)
+        return write_slices(heldout, FIRST_HELDOUT, each=300, out=out)
     if split == "training":
-        return write_slices(training, training_words(heldout), FIRST_CALIBRATION, each=600, invented=INVENTED, out=out)
+        return write_slices(training, FIRST_CALIBRATION, each=600, out=out)
     raise ValueError(f"no split {split!r}: heldout, naming or training")
 
 

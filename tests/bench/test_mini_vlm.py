@@ -186,7 +186,7 @@ def run(tokenizer, file: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     monkeypatch.setattr(build_mini_vlm, "BATCH_DRAWINGS", 2)
     monkeypatch.setattr(build_mini_vlm, "BATCH_SCENES", 2)
     answers = [{"naming": "red apple", "category": "food & drink"}, {"naming": "green pear", "kind": "fruit"}]
-    pictures = Pictures([Drawn(file, {})] * 2, answers, ["PEAR"], 3)  # type: ignore[arg-type]
+    pictures = Pictures([Drawn(file, {})] * 2, answers, 3)  # type: ignore[arg-type]
     features = np.random.default_rng(0).normal(size=(3, PATCHES, 16)).astype(np.float16)
     return Training(tiny(tokenizer), Talk(tokenizer), pictures, {"drawings": features, "scenes": features})
 
@@ -216,7 +216,7 @@ def test_training_touches_no_vision_weight(tokenizer, tmp_path: Path, monkeypatc
 
 
 def test_turns_of_a_picture_are_shuffled() -> None:
-    pictures = Pictures([], [{"naming": "a", "category": "b", "kind": "c"}], ["PEAR"], 1)
+    pictures = Pictures([], [{"naming": "a", "category": "b", "kind": "c"}], 1)
     firsts = [pictures.drawing_turns(0, random.Random(seed))[0][1] for seed in range(60)]
     assert firsts.count("a") > 25
     assert {"b", "c"} <= set(firsts)

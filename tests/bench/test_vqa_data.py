@@ -11,15 +11,13 @@ import pytest
 from PIL import Image
 
 from bench import assets
-from bench.scenes import is_heldout
+from bench.scenes import WORDS
 from bench.vqa_data import (
     Drawn,
     ask_drawing,
     colour_name,
     drawing_turns,
-    heldout_words,
     main_colour,
-    training_words,
     write_naming,
     write_slices,
 )
@@ -81,12 +79,12 @@ def test_a_drawing_without_main_colour_is_not_asked_for_it(drawings: list[Drawn]
 def test_slices_are_full_and_the_product_reads_them(drawings: list[Drawn], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    count = write_slices(drawings, ["PEAR"], 50, each=3, invented=0.0, out=out)
+    count = write_slices(drawings, 50, each=3, out=out)
     found = rows(out)
     assert count == len(found) == 18
     assert set(Counter(row["group"] for row in found).values()) == {3}
     assert len({row["id"] for row in found}) == len(found)
-    assert {row["texts"][0] for row in found if row["group"] == "reading"} == {"PEAR"}
+    assert {row["texts"][0] for row in found if row["group"] == "reading"} <= set(WORDS)
     earlier = [row for row in found if "turns" in row]
     assert earlier
     assert all(row["question"] not in dict(row["turns"]) for row in earlier)
@@ -100,13 +98,6 @@ def test_the_naming_folder_asks_about_every_drawing(drawings: list[Drawn], tmp_p
     assert [row["texts"] for row in rows(out)] == [[drawing.row["text"]] for drawing in drawings]
 
 
-def test_words_are_on_one_side_only(drawings: list[Drawn]) -> None:
-    training, heldout = training_words(drawings), heldout_words(drawings)
-    assert not set(training) & set(heldout)
-    assert set(training) | set(heldout) == {"RED", "GREEN", "WHITE", "FISH", "HOOK", "POT"}
-    assert all(map(is_heldout, heldout))
-
-
 @pytest.mark.real
 def test_held_out_and_training_folders_share_nothing() -> None:
     heldout, training = assets.vqa("heldout"), assets.vqa("training")
@@ -115,6 +106,3 @@ def test_held_out_and_training_folders_share_nothing() -> None:
     )
     assert len(rows(training)) >= 3000
     assert not {row["file_name"] for row in rows(heldout)} & {row["file_name"] for row in rows(training)}
-    read = [{row["texts"][0] for row in rows(folder) if row["group"] == "reading"} for folder in (heldout, training)]
-    assert not read[0] & read[1]
-    assert all(map(is_heldout, read[0]))
