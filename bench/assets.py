@@ -277,11 +277,11 @@ def mini_vlm() -> Path:
 def vqa(split: Literal["heldout", "naming", "training"]) -> Path:
     """Questions about pictures, as `mmc --data` reads them.
 
-    heldout: 300 questions of each slice (the held-out vendor's drawings; scenes and words never trained on). naming: the name
-    of every drawing of the held-out vendor. training: 600 of each slice, of the demo's training drawings.
+    heldout: 300 questions of each slice (the held-out vendor's drawings; scenes never trained on). naming: the name of every
+    drawing of the held-out vendor. training: 600 of each slice, of the demo's training drawings.
     """
+    from bench import scenes, vqa_data
     from bench.demo_data import unpack
-    from bench.vqa_data import write_split
 
     shards = [DEMO / "test.tar", DEMO / "train.tar"]
 
@@ -289,9 +289,10 @@ def vqa(split: Literal["heldout", "naming", "training"]) -> Path:
         with tempfile.TemporaryDirectory() as drawings:
             for shard in shards:
                 unpack(shard, Path(drawings) / shard.stem)
-            write_split(split, Path(drawings), staging)
+            vqa_data.write_split(split, Path(drawings), staging)
 
-    key = "-".join(_sha256(shard)[:6] for shard in shards)
+    made_of = (*shards, Path(scenes.__file__), Path(vqa_data.__file__))
+    key = "-".join(_sha256(file)[:6] for file in made_of)
     return _staged(cache_dir() / "built" / f"vqa-{split}-{key}-{BUILD}", fill)
 
 

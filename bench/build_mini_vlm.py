@@ -10,6 +10,7 @@ something on them, for a letter without its patches cannot be read. The last ste
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import random
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from bench import assets
+from bench import assets, scenes
 from bench.mini_vlm import (
     IMAGE,
     PATCHES,
@@ -184,7 +185,8 @@ def main() -> None:
     tokenizer = fast_tokenizer(text)
     few = random.Random(0).sample(everything, options.drawings) if options.drawings else everything
     pictures = load_pictures(options.drawings or SCENES, few)
-    folder = assets.cache_dir() / f"mini-vlm-training-{len(few)}-{pictures.scenes}"
+    drawing_code = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:6]
+    folder = assets.cache_dir() / f"mini-vlm-training-{len(few)}-{pictures.scenes}-{drawing_code}"
     tower = vision(assets.dinov2_onnx())
     frozen = copy.deepcopy(tower).to(torch.bfloat16)
     features = {
