@@ -36,7 +36,6 @@ from bench.mini_vlm import (
     trained_parameters,
     vision,
 )
-from bench.packages import cache_dir
 from bench.training import Average
 from bench.vision_features import cached_features
 from bench.vlm_batches import Pictures, Talk, answer_loss, choose_patches, load_pictures
@@ -187,7 +186,7 @@ def main() -> None:
     few = random.Random(0).sample(everything, options.drawings) if options.drawings else everything
     pictures = load_pictures(options.drawings or SCENES, few)
     drawing_code = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:6]
-    folder = cache_dir() / f"mini-vlm-training-{len(few)}-{pictures.scenes}-{drawing_code}"
+    folder = assets.cache_dir() / f"mini-vlm-training-{len(few)}-{pictures.scenes}-{drawing_code}"
     tower = vision(assets.dinov2_onnx())
     frozen = copy.deepcopy(tower).to(torch.bfloat16)
     features = {

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench import assets
-from bench.packages import cache_dir
 from bench.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from bench.quality import Checkpoint
 from bench.training import Drawings, augmented, normalised
@@ -58,7 +57,7 @@ def lessons(drawings: Drawings, seed: int) -> Lessons:
     texts = prompts(drawings)
     facts = (texts, assets.dual_encoder().name, len(drawings), GROUP_ENDS, VERSIONS, seed)
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-    file = cache_dir() / "training" / f"lessons-{key}.safetensors"
+    file = assets.cache_dir() / "training" / f"lessons-{key}.safetensors"
     if not file.exists():
         partial = file.with_suffix(".partial")
         save_file(_lessons(drawings, texts, seed), partial)

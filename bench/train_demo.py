@@ -26,7 +26,6 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTo
 from bench import assets
 from bench.demo_student import TEXT_LENGTH, caption_tokenizer, empty_student, inherit
 from bench.demo_teacher import Lessons, lessons
-from bench.packages import cache_dir
 from bench.pretrained import HEADS, IMAGENET_MEAN, IMAGENET_STD, PATCH, WIDTH
 from bench.quality import brief, measure, retrieval
 from bench.training import Average, Drawings, load_drawings, normalised
@@ -156,7 +155,7 @@ def train(
     started = time.monotonic()
     model.train()
     for stage, length in enumerate(steps):
-        saved = cache_dir() / "training" / f"demo-stage{stage}.safetensors"
+        saved = assets.cache_dir() / "training" / f"demo-stage{stage}.safetensors"
         if length == 0:
             set_values(masters, load_file(saved))
             weights.give_values()

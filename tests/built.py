@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.packages import AssetUnavailable
+from bench import assets
 
 
 def built(build: Callable[[], Path]) -> Path:
     """Return what `build` makes. Skips, visibly, when the registry no longer has it; every other error fails the test."""
     try:
         return build()
-    except AssetUnavailable as gone:
+    except assets.AssetUnavailable as gone:
         pytest.skip(f"a pinned package can no longer be had: {gone}")
