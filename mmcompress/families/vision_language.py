@@ -209,8 +209,8 @@ class VisionLanguage(ABC):
         """Return the graphs that look, look words up, and write. Raises what `vision_graph` raises."""
         return (
             self.vision_graph(model),
-            embed_part(model),
-            language_part(model, self.language, self.both_ways, self.position_axes),
+            embed_part(model, self.deep(model)),
+            language_part(model, self.language, self.both_ways, self.position_axes, self.deep(model)),
         )
 
     def decoding(self, model: Any) -> Decoding:
@@ -264,6 +264,10 @@ class VisionLanguage(ABC):
     def image_width(self, model: Any) -> int:
         """Return C of the image tokens."""
         return int(model.config.text_config.hidden_size)
+
+    def deep(self, model: Any) -> int:
+        """Return how many of the language model's first blocks are given something of the picture beside the image tokens."""
+        return 0
 
     def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
         """Change nothing."""

@@ -183,9 +183,8 @@ class TestQwen25VL(AtOneSize):
     model = "qwen2_5_vl"
 
 
-class TestQwen3VL(VisionLanguageContract):
+class TestQwen3VL(AtOneSize):
     model = "qwen3_vl"
-    no_parts = "deepstack"
 
 
 class TestSmolVLM(VisionLanguageContract):
