@@ -165,7 +165,6 @@ class TestLlavaDinov2(VisionLanguageContract):
 
 class TestLlavaNext(VisionLanguageContract):
     model = "llava_next"
-    no_parts = "as many tiles as suit it"
 
 
 class AtOneSize(VisionLanguageContract):

@@ -11,7 +11,7 @@ from mmcompress.errors import UsageError
 from mmcompress.families.smolvlm import _places
 from tests import tiny, tiny_vlm
 
-EXPORTED = [name for name in tiny_vlm.MODELS if name != "llava_next"]
+EXPORTED = tiny_vlm.MODELS
 
 
 @pytest.mark.parametrize("name", EXPORTED)
