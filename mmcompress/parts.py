@@ -10,13 +10,13 @@ serves every family:
     attention_mask (B, P + T)   1 where there is a token; 0 in the padding, which lies on the left
     position_ids (B, …, T)      as the family gave them for the prompt, then one more than the largest so far
     past_NAME (B, H, P, D)      what it gave out as present_NAME; empty at first
-    anything else               what an earlier part gave out under that name, the same in every call
+    anything else               what an earlier part gave out under that name or `asked` made, the same in every call
 
     outputs of the writer
     logits (B, V)               of the last token
     present_NAME (B, H, P + T, D)
 
-An earlier part takes what `asked` made under the names of its inputs, and runs once.
+An earlier part takes what `asked` made under the names of its inputs, or a part before it gave out, and runs once.
 
 Shape alphabet: B batch, T tokens, P past tokens, H heads, D head width, C channels, V vocabulary.
 """
