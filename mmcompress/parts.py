@@ -14,7 +14,7 @@ serves every family:
 
     outputs of the writer
     logits (B, V)               of the last token
-    present_NAME (B, H, P + T, D)
+    present_NAME (B, H, P + T, D)   none where all of the answer is said at once
 
 An earlier part takes what `asked` made under the names of its inputs, or a part before it gave out, and runs once.
 
@@ -89,11 +89,16 @@ class Decoding:
 
 
 @runtime_checkable
-class Exportable(Protocol):
-    """What a family adds to `Generator` so that its models answer from exported graphs."""
+class Divided(Protocol):
+    """What a family adds whose models are exported as other graphs than its towers."""
 
     def parts(self, model: Any) -> tuple[Part, ...]:
-        """Return the parts in the order they run, the writer last. Raises UsageError for what cannot be exported."""
+        """Return the parts in the order they run, a writer last. Raises UsageError for what cannot be exported."""
+
+
+@runtime_checkable
+class Exportable(Divided, Protocol):
+    """What a family adds to `Generator` so that its models answer from exported graphs."""
 
     def decoding(self, model: Any) -> Decoding:
         """Return how `generate` writes. Asks a model's configs only, so one without weights will do.
@@ -104,5 +109,5 @@ class Exportable(Protocol):
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return what the parts take of samples: the first part's inputs and, where `Decoding.start` is empty, the prompt."""
 
-    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return answers as `generate` does, from their tokens without the start."""
+    def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return answers as `generate` does, from their tokens without the start. Asks a model's config only."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle, DualEncoder, Family, Processor
 from mmcompress.errors import UsageError, closest
 from mmcompress.export.translations import translations
-from mmcompress.parts import BATCH, TOKENS, Exportable, Part, Sizes
+from mmcompress.parts import BATCH, TOKENS, Divided, Exportable, Part, Sizes
 from mmcompress.views import Tower
 
 OUTPUT = "embeddings"
@@ -93,8 +93,9 @@ def traced_parts(bundle: Bundle, precision: str) -> tuple[Traced, ...]:
     model, family = on_cpu(bundle, precision), bundle.family
     if isinstance(family, DualEncoder):
         parts = tuple(_tower(family, model, tower) for tower in family.towers(model))
-    elif isinstance(family, Exportable):
-        family.decoding(model)  # refuses early what the loop around the graphs cannot say
+    elif isinstance(family, Divided):
+        if isinstance(family, Exportable):
+            family.decoding(model)  # refuses early what the loop around the graphs cannot say
         parts = family.parts(model)
     else:
         raise UsageError(

@@ -150,7 +150,7 @@ class BlipCaptioner:
                 generation_config=greedy(model.generation_config, _answer_limit(model)),
                 **given,
             )
-        return self.texts(processor, ids[:, 1:].tolist())
+        return self.texts(model, processor, ids[:, 1:].tolist())
 
     def parts(self, model: Any) -> tuple[Part, ...]:
         """Return the graphs that look and write."""
@@ -162,7 +162,7 @@ class BlipCaptioner:
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         return self.given(model, processor, samples)
 
-    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+    def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
         found = tokenizer_of(processor).batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in found]
 

@@ -1,7 +1,7 @@
 """BLIP in graphs: one looks; where a question is asked, one reads it; the last writes, token after token.
 
-As with Whisper, what the decoder looks at never changes while it writes, so the graph before it already makes keys and values of each
-block's cross-attention: of the picture for captions, of the question's states for answers.
+As with Whisper, what the decoder looks at never changes while it writes, so the graph before it already makes keys and values of
+each block's cross-attention: of the picture for captions, of the question's states for answers.
 
 Shape alphabet: B batch, N image tokens, Q tokens of the question, T tokens, P past tokens, S states that are looked at (N or Q),
 H heads, D head width, C channels, V vocabulary.

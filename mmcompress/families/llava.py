@@ -200,7 +200,7 @@ class LlavaNext(Llava):
 
     @staticmethod
     def _packed(model: Any, tokens: Tensor, size: Tensor, newline: Tensor) -> Tensor:
-        """Return the tokens (M, C) of a picture of `size` (2,) from its tiles' (tiles, N, C), as the model's own code packs them."""
+        """Return the tokens (M, C) of a picture of `size` (2,), packed by the model's own code from its tiles' (tiles, N, C)."""
         made, _ = model.model.pack_image_features(
             [tokens], size[None], model.config.vision_feature_select_strategy, newline
         )

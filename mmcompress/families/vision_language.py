@@ -189,7 +189,7 @@ class VisionLanguage(ABC):
             made = model.generate(
                 **self.generation_inputs(model, given), generation_config=greedy(model.generation_config, ANSWER_TOKENS)
             )
-        return self.texts(processor, made[:, ids.shape[1] :].tolist())
+        return self.texts(model, processor, made[:, ids.shape[1] :].tolist())
 
     def generation_inputs(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return batch-first inputs as the model's own `generate` takes them."""
@@ -229,7 +229,7 @@ class VisionLanguage(ABC):
         prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": marks.get("position_ids", places)}
         return seen | prompt
 
-    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+    def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
         found = self.talk.tokenizer(processor).batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in found]
 

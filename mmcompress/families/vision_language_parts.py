@@ -66,7 +66,7 @@ def embed_part(model: Any, deep: int) -> Part:
 
 
 def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: int) -> Part:
-    """Return the writer: inputs_embeds (B, T, C + K * C), attention_mask (B, P + T), position_ids and past in; logits (B, V), present out.
+    """Return the writer: logits (B, V) and present from inputs_embeds (B, T, C + K * C), attention_mask, position_ids and past.
 
     `both_ways`: the tokens given together look at one another in both directions. `axes`: how many positions a token has; with
     more than one position_ids is (B, axes, T). `deep`: K.

@@ -61,7 +61,7 @@ class Answerer:
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return answers in words."""
-        return self.family.texts(self.processor, rows)
+        return self.family.texts(self.model, self.processor, rows)
 
     def close(self) -> None:
         """Give the engines' memory back."""

@@ -110,6 +110,8 @@ class Writer:
     def _room(self, prompt: int, limit: int | None) -> int:
         """Return how many tokens are written: those asked for, else the usual limit as far as there is room."""
         most = self.last.most_tokens
+        if not self._presents:
+            limit = 1  # it keeps nothing to go on from
         if limit is None:
             limit = min(self.decoding.limit, max(1, most - prompt)) if most else self.decoding.limit
         if limit < 1:

@@ -199,13 +199,6 @@ class AnsweringContract(FamilyContract):
         samples = self.samples()
         assert bundle.generate(samples) == [bundle.generate([sample])[0] for sample in samples]
 
-
-class GeneratorContract(AnsweringContract):
-    def test_with_a_cache_the_answer_is_the_same_as_without(self, bundle: Bundle) -> None:
-        answers = bundle.generate(self.samples())
-        bundle.model.generation_config.use_cache = False
-        assert bundle.generate(self.samples()) == answers
-
     def test_its_parts_in_one_loop_answer_the_same(self, bundle: Bundle) -> None:
         """For families that can be exported: the loop that serves every engine, around the parts in torch."""
         if not isinstance(bundle.family, Exportable):
@@ -226,6 +219,13 @@ class GeneratorContract(AnsweringContract):
     def resized(self, sample: Sample) -> Sample:
         """Return a sample as exported models see it."""
         return sample
+
+
+class GeneratorContract(AnsweringContract):
+    def test_with_a_cache_the_answer_is_the_same_as_without(self, bundle: Bundle) -> None:
+        answers = bundle.generate(self.samples())
+        bundle.model.generation_config.use_cache = False
+        assert bundle.generate(self.samples()) == answers
 
     def test_asking_changes_no_setting(self, bundle: Bundle) -> None:
         before = bundle.model.generation_config.to_dict()
