@@ -73,7 +73,7 @@ def pooled(model: Any, ids: Tensor, mask: Tensor, patches: Tensor, shown: Tensor
     """Return the pooled states (B, C) for ids and mask (B, T) of texts and `patches`, `shown`, `places` as `cut` makes them."""
     vilt, seen = model.vilt, torch.cat([torch.ones_like(shown[:, :1]), shown], dim=1)
     states, whole = vilt.embeddings(ids, mask, None, None, seen, None, image_tokens(model, patches, places))
-    zero, hidden = (torch.full((), value, dtype=states.dtype) for value in (0.0, HIDDEN))
+    zero, hidden = (torch.full((), value, dtype=states.dtype, device=states.device) for value in (0.0, HIDDEN))
     # transformers' own masks ask, while tracing, whether every entry is true; torch's exporter has no word for that (5.23, 2.13).
     looked = torch.where(whole[:, None, None, :].bool(), zero, hidden)
     made: Tensor = vilt.pooler(vilt.layernorm(vilt.encoder(states, attention_mask=looked).last_hidden_state))
