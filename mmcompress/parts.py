@@ -84,6 +84,8 @@ class Decoding:
     """Tokens an answer does not begin with."""
     image_token: int | None = None
     """The token in whose places image_embeds stand."""
+    questions: bool = True
+    """Whether it can be asked something; else it only describes."""
     resizes: bool = False
     """Whether `asked` fits pictures to the one size that the parts know: answers are then the model's own to such pictures only."""
 

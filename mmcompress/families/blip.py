@@ -157,7 +157,7 @@ class BlipCaptioner:
         return captioner_parts(model)
 
     def decoding(self, model: Any) -> Decoding:
-        return decoding(model, _answer_limit(model))
+        return replace(decoding(model, _answer_limit(model)), questions=False)
 
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         return self.given(model, processor, samples)
@@ -260,6 +260,9 @@ class BlipAnswerer(BlipCaptioner):
     def parts(self, model: Any) -> tuple[Part, ...]:
         """Return the graphs that look, read and write."""
         return answerer_parts(model)
+
+    def decoding(self, model: Any) -> Decoding:
+        return decoding(model, _answer_limit(model))
 
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         names = {"input_ids": "question_ids", "attention_mask": "question_mask"}
