@@ -57,7 +57,7 @@ def image_tokens(model: Any, patches: Tensor, places: Tensor) -> Tensor:
 def _stretched(table: Tensor, side: int, places: Tensor) -> Tensor:
     """Return the positions (B, N, C) of `places` (B, N, 4): bilinear in the table (1 + side * side, C), corners on corners."""
     place, last = places[:, :, :2] * (side - 1), places[:, :, 2:].clamp_min(1)
-    before = place // last
+    before = (place // last).clamp_max(side - 1)
     part = (place - before * last).to(table.dtype) / last.to(table.dtype)
     after = (before + 1).clamp_max(side - 1)
     (above, left), (below, right), (down, across) = (pair.unbind(-1) for pair in (before, after, part))
