@@ -83,7 +83,7 @@ def compress(
     refuse_existing(output)
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
-    if isinstance(model, str | Path) and _streams(recipe, todo) and not allow_pickle:
+    if isinstance(model, str | Path) and streams(recipe, todo) and not allow_pickle:
         return _streamed(model, recipe, todo, output, progress)
     bundle = load_again(model, recipe.device, allow_pickle)
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
@@ -115,7 +115,7 @@ def compress(
         place.close()
 
 
-def _streams(recipe: Recipe, todo: list[Stage]) -> bool:
+def streams(recipe: Recipe, todo: list[Stage]) -> bool:
     """Whether nothing has to be computed with the model, and no step needs more of it than a layer at a time."""
     asks = (
         recipe.data.calibration or recipe.data.evaluation or recipe.tasks or recipe.export.to or recipe.gates != Gates()
