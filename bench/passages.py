@@ -19,8 +19,8 @@ QUESTION = "Continue this speech:\n\n"
 BEGINNING, CONTINUATION = (60, 240), 240
 """Characters: how long a beginning may be; of what follows at most so many, which is more than the tokens that are judged."""
 EVERY = 8
-ASKED = 48
-PICTURES = {"calibration": 8, "asked": 16}
+ASKED = 24
+PICTURES = {"calibration": 8, "asked": 8}
 """Rows with a drawing, so that the vision tower can be calibrated and pictures reach the language model."""
 
 
