@@ -200,8 +200,7 @@ def smolvlm() -> Path:
         except RuntimeError as error:
             raise AssetError(str(error)) from error
 
-    key = f"{SMOLLM2.sha256[:6]}-{sha256_of(HERE / 'smolvlm.py')[:6]}"
-    return staged(cache_dir() / "built" / f"smolvlm-{key}-{BUILD}", fill)
+    return staged(cache_dir() / "built" / f"smolvlm-{SMOLLM2.sha256[:12]}-{BUILD}", fill)
 
 
 def passages(split: Literal["test", "calibration", "asked"]) -> Path:
