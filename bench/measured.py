@@ -242,8 +242,8 @@ def smolvlm_edge() -> str:
         return ""
     stages = list(dict.fromkeys(row["stage"] for row in found["latency"]))
     lines = [
-        "**SmolLM2-135M as the language model of a SmolVLM** (`bench/smolvlm.py`: its eyes are random, only its language is judged); "
-        f"perplexity of what presidents went on to say; stages as above; {_machine(found)} (`{found['command']}`)",
+        "**SmolLM2-135M as the language model of a SmolVLM** (`bench/smolvlm.py`: random eyes, only its language is judged), "
+        f"compressed; perplexity of what presidents went on to say; stages as above; {_machine(found)} (`{found['command']}`)",
         "",
         "| | perplexity [95%] | times the original's [95%] | MiB | answers as torch does | "
         f"{' | '.join(f'{stage} ms' for stage in stages)} |",

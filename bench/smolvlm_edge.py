@@ -35,7 +35,7 @@ ALONE = {
     "pruned 10%": [{"prune": {"ratio": 0.1, "towers": ["language"]}}],
     "pruned 20%": [{"prune": {"ratio": 0.2, "towers": ["language"]}}],
 }
-EXPORTED = {"int8": INT8, "pruned 10%, int8": [*ALONE["pruned 10%"], *INT8]}
+EXPORTED = {"int8": INT8, "pruned 10% and int8": [*ALONE["pruned 10%"], *INT8]}
 
 
 def recipe_of(steps: list[dict[str, Any]]) -> Recipe:
