@@ -43,7 +43,7 @@ def estimate(
     bundle = (
         checkpoint.load(model, device=recipe.device, allow_pickle=allow_pickle)
         if shown
-        else checkpoint.hollow(model, allow_pickle=allow_pickle)
+        else checkpoint.outline(model, allow_pickle=allow_pickle)
     )
     recipe = with_tasks(recipe, bundle, evaluation)
     for stage in todo:
