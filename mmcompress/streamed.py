@@ -11,6 +11,7 @@ Memory: the largest layer and one shard of the output.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +29,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.manifest import Manifest, Record, Source
+from mmcompress.manifest import Manifest, Record
 from mmcompress.passes.base import Context, Pass, Plan
-from mmcompress.pipeline import Stage
+from mmcompress.pipeline import Stage, named
 from mmcompress.surgery.deferred import defer, empty, is_deferred, lend, take_back, values
-from mmcompress.weights import INDEX, locate, weight_files
+from mmcompress.weights import INDEX, digest, locate, weight_files
 
 SHARD_BYTES = 2**29
 
@@ -126,12 +127,21 @@ def run(
     """
     files = weight_files(locate(str(model)))
     with _opened(model, files) as bundle:
+        if not bundle.source.sha256:
+            bundle.source = dataclasses.replace(bundle.source, sha256=digest(files))
         after("original", bundle)
-        plans = [_decided(stage, bundle, context, after) for stage in stages]
+        for stage in stages:
+            with named(stage):
+                stage.made.check(bundle)
+        plans = []
+        for stage in stages:
+            with named(stage, stages):
+                plans.append(_decided(stage, bundle, context))
+            after(stage.step.name, bundle)
     source = bundle.source
 
     def write_weights(directory: Path) -> None:
-        with _opened(model, files, source) as again:
+        with _opened(model, files) as again:
             written = Written(**vars(again))
             written.shards = Shards(directory, checkpoint.DTYPES[source.dtype], SHARD_BYTES)
             context.progress.say(f"{source.id}: {len(files)} weight files, layer by layer")
@@ -144,7 +154,7 @@ def run(
     )
 
 
-def _decided(stage: Stage, bundle: Bundle, context: Context, after: Callable[[str, Bundle], None]) -> Plan:
+def _decided(stage: Stage, bundle: Bundle, context: Context) -> Plan:
     """Decide a step and make the structure it leads to; append its record to the bundle's history."""
     started = time.perf_counter()
     stage.made.check(bundle)
@@ -154,17 +164,16 @@ def _decided(stage: Stage, bundle: Bundle, context: Context, after: Callable[[st
     facts = json.loads(json.dumps(stage.made.fit(bundle, context)))
     seconds = round(time.perf_counter() - started, 3)
     bundle.history.append(Record(stage.step.name, stage.step.params, decisions, facts, seconds))
-    after(stage.step.name, bundle)
     return plan
 
 
 @contextmanager
-def _opened(model: str | Path, files: Sequence[Path], source: Source | None = None) -> Iterator[Bundle]:
+def _opened(model: str | Path, files: Sequence[Path]) -> Iterator[Bundle]:
     """Yield the checkpoint's bundle, its stored tensors deferred for as long as its files are open.
 
     Raises UsageError where one is missing.
     """
-    bundle = checkpoint.outline(model, source=source)
+    bundle = checkpoint.outline(model)
     with _reader(bundle.model, files) as reading:
         for name, tensor in bundle.model.state_dict(keep_vars=True).items():
             defer(tensor, reading(name))

@@ -101,6 +101,7 @@ def show_plan(planned: dict[str, Any]) -> None:
     render.table("Steps", ["step", "parameters", "seconds, about"], rows, left=2)
     render.line(
         f"about {planned['seconds']:,} s in all, {planned['memory_mib']:,} MiB of memory for models and training"
+        + (f"; {planned['memory_free_mib']:,} MiB are available" if planned["memory_free_mib"] is not None else "")
     )
     render.line(f"about {planned['disk_mib']:,} MiB of disk while it runs; {planned['disk_free_mib']:,} MiB are free")
 

@@ -18,6 +18,7 @@ from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Work
 from mmcompress.progress import Progress
 from mmcompress.recipe import Recipe
+from mmcompress.room import available
 from mmcompress.staging import refuse_existing
 
 # Measured on the demo's CLIP and the DINOv2-S + MiniLM dual encoder, 2 cores: tracing, checking and writing one tower's graph,
@@ -69,7 +70,7 @@ def estimate(
         seconds = twice * (stage.made.seconds(bundle, work) + measured)
         steps.append({"step": stage.step.name, "params": dict(stage.step.params), "seconds": round(seconds)})
     exported = 2 * len(bundle.towers()) * EXPORTED if recipe.export.to else 0.0
-    size = cost_of(bundle).bytes
+    size, free = cost_of(bundle).bytes, available()
     stored = bundle.source.bytes or size
     trains = any(stage.step.name == "distill" for stage in todo)
     if streams(recipe, todo):
@@ -83,6 +84,7 @@ def estimate(
         "steps": steps,
         "seconds": sum(step["seconds"] for step in steps) + round(measured + exported),
         "memory_mib": round(memory / 2**20),
+        "memory_free_mib": None if free is None else round(free / 2**20),
         "disk_mib": round(copies * stored / 2**20),
         "disk_free_mib": round(shutil.disk_usage(_existing(Path(output).absolute())).free / 2**20),
     }

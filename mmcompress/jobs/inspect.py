@@ -30,7 +30,6 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
         "model": bundle.source.id,
         "class": type(bundle.model).__name__,
         "family": bundle.family.name,
-        "sha256": bundle.source.sha256,
         "dtype": bundle.source.dtype,
         "parameters": cost.parameters,
         "bytes": cost.bytes,
