@@ -89,8 +89,7 @@ def run_recipe(
     tables(result.to_json())
     loads = "plain transformers loads it too" if result.manifest.plain_transformers else result.manifest.why
     render.line(f"{output} is written; {loads}")
-    export = f"mmc export {output} -o {output}-onnx --to onnx"
-    terminal.next_step(export if result.exports else f"mmc report {output} -o {output}.html")
+    terminal.next_step(f"mmc export {output} -o {output}-onnx --to onnx")
 
 
 def show_plan(planned: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ class Whisper:
         settings.return_timestamps, settings.max_new_tokens = False, model.config.max_target_positions // 2
         with quiet():
             ids = model.generate(features, generation_config=settings)
-        return self.texts(processor, ids)
+        return self.texts(model, processor, ids)
 
     def start_tokens(self, model: Any) -> list[int]:
         """Return the tokens before the text: start and, as far as the model has them, language, task and "no timestamps".
@@ -172,7 +172,7 @@ class Whisper:
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         return {"input_features": self._features(model, processor, samples)}
 
-    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+    def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
         return [text.strip() for text in _tokenizer(processor).batch_decode(ids, skip_special_tokens=True)]
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 
 import mmcompress
 from mmcompress import checkpoint, pipeline, streamed, weights
-from mmcompress.bundle import Bundle, DualEncoder
+from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
 from mmcompress.errors import GateFailed, MmcError, UsageError, closest
 from mmcompress.evaluate.answers import abilities
@@ -32,7 +32,6 @@ from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts, usable_cores
-from mmcompress.parts import Exportable
 from mmcompress.passes.base import Context
 from mmcompress.pipeline import Stage, Workplace
 from mmcompress.progress import Progress, Silent
@@ -51,8 +50,6 @@ class Result:
     """One row per stage, the original first: parameters, MACs per tower, headline metrics."""
     speeds: tuple[TowerSpeed, ...] = ()
     gates: tuple[GateResult, ...] = ()
-    exports: bool = True
-    """Whether models of this family can be exported."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of ``--json``."""
@@ -130,12 +127,9 @@ def _streamed(model: str | Path, recipe: Recipe, todo: list[Stage], output: Path
     before = _bytes_in(weights.locate(str(model)))
     findings: tuple[Finding, ...] = ()
     rows: list[dict[str, Any]] = []
-    exports = False
 
     def after(name: str, bundle: Bundle) -> None:
-        nonlocal exports
         rows.append({"stage": name, **cost_of(bundle).to_json()})
-        exports = isinstance(bundle.family, DualEncoder | Exportable)
 
     def measured(directory: Path) -> dict[str, Any]:
         nonlocal findings
@@ -154,7 +148,7 @@ def _streamed(model: str | Path, recipe: Recipe, todo: list[Stage], output: Path
 
     context = Context(seed=recipe.seed, progress=progress)
     manifest = streamed.run(model, todo, output, context, after=after, measured=measured, recipe=recipe.to_dict())
-    return Result(output, manifest, findings, tuple(rows), exports=exports)
+    return Result(output, manifest, findings, tuple(rows))
 
 
 def require_usable(recipe: Recipe) -> None:
@@ -229,8 +223,7 @@ def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
     _keep_reports(run, final)
     if exported is not None:
         shutil.copytree(exported / "compressed", final / recipe.export.to)
-    exports = isinstance(bundle.family, DualEncoder | Exportable)
-    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates, exports)
+    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates)
     failed = [gate for gate in gates if not gate.passed]
     target = free_name(output.with_name(output.name + ".rejected")) if failed else output
     publish(final, target)
