@@ -113,7 +113,7 @@ def measure(size: str, work: Path) -> dict[str, Any]:
         "interpreter_mib": round(interpreter_baseline(IMPORTS) / 2**20),
     }
     say(f"{size}: {document['bytes'] / 2**30:.1f} GiB in {len(files)} shards; inspecting")
-    document |= timed("inspect", ["-m", "mmcompress.cli", "inspect", str(model), "--json"])
+    document |= timed("inspect", ["-m", "mmcompress.cli", "inspect", str(model)])
     say(f"{size}: quantizing")
     words = ["quantize", str(model), "-o", str(out), "--scheme", "W8A16"]
     document |= timed("quantize", ["-m", "mmcompress.cli", *words])

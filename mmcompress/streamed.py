@@ -127,8 +127,6 @@ def run(
     """
     files = weight_files(locate(str(model)))
     with _opened(model, files) as bundle:
-        if not bundle.source.sha256:
-            bundle.source = dataclasses.replace(bundle.source, sha256=digest(files))
         after("original", bundle)
         for stage in stages:
             with named(stage):
@@ -138,6 +136,8 @@ def run(
             with named(stage, stages):
                 plans.append(_decided(stage, bundle, context))
             after(stage.step.name, bundle)
+    if not bundle.source.sha256:
+        bundle.source = dataclasses.replace(bundle.source, sha256=digest(files))
     source = bundle.source
 
     def write_weights(directory: Path) -> None:
@@ -184,7 +184,7 @@ class Shards:
     """Weight files of a bounded size, and the index that says where each tensor lies."""
 
     def __init__(self, directory: Path, dtype: torch.dtype, limit: int = SHARD_BYTES) -> None:
-        """`dtype` is what parameters are stored in; buffers keep theirs. A file is written when it has `limit` bytes."""
+        """`dtype` is what parameters are stored in; buffers keep theirs. A file has at most `limit` bytes, or a single tensor."""
         self.directory, self.dtype, self.limit = directory, dtype, limit
         self.where: dict[str, int] = {}
         self.waiting: dict[str, Tensor] = {}
@@ -193,10 +193,10 @@ class Shards:
     def add(self, name: str, tensor: Tensor, parameter: bool) -> None:
         """Take a tensor; shards are written as they fill."""
         converts = parameter and tensor.is_floating_point()
-        self.waiting[name] = (tensor.to(self.dtype) if converts else tensor).detach().contiguous()
-        self.where[name] = self.count
-        if sum(value.nbytes for value in self.waiting.values()) >= self.limit:
+        taken = (tensor.to(self.dtype) if converts else tensor).detach().contiguous()
+        if taken.nbytes + sum(value.nbytes for value in self.waiting.values()) > self.limit:
             self._write()
+        self.waiting[name], self.where[name] = taken, self.count
 
     def _write(self) -> None:
         if self.waiting:

@@ -186,8 +186,8 @@ class Quantize:
             made = quantized(module, self._inputs if scheme == "W8A8" else None, self._weights, gain, table)
             if f"{path}.scale" in plan.tensors:
                 made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
+            del module  # where layers are written as they are made, its floats are gone before a file is
             bundle.replace(path, made)
-            del module
             give_back_freed()
         drop_ties(bundle.model)
 

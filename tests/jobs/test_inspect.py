@@ -76,5 +76,6 @@ def test_a_plan_without_data_runs_nothing(large: Path, tmp_path: Path, monkeypat
     found = estimate(large, recipe, tmp_path / "out", progress=Silent())
     # a layer of 200 MiB twice, and a shard
     assert 900 < found["memory_mib"] < 940
+    assert found["seconds"] > 0
     recipe = parse({"steps": [{"prune": {"ratio": 0.0005, "score": "magnitude", "compensate": "bias"}}]})
     assert 300 < estimate(large, recipe, tmp_path / "out", progress=Silent())["memory_mib"] < 330
