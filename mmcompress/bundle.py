@@ -146,6 +146,10 @@ class Bundle:
         """Return the module at a dotted path."""
         return self.model.get_submodule(path)
 
+    def layer(self, path: str) -> nn.Module:
+        """Return the module at a dotted path to read its weights, which `module` need not have (see `streamed`)."""
+        return self.module(path)
+
     def replace(self, path: str, module: nn.Module) -> None:
         """Put `module` in the place `path` names."""
         parent, _, name = path.rpartition(".")

@@ -36,6 +36,7 @@ from mmcompress.passes.base import Plan
 from mmcompress.preprocessing import quiet, read_processor
 from mmcompress.room import require_room
 from mmcompress.staging import staging
+from mmcompress.surgery.deferred import empty
 from mmcompress.surgery.quantized import weights_unread
 from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_files
 
@@ -117,14 +118,19 @@ def save(
     return written
 
 
-def shell(model: str | Path, *, allow_pickle: bool = False) -> tuple[Bundle, list[Path]]:
-    """Return a checkpoint's bundle without values (all tensors meta), and its weight files. Raises what `load` raises."""
+def outline(model: str | Path, *, allow_pickle: bool = False) -> Bundle:
+    """Return a checkpoint's bundle whose weights are all zero and take no memory: to ask what it is made of, and what runs cost.
+
+    Of the files only headers are read: the source of a checkpoint that is no `mmc` output has no digest. Raises what `load` raises
+    of the files; whether all tensors are there is not looked at.
+    """
     directory = locate(str(model))
     saved = manifests.read(directory)
     config = read_json(directory / "config.json")
     family = family_for(config)
     files = weight_files(directory, allow_pickle)
-    source, records = (saved.source, saved.records) if saved else (_source(directory, config, files), ())
+    source = saved.source if saved else _source(directory, config, files, digested=False)
+    records = saved.records if saved else ()
     base = _replaying(family, source, records)
     with torch.device("meta"), quiet():
         made = base(_config(source))
@@ -132,28 +138,9 @@ def shell(model: str | Path, *, allow_pickle: bool = False) -> tuple[Bundle, lis
         made.generation_config = GenerationConfig.from_pretrained(directory)
     made.__class__ = base.__mro__[1]
     made.eval()
-    return Bundle(made, read_processor(directory), family, source, list(records)), files
-
-
-def hollow(model: str | Path, *, allow_pickle: bool = False) -> Bundle:
-    """Return a checkpoint's bundle whose weights are all zero and take no memory: to ask what it is made of, and what runs cost.
-
-    Raises what `load` raises of the files; whether all tensors are there is not looked at.
-    """
-    bundle, _ = shell(model, allow_pickle=allow_pickle)
-    for module in bundle.model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(_zeros(parameter), requires_grad=parameter.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, _zeros(buffer))
-    model_class: Any = bundle.model
-    model_class.tie_weights()
-    return bundle
-
-
-def _zeros(like: torch.Tensor) -> torch.Tensor:
-    """Return zeros that share one place in memory."""
-    return torch.zeros((), dtype=like.dtype).expand(like.shape)
+    empty(made)
+    made.tie_weights()
+    return Bundle(made, read_processor(directory), family, source, list(records))
 
 
 def _save_configs(model: Any, directory: Path) -> None:
@@ -215,10 +202,10 @@ def require_device(device: str) -> None:
         )
 
 
-def _source(directory: Path, config: dict[str, Any], files: list[Path]) -> Source:
+def _source(directory: Path, config: dict[str, Any], files: list[Path], digested: bool = True) -> Source:
     return Source(
         id=directory.name,
-        sha256=digest(files),
+        sha256=digest(files) if digested else "",
         config=config,
         bytes=sum(file.stat().st_size for file in files),
         dtype=stored_dtype(files),

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -157,7 +157,7 @@ def run(
         bundle = checkpoint.load(before, device=str(bundle.device))
     else:
         for stage in todo:
-            with _named(stage, []):
+            with named(stage):
                 stage.made.check(bundle)
     starts = [None, *(place.checkpoint_of(stage) for stage in done)]
     for stage, start in zip(done, starts, strict=False):
@@ -166,7 +166,7 @@ def run(
             after(stage, bundle, start)
     for stage in todo[len(done) :]:
         context.progress.say(f"step {stage.number} of {len(todo)}: {stage.step.name}")
-        with _named(stage, [earlier.step.name for earlier in todo[: stage.number - 1]]):
+        with named(stage, todo):
             run_stage(bundle, stage, dataclasses.replace(_with_teacher(stage, context), workdir=place.scratch(stage)))
             if leads:
                 checkpoint.save(bundle, place.checkpoint_of(stage), seed=context.seed)
@@ -227,11 +227,12 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _named(stage: Stage, ran: list[str]) -> Iterator[None]:
-    """Say in an error which step it was and what had run before it."""
+def named(stage: Stage, todo: Sequence[Stage] = ()) -> Iterator[None]:
+    """Say in an error which step it was and, of those `todo`, what had run before it."""
     try:
         yield
     except MmcError as error:
+        ran = [earlier.step.name for earlier in todo[: stage.number - 1]]
         before = f" (after {', '.join(ran)})" if ran else ""
         error.message = f"step {stage.number}, {stage.step.name}{before}: {error.message}"
         error.args = (error.message,)

@@ -28,7 +28,8 @@ def require_room(files: Sequence[Path], itemsize: int) -> None:
     if needed > free:
         raise OutOfMemory(
             f"the weights take {needed / 2**30:.1f} GiB of memory at {8 * itemsize} bits; {free / 2**30:.1f} GiB are available",
-            hint="mmc inspect, and mmc quantize --scheme W8A16 without data, never hold the whole model; other commands do",
+            hint="what never holds the whole model: mmc inspect, and without data mmc quantize --scheme W8A16, mmc merge and "
+            "mmc prune --score magnitude --compensate none",
         )
 
 

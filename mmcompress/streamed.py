@@ -1,15 +1,17 @@
 """Running steps on a model that is never in memory as a whole: one layer is read, changed and written at a time.
 
-What makes it possible is that `apply` asks the bundle for one layer after another and puts another in its place: here a layer gets
-its values when it is asked for, and what replaces it is written at once and kept without values. So passes need no code of their
-own for it; they only say (`Streamable`) when they decide without looking at values or data.
+The model's tensors are deferred (`surgery.deferred`): cutting them is noted, and done when they are read to be written. What
+needs a layer's values asks the bundle for the `layer`, and what takes its place is written at once and kept without values. So
+passes need no code of their own for it; they only say (`Streamable`) when they look at no more than that.
+
+A first look decides every step and leads to the structure of the result; a second one writes.
 
 Memory: the largest layer and one shard of the output.
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +31,9 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.manifest import Manifest, Record
 from mmcompress.passes.base import Context, Pass, Plan
-from mmcompress.pipeline import Stage
-from mmcompress.weights import INDEX
+from mmcompress.pipeline import Stage, named
+from mmcompress.surgery.deferred import defer, empty, is_deferred, lend, take_back, values
+from mmcompress.weights import INDEX, digest, locate, weight_files
 
 SHARD_BYTES = 2**29
 
@@ -40,7 +43,10 @@ class Streamable(Protocol):
     """What a pass adds that can do its work layer by layer, on values it sees once."""
 
     def streams(self) -> bool:
-        """Whether, without data, `plan` looks at no values, `fit` changes none, and `apply` makes each layer of itself alone."""
+        """Whether, without data, the pass looks at the values of a few layers at a time, and through `Bundle.layer` alone.
+
+        It may cut and replace layers in `apply`, and changes nothing in `fit`.
+        """
 
 
 def can_stream(made: Pass) -> bool:
@@ -56,27 +62,51 @@ def memory_needed(bundle: Bundle) -> int:
 
 
 class Streamed(Bundle):
-    """A bundle without values whose layers have them while they are asked for."""
+    """A bundle of deferred tensors whose layers have their values while they are asked for."""
 
-    read: Callable[[str], Tensor]
+    def layer(self, path: str) -> nn.Module:
+        """Return a copy of the layer at `path` with its values in float32."""
+        return lend(self.module(path), lambda parameter: values(parameter).float())
+
+
+class Written(Streamed):
+    """A streamed bundle that writes what takes a layer's place at once, and keeps its structure."""
+
     shards: Shards
 
-    def module(self, path: str) -> nn.Module:
-        """Return the layer at `path` with its values in float32; a module that is not a layer as it is, without."""
-        module = super().module(path)
-        names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
-        if not names or next(module.children(), None) is not None:
-            return module
-        filled = copy.copy(module)
-        filled._parameters = dict(module._parameters)
-        for name in names:
-            filled._parameters[name] = nn.Parameter(self.read(f"{path}.{name}").float(), requires_grad=False)
-        return filled
+    def replace(self, path: str, module: nn.Module) -> None:
+        """Write what `module` holds itself, that is, what is not deferred."""
+        take_back(module)
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if not is_deferred(tensor):
+                self.shards.add(f"{path}.{name}", tensor, isinstance(tensor, nn.Parameter))
+        empty(module)
+        super().replace(path, module)
+
+    def finish(self) -> None:
+        """Write what no pass replaced, tied tensors once."""
+        ties = getattr(self.model, "all_tied_weights_keys", {})
+        state = self.model.state_dict(keep_vars=True)
+        lost = self.shards.where.keys() - state.keys()
+        assert not lost, f"{len(lost)} tensors were written and then cut away, such as {min(lost)}"
+        for name, tensor in state.items():
+            if name not in self.shards.where and name not in ties:
+                self.shards.add(name, values(tensor), isinstance(tensor, nn.Parameter))
+        self.shards.finish()
+
+
+class Planned(Streamed):
+    """A streamed bundle that only becomes what the written one will be."""
+
+    def layer(self, path: str) -> nn.Module:
+        """Return a copy of the layer at `path` on the meta device."""
+        return lend(self.module(path), lambda parameter: torch.empty(parameter.shape, device="meta"))
 
     def replace(self, path: str, module: nn.Module) -> None:
-        """Write `module` and keep its structure in the place `path` names."""
-        self.shards.add_all(module, path)
-        super().replace(path, module.to("meta"))
+        """Keep the structure of `module`."""
+        take_back(module)
+        empty(module)
+        super().replace(path, module)
 
 
 def run(
@@ -85,78 +115,88 @@ def run(
     output: Path,
     context: Context,
     *,
+    after: Callable[[str, Bundle], None],
     measured: Callable[[Path], dict[str, Any]],
     recipe: dict[str, Any],
 ) -> Manifest:
     """Run `stages` on the checkpoint `model`, write the result to `output` and return its manifest.
 
+    `after(name, bundle)` is called with the original and after each step; what it is shown has shapes and no values.
     `measured(directory)` returns what is recorded of the written weights. Raises UsageError for a checkpoint whose tensors are
     stored in another shape than the model computes with, and what checks raise.
     """
-    bundle, files = checkpoint.shell(model)
-    plans: list[Plan] = []
-    for stage in stages:
-        started = time.perf_counter()
-        stage.made.check(bundle)
-        plan = stage.made.plan(bundle, context)
-        stage.made.apply(bundle, plan)
-        plans.append(plan)
-        decisions = json.loads(json.dumps(plan.decisions))
-        facts = json.loads(json.dumps(stage.made.fit(bundle, context)))
-        seconds = round(time.perf_counter() - started, 3)
-        bundle.history.append(Record(stage.step.name, stage.step.params, decisions, facts, seconds))
+    files = weight_files(locate(str(model)))
+    with _opened(model, files) as bundle:
+        after("original", bundle)
+        for stage in stages:
+            with named(stage):
+                stage.made.check(bundle)
+        plans = []
+        for stage in stages:
+            with named(stage, stages):
+                plans.append(_decided(stage, bundle, context))
+            after(stage.step.name, bundle)
+    if not bundle.source.sha256:
+        bundle.source = dataclasses.replace(bundle.source, sha256=digest(files))
+    source = bundle.source
 
     def write_weights(directory: Path) -> None:
-        source, _ = checkpoint.shell(model)
-        with _reader(source.model, files) as read:
-            streamed = Streamed(**vars(source))
-            streamed.read, streamed.shards = (
-                read,
-                Shards(directory, checkpoint.DTYPES[bundle.source.dtype], SHARD_BYTES),
-            )
-            context.progress.say(f"{bundle.source.id}: {len(files)} weight files, layer by layer")
+        with _opened(model, files) as again:
+            written = Written(**vars(again))
+            written.shards = Shards(directory, checkpoint.DTYPES[source.dtype], SHARD_BYTES)
+            context.progress.say(f"{source.id}: {len(files)} weight files, layer by layer")
             for stage, plan in zip(stages, plans, strict=True):
-                stage.made.apply(streamed, plan)
-            _rest(streamed)
-            streamed.shards.finish()
+                stage.made.apply(written, plan)
+            written.finish()
 
     return checkpoint.save(
         bundle, output, measured=measured, write_weights=write_weights, recipe=recipe, seed=context.seed
     )
 
 
-def _rest(streamed: Streamed) -> None:
-    """Copy what no pass replaced, tied tensors once."""
-    ties = getattr(streamed.model, "all_tied_weights_keys", {})
-    parameters = {name for name, _ in streamed.model.named_parameters(remove_duplicate=False)}
-    for name in streamed.model.state_dict():
-        if name not in streamed.shards.where and name not in ties:
-            streamed.shards.add(name, streamed.read(name), name in parameters)
+def _decided(stage: Stage, bundle: Bundle, context: Context) -> Plan:
+    """Decide a step and make the structure it leads to; append its record to the bundle's history."""
+    started = time.perf_counter()
+    stage.made.check(bundle)
+    plan = stage.made.plan(Streamed(**vars(bundle)), context)
+    stage.made.apply(Planned(**vars(bundle)), plan)
+    decisions = json.loads(json.dumps(plan.decisions))
+    facts = json.loads(json.dumps(stage.made.fit(bundle, context)))
+    seconds = round(time.perf_counter() - started, 3)
+    bundle.history.append(Record(stage.step.name, stage.step.params, decisions, facts, seconds))
+    return plan
+
+
+@contextmanager
+def _opened(model: str | Path, files: Sequence[Path]) -> Iterator[Bundle]:
+    """Yield the checkpoint's bundle, its stored tensors deferred for as long as its files are open.
+
+    Raises UsageError where one is missing.
+    """
+    bundle = checkpoint.outline(model)
+    with _reader(bundle.model, files) as reading:
+        for name, tensor in bundle.model.state_dict(keep_vars=True).items():
+            defer(tensor, reading(name))
+        yield bundle
 
 
 class Shards:
     """Weight files of a bounded size, and the index that says where each tensor lies."""
 
     def __init__(self, directory: Path, dtype: torch.dtype, limit: int = SHARD_BYTES) -> None:
-        """`dtype` is what parameters are stored in; buffers keep theirs. A file is written when it has `limit` bytes."""
+        """`dtype` is what parameters are stored in; buffers keep theirs. A file has at most `limit` bytes, or a single tensor."""
         self.directory, self.dtype, self.limit = directory, dtype, limit
         self.where: dict[str, int] = {}
         self.waiting: dict[str, Tensor] = {}
         self.count, self.bytes = 0, 0
 
-    def add_all(self, module: nn.Module, path: str) -> None:
-        """Take the tensors of a layer."""
-        parameters = dict(module.named_parameters())
-        for name, tensor in module.state_dict().items():
-            self.add(f"{path}.{name}", tensor, name in parameters)
-
     def add(self, name: str, tensor: Tensor, parameter: bool) -> None:
         """Take a tensor; shards are written as they fill."""
         converts = parameter and tensor.is_floating_point()
-        self.waiting[name] = (tensor.to(self.dtype) if converts else tensor).detach().contiguous()
-        self.where[name] = self.count
-        if sum(value.nbytes for value in self.waiting.values()) >= self.limit:
+        taken = (tensor.to(self.dtype) if converts else tensor).detach().contiguous()
+        if taken.nbytes + sum(value.nbytes for value in self.waiting.values()) > self.limit:
             self._write()
+        self.waiting[name], self.where[name] = taken, self.count
 
     def _write(self) -> None:
         if self.waiting:
@@ -184,8 +224,8 @@ class Shards:
 
 
 @contextmanager
-def _reader(model: Any, files: Sequence[Path]) -> Iterator[Callable[[str], Tensor]]:
-    """Yield a function that reads a tensor by the name the model has for it.
+def _reader(model: Any, files: Sequence[Path]) -> Iterator[Callable[[str], Callable[[], Tensor]]]:
+    """Yield a function that returns what reads a tensor, by the name the model has for it.
 
     Raises UsageError where a checkpoint's tensors have to be joined or cut first.
     """
@@ -208,13 +248,13 @@ def _reader(model: Any, files: Sequence[Path]) -> Iterator[Callable[[str], Tenso
 
         ties = dict(getattr(model, "all_tied_weights_keys", {}))
 
-        def read(name: str) -> Tensor:
+        def reading(name: str) -> Callable[[], Tensor]:
             name = name if name in found else ties.get(name, name)
             if name not in found:
                 raise UsageError(f"the checkpoint lacks {name}", hint="it is incomplete; fetch it again")
-            return found[name]()
+            return found[name]
 
-        yield read
+        yield reading
 
 
 def _slice(opened: Any, key: str) -> Callable[[], Tensor]:

@@ -89,8 +89,7 @@ def run_recipe(
     tables(result.to_json())
     loads = "plain transformers loads it too" if result.manifest.plain_transformers else result.manifest.why
     render.line(f"{output} is written; {loads}")
-    export = f"mmc export {output} -o {output}-onnx --to onnx"
-    terminal.next_step(export if result.exports else f"mmc report {output} -o {output}.html")
+    terminal.next_step(f"mmc export {output} -o {output}-onnx --to onnx")
 
 
 def show_plan(planned: dict[str, Any]) -> None:
@@ -101,6 +100,7 @@ def show_plan(planned: dict[str, Any]) -> None:
     render.table("Steps", ["step", "parameters", "seconds, about"], rows, left=2)
     render.line(
         f"about {planned['seconds']:,} s in all, {planned['memory_mib']:,} MiB of memory for models and training"
+        + (f"; {planned['memory_free_mib']:,} MiB are available" if planned["memory_free_mib"] is not None else "")
     )
     render.line(f"about {planned['disk_mib']:,} MiB of disk while it runs; {planned['disk_free_mib']:,} MiB are free")
 

@@ -30,6 +30,7 @@ from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch, usable_runners
 from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.manifest import Manifest
+from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.passes.base import Context
 from mmcompress.pipeline import Stage, Workplace
@@ -49,8 +50,6 @@ class Result:
     """One row per stage, the original first: parameters, MACs per tower, headline metrics."""
     speeds: tuple[TowerSpeed, ...] = ()
     gates: tuple[GateResult, ...] = ()
-    exports: bool = True
-    """Whether models of this family can be exported."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of ``--json``."""
@@ -124,9 +123,13 @@ def streams(recipe: Recipe, todo: list[Stage]) -> bool:
 
 
 def _streamed(model: str | Path, recipe: Recipe, todo: list[Stage], output: Path, progress: Progress) -> Result:
-    """Run the steps without ever having the model in memory; what it became is not measured, only weighed."""
+    """Run the steps without ever having the model in memory; what it became is not measured, only recounted."""
     before = _bytes_in(weights.locate(str(model)))
     findings: tuple[Finding, ...] = ()
+    rows: list[dict[str, Any]] = []
+
+    def after(name: str, bundle: Bundle) -> None:
+        rows.append({"stage": name, **cost_of(bundle).to_json()})
 
     def measured(directory: Path) -> dict[str, Any]:
         nonlocal findings
@@ -135,7 +138,7 @@ def _streamed(model: str | Path, recipe: Recipe, todo: list[Stage], output: Path
         findings = tuple(verdict(Facts(bytes_before=before, bytes_after=after, random_expected=False), recipe.seed))
         return {
             "verdict": [finding.to_json() for finding in findings],
-            "stages": [],
+            "stages": rows,
             "speeds": [],
             "gates": [],
             "metrics": {},
@@ -144,8 +147,8 @@ def _streamed(model: str | Path, recipe: Recipe, todo: list[Stage], output: Path
         }
 
     context = Context(seed=recipe.seed, progress=progress)
-    manifest = streamed.run(model, todo, output, context, measured=measured, recipe=recipe.to_dict())
-    return Result(output, manifest, findings, (), exports=False)
+    manifest = streamed.run(model, todo, output, context, after=after, measured=measured, recipe=recipe.to_dict())
+    return Result(output, manifest, findings, tuple(rows))
 
 
 def require_usable(recipe: Recipe) -> None:

@@ -18,11 +18,14 @@ from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Work
 from mmcompress.progress import Progress
 from mmcompress.recipe import Recipe
+from mmcompress.room import available
 from mmcompress.staging import refuse_existing
 
 # Measured on the demo's CLIP and the DINOv2-S + MiniLM dual encoder, 2 cores: tracing, checking and writing one tower's graph,
 # and loading it into one runner; and a metric's intervals.
 EXPORTED, STATISTICS = 15.0, 2.0
+# Bytes a second that are hashed, read, rounded and written layer by layer (bench/results/streaming.json).
+STREAMED = 5.5e7
 # Times the model's size in memory: with room to work; with gradients, AdamW's two moments and the teacher beside it.
 HELD, TRAINED = 1.5, 5.5
 
@@ -43,7 +46,7 @@ def estimate(
     bundle = (
         checkpoint.load(model, device=recipe.device, allow_pickle=allow_pickle)
         if shown
-        else checkpoint.hollow(model, allow_pickle=allow_pickle)
+        else checkpoint.outline(model, allow_pickle=allow_pickle)
     )
     recipe = with_tasks(recipe, bundle, evaluation)
     for stage in todo:
@@ -69,20 +72,22 @@ def estimate(
         seconds = twice * (stage.made.seconds(bundle, work) + measured)
         steps.append({"step": stage.step.name, "params": dict(stage.step.params), "seconds": round(seconds)})
     exported = 2 * len(bundle.towers()) * EXPORTED if recipe.export.to else 0.0
-    size = cost_of(bundle).bytes
+    size, free = cost_of(bundle).bytes, available()
     stored = bundle.source.bytes or size
     trains = any(stage.step.name == "distill" for stage in todo)
     if streams(recipe, todo):
-        memory, copies = streamed.memory_needed(bundle), 1
+        memory, copies, written = streamed.memory_needed(bundle), 1, stored / STREAMED
     else:
+        written = 0.0
         memory = round((TRAINED if trains else HELD) * size)
         # A checkpoint after every step, the result, and both sides exported.
         copies = len(todo) + 1 + (2 if recipe.export.to else 0)
     return {
         "model": bundle.source.id,
         "steps": steps,
-        "seconds": sum(step["seconds"] for step in steps) + round(measured + exported),
+        "seconds": sum(step["seconds"] for step in steps) + round(measured + exported + written),
         "memory_mib": round(memory / 2**20),
+        "memory_free_mib": None if free is None else round(free / 2**20),
         "disk_mib": round(copies * stored / 2**20),
         "disk_free_mib": round(shutil.disk_usage(_existing(Path(output).absolute())).free / 2**20),
     }

@@ -24,13 +24,12 @@ QUESTIONS: dict[str, dict[str, Any]] = {
 
 def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Return a document about the model: towers with sizes and costs, passes with reasons, history. No weight is read."""
-    bundle = checkpoint.hollow(model, allow_pickle=allow_pickle)
+    bundle = checkpoint.outline(model, allow_pickle=allow_pickle)
     cost = cost_of(bundle)
     return {
         "model": bundle.source.id,
         "class": type(bundle.model).__name__,
         "family": bundle.family.name,
-        "sha256": bundle.source.sha256,
         "dtype": bundle.source.dtype,
         "parameters": cost.parameters,
         "bytes": cost.bytes,

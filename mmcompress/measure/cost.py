@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from mmcompress.bundle import Bundle
-from mmcompress.measure.macs import macs_within
 from mmcompress.measure.size import parameters
+from mmcompress.surgery.counting import macs_within
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,10 @@ class MergeTokens:
         """Return the pass that drops as many tokens at random."""
         return None if self.method == "random" else dataclasses.replace(self, method="random")
 
+    def streams(self) -> bool:
+        """Whether no weight is looked at: never one is."""
+        return True
+
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """No sample is looked at."""
         return 0.0

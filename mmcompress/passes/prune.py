@@ -120,6 +120,11 @@ class Prune:
         """Return the pass that removes as much at random, repaired the same way."""
         return None if self.score == "random" else dataclasses.replace(self, score="random")
 
+    def streams(self) -> bool:
+        """Whether scores come from one block's weights at a time, and nothing is repaired."""
+        repairs = self.compensate != "none" and "blocks" not in self.units
+        return self.score in ("magnitude", "random") and not repairs and not self.crosscheck
+
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """One look at the samples for the scores, with gradients for Taylor's, and two for the repair."""
         scores = {"taylor": 3, "activation": 1, "block-influence": 1}.get(self.score, 0)

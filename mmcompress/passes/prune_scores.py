@@ -47,10 +47,10 @@ def magnitude(bundle: Bundle, groups: Sequence[Group]) -> list[Tensor]:
     """Return the L2 norm of each unit's rows, biases and columns, per group (U,)."""
     scores = []
     for group in groups:
-        writers = [bundle.module(path) for path in group.writers]
+        writers = [bundle.layer(path) for path in group.writers]
         joined = [part for writer in writers for part in (writer.weight, writer.bias) if isinstance(part, Tensor)]
         rows = [part for both in joined for part in both.chunk(group.sections)]
-        reader = bundle.module(group.reader).weight
+        reader = bundle.layer(group.reader).weight
         assert isinstance(reader, Tensor), f"{group.reader} has no weight"
         scores.append(importance.group_magnitude([r.detach() for r in rows], [reader.detach()], group.units))
     return scores

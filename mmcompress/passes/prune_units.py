@@ -17,12 +17,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmcompress.bundle import Bundle
+from mmcompress.surgery.counting import counting, macs_within
 from mmcompress.surgery.linears import spread
-from mmcompress.surgery.watch import evaluating, meter, watch_inputs
+from mmcompress.surgery.watch import evaluating, watch_inputs
 from mmcompress.views import Attention, Block, Tower
 
 Kind = Literal["heads", "neurons", "blocks"]
@@ -165,7 +164,7 @@ def count_tokens(bundle: Bundle, tower: Tower) -> dict[str, int]:
     def record(name: str, states: Tensor) -> None:
         seen[name] = len(states)
 
-    with evaluating(bundle.model), torch.inference_mode(), watch_inputs({p: bundle.module(p) for p in readers}, record):
+    with evaluating(bundle.model), counting(), watch_inputs({p: bundle.module(p) for p in readers}, record):
         bundle.encode(tower.name, bundle.example_inputs(tower.name, 1))
     return seen
 
@@ -175,19 +174,12 @@ def count_costs(bundle: Bundle, tower: Tower) -> Costs:
 
     What an encoder does that a decoder looks at is not the decoder's.
     """
-    counter = FlopCounterMode(display=False)
     own = [bundle.module(path) for path in tower.roots]
-    # Fused attention kernels are opaque to the counter; the plain one is two matrix products.
-    with (
-        evaluating(bundle.model),
-        torch.inference_mode(),
-        sdpa_kernel(SDPBackend.MATH),
-        counter,
-        meter(own, counter.get_total_flops) as spent,
-    ):
-        bundle.encode(tower.name, bundle.example_inputs(tower.name, 1))
+    inputs = bundle.example_inputs(tower.name, 1)
+    with evaluating(bundle.model):
+        macs = macs_within(own, lambda: bundle.encode(tower.name, inputs))
     parameters = sum(p.numel() for name, p in bundle.model.named_parameters() if tower.owns(name))
-    return Costs(parameters, spent() // 2)
+    return Costs(parameters, macs)
 
 
 def head_rows(attention: Attention) -> tuple[int, ...]:

@@ -178,7 +178,7 @@ class Quantize:
         layers, tied = plan.decisions["layers"], plan.decisions.get("tied", {})
         # A table, then at once the Linear that shares its weight.
         for path in sorted(layers, key=lambda path: (tied.get(path, path), path in tied)):
-            module, scheme = bundle.module(path), layers[path]
+            module, scheme = bundle.layer(path), layers[path]
             gain = plan.tensors.get(f"{path}.gain")
             if gain is None and path not in tied and self._smooths(module, scheme):
                 gain = torch.ones(module.in_features, device="meta")
@@ -186,8 +186,8 @@ class Quantize:
             made = quantized(module, self._inputs if scheme == "W8A8" else None, self._weights, gain, table)
             if f"{path}.scale" in plan.tensors:
                 made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
+            del module  # where layers are written as they are made, its floats are gone before a file is
             bundle.replace(path, made)
-            del module
             give_back_freed()
         drop_ties(bundle.model)
 
@@ -254,27 +254,27 @@ class Quantize:
             # Read by their owner without being called: their input cannot be rounded, nor their weight replaced safely.
             paths = _whole_ties([path for path in paths if path in grids or path not in linears], tower)
         schemes = {path: "W8A8" if path in grids else "W8A16" for path in paths}
-        tables = {linear: table for table, linear in tower.tied}
-        made: dict[str, nn.Module] = {}
-        for path in sorted(paths, key=tables.__contains__):
-            made[path] = self._made(bundle, path, grids.get(path), tensors, made.get(tables.get(path, "")))
+        for path in [path for path in paths if path in grids]:
+            grid = grids[path]
+            tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
+            if grid.gain is not None:
+                tensors[f"{path}.gain"] = grid.gain
         if paths and self.sensitivity_samples and offers(bundle, context, tower.name, self.sensitivity_samples):
+            tables = {linear: table for table, linear in tower.tied}
+            made: dict[str, nn.Module] = {}
+            for path in sorted(paths, key=tables.__contains__):
+                made[path] = self._made(bundle, path, grids.get(path), made.get(tables.get(path, "")))
             report |= self._judge(bundle, tower, made, context)
             for path in report["kept_float"]:
                 schemes.pop(path)
         return schemes, report
 
-    def _made(
-        self, bundle: Bundle, path: str, grid: Grid | None, tensors: dict[str, Tensor], table: nn.Module | None
-    ) -> nn.Module:
-        """Return the quantized layer as `apply` will make it, and note in `tensors` what it needs for that."""
+    def _made(self, bundle: Bundle, path: str, grid: Grid | None, table: nn.Module | None) -> nn.Module:
+        """Return the quantized layer as `apply` will make it."""
         if grid is None:
             return quantized(bundle.module(path), None, self._weights, None, table)
         made = quantized(bundle.module(path), self._inputs, self._weights, grid.gain, table)
         made.set_input_grid(grid.scale, grid.zero_point)
-        tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
-        if grid.gain is not None:
-            tensors[f"{path}.gain"] = grid.gain
         return made
 
     def _judge(self, bundle: Bundle, tower: Tower, made: dict[str, nn.Module], context: Context) -> dict[str, Any]:

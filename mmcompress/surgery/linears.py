@@ -1,4 +1,4 @@
-"""Cut rows and columns out of nn.Linear in place. Works on meta tensors; dtype, device and gradient flags stay.
+"""Cut rows and columns out of nn.Linear in place. Works on meta and on deferred tensors; dtype, device and gradient flags stay.
 
 A Linear's weight is (out, in): rows are what it writes, columns are what it reads.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from mmcompress.surgery.deferred import is_deferred, select
 
 
 def keep_rows(linear: nn.Linear, kept: Tensor) -> None:
@@ -30,5 +32,7 @@ def spread(units: Tensor, width: int) -> Tensor:
 
 def selected(parameter: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
     """Return `parameter` with the entries `kept` (K,) along `dim`."""
+    if is_deferred(parameter):
+        return select(parameter, dim, kept)
     chosen = parameter.detach().index_select(dim, kept.to(parameter.device))
     return nn.Parameter(chosen, requires_grad=parameter.requires_grad)

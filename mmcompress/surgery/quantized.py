@@ -49,7 +49,7 @@ _UNREAD: ContextVar[bool] = ContextVar("unread", default=False)
 
 @contextmanager
 def weights_unread() -> Iterator[None]:
-    """While active, `weight` of quantized layers has a shape and no values.
+    """While active, `weight` of quantized layers has a shape and zeros that take no memory: for loading, and for counting.
 
     transformers fills every weight it knows before it looks which were loaded (5.23): made of integers, each would become floats
     for nothing, which took three quarters of the time of loading and as much memory again.
@@ -91,9 +91,10 @@ class _Quantized(nn.Module):
     def weight(self) -> Tensor:
         """The weight as floats, as it multiplies the rounded input. Not a parameter; models ask layers for its dtype and shape."""
         if _UNREAD.get():
-            empty = torch.empty_like(self.weight_int8, dtype=self.weight_scale.dtype, device="meta")
-            empty._is_hf_initialized = True  # type: ignore[attr-defined]
-            return empty
+            zeros = torch.zeros((), dtype=self.weight_scale.dtype, device=self.weight_scale.device)
+            shaped = zeros.expand(self.weight_int8.shape)
+            shaped._is_hf_initialized = True  # type: ignore[attr-defined]
+            return shaped
         return dequantize(self.weight_int8, self.weight_scale, axis=0)
 
     def set_input_grid(self, scale: Tensor, zero_point: Tensor) -> None:

@@ -22,9 +22,12 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize("name", tiny.EVERY)
-def test_nothing_is_read_and_everything_is_right(name: str, tmp_path: Path) -> None:
+def test_nothing_is_read_and_everything_is_right(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tiny.bundle(name), tmp_path / "model")
-    found = inspect(tmp_path / "model")
+    (tmp_path / "model" / "mmc.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "digest", lambda _: pytest.fail("the files were read"))
+        found = inspect(tmp_path / "model")
     loaded = checkpoint.load(tmp_path / "model")
     cost = cost_of(loaded)
     assert (found["parameters"], found["bytes"]) == (cost.parameters, cost.bytes)
@@ -73,5 +76,6 @@ def test_a_plan_without_data_runs_nothing(large: Path, tmp_path: Path, monkeypat
     found = estimate(large, recipe, tmp_path / "out", progress=Silent())
     # a layer of 200 MiB twice, and a shard
     assert 900 < found["memory_mib"] < 940
-    recipe = parse({"steps": [{"prune": {"ratio": 0.0005, "score": "magnitude", "compensate": "none"}}]})
+    assert found["seconds"] > 0
+    recipe = parse({"steps": [{"prune": {"ratio": 0.0005, "score": "magnitude", "compensate": "bias"}}]})
     assert 300 < estimate(large, recipe, tmp_path / "out", progress=Silent())["memory_mib"] < 330
