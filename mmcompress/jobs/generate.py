@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmcompress import checkpoint
+from mmcompress.bundle import Cut
 from mmcompress.data.dataset import Dataset, Memory, batches
 from mmcompress.data.sample import Audio, Sample, Stored
 from mmcompress.errors import NotExportable, UsageError
@@ -123,21 +124,26 @@ def generate(
 def _answered(
     model: str, runner: str, answerer: Answerer, samples: Sequence[Sample], limit: int | None, batch: int
 ) -> Generated:
-    prepare, written = [], []
+    prepare, written, answers, tokens = [], [], [], []
     for part in batches(Dataset(Memory(samples), "files"), batch):
         begun = time.perf_counter()
-        asked = answerer.asked(part)
-        prepare.append(time.perf_counter() - begun)
-        written.append(answerer.writer.write(asked, limit))
-    rows = [row for one in written for row in one.rows]
-    answers = answerer.texts(rows)
+        cut, texts = Cut.of(answerer.family, answerer.processor, part), []
+        for portion in cut.portions:
+            asked = answerer.asked(portion)
+            prepare.append(time.perf_counter() - begun)
+            written.append(answerer.writer.write(asked, limit))
+            texts += answerer.texts(written[-1].rows)
+            begun = time.perf_counter()
+        answers += cut.joined(texts)
+        counts = iter([len(row) for one in written[-len(cut.portions) :] for row in one.rows])
+        tokens += [sum(next(counts) for _ in range(pieces)) for pieces in cut.counts]
     answerer.close()
     return Generated(
         model,
         runner,
         tuple(sample.key for sample in samples),
         tuple(answers),
-        tuple(map(len, rows)),
+        tuple(tokens),
         tuple(prepare),
         tuple(written),
     )
