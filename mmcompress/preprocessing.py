@@ -21,6 +21,7 @@ TOKENIZER_EXTRAS = (
     "merges.txt",
     "normalizer.json",
     "chat_template.jinja",
+    "video_preprocessor_config.json",
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,13 +146,9 @@ class Whisper:
         return self.texts(processor, ids)
 
     def pieces(self, processor: Processor, sample: Sample) -> list[Sample]:
-        """Return the sample's recording in windows of what the model hears at once, cut where it is quiet; see `windows`."""
-        from mmcompress.data.sound import Waveform, windows
-
+        """Return the recording in windows of what the model hears at once, cut where it is quiet; see `Sample.in_windows`."""
         extractor = _extractor(processor)
-        rate = extractor.sampling_rate
-        heard = windows(sample.waveform(rate), rate, extractor.n_samples)
-        return [replace(sample, audio=Waveform(window, rate)) for window in heard]
+        return sample.in_windows(extractor.sampling_rate, extractor.n_samples)
 
     def start_tokens(self, model: Any) -> list[int]:
         """Return the tokens before the text: start and, as far as the model has them, language, task and "no timestamps".
