@@ -206,7 +206,9 @@ class QwenVL(VisionLanguage):
         patch = model.config.vision_config.patch_size
         _, rows, columns = EXAMPLE_GRID
         size = (columns * patch, rows * patch)
-        made = super().asked(model, processor, [sample.redrawn(lambda image: image.resize(size)) for sample in samples])
+        resized = [sample.redrawn(lambda image: image.resize(size)) for sample in samples]
+        # Without its files no video processor's settings say that frames be larger.
+        made = super().asked(model, replace(processor, files={}), resized)
         # The loop around the parts knows one token for all that is seen; positions are settled by now.
         ids, config = made["input_ids"], model.config
         return made | {"input_ids": ids.masked_fill(ids == config.video_token_id, config.image_token_id)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 from mmcompress import checkpoint
 from mmcompress.bundle import Cut
 from mmcompress.data.dataset import Dataset, Memory, batches
-from mmcompress.data.sample import Audio, Sample, Stored
+from mmcompress.data.folder import frames_of
+from mmcompress.data.sample import FRAME_RATE, Audio, Sample, Stored, Video
 from mmcompress.errors import NotExportable, UsageError
 from mmcompress.export.artifact import is_artifact, open_artifact
 from mmcompress.measure.answerer import Answerer, artifact_answerer, bundle_answerer
@@ -68,13 +69,27 @@ class Generated:
         }
 
 
-def samples_of(audio: Sequence[Path], images: Sequence[Path], prompt: str) -> list[Sample]:
-    """Return a sample for each recording and each picture, or one for the prompt alone.
+def samples_of(
+    audio: Sequence[Path],
+    images: Sequence[Path],
+    prompt: str,
+    *,
+    frames: Sequence[Path] = (),
+    rate: float = FRAME_RATE,
+    together: bool = False,
+) -> list[Sample]:
+    """Return a sample for each recording, each picture and each folder of frames (`rate` a second), or one for the prompt alone.
 
-    Raises UsageError when there is nothing to answer, and for files that are not there.
+    `together`: one sample for all pictures. Raises UsageError when there is nothing to answer, for files that are not there, and
+    for frames that make no video.
     """
     made = [Sample(str(path), audio=Audio(_stored(path)), question=prompt) for path in audio]
-    made += [Sample(str(path), picture=_stored(path), question=prompt) for path in images]
+    shown = [Sample(str(path), picture=_stored(path), question=prompt) for path in images]
+    if together and shown:
+        pictures = [sample.picture for sample in shown if sample.picture is not None]
+        shown = [replace(shown[0], key=" ".join(map(str, images))).showing(pictures)]
+    made += shown
+    made += [Sample(str(path), video=Video(tuple(frames_of(path)), rate), question=prompt) for path in frames]
     if not made and not prompt:
         raise UsageError("there is nothing to answer", hint="give --audio FILE, --image FILE or --prompt TEXT")
     return made or [Sample("prompt", question=prompt)]

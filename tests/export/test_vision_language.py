@@ -9,7 +9,7 @@ import pytest
 
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
-from mmcompress.data import Sample
+from mmcompress.data import Sample, Video
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import Artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
@@ -48,6 +48,21 @@ def test_the_answers_are_those_of_torch(exported: tuple[Bundle, Artifact], runne
     assert answerer.generate(asked) == want
     assert [answerer.generate([sample])[0] for sample in asked] == want
     answerer.close()
+
+
+def test_several_pictures_go_through_the_vision_part_one_by_one(exported: tuple[Bundle, Artifact]) -> None:
+    bundle, artifact = exported
+    first, second, third = tiny.images(3)
+    asked = [
+        Sample("two", picture=first, further=(second,), question="what is this ?"),
+        Sample("none", question="what is this ?"),
+        Sample("frames", video=Video((third, first, second)), question="how many ?"),
+    ]
+    want = bundle.generate(asked)
+    answerer = artifact_answerer(artifact, threads=1)
+    assert len(answerer.asked(asked)["pixel_values"]) == 5
+    assert answerer.generate(asked) == want
+    assert [answerer.generate([sample])[0] for sample in asked] == want
 
 
 def test_the_graphs_take_any_batch_prompt_and_past(exported: tuple[Bundle, Artifact]) -> None:

@@ -13,6 +13,7 @@ from mmcompress.bundle import Bundle, Processor
 from mmcompress.data import Sample, Video
 from mmcompress.errors import UsageError
 from mmcompress.families.qwen_vl_video import SETTINGS, frame_pixels, video_patches
+from mmcompress.measure.answerer import bundle_answerer
 from tests import tiny, tiny_vlm
 
 QWEN = tuple(name for name in tiny_vlm.MODELS if name.startswith("qwen"))
@@ -180,6 +181,23 @@ def test_frames_are_as_large_as_the_video_processor_says(files: dict[str, bytes]
 def test_settings_that_are_no_json_are_named() -> None:
     with pytest.raises(UsageError, match="video_preprocessor_config.json is not JSON"):
         frame_pixels(Processor(files={SETTINGS: b"{"}), 1, "qwen2_vl")
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_exported_qwen_sees_layers_of_a_video_as_pictures(name: str) -> None:
+    """At 224 x 224 pixels, 64 tokens a layer; a video processor's settings would have frames larger than the graph takes."""
+    bundle = tiny.bundle(name)
+    first, second, third = (image.resize((224, 224)) for image in (FIRST, SECOND, THIRD))
+    asked = [
+        Sample("both", picture=second, video=Video((first, third), 0.5), question="what ?"),
+        Sample("none", question="how many ?"),
+        Sample("video", video=Video((first, second, third), 1.0), question="is this a big red cat ?"),
+        Sample("two", picture=third, further=(first,), question="two of the small trees ?"),
+    ]
+    want = bundle.generate(asked)
+    assert len(set(want)) > 1
+    bundle.processor.files = {SETTINGS: b'{"min_pixels": 200704, "max_pixels": 602112}'}
+    assert bundle_answerer(bundle, threads=1).generate(asked) == want
 
 
 @pytest.mark.parametrize("name", ["clip", "blip", "vilt", "layoutlm"])

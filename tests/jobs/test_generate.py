@@ -13,7 +13,7 @@ import pytest
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
 from mmcompress.cli import __main__ as cli
-from mmcompress.data import Dataset, Memory, Sample, Waveform, open_data
+from mmcompress.data import Dataset, Memory, Sample, Video, Waveform, open_data
 from mmcompress.errors import UsageError
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.embedders import evaluate_target
@@ -112,6 +112,31 @@ def test_an_exported_model_is_evaluated_like_its_checkpoint(places: dict[str, Pa
         for name in ("checkpoint", "exported")
     )
     assert got == want
+
+
+def test_pictures_are_asked_about_together_and_frames_as_a_video(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tiny.bundle("qwen2_5_vl")
+    checkpoint.save(bundle, tmp_path / "model")
+    (tmp_path / "clip").mkdir()
+    pictures = tiny.images(3)
+    for number, image in enumerate(pictures):
+        image.save(tmp_path / "clip" / f"{number}.png")
+    files = [tmp_path / "clip" / f"{number}.png" for number in (2, 0)]
+    words = ["generate", str(tmp_path / "model"), "--prompt", "what ?"]
+    words += [word for path in files for word in ("--image", str(path))]
+    words += ["--frames", str(tmp_path / "clip"), "--fps", "1"]
+    said = []
+    for more in ([], ["--together"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*words, *more])
+        assert caught.value.code == 0
+        said.append(capsys.readouterr().out.splitlines())
+    asked = Sample("", question="what ?")
+    video = asked.showing((), Video(tuple(pictures), 1.0))
+    assert said[0] == bundle.generate([asked.showing([pictures[2]]), asked.showing([pictures[0]]), video])
+    assert said[1] == bundle.generate([asked.showing([pictures[2], pictures[0]]), video])
 
 
 def test_what_it_cannot_do(places: dict[str, Path], tmp_path: Path) -> None:
