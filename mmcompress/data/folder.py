@@ -176,13 +176,14 @@ def in_order(names: Sequence[str], where: str) -> list[str]:
             raise UsageError(f"{where} holds '{name}', which has no number", hint="name frames like 0001.png")
         numbered.append((int(found[-1]), name))
     numbered.sort()
-    steps = [after - before for (before, _), (after, _) in pairwise(numbered)]
-    for step, (_, before), (_, after) in zip(steps, numbered, numbered[1:], strict=False):
-        if step != min(steps) or not step:
-            what = "have one number" if not step else "are further apart than others"
+    step = min((after - before for (before, _), (after, _) in pairwise(numbered)), default=1)
+    for (before, first), (after, second) in pairwise(numbered):
+        if not step and before == after:
+            raise UsageError(f"{where}: frames '{first}' and '{second}' have one number", hint="number each frame once")
+        if step and after - before != step:
             raise UsageError(
-                f"{where}: frames '{before}' and '{after}' {what}",
-                hint="add the missing frame, or number the rest anew",
+                f"{where}: frame {before + step} is missing between '{first}' and '{second}'",
+                hint="add it, or number the frames anew",
             )
     return [name for _, name in numbered]
 

@@ -96,8 +96,9 @@ class Video:
             images.append(seen(frame))
             if images[-1].size != images[0].size:
                 first, other = (f"{image.width} x {image.height}" for image in (images[0], images[-1]))
+                name = f" ({frame})" if isinstance(frame, Stored) else ""
                 raise UsageError(
-                    f"frame {number + 1} of sample '{key}' has {other} pixels, the first has {first}",
+                    f"frame {number + 1} of sample '{key}'{name} has {other} pixels, the first has {first}",
                     hint="draw all frames of a video at one size",
                 )
         return Video(tuple(images), self.rate)
@@ -165,7 +166,7 @@ class Sample:
     def one_by_one(self) -> list[Sample]:
         """Return each image, then each frame, as a sample that shows nothing else."""
         shown = (*self.pictures, *(self.video.frames if self.video else ()))
-        return [self] if shown == (self.picture,) else [self.showing([picture]) for picture in shown]
+        return [self] if len(shown) == len(self.pictures) == 1 else [self.showing([picture]) for picture in shown]
 
     def in_windows(self, rate: int, longest: int) -> list[Sample]:
         """Return its recording, at `rate` samples a second, in pieces of at most `longest` samples; see `windows`.

@@ -34,6 +34,7 @@ def decode_sound(content: bytes, name: str) -> Waveform:
     Raises MissingError without the soundfile package, UsageError when it is not a readable recording or too long.
     """
     soundfile = _package("soundfile", "reading recordings")
+    _require_all(content, name)
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             if file.format not in SOUND_FORMATS:
@@ -51,6 +52,19 @@ def decode_sound(content: bytes, name: str) -> Waveform:
         reason = "it is empty" if not content else str(getattr(error, "error_string", error)).rstrip(".")
         raise UsageError(f"{name} is not a readable recording: {reason}", hint=_readable()) from error
     return Waveform(found.mean(axis=1), rate)
+
+
+def _require_all(content: bytes, name: str) -> None:
+    """Raise UsageError for a WAV file that ends before its header says; libsndfile would take the rest for all of it.
+
+    Programs that write into a pipe cannot know the length, and say 0 or the largest there is.
+    """
+    said = int.from_bytes(content[4:8], "little")
+    if content[:4] == b"RIFF" and 0 < said < 0x7FFFFFFF and said > len(content):
+        raise UsageError(
+            f"{name} is cut off: its header speaks of {said + 8:,} bytes, and it has {len(content):,}",
+            hint="copy or record the file again",
+        )
 
 
 def resampled(wave: Waveform, rate: int, name: str) -> np.ndarray:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mmcompress.data import Sample
 
 
+# A template is a program: what Jinja raises itself, and what its expressions raise.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 @dataclass(frozen=True)
 class Shown:
     """A picture or a video, as a prompt has it."""
@@ -89,8 +93,7 @@ class Talk:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answers[number]}]})
         try:
             text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            # A template is a program: these are what Jinja raises itself and what its expressions raise.
+        except TEMPLATE_ERRORS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
                 f"the chat template of this checkpoint fails: {reason}",
@@ -99,6 +102,11 @@ class Talk:
         if "'type':" in text:
             raise UsageError(
                 "the chat template of this checkpoint takes plain texts, not lists of texts and images",
+                hint="use the chat template that belongs to this checkpoint",
+            )
+        if questions[-1].strip() not in text:
+            raise UsageError(
+                "the chat template of this checkpoint leaves out the question",
                 hint="use the chat template that belongs to this checkpoint",
             )
         return text

@@ -26,7 +26,7 @@ from mmcompress.errors import UsageError
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.language_models import language_tower, require_language, write_language_config
 from mmcompress.families.picture_rows import gathered, padded, spread
-from mmcompress.families.talk import Shown, Talk
+from mmcompress.families.talk import Shown, Talk, require_no_tokens
 from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part
 from mmcompress.parts import Decoding, Part
 from mmcompress.views import Tower
@@ -148,14 +148,14 @@ class VisionLanguage(ABC):
         """
         if tower != "vision":
             return [sample] if sample.texts else []
-        return sample.one_by_one() if sample.shown else []
+        return sample.one_by_one()
 
     def visuals(self, sample: Sample) -> list[Any]:
         """Return all that a sample shows, decoded, as `image_inputs` takes it: here images, and frames of a video as images.
 
         Raises what decoding raises.
         """
-        return [one.picture for one in sample.decoded().one_by_one()] if sample.shown else []
+        return [one.picture for one in sample.decoded().one_by_one()]
 
     def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
         """Return the inputs made of samples' pictures and, for the language model, of question and answer in its chat template.
@@ -168,7 +168,9 @@ class VisionLanguage(ABC):
             made = self._images(model, processor, [one for sample in items for one in self.visuals(sample)])
             return {key: made[key] for key in self.image_keys if key in made}
         images, prompts = self._asked(model, processor, items)
-        tokenizer = self.talk.tokenizer(processor)
+        tokenizer, tokens = self.talk.tokenizer(processor), self.image_tokens_of(model, processor)
+        for sample in items:
+            require_no_tokens(sample, sample.texts[:1], tokens)
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         answers = [
             (tokenizer(sample.texts[0], add_special_tokens=False)["input_ids"] + end)[:FORCED_TOKENS]
@@ -320,6 +322,12 @@ class VisionLanguage(ABC):
         The inputs are one row a sample where each has one picture; else (B, K, …), zeros behind, and image_counts (B,), how many
         of the K are there.
         """
+        for sample in samples:
+            if sample.audio is not None and not sample.shown:
+                raise UsageError(
+                    f"sample '{sample.key}' has a recording, and {self.name} models hear nothing",
+                    hint="give them pictures, or choose a speech model such as Whisper",
+                )
         visuals = [self.visuals(sample) for sample in samples]
         counts = [len(own) for own in visuals]
         images = self._images(model, processor, [one for own in visuals for one in own]) if any(counts) else {}
@@ -343,9 +351,11 @@ class VisionLanguage(ABC):
         longest = max(map(len, rows))
         for row, sample in zip(rows, samples, strict=True):
             if len(row) > limit:
+                count = len(sample.one_by_one())
                 raise UsageError(
-                    f"sample '{sample.key}' takes {len(row)} tokens with its picture; {self.name} takes {limit}",
-                    hint="ask a shorter question, or use a smaller picture",
+                    f"sample '{sample.key}' takes {len(row)} tokens with its {f'{count} pictures' if count > 1 else 'picture'}; "
+                    f"{self.name} takes {limit}",
+                    hint="show fewer pictures" if count > 1 else "ask a shorter question, or use a smaller picture",
                 )
         padding = model.generation_config.pad_token_id or 0
         ids = torch.full((len(rows), longest), padding)

@@ -136,9 +136,9 @@ class Whisper:
     def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
         """Return the greedy transcript of each sample, of half as many tokens as the decoder has places, as OpenAI's own does.
 
-        Raises what `prepare` raises.
+        Raises what `prepare` raises, and UsageError for samples with a question.
         """
-        features = self._features(model, processor, samples).to(model.device)
+        features = self.asked(model, processor, samples)["input_features"].to(model.device)
         settings = greedy(model.generation_config, model.config.max_target_positions // 2)
         settings.return_timestamps, settings.max_new_tokens = False, model.config.max_target_positions // 2
         with quiet():
@@ -176,6 +176,13 @@ class Whisper:
         return whisper_decoding(model, self.start_tokens(model))
 
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return what an answer depends on: the recording. Raises UsageError for samples with a question."""
+        for sample in samples:
+            if sample.question:
+                raise UsageError(
+                    f"sample '{sample.key}' asks a question, and {self.name} only transcribes",
+                    hint="leave the question out",
+                )
         return {"input_features": self._features(model, processor, samples)}
 
     def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:

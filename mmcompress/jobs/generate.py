@@ -87,7 +87,8 @@ def samples_of(
     shown = [Sample(str(path), picture=_stored(path), question=prompt) for path in images]
     if together and shown:
         pictures = [sample.picture for sample in shown if sample.picture is not None]
-        shown = [replace(shown[0], key=" ".join(map(str, images))).showing(pictures)]
+        more = f" and {len(images) - 1} more" if len(images) > 1 else ""
+        shown = [replace(shown[0], key=f"{images[0]}{more}").showing(pictures)]
     made += shown
     made += [Sample(str(path), video=Video(tuple(frames_of(path)), rate), question=prompt) for path in frames]
     if not made and not prompt:

@@ -148,7 +148,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
         ({"0.png": png(), "1.png": png(), "0.txt": "x"}, "'0' do not lie next to each other"),
         ({"0.png": png(), "0.PNG": png()}, r"'0\.PNG' twice"),
         ({"0.png": png(), "0.jpg": png()}, "several images"),
-        ({f"0.frames.{number}.png": png() for number in (1, 2, 4)}, "further apart"),
+        ({f"0.frames.{number}.png": png() for number in (1, 2, 4)}, "frame 3 is missing"),
         ({"0.npy": "x"}, r"0\.npy belongs to no image"),
         ({"0.png": png(), "0.json": "{"}, r"0\.json is not JSON"),
         ({"0.png": png(), "0.txt": b"\xff\xfe"}, r"0\.txt is not UTF-8"),
