@@ -20,6 +20,7 @@ from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.bench import Settings, bench
 from mmcompress.jobs.compress import compress
 from mmcompress.measure.answerer import artifact_answerer
+from mmcompress.measure.latency import compare
 from mmcompress.recipe import Recipe
 
 RUNNERS = ("onnxruntime", "openvino")
@@ -54,7 +55,7 @@ def report(
         "steps": {side: made.to_dict()["steps"] for side, made in recipes.items()},
     }
     (assets.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"speed": result["speedups"], "accuracy": result["accuracy"]}, indent=1))
+    print(json.dumps({"speed": result["latency"], "accuracy": result["accuracy"]}, indent=1))
 
 
 def build(work: Path, model: Path, recipes: dict[str, Recipe]) -> dict[str, Path]:
@@ -75,7 +76,10 @@ def build(work: Path, model: Path, recipes: dict[str, Recipe]) -> dict[str, Path
 def measure(
     sides: dict[str, Path], data: Dataset, task: str, stages: tuple[str, ...], rounds: int, threads: int
 ) -> dict[str, Any]:
-    """Return accuracy (paired with the original's, answers of OpenVINO), latency by stage, and size of every side."""
+    """Return accuracy (paired with the original's, answers of OpenVINO), latency by stage, and size of every side.
+
+    `times_as_fast` compares with the original in onnxruntime, paired by round.
+    """
     evaluations: dict[str, Evaluation] = {}
     for name, side in sides.items():
         answerer = artifact_answerer(open_artifact(side), RUNNERS[-1], threads=threads)
@@ -83,20 +87,24 @@ def measure(
         evaluations[name] = evaluate(answerer, data, tasks, batch=8, reference=evaluations.get("original"))
         answerer.close()
     settings = Settings(runners=RUNNERS, threads=threads, rounds=rounds, memory=False)
-    timed = bench([str(side) for side in sides.values()], settings).to_json()
+    timed = bench([str(side) for side in sides.values()], settings)
+    names = {side.name: name for name, side in sides.items()}
+    timings = [row.timing for row in timed.rows if row.timing.tower in stages]
+    base = {each.tower: each.samples for each in timings if (names[each.side], each.runner) == ("original", RUNNERS[0])}
     return {
         "mmc": mmcompress.__version__,
-        "machine": timed["machine"],
+        "machine": timed.machine,
         "accuracy": {name: found.to_json() for name, found in evaluations.items()},
-        "latency_ms": [
-            {key: row[key] for key in ("target", "tower", "runner", "p50_ms", "n")} for row in timed["results"]
-        ],
-        "speedups": {
-            stage: {
-                f"{row['target']}, {row['runner']}": row["ratio"] for row in timed["ratios"] if row["tower"] == stage
+        "latency": [
+            {
+                "side": names[each.side],
+                "stage": each.tower,
+                "runner": each.runner,
+                "p50_ms": each.latency.p50_ms.to_json(),
+                "times_as_fast": compare(base[each.tower], each.samples).to_json(),
             }
-            for stage in stages
-        },
-        "stages": timed["stages"],
+            for each in timings
+        ],
+        "stages": {names[row.pop("target")]: row for row in timed.stages},
         "bytes": {name: open_artifact(side).bytes for name, side in sides.items()},
     }

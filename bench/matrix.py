@@ -1,4 +1,4 @@
-"""The "Families" part of README.md: which pass applies to which tower, as each pass's own `check` says of a small model.
+"""The "Families" part of README.md: which pass applies to which tower, by its own `check` of a small model; and export.
 
 Nothing is typed in but the columns: a family that comes, or a pass that learns something, changes the table by itself.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.export.trace import traced_parts
 from mmcompress.families import FAMILIES
 from mmcompress.jobs.inspect import QUESTIONS, applies
 from tests import tiny
@@ -23,6 +26,9 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Heading -> pass and parameters."""
 
+EXPORT = "export"
+"""The heading of the last column, which is no pass."""
+
 Answers = dict[str, dict[str, str]]
 """Heading -> tower -> "" where the pass applies, else the reason."""
 
@@ -30,9 +36,10 @@ Answers = dict[str, dict[str, str]]
 def section() -> str:
     """Return the part of README.md from marker to marker."""
     notes: dict[str, int] = {}
-    lines = [f"| class | towers | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    headings = (*COLUMNS, EXPORT)
+    lines = [f"| class | towers | {' | '.join(headings)} |", "|---" * (len(headings) + 2) + "|"]
     for label, towers, answers in rows():
-        cells = [_cell(answers[heading], notes) for heading in COLUMNS]
+        cells = [_cell(answers[heading], notes) for heading in headings]
         lines.append(f"| `{label}` | {', '.join(towers)} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {reason}" for reason, number in notes.items())]
     return "\n".join([BEGIN, "", *lines, "", END])
@@ -54,6 +61,7 @@ def rows() -> list[tuple[str, tuple[str, ...], Answers]]:
             }
             for heading, (key, params) in COLUMNS.items()
         }
+        answers[EXPORT] = dict.fromkeys((tower.name for tower in towers), _refused(bundle))
         found = asked.setdefault(type(bundle.model).__name__, [])
         if all(answers != other for _, _, other in found):
             found.append((name, tuple(tower.name for tower in towers), answers))
@@ -62,6 +70,15 @@ def rows() -> list[tuple[str, tuple[str, ...], Answers]]:
         for label, models in asked.items()
         for name, towers, answers in models
     ]
+
+
+def _refused(bundle: Bundle) -> str:
+    """Return why a model cannot be exported, "" where it can."""
+    try:
+        traced_parts(bundle, "float32")
+    except UsageError as error:
+        return error.message
+    return ""
 
 
 def _family(name: str) -> str:

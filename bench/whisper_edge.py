@@ -9,13 +9,13 @@ onnxruntime and in OpenVINO: what listens, the prompt, one further token, a whol
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bench import assets
 from bench.answer_sides import parser, report
 from bench.edge import RECIPES
 from mmcompress import recipe
 from mmcompress.data import open_data
-
-INT8 = {"steps": [{"quantize": {"scheme": "W8A8", "target": "openvino"}}]}
 
 
 def main() -> None:
@@ -25,19 +25,10 @@ def main() -> None:
     chosen = options.parse_args()
     train, test = str(assets.speech("train")), str(assets.speech("test"))
     data = [f"data.calibration={train}", f"data.evaluation={test}"]
-    recipes = {
-        "int8": recipe.parse({**INT8, "data": {"num_samples": 32, "batch_size": 8, "evaluation_samples": 32}}, data),
-        "edge": recipe.read(RECIPES / "whisper-cpu.yaml", [*data, *chosen.overrides]),
-    }
-    report(
-        "whisper_edge",
-        chosen,
-        assets.whisper_tiny(),
-        recipes,
-        open_data(test),
-        "transcription",
-        ("audio", "prompt", "token", "answer"),
-    )
+    whole = recipe.read(RECIPES / "whisper-cpu.yaml", [*data, *chosen.overrides])
+    recipes = {"int8": replace(whole, steps=whole.steps[-1:]), "edge": whole}
+    stages = ("audio", "prompt", "token", "answer")
+    report("whisper_edge", chosen, assets.whisper_tiny(), recipes, open_data(test), "transcription", stages)
 
 
 if __name__ == "__main__":

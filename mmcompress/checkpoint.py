@@ -34,6 +34,7 @@ from mmcompress.manifest import Manifest, Record, Source
 from mmcompress.passes import build
 from mmcompress.passes.base import Plan
 from mmcompress.preprocessing import quiet, read_processor
+from mmcompress.room import require_room
 from mmcompress.staging import staging
 from mmcompress.surgery.quantized import weights_unread
 from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_files
@@ -49,7 +50,8 @@ def load(
     Nothing in a checkpoint is executed: the classes come from transformers, weights from safetensors. Pickled weights are
     refused unless `allow_pickle`, and then read with ``weights_only=True``.
 
-    Raises UsageError for a missing, damaged or unsupported checkpoint, MissingError for an absent device.
+    Raises UsageError for a missing, damaged or unsupported checkpoint, MissingError for an absent device, OutOfMemory for a model
+    larger than memory.
     """
     directory = locate(str(model))
     require_device(device)
@@ -57,6 +59,7 @@ def load(
     config = read_json(directory / "config.json")
     family = family_for(config)
     files = weight_files(directory, allow_pickle)
+    require_room(files, dtype.itemsize)
     records: tuple[Record, ...]
     source, records = (saved.source, saved.records) if saved else (_source(directory, config, files), ())
     made = _build(directory, files, family, source, records, dtype)
@@ -65,6 +68,13 @@ def load(
     if records:
         family.write_config(made)
     return bundle
+
+
+def _require_settings(directory: Path) -> None:
+    """Raise UsageError where the settings of generation are damaged; transformers would load the model without them, or crash."""
+    settings = directory / "generation_config.json"
+    if settings.exists():
+        read_json(settings)
 
 
 def save(
@@ -114,13 +124,13 @@ def save(
     return written
 
 
-def shell(model: str | Path) -> tuple[Bundle, list[Path]]:
+def shell(model: str | Path, *, allow_pickle: bool = False) -> tuple[Bundle, list[Path]]:
     """Return a checkpoint's bundle without values (all tensors meta), and its weight files. Raises what `load` raises."""
     directory = locate(str(model))
     saved = manifests.read(directory)
     config = read_json(directory / "config.json")
     family = family_for(config)
-    files = weight_files(directory)
+    files = weight_files(directory, allow_pickle)
     source, records = (saved.source, saved.records) if saved else (_source(directory, config, files), ())
     base = _replaying(family, source, records)
     with torch.device("meta"), quiet():
@@ -130,6 +140,27 @@ def shell(model: str | Path) -> tuple[Bundle, list[Path]]:
     made.__class__ = base.__mro__[1]
     made.eval()
     return Bundle(made, read_processor(directory), family, source, list(records)), files
+
+
+def hollow(model: str | Path, *, allow_pickle: bool = False) -> Bundle:
+    """Return a checkpoint's bundle whose weights are all zero and take no memory: to ask what it is made of, and what runs cost.
+
+    Raises what `load` raises of the files; whether all tensors are there is not looked at.
+    """
+    bundle, _ = shell(model, allow_pickle=allow_pickle)
+    for module in bundle.model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(_zeros(parameter), requires_grad=parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _zeros(buffer))
+    model_class: Any = bundle.model
+    model_class.tie_weights()
+    return bundle
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Return zeros that share one place in memory."""
+    return torch.zeros((), dtype=like.dtype).expand(like.shape)
 
 
 def _save_configs(model: Any, directory: Path) -> None:

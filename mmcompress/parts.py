@@ -10,13 +10,13 @@ serves every family:
     attention_mask (B, P + T)   1 where there is a token; 0 in the padding, which lies on the left
     position_ids (B, …, T)      as the family gave them for the prompt, then one more than the largest so far
     past_NAME (B, H, P, D)      what it gave out as present_NAME; empty at first
-    anything else               what an earlier part gave out under that name, the same in every call
+    anything else               what an earlier part gave out under that name or `asked` made, the same in every call
 
     outputs of the writer
     logits (B, V)               of the last token
-    present_NAME (B, H, P + T, D)
+    present_NAME (B, H, P + T, D)   none where all of the answer is said at once
 
-An earlier part takes what `asked` made under the names of its inputs, and runs once.
+An earlier part takes what `asked` made under the names of its inputs, or a part before it gave out, and runs once.
 
 Shape alphabet: B batch, T tokens, P past tokens, H heads, D head width, C channels, V vocabulary.
 """
@@ -84,16 +84,23 @@ class Decoding:
     """Tokens an answer does not begin with."""
     image_token: int | None = None
     """The token in whose places image_embeds stand."""
+    questions: bool = True
+    """Whether it can be asked something; else it only describes."""
     resizes: bool = False
     """Whether `asked` fits pictures to the one size that the parts know: answers are then the model's own to such pictures only."""
 
 
 @runtime_checkable
-class Exportable(Protocol):
-    """What a family adds to `Generator` so that its models answer from exported graphs."""
+class Divided(Protocol):
+    """What a family adds whose models are exported as other graphs than its towers."""
 
     def parts(self, model: Any) -> tuple[Part, ...]:
-        """Return the parts in the order they run, the writer last. Raises UsageError for what cannot be exported."""
+        """Return the parts in the order they run, a writer last. Raises UsageError for what cannot be exported."""
+
+
+@runtime_checkable
+class Exportable(Divided, Protocol):
+    """What a family adds to `Generator` so that its models answer from exported graphs."""
 
     def decoding(self, model: Any) -> Decoding:
         """Return how `generate` writes. Asks a model's configs only, so one without weights will do.
@@ -104,5 +111,5 @@ class Exportable(Protocol):
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return what the parts take of samples: the first part's inputs and, where `Decoding.start` is empty, the prompt."""
 
-    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return answers as `generate` does, from their tokens without the start."""
+    def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return answers as `generate` does, from their tokens without the start. Asks a model's config only."""

@@ -48,6 +48,13 @@ def can_stream(made: Pass) -> bool:
     return isinstance(made, Streamable) and made.streams()
 
 
+def memory_needed(bundle: Bundle) -> int:
+    """Return about how many bytes `run` takes at its peak: the largest layer as read and as floats, and a shard."""
+    layers = (module for module in bundle.model.modules() if next(module.children(), None) is None)
+    largest = max(sum(parameter.nbytes for parameter in layer.parameters(recurse=False)) for layer in layers)
+    return 2 * largest + SHARD_BYTES
+
+
 class Streamed(Bundle):
     """A bundle without values whose layers have them while they are asked for."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "mmcompress"
 ORDER = (
-    {"errors", "progress", "recipe", "manifest", "staging", "card", "weights"},
+    {"errors", "progress", "recipe", "manifest", "staging", "card", "weights", "room"},
     {"ops"},
     {"surgery"},
     {"views"},

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -26,6 +27,7 @@ from mmcompress.export.graph import simplify
 from mmcompress.export.parity import ParityRow, as_records, check_parity
 from mmcompress.export.promises import check_promise, promise, quantized_matrices, weights
 from mmcompress.export.trace import PRECISIONS, Traced, trace, traced_parts
+from mmcompress.parts import Exportable
 from mmcompress.progress import Progress, Silent
 from mmcompress.staging import staging
 
@@ -216,6 +218,13 @@ def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     return tuple(made)
 
 
+def _generation(bundle: Bundle) -> dict[str, Any] | None:
+    if not isinstance(bundle.family, Exportable):
+        return None
+    settings = getattr(bundle.model, "generation_config", None)  # those that choose among given answers have none
+    return settings.to_dict() if settings is not None else {}
+
+
 def _describe(
     bundle: Bundle, directory: Path, reports: Sequence[ComponentReport], precision: str, opset: int
 ) -> Artifact:
@@ -235,7 +244,7 @@ def _describe(
         records=tuple({**asdict(record), "seconds": round(record.seconds, 3)} for record in bundle.history),
         embedding=width,
         similarity=(float(scale.detach()), float(bias.detach())),
-        generation=None if dual else bundle.model.generation_config.to_dict(),
+        generation=_generation(bundle),
         precision=precision,
         opset=opset,
         preprocessing=tuple(name for name in _PREPROCESSING if (directory / name).is_file()),

@@ -151,10 +151,11 @@ def _worst(
         name: inputs[key].shape[axis]
         for key, names in module.part.axes.items()
         for axis, name in enumerate(names)
-        if name in (TOKENS, PAST)
+        if name in (BATCH, TOKENS, PAST)
     }
     return replace(
         rows[0],
+        batch=sizes[BATCH],
         max_abs=float(np.max([row.max_abs for row in rows])),
         relative=float(np.max([row.relative for row in rows])),
         cosine=float(np.min([row.cosine for row in rows])),

@@ -112,7 +112,7 @@ def export_tensorrt(
     """
     options, progress = options or EngineOptions(), progress or Silent()
     api = load_api(options.api)
-    if source.generation is not None if isinstance(source, Artifact) else not isinstance(source.family, DualEncoder):
+    if not source.embedding if isinstance(source, Artifact) else not isinstance(source.family, DualEncoder):
         raise UsageError(
             "engines are built of models that embed; the cache of one that answers in text starts empty, and no engine takes that",
             hint="mmc export --to onnx, and run it in onnxruntime (--device cuda uses the GPU)",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle, DualEncoder, Family, Processor
 from mmcompress.errors import UsageError, closest
 from mmcompress.export.translations import translations
-from mmcompress.parts import BATCH, TOKENS, Exportable, Part, Sizes
+from mmcompress.parts import BATCH, TOKENS, Divided, Exportable, Part, Sizes
 from mmcompress.views import Tower
 
 OUTPUT = "embeddings"
@@ -88,19 +88,16 @@ def on_cpu(bundle: Bundle, precision: str) -> nn.Module:
 def traced_parts(bundle: Bundle, precision: str) -> tuple[Traced, ...]:
     """Return what a bundle is exported as: the parts its family names, or one for each tower that embeds.
 
-    Raises UsageError for a family that has neither.
+    Raises NotExportable for settings that no graph can say.
     """
     model, family = on_cpu(bundle, precision), bundle.family
     if isinstance(family, DualEncoder):
         parts = tuple(_tower(family, model, tower) for tower in family.towers(model))
-    elif isinstance(family, Exportable):
-        family.decoding(model)  # refuses early what the loop around the graphs cannot say
-        parts = family.parts(model)
     else:
-        raise UsageError(
-            f"{family.name} models cannot be exported yet: the family names no parts",
-            hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
-        )
+        assert isinstance(family, Divided), "a family embeds or names its parts"
+        if isinstance(family, Exportable):
+            family.decoding(model)  # refuses early what the loop around the graphs cannot say
+        parts = family.parts(model)
     return tuple(Traced(family, model, part, PRECISIONS[precision]) for part in parts)
 
 

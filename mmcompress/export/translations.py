@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from onnxscript import ir, opset18
 
-from mmcompress.surgery.quantized import translation_table
+from mmcompress.surgery.rounding_operators import translation_table
 
 op: Any = opset18
 """Builds nodes; its annotations describe tensors, while constants are given as numbers here."""

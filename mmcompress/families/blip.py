@@ -6,7 +6,7 @@ Shape alphabet: B batch, N image tokens, T text tokens, C channels, V vocabulary
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import BLIP_DECODER_BLOCK, read_blocks, widths
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
+from mmcompress.families.blip_parts import answerer_parts, captioner_parts, decoding, masked_cross_attention
 from mmcompress.families.blip_views import (
     example_ids,
     example_pictures,
@@ -30,6 +31,7 @@ from mmcompress.families.blip_views import (
     write_widths,
 )
 from mmcompress.families.two_tower import tokenizer_of
+from mmcompress.parts import Decoding, Part
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class BlipCaptioner:
             return self.seen(model, inputs).flatten(1)
         # Padding lies behind the text, where a causal decoder does not look: it needs no mask inside.
         given = self.looked_at(model, inputs)
-        with _masked_cross_attention(model):
+        with masked_cross_attention(model):
             logits = model.text_decoder(inputs["decoder_input_ids"], use_cache=False, **given).logits
         return next_token_roots(logits, inputs["decoder_mask"])
 
@@ -111,7 +113,7 @@ class BlipCaptioner:
         That is the sample's first text, cut at `FORCED_TOKENS`. Raises UsageError where an image processor or a tokenizer is
         missing, and for what the model cannot be asked.
         """
-        inputs = self.asked(model, processor, items) if tower != "vision" else pixels(model, processor, items)
+        inputs = self.given(model, processor, items) if tower != "vision" else pixels(model, processor, items)
         return {**inputs, **_led(model, processor, items)} if tower == "decoder" else inputs
 
     def next_tokens(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -125,7 +127,7 @@ class BlipCaptioner:
         cut = (place == counts - 1) & (counts > _forced_limit(model))
         return tokens.masked_fill((place >= counts) | cut, -1)
 
-    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def given(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return what an answer depends on: the picture. Raises UsageError for samples with a question."""
         for sample in samples:
             if sample.question:
@@ -137,19 +139,32 @@ class BlipCaptioner:
 
     def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
         """Return the greedy caption of (or answer to) each sample. Raises what `prepare` raises."""
-        inputs = {name: value.to(model.device) for name, value in self.asked(model, processor, samples).items()}
+        inputs = {name: value.to(model.device) for name, value in self.given(model, processor, samples).items()}
         text = model.config.text_config
         start, given = torch.full((len(samples), 1), text.bos_token_id), self.looked_at(model, inputs)
-        with quiet(), _masked_cross_attention(model):
+        with quiet(), masked_cross_attention(model):
             ids = model.text_decoder.generate(
                 input_ids=start.to(model.device),
                 eos_token_id=text.sep_token_id,
                 pad_token_id=text.pad_token_id,
-                generation_config=greedy(model.generation_config, min(ANSWER_TOKENS, text.max_position_embeddings - 1)),
+                generation_config=greedy(model.generation_config, _answer_limit(model)),
                 **given,
             )
-        texts = tokenizer_of(processor).batch_decode(ids[:, 1:], skip_special_tokens=True)
-        return [found.strip() for found in texts]
+        return self.texts(model, processor, ids[:, 1:].tolist())
+
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        """Return the graphs that look and write."""
+        return captioner_parts(model)
+
+    def decoding(self, model: Any) -> Decoding:
+        return replace(decoding(model, _answer_limit(model)), questions=False)
+
+    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        return self.given(model, processor, samples)
+
+    def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+        found = tokenizer_of(processor).batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in found]
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
         """Return smooth pictures for the vision tower; for the decoder states as the vision tower gives them, and 16 tokens."""
@@ -221,7 +236,7 @@ class BlipAnswerer(BlipCaptioner):
         asked = tower == "vision" or sample.question
         return super().items("decoder" if tower == "decoder" else "vision", sample) if asked else []
 
-    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def given(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return the picture and the question, ids and mask (B, T).
 
         Raises UsageError for samples without a question, and for questions longer than the model takes.
@@ -241,6 +256,17 @@ class BlipAnswerer(BlipCaptioner):
                 )
         ids, mask = lined_up(rows, model.config.text_config.pad_token_id)
         return {**pixels(model, processor, samples), "input_ids": ids, "attention_mask": mask}
+
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        """Return the graphs that look, read and write."""
+        return answerer_parts(model)
+
+    def decoding(self, model: Any) -> Decoding:
+        return decoding(model, _answer_limit(model))
+
+    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        names = {"input_ids": "question_ids", "attention_mask": "question_mask"}
+        return {names.get(name, name): value for name, value in self.given(model, processor, samples).items()}
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
         """Return inputs as the captioner's; of "text" a question and states as the vision tower gives them."""
@@ -267,32 +293,16 @@ class BlipAnswerer(BlipCaptioner):
             model.config.text_config.intermediate_size = found[1]
 
 
-@contextlib.contextmanager
-def _masked_cross_attention(model: Any) -> Iterator[None]:
-    """While active, the decoder's cross-attention heeds the mask it is given.
-
-    BlipTextAttention hands its mask on by a name that its inner module does not read there (transformers 5.23): a question shorter
-    than others of its batch would be looked at with its padding.
-    """
-
-    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "encoder_attention_mask": kwargs.get("attention_mask")}
-
-    blocks = model.text_decoder.bert.encoder.layer
-    handles = [block.crossattention.self.register_forward_pre_hook(give, with_kwargs=True) for block in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _led(model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Return ids and mask (B, T) of the samples' first texts behind the start token."""
     text, limit = model.config.text_config, _forced_limit(model)
     answers = tokenizer_of(processor)([sample.texts[0] for sample in samples], add_special_tokens=False)["input_ids"]
     ids, mask = lined_up([[text.bos_token_id, *answer[:limit]] for answer in answers], text.pad_token_id)
     return {"decoder_input_ids": ids, "decoder_mask": mask}
+
+
+def _answer_limit(model: Any) -> int:
+    return min(ANSWER_TOKENS, int(model.config.text_config.max_position_embeddings) - 1)
 
 
 def _forced_limit(model: Any) -> int:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import ChineseCLIPModel
 
-from mmcompress.families.anatomy import example_pixels, example_tokens
 from mmcompress.families.clip import clip_vision, write_clip_widths
 from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers
@@ -30,14 +28,6 @@ class ChineseClip(TwoTowers):
             clip_vision(model),
             bert_text(model),
         )
-
-    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
-        if tower == "vision":
-            c = model.config.vision_config
-            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
-        c = model.config.text_config
-        ids = example_tokens(batch, min(16, c.max_position_embeddings), c.vocab_size, 2)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def write_config(self, model: Any) -> None:
         write_clip_widths(self.towers(model), model.config)

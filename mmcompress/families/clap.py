@@ -16,7 +16,6 @@ from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
     CLAP_AUDIO_BLOCK,
     example_pixels,
-    example_tokens,
     read_blocks,
     roberta_positions,
     widths,
@@ -121,9 +120,10 @@ class Clap(TwoTowers):
         """Return smooth spectrograms, or tokens; see `Family.example_inputs`."""
         if tower == "audio":
             return {"input_features": example_pixels(batch, 1, *_spectrogram(model))}
-        c = model.config.text_config
-        ids = example_tokens(batch, min(16, self.text_limit(model)), c.vocab_size, c.eos_token_id, c.pad_token_id)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return super().example_inputs(model, tower, batch)
+
+    def end_of_text(self, config: Any) -> int:
+        return int(config.eos_token_id)
 
     def write_config(self, model: Any) -> None:
         """Write depth and MLP width of the text tower, and the one ratio of all MLPs of the audio tower where they have one."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPModel
 
-from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, example_tokens, read_blocks, widths
+from mmcompress.families.anatomy import CLIP_BLOCK, read_blocks, widths
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.views import TokenStream, Tower
 
@@ -40,16 +39,9 @@ class Clip(TwoTowers):
             ),
         )
 
-    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
-        if tower == "vision":
-            c = model.config.vision_config
-            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
-        c = model.config.text_config
-        length = min(16, c.max_position_embeddings)
+    def end_of_text(self, config: Any) -> int:
         # Old CLIP configs name 2 as end of text, and the model then reads at the highest id.
-        last = c.vocab_size - 1 if c.eos_token_id == 2 else c.eos_token_id
-        ids = example_tokens(batch, length, c.vocab_size, last)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return int(config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id)
 
     def write_config(self, model: Any) -> None:
         write_clip_widths(self.towers(model), model.config)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import VisionTextDualEncoderModel
 
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import (
-    example_pixels,
-    example_tokens,
     read_blocks,
     widths,
 )
@@ -65,14 +62,6 @@ class DualEncoder(TwoTowers):
             ),
             bert_text(model),
         )
-
-    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
-        if tower == "vision":
-            c = model.config.vision_config
-            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
-        c = model.config.text_config
-        ids = example_tokens(batch, min(16, c.max_position_embeddings), c.vocab_size, 2)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def write_config(self, model: Any) -> None:
         vision, text = self.towers(model)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import FlavaModel
 
-from mmcompress.families.anatomy import FLAVA_BLOCK, example_pixels, example_tokens, read_blocks, widths
+from mmcompress.families.anatomy import FLAVA_BLOCK, read_blocks, widths
 from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers, in_dtype_of
 from mmcompress.views import Tower
@@ -26,6 +25,7 @@ class Flava(TwoTowers):
     name = "flava"
     model_types: tuple[str, ...] = ("flava",)
     architectures: tuple[str, ...] = ("FlavaModel",)
+    vision_key = "image_config"
     outside = ("multimodal_model", "image_to_mm_projection", "text_to_mm_projection")
 
     def model_class(self, config: Any) -> type[nn.Module]:
@@ -57,14 +57,6 @@ class Flava(TwoTowers):
         )
         made: Tensor = projection(encoder(**in_dtype_of(model, inputs)).last_hidden_state[:, 0])
         return made
-
-    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
-        if tower == "vision":
-            c = model.config.image_config
-            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
-        c = model.config.text_config
-        ids = example_tokens(batch, min(16, c.max_position_embeddings), c.vocab_size, 2)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def write_config(self, model: Any) -> None:
         """Write depth and MLP width of both towers; heads cannot be written (the head size would change)."""

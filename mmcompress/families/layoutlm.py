@@ -26,7 +26,9 @@ from mmcompress.families.anatomy import (
     widths,
 )
 from mmcompress.families.answers import next_token_roots, roots
+from mmcompress.families.layoutlm_parts import Distances, distances, joint_part, states
 from mmcompress.families.two_tower import in_dtype_of, tokenizer_of
+from mmcompress.parts import Part
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -94,16 +96,36 @@ class LayoutLm:
         """
         inputs, text = in_dtype_of(model, inputs), inputs["input_ids"].shape[1]
         mask = inputs["attention_mask"][:, :text]
-        base = model if isinstance(model, LayoutLMv3Model) else model.layoutlmv3
-        states = base(
-            inputs["input_ids"], bbox=inputs["bbox"], attention_mask=mask, pixel_values=inputs["pixel_values"]
-        ).last_hidden_state[:, :text]
+        known = distances(getattr(model, "layoutlmv3", model))
+        made = self.said(model, known, inputs["input_ids"], inputs["bbox"], mask, inputs["pixel_values"])
+        if isinstance(model, LayoutLMv3Model):
+            return (made[:, :text] * mask[:, :, None]).flatten(1)
+        return roots(made) if isinstance(model, LayoutLMv3ForSequenceClassification) else next_token_roots(made, mask)
+
+    @staticmethod
+    def said(model: Any, known: Distances, ids: Tensor, boxes: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
+        """Return what the model itself gives: states (B, T + N, C), or logits (B, V) of pages, (B, T, V) of words."""
+        base = getattr(model, "layoutlmv3", model)
+        made = states(base, known, ids, boxes, mask, pixels)
         if base is model:
-            whole: Tensor = (states * mask[:, :, None]).flatten(1)
-            return whole
-        if isinstance(model, LayoutLMv3ForSequenceClassification):
-            return roots(model.classifier(states[:, 0]))
-        return next_token_roots(model.classifier(states), mask)
+            return made
+        pages = isinstance(model, LayoutLMv3ForSequenceClassification)
+        logits: Tensor = model.classifier(made[:, 0] if pages else made[:, : ids.shape[1]])
+        return logits
+
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        """Return the one graph, whose mask is that of the words alone."""
+
+        def example(batch: int, tokens: int) -> dict[str, Tensor]:
+            return self._example(model, batch, tokens) | {"attention_mask": torch.ones(batch, tokens, dtype=torch.long)}
+
+        known = distances(getattr(model, "layoutlmv3", model))
+
+        def compute(model: Any, *given: Tensor) -> Tensor:
+            return self.said(model, known, *given)
+
+        output = "last_hidden_state" if isinstance(model, LayoutLMv3Model) else "logits"
+        return (joint_part(model, output, compute, example, known, roberta_positions(model.config)),)
 
     def items(self, tower: str, sample: Sample) -> list[Any]:
         """Return the sample itself where it has a picture and a text; see `Family.items`."""
@@ -143,8 +165,11 @@ class LayoutLm:
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
         """Return smooth pictures, and 16 tokens in reading order."""
+        return self._example(model, batch, min(16, roberta_positions(model.config)))
+
+    def _example(self, model: Any, batch: int, tokens: int) -> dict[str, Tensor]:
         c = model.config
-        ids = example_tokens(batch, min(16, roberta_positions(c)), c.vocab_size, c.eos_token_id, c.pad_token_id)
+        ids = example_tokens(batch, tokens, c.vocab_size, c.eos_token_id, c.pad_token_id)
         boxes = torch.tensor(reading_order(ids.shape[1])).expand(batch, -1, -1).contiguous()
         return {
             "input_ids": ids,

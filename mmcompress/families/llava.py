@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from mmcompress.bundle import Processor
-from mmcompress.errors import NotExportable, UsageError, closest
+from mmcompress.errors import UsageError, closest
 from mmcompress.families.anatomy import example_pixels, read_blocks
 from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
-from mmcompress.parts import Part
+from mmcompress.parts import BATCH, Part, Sizes
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -135,32 +136,76 @@ class LlavaNext(Llava):
         }
 
     def vision_graph(self, model: Any) -> Part:
-        raise NotExportable(
-            "llava_next cuts every picture into as many tiles as suit it, and pads their tokens by its size; no graph does that",
-            hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
+        """Return the graph: tiles (R, 3, H, W) of any pictures, and `image_places` (M,) of `looked_at`, to image_embeds (M, C)."""
+
+        def look(model: Any, pixels: Tensor, places: Tensor) -> Tensor:
+            tokens = self._look(model, pixels)
+            made: Tensor = torch.cat([model.model.image_newline[None], tokens.flatten(0, 1)])[places]
+            return made
+
+        def example(sizes: Sizes) -> dict[str, Tensor]:
+            c = model.config.vision_config
+            pixels = example_pixels(sizes[BATCH], c.num_channels, c.image_size, c.image_size)
+            count = 1 + sizes[BATCH] * self._tile_tokens(model)
+            generator = torch.Generator().manual_seed(0)
+            return {
+                "pixel_values": pixels,
+                "image_places": torch.randint(count, (sizes["image_tokens"],), generator=generator),
+            }
+
+        return Part(
+            "vision",
+            look,
+            ("image_embeds",),
+            {"pixel_values": (BATCH,), "image_places": ("image_tokens",)},
+            example,
+            traced={"image_tokens": 5},
+            corners=({"image_tokens": 1}, {"image_tokens": 2 * self._tile_tokens(model)}),
+            tower="vision",
         )
+
+    def looked_at(self, model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tiles of all pictures and where each image token comes from: 0 the end of a line, 1 + i token i of the tiles.
+
+        Cutting padding off and ending lines is left to the model's own code, which is given numbers in place of tokens.
+        """
+        each, before, tiles, places = self._tile_tokens(model), 1, [], []
+        for pixels, size in zip(images["pixel_values"], images["image_sizes"], strict=True):
+            count = self._tiles(model, size)
+            numbers = torch.arange(before, before + count * each).reshape(count, each, 1)
+            places.append(self._packed(model, numbers, size, torch.zeros(1, dtype=torch.long))[:, 0])
+            tiles.append(pixels[:count])
+            before += count * each
+        return {"pixel_values": torch.cat(tiles), "image_places": torch.cat(places)}
 
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
-        return self._token(model, processor) * self._count(model, inputs["pixel_values"], inputs["image_sizes"][row])
+        return self._token(model, processor) * self._count(model, inputs["image_sizes"][row])
 
     def example_image_tokens(self, model: Any) -> int:
-        made = self.example_images(model, 1)
-        return self._count(model, made["pixel_values"], made["image_sizes"][0])
+        return self._count(model, self.example_images(model, 1)["image_sizes"][0])
 
-    def _count(self, model: Any, pixels: Tensor, size: Tensor) -> int:
-        """Return how many tokens a picture of `size` has: packed by the model's own code, without values."""
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+    def _count(self, model: Any, size: Tensor) -> int:
+        """Return how many tokens a picture of `size` has."""
+        tokens = torch.empty(self._tiles(model, size), self._tile_tokens(model), 1, device="meta")
+        return len(self._packed(model, tokens, size, torch.empty(1, device="meta")))
 
+    def _tile_tokens(self, model: Any) -> int:
+        return super().example_image_tokens(model)
+
+    @staticmethod
+    def _tiles(model: Any, size: Tensor) -> int:
+        """Return how many tiles a picture of `size` (2,) is cut into, the whole one included."""
         c = model.config
-        tiles = image_size_to_num_patches(size, c.image_grid_pinpoints, c.vision_config.image_size)
-        each = super().example_image_tokens(model)
-        packed, _ = model.model.pack_image_features(
-            [torch.empty(tiles, each, 1, device="meta")],
-            size[None],
-            c.vision_feature_select_strategy,
-            torch.empty(1, device="meta"),
+        return int(image_size_to_num_patches(size, c.image_grid_pinpoints, c.vision_config.image_size))
+
+    @staticmethod
+    def _packed(model: Any, tokens: Tensor, size: Tensor, newline: Tensor) -> Tensor:
+        """Return the tokens (M, C) of a picture of `size` (2,), packed by the model's own code from its tiles' (tiles, N, C)."""
+        made, _ = model.model.pack_image_features(
+            [tokens], size[None], model.config.vision_feature_select_strategy, newline
         )
-        return len(packed[0])
+        found: Tensor = made[0]
+        return found
 
 
 LLAVA = Llava()

@@ -176,21 +176,17 @@ class QwenVL(VisionLanguage):
         return [torch.cat(parts, dim=-1) for parts in zip(made.pooler_output, *deep, strict=True)]
 
     def image_width(self, model: Any) -> int:
-        return super().image_width(model) * (
-            1 + len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
-        )
+        return super().image_width(model) * (1 + self.deep(model))
+
+    def deep(self, model: Any) -> int:
+        return len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
 
     def ready_made(self, model: Any, tokens: Tensor) -> Any:
         parts: Any = [list(rows) for rows in tokens.split(super().image_width(model), dim=-1)]
         return BaseModelOutputWithDeepstackFeatures(pooler_output=parts[0], deepstack_features=parts[1:])
 
     def vision_graph(self, model: Any) -> Part:
-        """Return the graph; it takes pictures of `EXAMPLE_GRID` patches alone. Raises UsageError for Qwen3-VL."""
-        if model.config.model_type == "qwen3_vl":
-            raise NotExportable(
-                "Qwen3-VL's language model is given what earlier vision blocks made (deepstack), and export does not know that",
-                hint="run the checkpoint with torch (mmcompress.load); a W8A16 one is already smaller on disk",
-            )
+        """Return the graph; it takes pictures of `EXAMPLE_GRID` patches alone."""
         at = layout(model.config.vision_config, EXAMPLE_GRID)
         return vision_part(
             lambda model, pixels: look(model.model.visual, at, pixels),

@@ -1,9 +1,12 @@
-"""The vision tower of Qwen2-VL and Qwen2.5-VL for pictures of one fixed grid of patches, any number at once.
+"""The vision tower of Qwen-VL models for pictures of one fixed grid of patches, any number at once.
 
 transformers lays the patches of all pictures in one row and asks each grid, as numbers, where pictures and windows end: no graph
 can hold that for grids it does not know. With one grid they are known beforehand, pictures stay apart, and windows become a mask.
 
-Shape alphabet: R pictures, P patches of a picture, N image tokens of a picture, C channels, H heads, D head width.
+What Qwen3-VL's earlier blocks make for the language model (deepstack) lies behind the image tokens it belongs to, in one row.
+
+Shape alphabet: R pictures, P patches of a picture, N image tokens of a picture, C channels, H heads, D head width, K blocks that
+the language model is given something of.
 """
 
 from __future__ import annotations
@@ -56,22 +59,40 @@ def layout(config: Any, grid: tuple[int, int, int]) -> Layout:
 
 
 def look(visual: Any, at: Layout, pixels: Tensor) -> Tensor:
-    """Return image tokens (R, N, C) of pixels (R, P, …), as the vision tower `visual` makes them."""
+    """Return image tokens (R, N, C), with deepstack (R, N, C + K * C), of pixels (R, P, …), as the vision tower `visual` does."""
     places, order = torch.tensor(at.places), torch.tensor(at.order)
     states = visual.patch_embed(pixels.flatten(0, 1))
-    states = _regrouped(states.reshape(-1, at.patches, states.shape[-1]), order, at.unit)
+    states = states.reshape(-1, at.patches, states.shape[-1])
+    if hasattr(visual, "pos_embed"):
+        states = states + _positions(visual, at)
+    states = _regrouped(states, order, at.unit)
     rotary = tuple(_regrouped(part[None], order, at.unit)[0] for part in visual.rotary_pos_emb(states, places))
     inside = _same_window(at)
     everywhere = getattr(visual, "fullatt_block_indexes", range(len(visual.blocks)))
+    deepest: list[int] = list(getattr(visual, "deepstack_visual_indexes", ()))
+    deep: list[Tensor] = []
     for index, block in enumerate(visual.blocks):
         mask = None if index in everywhere else inside
         states = states + _attend(block.attn, block.norm1(states), rotary, mask)
         states = states + block.mlp(block.norm2(states))
-    tokens = visual.merger(states.flatten(0, 1))
+        if index in deepest:
+            deep.append(visual.deepstack_merger_list[deepest.index(index)](states.flatten(0, 1)))
+    tokens = torch.cat([visual.merger(states.flatten(0, 1)), *deep], dim=-1)
     back = [0] * len(at.order)
     for place, token in enumerate(at.order):
         back[token] = place
     made: Tensor = tokens.reshape(-1, len(at.order), tokens.shape[-1])[:, torch.tensor(back)]
+    return made
+
+
+def _positions(visual: Any, at: Layout) -> Tensor:
+    """Return the learned positions (P, C) of a picture's patches: the square table stretched over its grid."""
+    side, high, wide = visual.num_grid_per_side, *(max(line) + 1 for line in zip(*at.places, strict=True))
+    table = visual.pos_embed(torch.arange(side**2)).t().reshape(1, -1, side, side)
+    stretched = nn.functional.interpolate(
+        table, size=(high, wide), mode=visual.interpolation_mode, align_corners=visual.interpolation_align_corners
+    )
+    made: Tensor = stretched.flatten(2)[0].t()[torch.tensor([row * wide + column for row, column in at.places])]
     return made
 
 

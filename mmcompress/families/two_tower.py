@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
+from mmcompress.families.anatomy import example_pixels, example_tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +31,7 @@ class TwoTowers:
     """Paths of modules that neither embedding needs: they belong to no tower, and passes leave them as they are."""
     text_inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     text_limit_key = "max_position_embeddings"
+    vision_key = "vision_config"
     pad_to_limit = False
     """SigLIP was trained on texts padded to the limit."""
 
@@ -52,6 +54,20 @@ class TwoTowers:
     def text_config(self, model: Any) -> Any:
         """Return the config that holds the text tower's limits."""
         return model.config.text_config
+
+    def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:
+        """Return smooth pictures, or tokens of a short text; see `Family.example_inputs`."""
+        if tower == "vision":
+            c = getattr(model.config, self.vision_key)
+            return {"pixel_values": example_pixels(batch, c.num_channels, c.image_size, c.image_size)}
+        c = self.text_config(model)
+        length = min(16, self.text_limit(model))
+        ids = example_tokens(batch, length, c.vocab_size, self.end_of_text(c), c.pad_token_id or 0)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def end_of_text(self, config: Any) -> int:
+        """Return the id a text ends in; of a BERT, whose config does not say, any that is no padding."""
+        return 2
 
     def items(self, tower: str, sample: Sample) -> list[Any]:
         """Return the sample's image, or its texts; see `Family.items`."""

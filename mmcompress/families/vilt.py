@@ -23,6 +23,8 @@ from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import FLAVA_BLOCK, example_pixels, example_tokens, read_blocks, widths
 from mmcompress.families.answers import roots
 from mmcompress.families.two_tower import in_dtype_of, tokenizer_of
+from mmcompress.families.vilt_parts import cut, joint_part, pooled
+from mmcompress.parts import Decoding, Part
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -52,6 +54,10 @@ class Vilt(ABC):
     def rows(self, model: Any, pooled: Tensor) -> Tensor:
         """Return the rows of `encode` (B, …) from the pooled states (B, C)."""
 
+    @abstractmethod
+    def logits(self, model: Any, pooled: Tensor) -> Tensor:
+        """Return what the model says (B, …) from the pooled states (B, C)."""
+
     def model_class(self, config: Any) -> type[nn.Module]:
         if config.max_image_length > 0:
             raise UsageError(
@@ -80,37 +86,19 @@ class Vilt(ABC):
 
     def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
         """Return one row per sample; see `rows` of the class, and `Family.encode`."""
-        inputs = in_dtype_of(model, inputs)
-        text = inputs["input_ids"].shape[1]
-        pooled: Tensor = model.vilt(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"][:, :text],
-            image_embeds=self.image_tokens(model, inputs["pixel_values"], inputs["pixel_mask"]),
-            pixel_mask=inputs["attention_mask"][:, text:],
-        ).pooler_output
-        return self.rows(model, pooled)
+        inputs = self.asked_of(model, in_dtype_of(model, inputs))
+        return self.rows(model, pooled(model, *inputs.values()))
 
-    def image_tokens(self, model: Any, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Return the class token and the patches (B, 1 + N, C), with positions stretched over each picture's own part."""
-        embeddings = model.vilt.embeddings
-        patches = embeddings.patch_embeddings(pixels)  # (B, C, rows, columns)
-        table = embeddings.position_embeddings
-        side = model.config.image_size // model.config.patch_size
-        grid = table[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        shown = self.shown(model, mask)
-        positions = torch.zeros_like(patches)
-        for row, part in enumerate(shown):
-            high, wide = int(part[:, 0].sum()), int(part[0].sum())
-            stretched = nn.functional.interpolate(grid, size=(high, wide), mode="bilinear", align_corners=True)
-            positions[row, :, :high, :wide] = stretched[0]
-        tokens = (patches + positions).flatten(2).transpose(1, 2)
-        first = (embeddings.cls_token + table[:, :1]).expand(len(tokens), -1, -1)
-        return torch.cat([first, tokens], dim=1)
+    @staticmethod
+    def asked_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the graph takes, in its order, of what `prepare` made."""
+        ids = inputs["input_ids"]
+        cuts = cut(model, inputs["pixel_values"], inputs["pixel_mask"])
+        return {"input_ids": ids, "attention_mask": inputs["attention_mask"][:, : ids.shape[1]], **cuts}
 
-    def shown(self, model: Any, mask: Tensor) -> Tensor:
-        """Return which patches show something of the picture (B, rows, columns), from a mask of pixels (B, H, W)."""
-        patch = model.config.patch_size
-        return mask[:, ::patch, ::patch][:, : mask.shape[1] // patch, : mask.shape[2] // patch]
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        """Return the one graph."""
+        return (joint_part(model, self.logits),)
 
     def items(self, tower: str, sample: Sample) -> list[Any]:
         """Return the sample itself where it has a picture and a text; see `Family.items`."""
@@ -172,7 +160,8 @@ class Vilt(ABC):
 
     def _whole(self, model: Any, text: Tensor, pixels: Tensor) -> Tensor:
         """Return the mask of text, class token and patches (B, T + 1 + N)."""
-        return torch.cat([text, torch.ones_like(text[:, :1]), self.shown(model, pixels).flatten(1).long()], dim=1)
+        shown = cut(model, pixels[:, None], pixels)["patch_mask"]
+        return torch.cat([text, torch.ones_like(text[:, :1]), shown], dim=1)
 
 
 class ViltAnswerer(Vilt):
@@ -191,14 +180,29 @@ class ViltAnswerer(Vilt):
 
     def rows(self, model: Any, pooled: Tensor) -> Tensor:
         """Return sqrt(p) of the distribution p over answers (B, V); 1 - cosine is about a quarter of a divergence."""
-        return roots(model.classifier(pooled))
+        return roots(self.logits(model, pooled))
+
+    def logits(self, model: Any, pooled: Tensor) -> Tensor:
+        """Return the answers' logits (B, V)."""
+        made: Tensor = model.classifier(pooled)
+        return made
 
     def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
         """Return the likeliest of the model's answers to each sample's question. Raises what `prepare` raises."""
         inputs = {
             name: value.to(model.device) for name, value in self.prepare(model, processor, "joint", samples).items()
         }
-        return [str(model.config.id2label[int(best)]) for best in self.encode(model, "joint", inputs).argmax(-1)]
+        return self.texts(model, processor, self.encode(model, "joint", inputs).argmax(-1)[:, None].tolist())
+
+    def decoding(self, model: Any) -> Decoding:
+        """Return how it answers: with one of its answers, at once."""
+        return Decoding(end=(), padding=0, limit=1)
+
+    def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        return self.asked_of(model, self.prepare(model, processor, "joint", samples))
+
+    def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+        return [str(model.config.id2label[answer]) for (answer,) in ids]
 
 
 class ViltRetriever(Vilt):
@@ -218,6 +222,11 @@ class ViltRetriever(Vilt):
     def rows(self, model: Any, pooled: Tensor) -> Tensor:
         """Return the pooled states (B, C) that the score is read from; the score alone has no direction to compare."""
         return pooled
+
+    def logits(self, model: Any, pooled: Tensor) -> Tensor:
+        """Return the scores (B, 1)."""
+        made: Tensor = model.rank_output(pooled)
+        return made
 
 
 ANSWERER, RETRIEVER = ViltAnswerer(), ViltRetriever()

@@ -208,7 +208,7 @@ class VisionLanguage(ABC):
             made = model.generate(
                 **self.generation_inputs(model, given), generation_config=greedy(model.generation_config, ANSWER_TOKENS)
             )
-        return self.texts(processor, made[:, ids.shape[1] :].tolist())
+        return self.texts(model, processor, made[:, ids.shape[1] :].tolist())
 
     def generation_inputs(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return batch-first inputs as the model's own `generate` takes them."""
@@ -228,8 +228,8 @@ class VisionLanguage(ABC):
         """Return the graphs that look, look words up, and write. Raises what `vision_graph` raises."""
         return (
             self.vision_graph(model),
-            embed_part(model),
-            language_part(model, self.language, self.both_ways, self.position_axes),
+            embed_part(model, self.deep(model)),
+            language_part(model, self.language, self.both_ways, self.position_axes, self.deep(model)),
         )
 
     def decoding(self, model: Any) -> Decoding:
@@ -248,7 +248,7 @@ class VisionLanguage(ABC):
         prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": marks.get("position_ids", places)}
         return seen | prompt
 
-    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+    def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
         found = self.talk.tokenizer(processor).batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in found]
 
@@ -283,6 +283,10 @@ class VisionLanguage(ABC):
     def image_width(self, model: Any) -> int:
         """Return C of the image tokens."""
         return int(model.config.text_config.hidden_size)
+
+    def deep(self, model: Any) -> int:
+        """Return how many of the language model's first blocks are given something of the picture beside the image tokens."""
+        return 0
 
     def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
         """Change nothing."""

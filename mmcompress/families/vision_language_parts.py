@@ -3,17 +3,21 @@
 The writer serves the prompt (an empty past) and every later step alike, so its weights exist once. The word table stands beside it,
 because the picture's tokens take the place of some of its rows in between.
 
+Where the language model's first K blocks are given something of the picture too (deepstack), it stands behind each row; words have
+zeros there.
+
 Shape alphabet: B batch, R pictures or tiles, N tokens of a picture, T tokens, P past tokens, H heads, D head width, C channels,
-V vocabulary.
+K blocks, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcompress.families.answers import require_known_settings
 from mmcompress.families.causal import causal_mask, filled
@@ -36,12 +40,12 @@ def vision_part(look: Callable[..., Tensor], example: Callable[[int], dict[str, 
     )
 
 
-def embed_part(model: Any) -> Part:
-    """Return the word table as a part."""
+def embed_part(model: Any, deep: int) -> Part:
+    """Return the word table as a part: rows (B, T, C + `deep` * C)."""
 
     def look_up(model: Any, ids: Tensor) -> Tensor:
         rows: Tensor = model.get_input_embeddings()(ids)
-        return rows
+        return nn.functional.pad(rows, (0, deep * rows.shape[-1]))
 
     def example(sizes: Sizes) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -61,11 +65,11 @@ def embed_part(model: Any) -> Part:
     )
 
 
-def language_part(model: Any, language: str, both_ways: bool, axes: int) -> Part:
-    """Return the writer: inputs_embeds (B, T, C), attention_mask (B, P + T), position_ids and past in; logits (B, V), present out.
+def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: int) -> Part:
+    """Return the writer: logits (B, V) and present from inputs_embeds (B, T, C + K * C), attention_mask, position_ids and past.
 
     `both_ways`: the tokens given together look at one another in both directions. `axes`: how many positions a token has; with
-    more than one position_ids is (B, axes, T).
+    more than one position_ids is (B, axes, T). `deep`: K.
     """
     config = model.config.text_config
     layers = len(model.get_submodule(language).layers)
@@ -76,18 +80,20 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int) -> Part
 
     def write(model: Any, rows: Tensor, mask: Tensor, positions: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         cache, before = filled(caches), caches[0].shape[2]
+        rows, *further = rows.chunk(1 + deep, dim=-1)
         if both_ways:
             seen = torch.where(mask[:, None, None, :].bool(), 0.0, -10000.0).to(rows.dtype)
             seen = seen.expand(-1, -1, rows.shape[1], -1)
         else:
             seen = causal_mask(before, rows.shape[1], rows.dtype, mask)
-        hidden = model.get_submodule(language)(
-            inputs_embeds=rows,
-            attention_mask=seen,
-            position_ids=positions.transpose(0, 1) if axes > 1 else positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with _added(model.get_submodule(language).layers, further):
+            hidden = model.get_submodule(language)(
+                inputs_embeds=rows,
+                attention_mask=seen,
+                position_ids=positions.transpose(0, 1) if axes > 1 else positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         held: Any = cache.layers
         return (model.lm_head(hidden[:, -1]), *(tensor for layer in held for tensor in (layer.keys, layer.values)))
 
@@ -102,6 +108,8 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int) -> Part
         positions = places[:, None].repeat(1, axes, 1) if axes > 1 else places
         with torch.no_grad():
             rows = model.get_input_embeddings()(ids).to(model.dtype)
+            further = torch.randn(*ids.shape, deep * rows.shape[-1], generator=generator)
+            rows = torch.cat([rows, further.to(model.dtype) * rows.std()], dim=-1)
             earlier = empty(batch)
             if before:
                 parts = (rows[:, :before], mask[:, :before], positions[..., :before])
@@ -138,6 +146,24 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int) -> Part
         most_tokens=limit,
         tower="language",
     )
+
+
+@contextlib.contextmanager
+def _added(blocks: nn.ModuleList, further: list[Tensor]) -> Iterator[None]:
+    """While active, the first blocks' outputs have `further`, one (B, T, C) a block, added.
+
+    The model's own way takes the rows of image tokens alone, and how many those are no graph can say.
+    """
+
+    def hook(rows: Tensor) -> Callable[..., Tensor]:
+        return lambda _module, _given, made: made + rows
+
+    handles = [block.register_forward_hook(hook(rows)) for block, rows in zip(blocks, further, strict=False)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def language_decoding(model: Any, limit: int) -> Decoding:

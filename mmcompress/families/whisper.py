@@ -143,7 +143,7 @@ class Whisper:
         settings.return_timestamps, settings.max_new_tokens = False, model.config.max_target_positions // 2
         with quiet():
             ids = model.generate(features, generation_config=settings)
-        return self.texts(processor, ids)
+        return self.texts(model, processor, ids)
 
     def pieces(self, processor: Processor, sample: Sample) -> list[Sample]:
         """Return the recording in windows of what the model hears at once, cut where it is quiet; see `Sample.in_windows`."""
@@ -185,7 +185,7 @@ class Whisper:
                 )
         return {"input_features": self._features(model, processor, samples)}
 
-    def texts(self, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
+    def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
         return [text.strip() for text in _tokenizer(processor).batch_decode(ids, skip_special_tokens=True)]
 
     def example_inputs(self, model: Any, tower: str, batch: int) -> dict[str, Tensor]:

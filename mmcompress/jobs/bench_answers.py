@@ -30,7 +30,7 @@ from mmcompress.measure.memory import PeakMemory
 from mmcompress.measure.runner import Arrays, Runner, Step
 from mmcompress.measure.runners import open_runner
 from mmcompress.measure.size import macs, onnx_macs
-from mmcompress.parts import PAST, TOKENS, Exportable, Part
+from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Exportable, Part
 from mmcompress.progress import Progress
 
 PROMPT, TOKEN, ANSWER = "prompt", "token", "answer"
@@ -74,7 +74,9 @@ class AnswerTarget(Target):
 
     @property
     def towers(self) -> tuple[str, ...]:
-        return (*(name for name in self._parts if name not in (self._writer, self._embed)), PROMPT, TOKEN, ANSWER)
+        earlier = tuple(name for name in self._parts if name not in (self._writer, self._embed))
+        goes_on = any(PAST in spec.dims for spec in self._parts[self._writer])
+        return (*earlier, PROMPT, TOKEN, ANSWER) if goes_on else (*earlier, PROMPT, ANSWER)
 
     def specs(self, tower: str) -> tuple[TensorSpec, ...]:
         """Return the inputs of the part a stage runs; of a whole answer none, it is asked and not given arrays."""
@@ -101,8 +103,8 @@ class AnswerTarget(Target):
     def macs(self, tower: str, tokens: int) -> int:
         """Return a stage's multiply-accumulates for one item; a whole answer is all its stages, the last one once a token."""
         if tower == ANSWER:
-            *once, further = (self.macs(stage, tokens) for stage in self.towers if stage != ANSWER)
-            return sum(once) + (self.new_tokens - 1) * further
+            times = {stage: self.new_tokens - 1 if stage == TOKEN else 1 for stage in self.towers if stage != ANSWER}
+            return sum(count * self.macs(stage, tokens) for stage, count in times.items())
         inputs, name = self.arrays(tower, 1, tokens), self._part(tower)
         if self.bundle is not None and not self._exports:
             part = next(part for part in self._torch_parts(self.bundle) if part.name == name)
@@ -134,7 +136,7 @@ class AnswerTarget(Target):
 
     def asked(self, batch: int) -> Arrays:
         """Return what the parts take of `batch` samples."""
-        return self._preparing.asked([example_sample()] * batch)
+        return self._preparing.asked([example_sample(self._preparing.decoding)] * batch)
 
     @cached_property
     def _preparing(self) -> Answerer:
@@ -162,16 +164,25 @@ class AnswerTarget(Target):
         return self._writer if tower in (PROMPT, TOKEN) else tower
 
     def _sizes(self, tower: str) -> dict[str, int]:
-        """A token is timed in the middle of an answer."""
-        start = self._preparing.decoding.start
-        prompt = len(start) if start else self.asked(1)["input_ids"].shape[1]
+        """Return the sizes of named axes, as the example has them; a token is timed in the middle of an answer."""
+        start, asked = self._preparing.decoding.start, self.asked(1)
+        found = {
+            dim: asked[spec.name].shape[axis]
+            for specs in self._parts.values()
+            for spec in specs
+            if spec.name in asked
+            for axis, dim in enumerate(spec.dims)
+            if isinstance(dim, str) and dim != BATCH
+        }
+        prompt = len(start) if start else asked["input_ids"].shape[1]
         if tower == TOKEN:
-            return {TOKENS: 1, PAST: prompt + self.new_tokens // 2}
-        return {TOKENS: prompt, PAST: 0}
+            return {**found, TOKENS: 1, PAST: prompt + self.new_tokens // 2}
+        return {**found, TOKENS: prompt, PAST: 0}
 
     def _cache_bytes(self, batch: int) -> int:
         """Keys and values of a whole answer, what was seen or heard included."""
-        sizes = {TOKENS: 1, PAST: sum(self._sizes(PROMPT).values()) + self.new_tokens}
+        prompt = self._sizes(PROMPT)
+        sizes = {**prompt, TOKENS: 1, PAST: prompt[TOKENS] + self.new_tokens}
         made = arrays_for([s for s in self._parts[self._writer] if len(s.dims) == 4], batch, sizes=sizes)
         return sum(array.nbytes for array in made.values())
 
@@ -232,8 +243,10 @@ class AnswerRunner:
         self._answerer.close()
 
 
-def example_sample() -> Sample:
-    """A photo-sized picture and a recording of tones."""
+def example_sample(decoding: Decoding) -> Sample:
+    """A photo-sized picture and a recording of tones, with a question where one can be asked."""
     time_ = np.arange(16_000 * SECONDS) / 16_000
     sound = (0.2 * np.sin(2 * np.pi * 220 * time_) * np.sin(2 * np.pi * 0.7 * time_)).astype(np.float32)
-    return Sample("benchmark", picture=photo(), audio=Waveform(sound, 16_000), question=QUESTION)
+    return Sample(
+        "benchmark", picture=photo(), audio=Waveform(sound, 16_000), question=QUESTION if decoding.questions else ""
+    )

@@ -25,13 +25,14 @@ from mmcompress.export.onnx import export_onnx
 from mmcompress.families import family_for
 from mmcompress.jobs.arrays import arrays_for
 from mmcompress.jobs.footprint import footprint
+from mmcompress.measure.answerer import part_specs
 from mmcompress.measure.latency import interleaved
 from mmcompress.measure.machine import cpu_flags
 from mmcompress.measure.memory import PeakMemory
 from mmcompress.measure.runner import Arrays, Runner
 from mmcompress.measure.runners import RUNNERS, open_runner
 from mmcompress.measure.size import artifact_size, macs, onnx_macs
-from mmcompress.parts import Exportable
+from mmcompress.parts import Divided, Exportable, Part
 from mmcompress.preprocessing import read_processor
 from mmcompress.progress import Progress
 
@@ -122,6 +123,9 @@ class Target:
         """Return the inputs of a tower's encoder."""
         if self.bundle is None:
             return self._own().component(tower).inputs
+        part = _own_part(self.bundle, tower)
+        if part is not None:
+            return part_specs(part)
         example = self.bundle.example_inputs(tower, 1)
         text = "input_ids" in example
         return tuple(
@@ -171,8 +175,7 @@ class Target:
         inputs = arrays_for(self.specs(tower), 1, tokens)
         if self.bundle is not None and not self._exports:
             tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
-            encode = partial(self.bundle.encode, tower)
-            return macs(lambda **given: encode(given), tensors).total
+            return macs(encoder(self.bundle, tower), tensors).total
         path = self.graph(tower, next(iter(self._exports), "fp32"))
         return onnx_macs(path, {name: array.shape for name, array in inputs.items()}).total
 
@@ -244,11 +247,33 @@ class Target:
         if precision != "fp32":
             bundle = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model).to(dtype))
 
+        run = encoder(bundle, tower)
+
         def encode(**inputs: torch.Tensor) -> torch.Tensor:
             cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-            return bundle.encode(tower, cast)
+            return run(**cast)
 
         return encode
+
+
+def encoder(bundle: Bundle, tower: str) -> Callable[..., torch.Tensor]:
+    """Return what computes a tower in torch from what its graph takes, by name."""
+    part = _own_part(bundle, tower)
+
+    def encode(**inputs: torch.Tensor) -> torch.Tensor:
+        if part is None:
+            return bundle.encode(tower, inputs)
+        made = part.compute(bundle.model, *(inputs[name] for name in part.axes))
+        return made if isinstance(made, torch.Tensor) else made[0]
+
+    return encode
+
+
+def _own_part(bundle: Bundle, tower: str) -> Part | None:
+    """Return the part called as `tower` of models that neither embed nor answer, and have one; None of others."""
+    if not isinstance(bundle.family, Divided) or isinstance(bundle.family, Exportable):
+        return None
+    return next(part for part in bundle.family.parts(bundle.model) if part.name == tower)
 
 
 def photo() -> Image.Image:

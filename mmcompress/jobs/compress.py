@@ -18,7 +18,7 @@ import torch
 
 import mmcompress
 from mmcompress import checkpoint, pipeline, streamed, weights
-from mmcompress.bundle import Bundle, DualEncoder
+from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
 from mmcompress.errors import GateFailed, MmcError, UsageError, closest
 from mmcompress.evaluate.answers import abilities
@@ -31,7 +31,6 @@ from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch,
 from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.manifest import Manifest
 from mmcompress.measure.machine import machine_facts, usable_cores
-from mmcompress.parts import Exportable
 from mmcompress.passes.base import Context
 from mmcompress.pipeline import Stage, Workplace
 from mmcompress.progress import Progress, Silent
@@ -84,7 +83,7 @@ def compress(
     refuse_existing(output)
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
-    if isinstance(model, str | Path) and _streams(recipe, todo) and not allow_pickle:
+    if isinstance(model, str | Path) and streams(recipe, todo) and not allow_pickle:
         return _streamed(model, recipe, todo, output, progress)
     bundle = load_again(model, recipe.device, allow_pickle)
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
@@ -116,7 +115,7 @@ def compress(
         place.close()
 
 
-def _streams(recipe: Recipe, todo: list[Stage]) -> bool:
+def streams(recipe: Recipe, todo: list[Stage]) -> bool:
     """Whether nothing has to be computed with the model, and no step needs more of it than a layer at a time."""
     asks = (
         recipe.data.calibration or recipe.data.evaluation or recipe.tasks or recipe.export.to or recipe.gates != Gates()
@@ -221,8 +220,7 @@ def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
     _keep_reports(run, final)
     if exported is not None:
         shutil.copytree(exported / "compressed", final / recipe.export.to)
-    exports = isinstance(bundle.family, DualEncoder | Exportable)
-    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates, exports)
+    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates)
     failed = [gate for gate in gates if not gate.passed]
     target = free_name(output.with_name(output.name + ".rejected")) if failed else output
     publish(final, target)

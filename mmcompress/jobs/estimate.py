@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from mmcompress import checkpoint, pipeline
+from mmcompress import checkpoint, pipeline, streamed
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, batches, open_data
 from mmcompress.evaluate.answers import abilities
-from mmcompress.jobs.compress import require_usable, with_tasks
+from mmcompress.jobs.compress import require_usable, streams, with_tasks
 from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Work
 from mmcompress.progress import Progress
@@ -32,20 +32,26 @@ def estimate(
 ) -> dict[str, Any]:
     """Check the whole recipe against the model and data, time one batch, and return the plan as a document.
 
-    Raises what a real run would raise for bad input.
+    Where there is no data nothing has to run, and no weight is read. Raises what a real run would raise for bad input.
     """
     refuse_existing(Path(output))
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
-    bundle = checkpoint.load(model, device=recipe.device, allow_pickle=allow_pickle)
+    calibration = open_data(recipe.data.calibration) if recipe.data.calibration else None
     evaluation = open_data(recipe.data.evaluation) if recipe.data.evaluation else None
+    shown = evaluation or calibration
+    bundle = (
+        checkpoint.load(model, device=recipe.device, allow_pickle=allow_pickle)
+        if shown
+        else checkpoint.hollow(model, allow_pickle=allow_pickle)
+    )
     recipe = with_tasks(recipe, bundle, evaluation)
     for stage in todo:
         stage.made.check(bundle)
-    calibration = open_data(recipe.data.calibration) if recipe.data.calibration else None
-    progress.say("timing one batch")
-    shown = evaluation or calibration
-    forward = _seconds_per_sample(bundle, shown, recipe.data.batch_size)
+    forward = 0.0
+    if shown:
+        progress.say("timing one batch")
+        forward = _seconds_per_sample(bundle, shown, recipe.data.batch_size)
     measured = 0.0
     if evaluation:
         count = min(len(evaluation), recipe.data.evaluation_samples or len(evaluation))
@@ -66,21 +72,25 @@ def estimate(
     size = cost_of(bundle).bytes
     stored = bundle.source.bytes or size
     trains = any(stage.step.name == "distill" for stage in todo)
-    # A checkpoint after every step, the result, and both sides exported.
-    copies = len(todo) + 1 + (2 if recipe.export.to else 0)
+    if streams(recipe, todo):
+        memory, copies = streamed.memory_needed(bundle), 1
+    else:
+        memory = round((TRAINED if trains else HELD) * size)
+        # A checkpoint after every step, the result, and both sides exported.
+        copies = len(todo) + 1 + (2 if recipe.export.to else 0)
     return {
         "model": bundle.source.id,
         "steps": steps,
         "seconds": sum(step["seconds"] for step in steps) + round(measured + exported),
-        "memory_mib": round((TRAINED if trains else HELD) * size / 2**20),
+        "memory_mib": round(memory / 2**20),
         "disk_mib": round(copies * stored / 2**20),
         "disk_free_mib": round(shutil.disk_usage(_existing(Path(output).absolute())).free / 2**20),
     }
 
 
-def _seconds_per_sample(bundle: Bundle, data: Dataset | None, batch: int) -> float:
+def _seconds_per_sample(bundle: Bundle, data: Dataset, batch: int) -> float:
     """One sample through preprocessing and all towers, from one batch after another that warms up."""
-    samples = next(iter(batches(data.subset(batch, 0), batch))) if data else []
+    samples = next(iter(batches(data.subset(batch, 0), batch)))
     total = 0.0
     for tower in bundle.towers():
         items = [item for sample in samples for item in bundle.items(tower.name, sample)[:1]]

@@ -50,7 +50,7 @@ def answer_once(runner: str, path: str, batch: int, new_tokens: int, threads: in
         answerer = bundle_answerer(checkpoint.load(path), threads=threads)
     else:
         answerer = artifact_answerer(open_artifact(path, verify=False), runner, threads=threads)
-    answerer.writer.write(answerer.asked([example_sample()] * batch), new_tokens, to_the_end=True)
+    answerer.writer.write(answerer.asked([example_sample(answerer.decoding)] * batch), new_tokens, to_the_end=True)
 
 
 def encode_once(
@@ -64,11 +64,12 @@ def encode_once(
         import torch
 
         from mmcompress import checkpoint
+        from mmcompress.jobs.bench_targets import encoder
 
         torch.set_num_threads(threads)
         bundle = checkpoint.load(path)
         with torch.inference_mode():
-            bundle.encode(tower, {name: torch.from_numpy(array) for name, array in arrays.items()})
+            encoder(bundle, tower)(**{name: torch.from_numpy(array) for name, array in arrays.items()})
         return
     from mmcompress.measure.runners import open_runner
 

@@ -23,8 +23,8 @@ QUESTIONS: dict[str, dict[str, Any]] = {
 
 
 def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Return a document about the model: towers with sizes and costs, passes with reasons, history."""
-    bundle = checkpoint.load(model, allow_pickle=allow_pickle)
+    """Return a document about the model: towers with sizes and costs, passes with reasons, history. No weight is read."""
+    bundle = checkpoint.hollow(model, allow_pickle=allow_pickle)
     cost = cost_of(bundle)
     return {
         "model": bundle.source.id,

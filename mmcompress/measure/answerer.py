@@ -62,7 +62,7 @@ class Answerer:
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return answers in words."""
-        return self.family.texts(self.processor, rows)
+        return self.family.texts(self.model, self.processor, rows)
 
     def close(self) -> None:
         """Give the engines' memory back."""
@@ -85,7 +85,9 @@ def artifact_answerer(
     Raises UsageError for an artifact of a model that embeds.
     """
     if artifact.generation is None:
-        raise UsageError(f"{artifact.directory} holds towers that embed, and answers nothing", hint="mmc eval")
+        raise UsageError(
+            f"{artifact.directory} holds a model that does not answer in text", hint="mmc generate needs one"
+        )
     family, config = family_for(artifact.config), AutoConfig.for_model(**artifact.config)
     assert isinstance(family, Exportable), "only such families leave a generation config"
     # Preprocessing asks a model for its dtype and limits; one without weights can answer that.

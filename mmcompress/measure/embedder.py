@@ -52,7 +52,11 @@ class ArtifactEmbedder:
         with torch.device("meta"):
             self._model: Any = self._family.model_class(config)(config)
         self._processor = read_processor(artifact.directory)
-        assert isinstance(self._family, DualEncoder), "only dual encoders are exported as embedders"
+        if not isinstance(self._family, DualEncoder):
+            raise UsageError(
+                f"{artifact.directory} holds a model that neither embeds nor answers",
+                hint="run its graph in onnxruntime or OpenVINO; mmc bench times it",
+            )
         self._media = self._family.media
 
     @property

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from mmcompress.surgery.watch import meter
 
@@ -46,10 +48,10 @@ def macs(module: Callable[..., Any], inputs: Any) -> MacCount:
     """Count one call of `module` on `inputs`: a mapping of keywords, a sequence of positions, or one tensor.
 
     Nothing but shapes matters, so meta tensors and meta modules do. The module is run once, without gradients, in the
-    mode (train or eval) it is in.
+    mode (train or eval) it is in; see `NothingMultiplied`.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_MISSING_RULES)
-    with torch.no_grad(), _no_fused_attention(), counter:
+    with torch.no_grad(), _no_fused_attention(), NothingMultiplied(), counter:
         _call(module, inputs)
     counts = counter.get_flop_counts()
     by_op = {str(op).removeprefix("aten."): flops // 2 for op, flops in counts.get("Global", {}).items()}
@@ -64,9 +66,33 @@ def macs(module: Callable[..., Any], inputs: Any) -> MacCount:
 def macs_within(modules: Sequence[torch.nn.Module], call: Callable[[], Any]) -> int:
     """Count one run of `call`, but only what happens inside calls of `modules`, which must not contain each other."""
     counter = FlopCounterMode(display=False, custom_mapping=_MISSING_RULES)
-    with torch.no_grad(), _no_fused_attention(), counter, meter(modules, counter.get_total_flops) as spent:
+    with (
+        torch.no_grad(),
+        _no_fused_attention(),
+        NothingMultiplied(),
+        counter,
+        meter(modules, counter.get_total_flops) as spent,
+    ):
         call()
     return spent() // 2
+
+
+class NothingMultiplied(TorchDispatchMode):
+    """Products and convolutions give zeros of the right shape: counting them takes no time, and weights need no values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket not in flop_registry and func.overloadpacket not in _MISSING_RULES:
+            return func(*args, **kwargs)
+        first = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor))
+
+        def without_values(value: Any) -> Any:
+            return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+        def zeros(value: Any) -> Any:
+            return torch.zeros_like(value, device=first.device) if isinstance(value, torch.Tensor) else value
+
+        return tree_map(zeros, func(*tree_map(without_values, args), **tree_map(without_values, kwargs)))
 
 
 def _call(module: Callable[..., Any], inputs: Any) -> Any:

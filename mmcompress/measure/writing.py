@@ -110,6 +110,8 @@ class Writer:
     def _room(self, prompt: int, limit: int | None) -> int:
         """Return how many tokens are written: those asked for, else the usual limit as far as there is room."""
         most = self.last.most_tokens
+        if not self._presents:
+            limit = 1  # it keeps nothing to go on from
         if limit is None:
             limit = min(self.decoding.limit, max(1, most - prompt)) if most else self.decoding.limit
         if limit < 1:
@@ -142,12 +144,13 @@ class _State:
         self.cache: dict[str, Any] = {}
         self.mask = asked.get("attention_mask")
         self.positions = asked.get("position_ids")
-        wanted = writer.last.names
+        wanted = frozenset[str]().union(*(stage.names for stage in (*writer.earlier, writer.last)))
         for stage in writer.earlier:
-            if stage is writer._embed or not stage.names <= asked.keys():
+            known = {**asked, **self.context}
+            if stage is writer._embed or not stage.names <= known.keys():
                 continue  # a question without a picture needs no vision part
             begun = time.perf_counter()
-            given = {name: asked[name] for name in stage.names}
+            given = {name: known[name] for name in stage.names}
             self.context |= stage.runner.chain(given, keep=wanted & set(stage.outputs))
             self.seconds[stage.name] = time.perf_counter() - begun
 
@@ -158,7 +161,8 @@ class _State:
             self.cache = {spec.name: _empty(spec, len(ids)) for spec in last.inputs if spec.name.startswith("past_")}
         elif self.mask is not None:
             self.mask = np.concatenate([self.mask, np.ones_like(ids, dtype=self.mask.dtype)], axis=1)
-        given: dict[str, Any] = {**self.context, **self.cache, "attention_mask": self.mask, "input_ids": ids}
+        given: dict[str, Any] = {**self.asked, **self.context, **self.cache}
+        given |= {"attention_mask": self.mask, "input_ids": ids}
         if self.writer._embed is not None and "inputs_embeds" in last.names:
             given["inputs_embeds"] = self._embedded(self.writer._embed, ids)
         if self.positions is not None:

@@ -14,28 +14,23 @@ Where a Linear shares its weight with an embedding table, as language models' la
 scale per output channel of the Linear. So a `TiedLinear` has no integers and scales of its own: it reads the table's.
 
 All but the bias are buffers. In torch the arithmetic is done in float on rounded values, with gradients straight through the
-rounding, so such a model can be evaluated anywhere and distilled. While exporting, the rounding is written as two operators of
-our own, because torch's exporter would otherwise fold int8 weights back into float constants; `translation_table` says what they
-are in ONNX. Linear weights leave transposed, (in, out) with the scale on axis 1: the one layout that both onnxruntime and
-OpenVINO multiply as integers without further reshuffling.
+rounding, so such a model can be evaluated anywhere and distilled. While exporting, the rounding is written as the operators of
+`surgery.rounding_operators`.
 
 Scales follow the model's dtype (`.half()`, `.bfloat16()`); the rounding itself is always computed in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmcompress.ops.rounding import (
-    INT8,
-    UINT8,
     WEIGHT_INT8,
     Levels,
     choose_scale,
@@ -43,58 +38,10 @@ from mmcompress.ops.rounding import (
     fake_quantize,
     quantize,
 )
-
-_LIBRARY = torch.library.Library("mmcompress", "DEF")
-_LIBRARY.define("round_input(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")
-_LIBRARY.define("int8_matrix(Tensor codes, Tensor scale) -> Tensor")
-_LIBRARY.define("int8_filters(Tensor codes, Tensor scale) -> Tensor")
-
+from mmcompress.surgery.rounding_operators import levels_of
 
 ROUNDED_AT_ONCE = 2**23
 """Numbers of a weight that are rounded together: 32 MiB, and as much again a few times over."""
-
-
-def _levels(zero_point: Tensor) -> Levels:
-    return UINT8 if zero_point.dtype == torch.uint8 else INT8
-
-
-@torch.library.impl(_LIBRARY, "round_input", "CompositeExplicitAutograd")
-def _round_input(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return fake_quantize(x, scale, zero_point, _levels(zero_point))
-
-
-@torch.library.impl(_LIBRARY, "int8_matrix", "CompositeExplicitAutograd")
-def _int8_matrix(codes: Tensor, scale: Tensor) -> Tensor:
-    """(out, in) int8 and (out,) -> (in, out) float."""
-    return dequantize(codes, scale, axis=0).t().contiguous()
-
-
-@torch.library.impl(_LIBRARY, "int8_filters", "CompositeExplicitAutograd")
-def _int8_filters(codes: Tensor, scale: Tensor) -> Tensor:
-    """(out, in, h, w) int8 and (out,) -> float."""
-    return dequantize(codes, scale, axis=0)
-
-
-def translation_table() -> dict[Any, Callable[..., Any]]:
-    """Return what torch.onnx.export(dynamo=True) needs as `custom_translation_table` for models with quantized layers."""
-    from onnxscript import opset19 as op
-
-    def round_input(x: Any, scale: Any, zero_point: Any) -> Any:
-        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
-
-    # Without a zero point DequantizeLinear means 0, and no (C,) tensor of zeros is stored beside every weight.
-    def int8_matrix(codes: Any, scale: Any) -> Any:
-        return op.DequantizeLinear(op.Transpose(codes, perm=[1, 0]), scale, axis=1)
-
-    def int8_filters(codes: Any, scale: Any) -> Any:
-        return op.DequantizeLinear(codes, scale, axis=0)
-
-    ops = torch.ops.mmcompress
-    return {
-        ops.round_input.default: round_input,
-        ops.int8_matrix.default: int8_matrix,
-        ops.int8_filters.default: int8_filters,
-    }
 
 
 _UNREAD: ContextVar[bool] = ContextVar("unread", default=False)
@@ -161,7 +108,7 @@ class _Quantized(nn.Module):
             return x
         if torch.compiler.is_exporting():
             return torch.ops.mmcompress.round_input(x, self.input_scale, self.input_zero_point)
-        return fake_quantize(x, self.input_scale, self.input_zero_point, _levels(self.input_zero_point))
+        return fake_quantize(x, self.input_scale, self.input_zero_point, levels_of(self.input_zero_point))
 
     def _grid_name(self) -> str:
         return "W8A16" if self.input_zero_point is None else f"W8A8, {str(self.input_zero_point.dtype)[6:]} inputs"

@@ -20,7 +20,7 @@ def test_every_class_and_every_pass_is_in_it() -> None:
         name for family in FAMILIES.values() for name in family.architectures
     }
     assert {name for name, _ in matrix.COLUMNS.values()} == set(passes.PASSES)
-    assert all(set(answers) == set(matrix.COLUMNS) for _, _, answers in rows)
+    assert all(set(answers) == {*matrix.COLUMNS, matrix.EXPORT} for _, _, answers in rows)
 
 
 def test_a_row_by_hand() -> None:
@@ -31,6 +31,14 @@ def test_a_row_by_hand() -> None:
     assert "pairs" in answers["prune blocks"]["audio"]
     line = next(line for line in matrix.section().splitlines() if line.startswith("| `ClapModel`"))
     assert line.startswith("| `ClapModel` | audio, text | ✓ | ✓ | audio <sup>")
+
+
+def test_a_setting_that_no_graph_can_say_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny.bundle("blip")
+    made.model.generation_config.repetition_penalty = 1.2
+    monkeypatch.setattr(tiny, "EVERY", ("blip",))
+    monkeypatch.setattr(tiny, "bundle", lambda _name: made)
+    assert "sets repetition_penalty to 1.2" in matrix.section()
 
 
 def test_a_pass_that_starts_to_refuse_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,11 @@ from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.bench_answers import AnswerTarget
 from mmcompress.jobs.bench_targets import Source
 from mmcompress.jobs.generate import generate, samples_of
-from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
+from mmcompress.measure.answerer import bundle_answerer
 from mmcompress.progress import Silent
 from tests import tiny
 
-MODELS = ("llava_clip", "llava_siglip", "llava_dinov2", "paligemma")
+MODELS = ("llava_clip", "paligemma")
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -28,26 +28,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     bundle = tiny.bundle(request.param)
     report = export_onnx(bundle, tmp_path_factory.mktemp(request.param) / "out", batches=(1, 2))
     return bundle, open_artifact(report.artifact.directory)
-
-
-def samples(bundle: Bundle, name: str = "llava_clip") -> list[Sample]:
-    found = list(tiny.data("paligemma" if bundle.family.name == "paligemma" else name, 4))
-    assert {sample.picture is None for sample in found} == {True, False}
-    return found
-
-
-@pytest.mark.parametrize("runner", ["onnxruntime", "openvino"])
-def test_the_answers_are_those_of_torch(exported: tuple[Bundle, Artifact], runner: str) -> None:
-    bundle, artifact = exported
-    asked = samples(bundle)
-    want = bundle.generate(asked)
-    assert len(set(want)) > 1
-    answerer = artifact_answerer(artifact, runner, threads=1)
-    lengths = answerer.asked(asked)["attention_mask"].sum(axis=1)
-    assert len(set(lengths.tolist())) > 1  # some prompts are padded
-    assert answerer.generate(asked) == want
-    assert [answerer.generate([sample])[0] for sample in asked] == want
-    answerer.close()
 
 
 def test_several_pictures_go_through_the_vision_part_one_by_one(exported: tuple[Bundle, Artifact]) -> None:
@@ -112,17 +92,9 @@ def test_an_answer_ends_where_the_model_has_no_place_left() -> None:
         answerer.write([sample], 100)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("llava_next", "as many tiles as suit it"), ("qwen3_vl", "deepstack")])
-def test_what_no_graph_does_is_refused_with_the_reason(tmp_path: Path, name: str, reason: str) -> None:
-    with pytest.raises(UsageError, match=reason) as caught:
-        export_onnx(tiny.bundle(name), tmp_path / "out")
-    assert caught.value.hint
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
 def test_a_checkpoint_answers_what_its_parts_do_not_take(tmp_path: Path, name: str) -> None:
-    """Neither tiles nor pictures of any size: what is asked of a checkpoint is never cut to fit a graph."""
+    """Pictures of any size: what is asked of a checkpoint is never cut to fit a graph."""
     bundle = tiny.bundle(name)
     checkpoint.save(bundle, tmp_path / "model")
     tiny.images(1)[0].save(tmp_path / "picture.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from mmcompress.bundle import Bundle, DualEncoder, Generator
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.evaluate.likelihoods import read_answers
-from mmcompress.measure.answerer import bundle_answerer
-from mmcompress.parts import Exportable
+from mmcompress.export.onnx import export_onnx
+from mmcompress.export.trace import traced_parts
+from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
+from mmcompress.parts import BATCH
 from mmcompress.views import Tower
 from tests import tiny
 
@@ -123,6 +126,24 @@ class FamilyContract:
             assert embeddings.shape[0] == 2
             assert not torch.equal(embeddings[0], embeddings[1])
 
+    def test_it_can_be_exported(self, bundle: Bundle) -> None:
+        """Every part computes with what it says it takes, and gives out what it says."""
+        for module in traced_parts(bundle, "float32"):
+            part = module.part
+            for sizes in ({BATCH: 3, **part.traced}, *({BATCH: 2, **corner} for corner in part.corners)):
+                example = module.example(sizes)
+                named = {
+                    name: example[key].shape[axis]
+                    for key, names in part.axes.items()
+                    for axis, name in enumerate(names)
+                    if name in sizes
+                }
+                assert named == {name: size for name, size in sizes.items() if name in named}
+                with torch.no_grad():
+                    made = module(*example.values())
+                assert len(made) == len(part.outputs)
+                assert all(output.isfinite().all() for output in made)
+
     def test_stream_counts_the_tokens_the_blocks_see(self, bundle: Bundle) -> None:
         for tower in bundle.towers():
             if tower.stream is None:
@@ -199,33 +220,33 @@ class AnsweringContract(FamilyContract):
         samples = self.samples()
         assert bundle.generate(samples) == [bundle.generate([sample])[0] for sample in samples]
 
+    def test_its_parts_in_one_loop_answer_the_same(self, bundle: Bundle) -> None:
+        """The loop that serves every engine, around the parts in torch."""
+        samples = [self.resized(sample) for sample in self.samples()]
+        assert bundle_answerer(bundle, threads=1).generate(samples) == bundle.generate(samples)
+
+    def test_exported_it_answers_the_same(self, bundle: Bundle, tmp_path: Path) -> None:
+        """In every engine, in a batch and alone."""
+        samples = [self.resized(sample) for sample in self.samples()]
+        want = bundle.generate(samples)
+        assert len(set(want)) > 1
+        artifact = export_onnx(bundle, tmp_path / "out", batches=(2,)).artifact
+        for runner in ("onnxruntime", "openvino"):
+            answerer = artifact_answerer(artifact, runner, threads=1)
+            assert answerer.generate(samples) == want
+            assert [answerer.generate([sample])[0] for sample in samples] == want
+            answerer.close()
+
+    def resized(self, sample: Sample) -> Sample:
+        """Return a sample as exported models see it."""
+        return sample
+
 
 class GeneratorContract(AnsweringContract):
     def test_with_a_cache_the_answer_is_the_same_as_without(self, bundle: Bundle) -> None:
         answers = bundle.generate(self.samples())
         bundle.model.generation_config.use_cache = False
         assert bundle.generate(self.samples()) == answers
-
-    def test_its_parts_in_one_loop_answer_the_same(self, bundle: Bundle) -> None:
-        """For families that can be exported: the loop that serves every engine, around the parts in torch."""
-        if not isinstance(bundle.family, Exportable):
-            with pytest.raises(UsageError, match="names no parts"):
-                bundle_answerer(bundle)
-            return
-        answerer = bundle_answerer(bundle, threads=1)
-        if self.no_parts:
-            with pytest.raises(UsageError, match=self.no_parts):
-                answerer.generate(self.samples())
-            return
-        samples = [self.resized(sample) for sample in self.samples()]
-        assert answerer.generate(samples) == bundle.generate(samples)
-
-    no_parts = ""
-    """What a family says that is `Exportable` and cannot export this model."""
-
-    def resized(self, sample: Sample) -> Sample:
-        """Return a sample as exported models see it."""
-        return sample
 
     def test_asking_changes_no_setting(self, bundle: Bundle) -> None:
         before = bundle.model.generation_config.to_dict()

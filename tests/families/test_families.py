@@ -165,7 +165,6 @@ class TestLlavaDinov2(VisionLanguageContract):
 
 class TestLlavaNext(VisionLanguageContract):
     model = "llava_next"
-    no_parts = "as many tiles as suit it"
 
 
 class AtOneSize(VisionLanguageContract):
@@ -183,9 +182,8 @@ class TestQwen25VL(AtOneSize):
     model = "qwen2_5_vl"
 
 
-class TestQwen3VL(VisionLanguageContract):
+class TestQwen3VL(AtOneSize):
     model = "qwen3_vl"
-    no_parts = "deepstack"
 
 
 class TestSmolVLM(VisionLanguageContract):

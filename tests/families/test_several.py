@@ -183,7 +183,15 @@ def test_settings_that_are_no_json_are_named() -> None:
         frame_pixels(Processor(files={SETTINGS: b"{"}), 1, "qwen2_vl")
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava_next", "smolvlm", "paligemma"])
+def test_the_parts_answer_as_the_whole(name: str) -> None:
+    """Which sees each picture by itself, tiles and all."""
+    bundle = tiny.bundle(name)
+    several = samples()
+    assert bundle_answerer(bundle, threads=1).generate(several) == bundle.generate(several)
+
+
+@pytest.mark.parametrize("name", QWEN)
 def test_exported_qwen_sees_layers_of_a_video_as_pictures(name: str) -> None:
     """At 224 x 224 pixels, 64 tokens a layer; a video processor's settings would have frames larger than the graph takes."""
     bundle = tiny.bundle(name)

@@ -19,8 +19,8 @@ from mmcompress.surgery.quantized import (
     can_quantize,
     drop_ties,
     quantized,
-    translation_table,
 )
+from mmcompress.surgery.rounding_operators import translation_table
 
 GRIDS = pytest.mark.parametrize("inputs", [UINT8, INT8], ids=["uint8", "int8"])
 

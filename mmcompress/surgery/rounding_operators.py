@@ -1,0 +1,65 @@
+"""What quantized layers do while they are exported, as operators of our own.
+
+torch's exporter would fold int8 weights back into float constants; it leaves operators it does not know alone, and
+`translation_table` says what they are in ONNX. Linear weights leave transposed, (in, out) with the scale on axis 1: the one layout
+that both onnxruntime and OpenVINO multiply as integers without further reshuffling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcompress.ops.rounding import INT8, UINT8, Levels, dequantize, fake_quantize
+
+_LIBRARY = torch.library.Library("mmcompress", "DEF")
+_LIBRARY.define("round_input(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")
+_LIBRARY.define("int8_matrix(Tensor codes, Tensor scale) -> Tensor")
+_LIBRARY.define("int8_filters(Tensor codes, Tensor scale) -> Tensor")
+
+
+def levels_of(zero_point: Tensor) -> Levels:
+    """Return the grid whose zero points have this dtype."""
+    return UINT8 if zero_point.dtype == torch.uint8 else INT8
+
+
+@torch.library.impl(_LIBRARY, "round_input", "CompositeExplicitAutograd")
+def _round_input(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return fake_quantize(x, scale, zero_point, levels_of(zero_point))
+
+
+@torch.library.impl(_LIBRARY, "int8_matrix", "CompositeExplicitAutograd")
+def _int8_matrix(codes: Tensor, scale: Tensor) -> Tensor:
+    """(out, in) int8 and (out,) -> (in, out) float."""
+    return dequantize(codes, scale, axis=0).t().contiguous()
+
+
+@torch.library.impl(_LIBRARY, "int8_filters", "CompositeExplicitAutograd")
+def _int8_filters(codes: Tensor, scale: Tensor) -> Tensor:
+    """(out, in, h, w) int8 and (out,) -> float."""
+    return dequantize(codes, scale, axis=0)
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """Return what torch.onnx.export(dynamo=True) needs as `custom_translation_table` for models with quantized layers."""
+    from onnxscript import opset19 as op
+
+    def round_input(x: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+    # Without a zero point DequantizeLinear means 0, and no (C,) tensor of zeros is stored beside every weight.
+    def int8_matrix(codes: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(op.Transpose(codes, perm=[1, 0]), scale, axis=1)
+
+    def int8_filters(codes: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=0)
+
+    ops = torch.ops.mmcompress
+    return {
+        ops.round_input.default: round_input,
+        ops.int8_matrix.default: int8_matrix,
+        ops.int8_filters.default: int8_filters,
+    }
