@@ -129,6 +129,7 @@ def shell(model: str | Path, *, allow_pickle: bool = False) -> tuple[Bundle, lis
     directory = locate(str(model))
     saved = manifests.read(directory)
     config = read_json(directory / "config.json")
+    _require_settings(directory)
     family = family_for(config)
     files = weight_files(directory, allow_pickle)
     source, records = (saved.source, saved.records) if saved else (_source(directory, config, files), ())

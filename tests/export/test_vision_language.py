@@ -16,7 +16,7 @@ from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.bench_answers import AnswerTarget
 from mmcompress.jobs.bench_targets import Source
 from mmcompress.jobs.generate import generate, samples_of
-from mmcompress.measure.answerer import bundle_answerer
+from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
 from mmcompress.progress import Silent
 from tests import tiny
 

@@ -76,9 +76,10 @@ def test_a_long_recording_is_cut_alike_for_a_checkpoint_and_its_export(places: d
 def test_what_no_graph_takes_the_checkpoint_answers_itself_and_other_errors_are_not_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = tiny.bundle("llava_next")
+    bundle = tiny.bundle("llava_clip")
+    bundle.model.generation_config.repetition_penalty = 1.5
     checkpoint.save(bundle, tmp_path / "model")
-    asked = list(tiny.data("llava_next", 2))
+    asked = list(tiny.data("llava_clip", 2))
     made = generate(tmp_path / "model", asked, threads=1)
     assert (list(made.answers), made.tokens) == (bundle.generate(asked), ())
     monkeypatch.setattr(Bundle, "generate", lambda *_: pytest.fail("tried a second way"))
