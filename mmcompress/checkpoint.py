@@ -70,13 +70,6 @@ def load(
     return bundle
 
 
-def _require_settings(directory: Path) -> None:
-    """Raise UsageError where the settings of generation are damaged; transformers would load the model without them, or crash."""
-    settings = directory / "generation_config.json"
-    if settings.exists():
-        read_json(settings)
-
-
 def save(
     bundle: Bundle,
     output: str | Path,
@@ -129,7 +122,6 @@ def shell(model: str | Path, *, allow_pickle: bool = False) -> tuple[Bundle, lis
     directory = locate(str(model))
     saved = manifests.read(directory)
     config = read_json(directory / "config.json")
-    _require_settings(directory)
     family = family_for(config)
     files = weight_files(directory, allow_pickle)
     source, records = (saved.source, saved.records) if saved else (_source(directory, config, files), ())
@@ -137,7 +129,7 @@ def shell(model: str | Path, *, allow_pickle: bool = False) -> tuple[Bundle, lis
     with torch.device("meta"), quiet():
         made = base(_config(source))
     if base.can_generate() and (directory / "generation_config.json").exists():
-        made.generation_config = GenerationConfig.from_pretrained(directory)
+        made.generation_config = _generation_settings(directory)
     made.__class__ = base.__mro__[1]
     made.eval()
     return Bundle(made, read_processor(directory), family, source, list(records)), files
@@ -277,7 +269,7 @@ def _build(
         ) from error
     if base.can_generate() and (directory / "generation_config.json").exists():
         # transformers reads it itself only where it reads the weights itself.
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        model.generation_config = _generation_settings(directory)
     lost = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
     if lost:
         raise UsageError(
@@ -332,3 +324,9 @@ def _set_config_dtype(path: Path, dtype: str) -> None:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
+
+
+def _generation_settings(directory: Path) -> GenerationConfig:
+    """Return how the model writes, from its generation_config.json. Raises UsageError where that is damaged."""
+    read_json(directory / "generation_config.json")
+    return GenerationConfig.from_pretrained(directory)
