@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,14 @@ def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
     return made
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of the models that are compared."""
+
+    checkpoint: Path
+    exported: Path
+
+
 def report(
     name: str,
     options: argparse.Namespace,
@@ -45,56 +55,80 @@ def report(
     stages: tuple[str, ...],
 ) -> None:
     """Build the sides, measure, write bench/results/NAME.json and print the summary."""
-    with contextlib.ExitStack() as stack:
-        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        work.mkdir(parents=True, exist_ok=True)
-        result = measure(build(work, model, recipes), data, task, stages, options.rounds, options.threads)
-    asked = " ".join(f"--{key} {value}" for key, value in vars(options).items() if key != "work" and value)
-    result |= {
-        "command": f"python -m bench.{name} {asked}",
-        "steps": {side: made.to_dict()["steps"] for side, made in recipes.items()},
-    }
-    (assets.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    with workplace(options) as work:
+        sides = build(work, model, recipes)
+        result = {
+            "accuracy": {side: found.to_json() for side, found in answers(sides, data, task, options.threads).items()},
+            **timings(sides, stages, options.rounds, options.threads),
+        }
+    write(name, options, recipes, result)
     print(json.dumps({"speed": result["latency"], "accuracy": result["accuracy"]}, indent=1))
 
 
-def build(work: Path, model: Path, recipes: dict[str, Recipe]) -> dict[str, Path]:
-    """Return the exported sides, the original first; what is in `work` already is not built again."""
-    sides = {"original": work / "original-onnx"}
-    if not sides["original"].exists():
-        export_onnx(checkpoint.load(model), sides["original"], batches=(1, 2))
+@contextlib.contextmanager
+def workplace(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder where things are built: the one given with --work, or one that is gone afterwards."""
+    with contextlib.ExitStack() as stack:
+        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+
+
+def write(name: str, options: argparse.Namespace, recipes: dict[str, Recipe], result: dict[str, Any]) -> None:
+    """Write bench/results/NAME.json: the command and the steps of each recipe, then `result`."""
+    asked = " ".join(f"--{key} {value}" for key, value in vars(options).items() if key != "work" and value)
+    document = {
+        "command": f"python -m bench.{name} {asked}",
+        "mmc": mmcompress.__version__,
+        **result,
+        "steps": {side: made.to_dict()["steps"] for side, made in recipes.items()},
+    }
+    (assets.RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def compressed(work: Path, model: Path, name: str, made: Recipe) -> Path:
+    """The checkpoint that a recipe makes; what is in `work` already is not made again."""
+    folder = work / f"{name.replace(' ', '-')}-{digest(made)}"
+    if not folder.exists():
+        compress(model, made, folder, resume=True)
+    return folder
+
+
+def build(work: Path, model: Path, recipes: dict[str, Recipe]) -> dict[str, Side]:
+    """Return the sides, the original first; what is in `work` already is not built again."""
+    sides = {"original": Side(model, work / "original-onnx")}
     for name, made in recipes.items():
-        folder = work / f"{name.replace(' ', '-')}-{digest(made)}"
-        if not folder.exists():
-            compress(model, made, folder, resume=True)
-        sides[name] = folder.with_name(f"{folder.name}-onnx")
-        if not sides[name].exists():
-            export_onnx(checkpoint.load(folder), sides[name], batches=(1, 2))
+        folder = compressed(work, model, name, made)
+        sides[name] = Side(folder, folder.with_name(f"{folder.name}-onnx"))
+    for side in sides.values():
+        if not side.exported.exists():
+            export_onnx(checkpoint.load(side.checkpoint), side.exported, batches=(1, 2))
     return sides
 
 
-def measure(
-    sides: dict[str, Path], data: Dataset, task: str, stages: tuple[str, ...], rounds: int, threads: int
-) -> dict[str, Any]:
-    """Return accuracy (paired with the original's, answers of OpenVINO), latency by stage, and size of every side.
+def answers(sides: dict[str, Side], data: Dataset, task: str, threads: int) -> dict[str, Evaluation]:
+    """Judge what every exported side answers in OpenVINO, paired with what the original does."""
+    found: dict[str, Evaluation] = {}
+    for name, side in sides.items():
+        answerer = artifact_answerer(open_artifact(side.exported), RUNNERS[-1], threads=threads)
+        tasks = [task, "answer-agreement"] if found else [task]
+        found[name] = evaluate(answerer, data, tasks, batch=8, reference=found.get("original"))
+        answerer.close()
+    return found
+
+
+def timings(sides: dict[str, Side], stages: tuple[str, ...], rounds: int, threads: int) -> dict[str, Any]:
+    """Return latency by stage and size of every exported side.
 
     `times_as_fast` compares with the original in onnxruntime, paired by round.
     """
-    evaluations: dict[str, Evaluation] = {}
-    for name, side in sides.items():
-        answerer = artifact_answerer(open_artifact(side), RUNNERS[-1], threads=threads)
-        tasks = [task, "answer-agreement"] if evaluations else [task]
-        evaluations[name] = evaluate(answerer, data, tasks, batch=8, reference=evaluations.get("original"))
-        answerer.close()
     settings = Settings(runners=RUNNERS, threads=threads, rounds=rounds, memory=False)
-    timed = bench([str(side) for side in sides.values()], settings)
-    names = {side.name: name for name, side in sides.items()}
-    timings = [row.timing for row in timed.rows if row.timing.tower in stages]
-    base = {each.tower: each.samples for each in timings if (names[each.side], each.runner) == ("original", RUNNERS[0])}
+    timed = bench([str(side.exported) for side in sides.values()], settings)
+    names = {side.exported.name: name for name, side in sides.items()}
+    taken = [row.timing for row in timed.rows if row.timing.tower in stages]
+    base = {each.tower: each.samples for each in taken if (names[each.side], each.runner) == ("original", RUNNERS[0])}
     return {
-        "mmc": mmcompress.__version__,
         "machine": timed.machine,
-        "accuracy": {name: found.to_json() for name, found in evaluations.items()},
         "latency": [
             {
                 "side": names[each.side],
@@ -103,8 +137,8 @@ def measure(
                 "p50_ms": each.latency.p50_ms.to_json(),
                 "times_as_fast": compare(base[each.tower], each.samples).to_json(),
             }
-            for each in timings
+            for each in taken
         ],
         "stages": {names[row.pop("target")]: row for row in timed.stages},
-        "bytes": {name: open_artifact(side).bytes for name, side in sides.items()},
+        "bytes": {name: open_artifact(side.exported).bytes for name, side in sides.items()},
     }

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from bench import assets, scenes
+from bench import assets, packages, scenes
 from bench.mini_vlm import (
     IMAGE,
     PATCHES,
@@ -186,7 +186,7 @@ def main() -> None:
     few = random.Random(0).sample(everything, options.drawings) if options.drawings else everything
     pictures = load_pictures(options.drawings or SCENES, few)
     drawing_code = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:6]
-    folder = assets.cache_dir() / f"mini-vlm-training-{len(few)}-{pictures.scenes}-{drawing_code}"
+    folder = packages.cache_dir() / f"mini-vlm-training-{len(few)}-{pictures.scenes}-{drawing_code}"
     tower = vision(assets.dinov2_onnx())
     frozen = copy.deepcopy(tower).to(torch.bfloat16)
     features = {

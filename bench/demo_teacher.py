@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench import assets
+from bench import assets, packages
 from bench.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from bench.quality import Checkpoint
 from bench.training import Drawings, augmented, normalised
@@ -57,7 +57,7 @@ def lessons(drawings: Drawings, seed: int) -> Lessons:
     texts = prompts(drawings)
     facts = (texts, assets.dual_encoder().name, len(drawings), GROUP_ENDS, VERSIONS, seed)
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-    file = assets.cache_dir() / "training" / f"lessons-{key}.safetensors"
+    file = packages.cache_dir() / "training" / f"lessons-{key}.safetensors"
     if not file.exists():
         partial = file.with_suffix(".partial")
         save_file(_lessons(drawings, texts, seed), partial)

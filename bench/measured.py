@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ def section() -> str:
     """Return the part of README.md from marker to marker."""
     parts = [
         table()
-        for table in (edge, nncf, against_random, memory, streaming, mini_vlm, vlm_edge, whisper_edge, demo_model)
+        for table in (
+            edge,
+            nncf,
+            against_random,
+            memory,
+            streaming,
+            mini_vlm,
+            vlm_edge,
+            smolvlm_edge,
+            whisper_edge,
+            demo_model,
+        )
     ]
     return "\n\n".join([BEGIN, *(part for part in parts if part), END])
 
@@ -205,10 +217,7 @@ def _answering(file: str, title: str, task: str, metric: str, called: str) -> st
             f"{same['value']:.3f}" if same else "",
             f"{found['bytes'][side] / MIB:.1f}",
         ]
-        for stage in stages:
-            rows = [row for row in found["latency"] if (row["side"], row["stage"]) == (side, stage)]
-            best = min(rows, key=lambda row: row["p50_ms"]["value"])
-            cells.append(f"{best['p50_ms']['value']:.1f}, ×{_interval(best['times_as_fast'], 2)}")
+        cells += [_fastest(found, side, stage) for stage in stages]
         lines.append(f"| {' | '.join(cells)} |")
     sliced = [name for name, judged in found["accuracy"].items() if judged["slices"]]
     if sliced:
@@ -224,6 +233,48 @@ def _answering(file: str, title: str, task: str, metric: str, called: str) -> st
             values = " | ".join(f"{row['value']:.3f}" for row in rows)
             lines.append(f"| {name} | {rows[0]['n']} | {values} |")
     return "\n".join(lines)
+
+
+def smolvlm_edge() -> str:
+    """A real language model of 30 blocks: its perplexity, and where it was exported what it answers, how fast, how large it is."""
+    found = _read("smolvlm_edge")
+    if not found:
+        return ""
+    stages = list(dict.fromkeys(row["stage"] for row in found["latency"]))
+    lines = [
+        "**SmolLM2-135M as the language model of a SmolVLM** (`bench/smolvlm.py`: random eyes, only its language is judged), "
+        f"compressed; perplexity of what presidents went on to say; stages as above; {_machine(found)} (`{found['command']}`)",
+        "",
+        "| | perplexity [95%] | times the original's [95%] | MiB | answers as torch does | "
+        f"{' | '.join(f'{stage} ms' for stage in stages)} |",
+        "|---" * (5 + len(stages)) + "|",
+    ]
+    for side, judged in found["accuracy"].items():
+        score = judged["results"]["perplexity"]["answer_log_likelihood"]
+        said = found["answers"].get(side)
+        cells = [
+            side,
+            _perplexity(score, 1),
+            f"×{_perplexity(score['difference'], 3)}" if "difference" in score else "",
+            f"{found['checkpoint_bytes'][side] / MIB:.0f}",
+            f"{min(said['equal to torch'].values())} of {said['n']}" if said else "",
+            *(_fastest(found, side, stage) for stage in stages if said),
+            *("" for _ in stages if not said),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    n = found["accuracy"]["original"]["results"]["perplexity"]["answer_log_likelihood"]["n"]
+    return "\n".join([*lines, "", f"n = {n} speeches. MiB are the checkpoint's, whose float weights are float16."])
+
+
+def _perplexity(likelihood: dict[str, Any], digits: int) -> str:
+    value, low, high = (math.exp(-likelihood[key]) for key in ("value", "high", "low"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _fastest(found: dict[str, Any], side: str, stage: str) -> str:
+    rows = [row for row in found["latency"] if (row["side"], row["stage"]) == (side, stage)]
+    best = min(rows, key=lambda row: row["p50_ms"]["value"])
+    return f"{best['p50_ms']['value']:.1f}, ×{_interval(best['times_as_fast'], 2)}"
 
 
 def demo_model() -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, VisionTextDualEncoderModel
 
-from bench import assets
+from bench import assets, packages
 from bench.demo_student import TEXT_LENGTH, caption_tokenizer, empty_student, inherit
 from bench.demo_teacher import Lessons, lessons
 from bench.pretrained import HEADS, IMAGENET_MEAN, IMAGENET_STD, PATCH, WIDTH
@@ -155,7 +155,7 @@ def train(
     started = time.monotonic()
     model.train()
     for stage, length in enumerate(steps):
-        saved = assets.cache_dir() / "training" / f"demo-stage{stage}.safetensors"
+        saved = packages.cache_dir() / "training" / f"demo-stage{stage}.safetensors"
         if length == 0:
             set_values(masters, load_file(saved))
             weights.give_values()

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, Dinov2Model
 
-from bench import assets
+from bench import assets, packages
 from bench.pretrained import IMAGENET_MEAN, IMAGENET_STD, LOW_RANK_DOWN, LOW_RANK_UP, dinov2_small, minilm
 from bench.quality import brief, measure, retrieval
 from bench.training import Average, Drawings, augmented, load_drawings, normalised
@@ -120,7 +120,7 @@ def lower_views(model: Joint, drawings: Drawings, seed: int) -> Tensor:
     Kept in the cache folder, for it takes longer than the training itself.
     """
     file = (
-        assets.cache_dir()
+        packages.cache_dir()
         / "training"
         / f"dinov2-block{FIRST_TUNED}-{VIEWS}views-seed{seed}-{len(drawings)}.safetensors"
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import assets
+from bench.packages import AssetUnavailable
 
 
 def built(build: Callable[[], Path]) -> Path:
     """Return what `build` makes. Skips, visibly, when the registry no longer has it; every other error fails the test."""
     try:
         return build()
-    except assets.AssetUnavailable as gone:
+    except AssetUnavailable as gone:
         pytest.skip(f"a pinned package can no longer be had: {gone}")

