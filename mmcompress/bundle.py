@@ -88,6 +88,14 @@ class Generator(Protocol):
 
 
 @runtime_checkable
+class Piecewise(Protocol):
+    """What a generating family adds whose samples may be longer than its models take at once."""
+
+    def pieces(self, processor: Processor, sample: Sample) -> list[Sample]:
+        """Return samples that the model takes, in order; its answers to them, joined by spaces, are its answer to `sample`."""
+
+
+@runtime_checkable
 class TeacherForced(Protocol):
     """What a family adds whose models can be led through a given answer: its probability, and learning from a better model."""
 
@@ -119,6 +127,35 @@ class Processor:
         for part in (self.image, self.tokenizer, self.audio):
             if part is not None and not self.files:
                 part.save_pretrained(directory)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A few samples, cut into what a model takes at once."""
+
+    pieces: list[Sample]
+    counts: list[int]
+    """How many pieces each sample has."""
+
+    @classmethod
+    def of(cls, family: object, processor: Processor, samples: Sequence[Sample]) -> Cut:
+        """Cut `samples` where the family is `Piecewise`. Raises what decoding them raises."""
+        if not isinstance(family, Piecewise):
+            return cls(list(samples), [1] * len(samples))
+        found = [family.pieces(processor, sample) for sample in samples]
+        return cls([piece for pieces in found for piece in pieces], [len(pieces) for pieces in found])
+
+    @property
+    def portions(self) -> list[list[Sample]]:
+        """The pieces, as many at a time as there are samples."""
+        size = len(self.counts)
+        return [self.pieces[start : start + size] for start in range(0, len(self.pieces), max(size, 1))]
+
+    def joined(self, texts: Sequence[str]) -> list[str]:
+        """Return one text a sample from one text a piece."""
+        rest = iter(texts)
+        own = [[next(rest) for _ in range(count)] for count in self.counts]
+        return [parts[0] if len(parts) == 1 else " ".join(filter(None, map(str.strip, parts))) for parts in own]
 
 
 @dataclass
@@ -193,10 +230,13 @@ class Bundle:
     @torch.inference_mode()
     def generate(self, samples: Sequence[Sample]) -> list[str]:
         """Return the model's greedy answer to each sample. Raises UsageError where the family answers nothing."""
-        if not isinstance(self.family, Generator):
-            raise UsageError(f"{self.family.name} models do not answer in text", hint="evaluate their embeddings")
+        family = self.family
+        if not isinstance(family, Generator):
+            raise UsageError(f"{family.name} models do not answer in text", hint="evaluate their embeddings")
         self.model.eval()
-        return self.family.generate(self.model, self.processor, samples)
+        cut = Cut.of(family, self.processor, samples)
+        found = [family.generate(self.model, self.processor, part) for part in cut.portions]
+        return cut.joined([text for texts in found for text in texts])
 
     @property
     def forced(self) -> TeacherForced:

@@ -135,7 +135,7 @@ def outline(model: str | Path, *, allow_pickle: bool = False) -> Bundle:
     with torch.device("meta"), quiet():
         made = base(_config(source))
     if base.can_generate() and (directory / "generation_config.json").exists():
-        made.generation_config = GenerationConfig.from_pretrained(directory)
+        made.generation_config = _generation_settings(directory)
     made.__class__ = base.__mro__[1]
     made.eval()
     empty(made)
@@ -256,7 +256,7 @@ def _build(
         ) from error
     if base.can_generate() and (directory / "generation_config.json").exists():
         # transformers reads it itself only where it reads the weights itself.
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        model.generation_config = _generation_settings(directory)
     lost = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
     if lost:
         raise UsageError(
@@ -311,3 +311,9 @@ def _set_config_dtype(path: Path, dtype: str) -> None:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
+
+
+def _generation_settings(directory: Path) -> GenerationConfig:
+    """Return how the model writes, from its generation_config.json. Raises UsageError where that is damaged."""
+    read_json(directory / "generation_config.json")
+    return GenerationConfig.from_pretrained(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +12,31 @@ from typing import Any
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from mmcompress.bundle import Processor
+from mmcompress.errors import UsageError
 from mmcompress.weights import read_json
 
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
-TOKENIZER_EXTRAS = (
+EXTRAS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
     "normalizer.json",
     "chat_template.jinja",
+    "video_preprocessor_config.json",
 )
 
 
 def read_processor(directory: Path) -> Processor:
-    """Return the preprocessing of a checkpoint: the image processor, feature extractor and tokenizer its files describe."""
+    """Return the preprocessing of a checkpoint: the image processor, feature extractor and tokenizer its files describe.
+
+    Raises UsageError for a file that is damaged.
+    """
     image = tokenizer = audio = None
+    names = (*PREPROCESSING, *TOKENIZERS, *EXTRAS)
+    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+    for name, content in files.items():
+        _require_readable(directory / name, content)
     parts = _preprocessors(directory)
     with quiet():
         # Old image processors call themselves feature extractors; those of sound know how often it was sampled.
@@ -36,9 +46,21 @@ def read_processor(directory: Path) -> Processor:
             audio = AutoFeatureExtractor.from_pretrained(directory)
         if any((directory / name).exists() for name in TOKENIZERS):
             tokenizer = _tokenizer_class(directory).from_pretrained(directory)
-    names = (*PREPROCESSING, *TOKENIZERS, *TOKENIZER_EXTRAS)
-    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
     return Processor(image, tokenizer, audio, files)
+
+
+def _require_readable(path: Path, content: bytes) -> None:
+    """Raise UsageError for a file that is not JSON, or not text, as its name says: transformers' own errors name no file."""
+    try:
+        if path.suffix == ".json":
+            document = json.loads(content)
+            if path.name == "tokenizer.json" and not (isinstance(document, dict) and "model" in document):
+                raise UsageError(f"{path} describes no tokenizer", hint="fetch the model again")
+        elif path.suffix in (".jinja", ".txt"):
+            content.decode("utf-8")
+    except ValueError as error:
+        what = "JSON" if path.suffix == ".json" else "text in UTF-8"
+        raise UsageError(f"{path} is not {what}: {error}", hint="fetch the model again") from error
 
 
 def _preprocessors(directory: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,8 @@ TILES = ("<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for
 SAID = ("User", "Assistant", ":", ".", "?", "Describe", "image", "caption", "en", "what", "is", "this", "how", "many")
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ 'User' if message.role == 'user' else 'Assistant' }} : "
-    "{% for part in message.content %}{% if part.type == 'image' %}BEFORE<image>AFTER{% else %}{{ part.text }} {% endif %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}BEFORE<image>AFTER{% elif part.type == 'video' %}"
+    "BEFORE<video>AFTER{% else %}{{ part.text }} {% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}Assistant : {% endif %}"
 )
 

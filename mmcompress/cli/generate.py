@@ -12,11 +12,21 @@ from mmcompress.cli import options
 @click.command(
     "generate",
     epilog="\b\nExamples:\n  mmc generate WHISPER --audio speech.wav\n  mmc generate WHISPER-onnx --audio a.wav --json\n"
-    '  mmc generate VLM-onnx --image photo.jpg --prompt "What is on the table?" --runner openvino',
+    '  mmc generate VLM-onnx --image photo.jpg --prompt "What is on the table?" --runner openvino\n'
+    '  mmc generate VLM --image a.jpg --image b.jpg --together --prompt "What is different?"\n'
+    '  mmc generate VLM --frames clip/ --fps 4 --prompt "What happens?"',
 )
 @options.model_argument
 @click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="A recording; repeatable.")
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; repeatable.")
+@click.option("--together", is_flag=True, help="Ask once about all pictures, not once about each.")
+@click.option(
+    "--frames",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A folder of numbered images, the frames of a video; repeatable.",
+)
+@click.option("--fps", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True, help="Of --frames.")
 @click.option("--prompt", default="", help="What is asked, about each picture or by itself.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), help="Of an answer.  [default: as the model's own settings say]"
@@ -32,6 +42,9 @@ def command(
     model: str,
     audio: tuple[Path, ...],
     images: tuple[Path, ...],
+    together: bool,
+    frames: tuple[Path, ...],
+    fps: float,
     prompt: str,
     max_new_tokens: int | None,
     runner: str | None,
@@ -42,10 +55,11 @@ def command(
     quiet: bool,
     verbose: int,
 ) -> None:
-    """Answer in text what is heard, seen or asked: one line for each file, in the order given.
+    """Answer in text what is heard, seen or asked: one line for each file or folder of frames, recordings first.
 
     Greedy and the same every time. MODEL is a checkpoint (run by torch) or a directory of mmc export, whose answers are those of
-    the checkpoint. How long each stage took is said on stderr, and in the document of --json.
+    the checkpoint. Recordings longer than the model hears at once are cut where it is quiet. How long each stage took is said on
+    stderr, and in the document of --json.
     """
     from mmcompress.cli import render
     from mmcompress.jobs.generate import generate, samples_of
@@ -53,7 +67,7 @@ def command(
     terminal = render.Terminal(quiet, verbose)
     made = generate(
         model,
-        samples_of(audio, images, prompt),
+        samples_of(audio, images, prompt, frames=frames, rate=fps, together=together),
         runner=runner,
         limit=max_new_tokens,
         batch=batch_size,

@@ -6,7 +6,7 @@
 from mmcompress.data.classes import ZeroShot, zero_shot_classes
 from mmcompress.data.dataset import Dataset, Memory, Source, batches
 from mmcompress.data.opening import open_data
-from mmcompress.data.sample import Audio, Sample, Stored
+from mmcompress.data.sample import Audio, Sample, Stored, Video
 from mmcompress.data.sound import Waveform
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Sample",
     "Source",
     "Stored",
+    "Video",
     "Waveform",
     "ZeroShot",
     "batches",

@@ -84,6 +84,9 @@ class Dataset:
             line = [sample.key, sample.size, sample.texts, sample.label, sample.group, sample.tags]
             if sample.question or sample.turns:
                 line += [sample.question, sample.turns]
+            if sample.further or sample.video:
+                video = sample.video
+                line += [len(sample.pictures), (len(video.frames), video.rate) if video else None]
             digest.update(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         return digest.hexdigest()
 

@@ -5,12 +5,23 @@ Nothing outside the folder is ever read: names with ``..``, absolute names and l
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from mmcompress.data.rows import Row, parse_json, parse_row
-from mmcompress.data.sample import AUDIO_SUFFIXES, IMAGE_SUFFIXES, Audio, Sample, Stored
+from mmcompress.data.sample import (
+    AUDIO_SUFFIXES,
+    FRAME_RATE,
+    IMAGE_SUFFIXES,
+    MAX_FRAMES,
+    Audio,
+    Sample,
+    Stored,
+    Video,
+)
 from mmcompress.errors import UsageError
 
 METADATA = "metadata.jsonl"
@@ -60,10 +71,24 @@ class MetadataFolder:
     def _sample(self, line: bytes, number: int) -> Sample:
         where = f"{self.path} line {number}"
         row = parse_row(parse_json(line, where), where, strict=True)
-        if not row.files and not row.texts:
+        if not row.files and not row.texts and not row.frames:
             raise UsageError(f"{where} has neither file_name nor text", hint='write "file_name": "picture.png"')
         stored = [stored_inside(self.folder, name, where) for name in row.files]
-        return make_sample(row.key or (row.files[0] if row.files else f"line {number}"), row, stored)
+        names = [row.frames] if isinstance(row.frames, str) else row.frames
+        key = row.key or next(iter([*row.files, *names]), f"line {number}")
+        return make_sample(key, row, stored, self._frames(row, where))
+
+    def _frames(self, row: Row, where: str) -> list[Stored]:
+        if not isinstance(row.frames, str):
+            return [stored_inside(self.folder, name, where) for name in row.frames]
+        folder = self.folder / row.frames
+        if escapes(row.frames) or not folder.is_dir():
+            raise UsageError(
+                f"{where} names '{row.frames}' for its frames, which is no folder inside the data folder",
+                hint='name a folder of numbered images, or list them: "frames": ["0001/1.png", "0001/2.png"]',
+            )
+        names = in_order(_images(folder), f"{where}: {row.frames}")
+        return [stored_inside(self.folder, f"{row.frames}/{name}", where) for name in names]
 
 
 class ClassFolder:
@@ -82,14 +107,20 @@ class ClassFolder:
         """Return sample `index`. Raises UsageError when its file is gone."""
         name = self._names[index]
         label = name.split("/")[0] if "/" in name else None
-        return make_sample(name, Row(label=label), [stored_inside(self.folder, name, str(self.folder))])
+        return make_sample(name, Row(label=label), [stored_inside(self.folder, name, str(self.folder))], [])
 
 
-def make_sample(key: str, row: Row, stored: list[Stored]) -> Sample:
-    """Return the sample of a metadata row and its files, told apart by their suffix.
+def make_sample(key: str, row: Row, stored: list[Stored], frames: list[Stored]) -> Sample:
+    """Return the sample of a metadata row and its files, told apart by their suffix, and the frames of its video.
 
-    Raises UsageError for a file that is neither picture nor sound, and for two of one kind.
+    Raises UsageError for a file that is neither picture nor sound, for two recordings, and for frames that make no video.
     """
+    for frame in frames:
+        if _suffix(frame) not in IMAGE_SUFFIXES:
+            raise UsageError(
+                f"{frame} is no image by its name, and a video is read as its frames",
+                hint="write the frames as images first, such as with ffmpeg -i video.mp4 -r 2 frames/%04d.png",
+            )
     pictures = [item for item in stored if _suffix(item) in IMAGE_SUFFIXES]
     sounds = [item for item in stored if _suffix(item) in AUDIO_SUFFIXES]
     for item in stored:
@@ -98,8 +129,8 @@ def make_sample(key: str, row: Row, stored: list[Stored]) -> Sample:
                 f"{item} is neither an image nor audio by its name",
                 hint="known: " + " ".join(sorted(IMAGE_SUFFIXES | AUDIO_SUFFIXES)),
             )
-    if len(pictures) > 1 or len(sounds) > 1:
-        raise UsageError(f"sample '{key}' has several images or recordings", hint="give each its own sample")
+    if len(sounds) > 1:
+        raise UsageError(f"sample '{key}' has several recordings", hint="give each its own sample")
     return Sample(
         key=key,
         texts=row.texts,
@@ -110,7 +141,51 @@ def make_sample(key: str, row: Row, stored: list[Stored]) -> Sample:
         picture=pictures[0] if pictures else None,
         question=row.question,
         turns=row.turns,
+        further=tuple(pictures[1:]),
+        video=_video(key, frames, row.frame_rate) if frames else None,
     )
+
+
+def _video(key: str, frames: list[Stored], rate: float | None) -> Video:
+    if len(frames) > MAX_FRAMES:
+        raise UsageError(
+            f"sample '{key}' has {len(frames)} frames; at most {MAX_FRAMES} are taken",
+            hint="keep every second or third frame, and write as many fewer frames per second (fps)",
+        )
+    return Video(tuple(frames), FRAME_RATE if rate is None else rate)
+
+
+def frames_of(folder: Path) -> list[Stored]:
+    """Return the images of a folder as frames, by their numbers. Raises UsageError where it has none, or one is missing."""
+    if not folder.is_dir():
+        raise UsageError(f"no folder at '{folder}'", hint="give a folder of numbered images, one a frame")
+    return [stored_inside(folder, name, str(folder)) for name in in_order(_images(folder), str(folder))]
+
+
+def in_order(names: Sequence[str], where: str) -> list[str]:
+    """Return the names of frames by the last number in each, which must rise in equal steps (0, 5, 10 where others were left out).
+
+    Raises UsageError naming `where` for none, for a name without a number, and where a number is missing or there twice.
+    """
+    if not names:
+        raise UsageError(f"{where} holds no frames", hint="write numbered images into it, such as 0001.png")
+    numbered = []
+    for name in names:
+        found = re.findall(r"[0-9]+", PurePosixPath(name).stem)
+        if not found:
+            raise UsageError(f"{where} holds '{name}', which has no number", hint="name frames like 0001.png")
+        numbered.append((int(found[-1]), name))
+    numbered.sort()
+    step = min((after - before for (before, _), (after, _) in pairwise(numbered)), default=1)
+    for (before, first), (after, second) in pairwise(numbered):
+        if not step and before == after:
+            raise UsageError(f"{where}: frames '{first}' and '{second}' have one number", hint="number each frame once")
+        if step and after - before != step:
+            raise UsageError(
+                f"{where}: frame {before + step} is missing between '{first}' and '{second}'",
+                hint="add it, or number the frames anew",
+            )
+    return [name for _, name in numbered]
 
 
 def stored_inside(folder: Path, name: str, where: str) -> Stored:

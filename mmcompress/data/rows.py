@@ -13,7 +13,14 @@ TEXT_COLUMNS = ("text", "texts", "caption", "captions", "transcription", "answer
 QUESTION_COLUMNS = ("question", "prompt")
 LABEL_COLUMNS = ("label", "group", "tags")
 FILE_COLUMNS = ("file_name", "image_file_name", "audio_file_name")
-KNOWN = (*TEXT_COLUMNS, *QUESTION_COLUMNS, *LABEL_COLUMNS, *FILE_COLUMNS, "sampling_rate", "id", "turns")
+LIST_COLUMNS = ("images", "file_names")
+FILE_ENDINGS = ("_file_name", "_file_names")
+"""How Hugging Face's folders name further columns of files."""
+FRAME_COLUMNS = ("frames", "frames_file_names")
+KNOWN = (
+    *TEXT_COLUMNS, *QUESTION_COLUMNS, *LABEL_COLUMNS, *FILE_COLUMNS, *LIST_COLUMNS, *FRAME_COLUMNS,
+    "fps", "sampling_rate", "id", "turns",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,9 @@ class Row:
     group: str | None = None
     tags: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    frames: tuple[str, ...] | str = ()
+    """Of a video: names in order, or the name of the folder they lie in."""
+    frame_rate: float | None = None
     sampling_rate: int | None = None
     key: str | None = None
     question: str = ""
@@ -45,7 +55,8 @@ def parse_json(content: str | bytes, where: str) -> dict[str, Any]:
 def parse_row(record: Mapping[str, Any], where: str, strict: bool) -> Row:
     """Return what `record` says. Raises UsageError naming `where` and the column that is wrong.
 
-    With `strict`, a record that has texts under no known column is an error; a shard's .json often holds other things.
+    With `strict`, a record that has texts under no known column is an error, and files are named by it; a shard's .json often holds
+    other things, and its files lie beside it.
     """
     texts: list[str] = []
     for column in TEXT_COLUMNS:
@@ -63,7 +74,9 @@ def parse_row(record: Mapping[str, Any], where: str, strict: bool) -> Row:
         label=_label(record.get("label"), "label", where),
         group=_label(record.get("group"), "group", where),
         tags=tuple(_texts(record.get("tags") or [], "tags", where)),
-        files=tuple(_file(record[column], column, where) for column in FILE_COLUMNS if record.get(column) is not None),
+        files=tuple(_files(record, where)) if strict else (),
+        frames=_frames(record, where) if strict else (),
+        frame_rate=_frame_rate(record.get("fps"), where),
         sampling_rate=rate,
         key=_label(record.get("id"), "id", where),
         question=_question(record, where),
@@ -112,6 +125,45 @@ def _label(found: Any, column: str, where: str) -> str | None:
     if isinstance(found, int) and not isinstance(found, bool):
         return str(found)
     raise UsageError(f"{where}: '{column}' must be a text or a whole number", hint="write one label for each sample")
+
+
+def _files(record: Mapping[str, Any], where: str) -> list[str]:
+    """Return the names of images and recordings: of the columns known by name first, then of those known by their ending."""
+    others = [column for column in record if column.endswith(FILE_ENDINGS) and column not in FRAME_COLUMNS]
+    names: list[str] = []
+    for column in dict.fromkeys((*FILE_COLUMNS, *LIST_COLUMNS, *others)):
+        found = record.get(column)
+        if column in LIST_COLUMNS or column.endswith("_file_names"):
+            names += [] if found is None else _names(found, column, where)
+        elif found is not None:
+            names.append(_file(found, column, where))
+    return names
+
+
+def _frames(record: Mapping[str, Any], where: str) -> tuple[str, ...] | str:
+    found = [(column, record[column]) for column in FRAME_COLUMNS if record.get(column) is not None]
+    if not found:
+        return ()
+    (column, names), *second = found
+    if second:
+        raise UsageError(f"{where} has both {' and '.join(FRAME_COLUMNS)}", hint="write one of them")
+    return names if isinstance(names, str) and names else tuple(_names(names, column, where))
+
+
+def _names(found: Any, column: str, where: str) -> list[str]:
+    if not isinstance(found, list) or not found:
+        raise UsageError(
+            f"{where}: '{column}' must be a list of file names", hint=f'write "{column}": ["1.png", "2.png"]'
+        )
+    return [_file(name, column, where) for name in found]
+
+
+def _frame_rate(found: Any, where: str) -> float | None:
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < 1000:
+        raise UsageError(f"{where}: fps {found!r} is not a positive number", hint="write frames per second, such as 2")
+    return float(found)
 
 
 def _file(found: Any, column: str, where: str) -> str:

@@ -1,12 +1,14 @@
 """Tar shards in the webdataset layout: members that share their name up to the first dot are one sample.
 
 ``0001.png`` ``0001.txt`` ``0001.json`` ``0001.cls`` are the picture, its captions (one a line), the same columns as a
-line of metadata.jsonl, and its class. Members of a sample lie next to each other, as in webdataset. Nothing is extracted:
-the index is 14 bytes a sample, made by hopping from header to header once.
+line of metadata.jsonl, and its class. Several pictures are numbered, ``0001.1.png`` ``0001.2.png``, and so are the frames of a
+video, ``0001.frames.0001.png``: numbers count, so that 10 comes after 9. Members of a sample lie next to each other, as in
+webdataset. Nothing is extracted: the index is 14 bytes a sample, made by hopping from header to header once.
 """
 
 from __future__ import annotations
 
+import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmcompress.data import classes
-from mmcompress.data.folder import escapes, make_sample
+from mmcompress.data.folder import escapes, in_order, make_sample
 from mmcompress.data.rows import Row, parse_json, parse_row
 from mmcompress.data.sample import AUDIO_SUFFIXES, IMAGE_SUFFIXES, Sample, Stored
 from mmcompress.errors import UsageError
@@ -23,6 +25,8 @@ from mmcompress.errors import UsageError
 BLOCK = 512
 # Behind its last member a tar has zeros only, two blocks of them and padding up to 10 KiB; more of it need not be read.
 TAIL = 2**16
+FRAMES = "frames."
+NUMBERED = re.compile(r"(?:image|img)?_?([0-9]+)\.[a-z]+")
 
 
 class TarShards:
@@ -128,7 +132,12 @@ def _stored(path: Path, member: tarfile.TarInfo) -> Stored:
 
 
 def _sample(key: str, members: dict[str, Stored]) -> Sample:
-    media = [item for extension, item in members.items() if "." + extension in IMAGE_SUFFIXES | AUDIO_SUFFIXES]
+    names = [name for name in members if "." + name.rpartition(".")[2] in IMAGE_SUFFIXES | AUDIO_SUFFIXES]
+    media = [members[name] for name in names if "." not in name]
+    if len([item for item in media if PurePosixPath(str(item)).suffix.lower() in IMAGE_SUFFIXES]) > 1:
+        raise UsageError(f"sample '{key}' has several images", hint="number them: 0001.1.png, 0001.2.png")
+    media += [members[name] for name in sorted(filter(NUMBERED.fullmatch, names), key=_number)]
+    frames = [name for name in names if name.startswith(FRAMES)]
     row = Row()
     if "json" in members:
         stored = members["json"]
@@ -138,10 +147,17 @@ def _sample(key: str, members: dict[str, Stored]) -> Sample:
         row = replace(row, texts=tuple(dict.fromkeys((*filter(None, lines), *row.texts))))
     if "cls" in members:
         row = replace(row, label=_text(members["cls"]).strip())
-    if not media and not row.texts:
+    if not media and not row.texts and not frames:
         first = next(iter(members.values()))
         raise UsageError(f"{first} belongs to no image, audio or text", hint="remove it from the shard")
-    return make_sample(key, row, media)
+    ordered = in_order(frames, f"sample '{key}'") if frames else []
+    return make_sample(key, row, media, [members[name] for name in ordered])
+
+
+def _number(name: str) -> int:
+    found = NUMBERED.fullmatch(name)
+    assert found is not None, "only numbered members are sorted"
+    return int(found[1])
 
 
 def _text(stored: Stored) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -65,7 +64,7 @@ def _unseen(model: Answering, dataset: Dataset, scene: Scene, task: str, seed: i
         (TEXT_ONLY, CONTROL_SAMPLES, _without_pictures),
     )
     found = []
-    shown = [row for row, sample in enumerate(dataset) if sample.picture is not None]
+    shown = [row for row, sample in enumerate(dataset) if sample.shown]
     for name, most, change in changes:
         rows = shown[:most]
         changed = change([dataset[row] for row in rows]) if task == "vqa" or change is not _without_pictures else []
@@ -115,18 +114,19 @@ def _score(scene: Scene, task: str, metric: str, texts: Sequence[str], rows: Seq
 
 def _with_other_pictures(samples: list[Sample], seed: int) -> list[Sample]:
     """Give every sample another picture: the next one in a random circle of all; nothing where there is only one picture."""
-    pictures = {picture_of(sample): sample.picture for sample in samples}
-    if len(pictures) < 2:
+    owners = {picture_of(sample): sample for sample in samples}
+    if len(owners) < 2:
         return []
-    names = list(pictures)
+    names = list(owners)
     circle = [names[place] for place in np.random.default_rng(seed).permutation(len(names))]
-    other = {name: pictures[after] for name, after in zip(circle, circle[1:] + circle[:1], strict=True)}
-    return [replace(sample, picture=other[picture_of(sample)]) for sample in samples]
+    other = {name: owners[after] for name, after in zip(circle, circle[1:] + circle[:1], strict=True)}
+    shown = [other[picture_of(sample)] for sample in samples]
+    return [sample.showing(own.pictures, own.video) for sample, own in zip(samples, shown, strict=True)]
 
 
 def _with_blank_pictures(samples: list[Sample]) -> list[Sample]:
-    return [replace(sample, picture=Image.new("RGB", sample.image.size, "white")) for sample in samples]
+    return [sample.redrawn(lambda image: Image.new("RGB", image.size, "white")) for sample in samples]
 
 
 def _without_pictures(samples: list[Sample]) -> list[Sample]:
-    return [replace(sample, picture=None) for sample in samples]
+    return [sample.showing(()) for sample in samples]

@@ -141,7 +141,7 @@ def answer_dataset(
     total = -(-len(dataset) // batch)
     for samples in track(batches(dataset, batch), progress or Silent(), "answering", total):
         for place, sample in enumerate(samples, start=len(texts)):
-            shared.append(place if sample.picture is None else first.setdefault(picture_of(sample), place))
+            shared.append(place if not sample.shown else first.setdefault(picture_of(sample), place))
         texts += answer(model, samples)
         references += [sample.texts for sample in samples] if with_references else []
     own = shared == list(range(len(shared)))
@@ -156,8 +156,10 @@ def _tokeniser(model: Answering) -> Callable[[str], list[int]] | None:
 
 
 def picture_of(sample: Sample) -> object:
-    """Return what is equal for samples of one picture: where it is stored, or the very picture."""
-    return sample.picture if isinstance(sample.picture, Stored) else id(sample.picture)
+    """Return what is equal for samples that show the same: where it is stored, or the very pictures."""
+    frames = sample.video.frames if sample.video else ()
+    found = tuple(item if isinstance(item, Stored) else id(item) for item in (*sample.pictures, None, *frames))
+    return found[0] if len(found) == 2 else found
 
 
 def answer(model: Answering, samples: Sequence[Sample]) -> list[str]:

@@ -118,7 +118,7 @@ def _possible(dataset: Dataset, samples: list[Sample], gives: Collection[Need], 
         "agreement": has(reference, "embeddings"),
         "transcription": all(sample.audio and len(sample.texts) == 1 and not sample.question for sample in samples),
         "vqa": with_texts and all(sample.question for sample in samples),
-        "captioning": with_texts and several and all(s.picture and not s.audio and not s.question for s in samples),
+        "captioning": with_texts and several and all(s.shown and not s.audio and not s.question for s in samples),
         "perplexity": with_texts,
         "answer-agreement": has(reference, "answers"),
     }
@@ -144,7 +144,7 @@ def _require_answers(chosen: Sequence[str], samples: Sequence[Sample], wording: 
             raise UsageError(f"sample '{sample.key}' has no question", hint="vqa needs one for every sample")
         if "captioning" in chosen and sample.question:
             raise UsageError(f"sample '{sample.key}' has a question", hint="its task is vqa")
-        if "captioning" in chosen and sample.picture is None:
+        if "captioning" in chosen and not sample.shown:
             raise UsageError(f"sample '{sample.key}' has no image", hint="captioning needs one for every sample")
         for name in ("vqa", "captioning", "perplexity"):
             if name in chosen and not sample.texts:

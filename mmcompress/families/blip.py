@@ -105,7 +105,7 @@ class BlipCaptioner:
 
     def items(self, tower: str, sample: Sample) -> list[Any]:
         """Return the sample itself where it has a picture and, for the decoder, a caption; see `Family.items`."""
-        return [sample] if sample.picture is not None and (tower == "vision" or sample.texts) else []
+        return [sample] if sample.shown and (tower == "vision" or sample.texts) else []
 
     def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
         """Return pixel_values of samples, for the decoder also ids and mask (B, T) of what it is led through.

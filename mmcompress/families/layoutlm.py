@@ -129,7 +129,7 @@ class LayoutLm:
 
     def items(self, tower: str, sample: Sample) -> list[Any]:
         """Return the sample itself where it has a picture and a text; see `Family.items`."""
-        return [sample] if sample.picture is not None and sample.texts else []
+        return [sample] if sample.shown and sample.texts else []
 
     def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
         """Return input_ids (B, T), bbox (B, T, 4), pixel_values, and attention_mask (B, T + N) of all the encoder sees.

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.anatomy import example_pixels, read_blocks
-from mmcompress.families.talk import Talk
+from mmcompress.families.talk import Shown, Talk, require_no_tokens
 from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
@@ -28,21 +28,17 @@ if TYPE_CHECKING:
 class OneQuestion(Talk):
     """Picture, question, line break: the model was trained on nothing else."""
 
-    def prompt(self, processor: Processor, sample: Sample, token: str, stands: str) -> list[int]:
+    def prompt(self, processor: Processor, sample: Sample, shown: Sequence[Shown], tokens: Sequence[str]) -> list[int]:
         if sample.turns:
             raise UsageError(
                 f"sample '{sample.key}' has earlier turns, and paligemma answers single questions",
                 hint="leave out its turns",
             )
         question = sample.question or self.without_question
-        if token in question:
-            raise UsageError(
-                f"the text of sample '{sample.key}' holds {token}, which stands for a picture", hint="leave it out"
-            )
+        require_no_tokens(sample, [question], tokens)
         tokenizer = self.tokenizer(processor)
-        ids: list[int] = tokenizer(f"{stands}{tokenizer.bos_token or ''}{question}\n", add_special_tokens=False)[
-            "input_ids"
-        ]
+        text = f"{''.join(one.stands for one in shown)}{tokenizer.bos_token or ''}{question}\n"
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
 

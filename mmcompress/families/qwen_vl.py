@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import (
     Qwen2_5_VLForConditionalGeneration,
@@ -28,17 +29,17 @@ from mmcompress.families.anatomy import (
     example_pixels,
     read_blocks,
 )
+from mmcompress.families.picture_rows import gathered, padded
 from mmcompress.families.qwen_vl_parts import layout, look
-from mmcompress.families.talk import Talk
-from mmcompress.families.vision_language import VisionLanguage, padded
+from mmcompress.families.qwen_vl_video import image_patches, video_patches
+from mmcompress.families.talk import Shown, Talk
+from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Decoding, Part
 from mmcompress.views import Numbering, Tower
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from mmcompress.data import Sample
+    from mmcompress.data import Sample, Video
 
 CLASSES: dict[str, type[nn.Module]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
@@ -56,7 +57,7 @@ class QwenVL(VisionLanguage):
     name = "qwen_vl"
     model_types: tuple[str, ...] = tuple(CLASSES)
     architectures: tuple[str, ...] = tuple(made.__name__ for made in CLASSES.values())
-    image_keys = ("pixel_values", "image_grid_thw")
+    image_keys = ("pixel_values", "image_grid_thw", "grid_seconds")
     talk = Talk(without_template=None)
     position_axes = 3
 
@@ -91,11 +92,35 @@ class QwenVL(VisionLanguage):
             why_no_stream="the prompt keeps a place for each of the picture's tokens; fewer of them would not fill it",
         )
 
-    def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
-        """Return pixel_values (B, patches, pixels of a patch), zeros behind, and image_grid_thw (B, 3)."""
-        made = processor.image(images=list(images), return_tensors="pt")
-        grids = made["image_grid_thw"]
-        return {"pixel_values": padded(made["pixel_values"].split(grids.prod(-1).tolist())), "image_grid_thw": grids}
+    def items(self, tower: str, sample: Sample) -> list[Any]:
+        """Return each of a sample's images, and its video, as a sample or, for the language model, the sample with an answer."""
+        if tower != "vision" or not sample.video:
+            return super().items(tower, sample)
+        return [*super().items(tower, sample.showing(sample.pictures)), sample.showing((), sample.video)]
+
+    def visuals(self, sample: Sample) -> list[Any]:
+        """Return all images of a sample, then its video."""
+        sample = sample.decoded()
+        return [*sample.pictures, *((sample.video,) if sample.video else ())]
+
+    def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image | Video]) -> dict[str, Tensor]:
+        """Return pixel_values (B, patches, pixels of a patch), zeros behind, and image_grid_thw (B, 3).
+
+        Where there are videos also grid_seconds (B,), how long a layer of their grids lasts; 0 for images.
+        """
+        kind, layer = model.config.model_type, processor.image.temporal_patch_size
+        made = [
+            image_patches(processor, one) if isinstance(one, Image) else video_patches(processor, one, kind)
+            for one in images
+        ]
+        inputs = {
+            "pixel_values": padded([patches for patches, _ in made]),
+            "image_grid_thw": torch.stack([grid for _, grid in made]),
+        }
+        seconds = [0.0 if isinstance(one, Image) else layer / one.rate for one in images]
+        if any(seconds):
+            inputs["grid_seconds"] = torch.tensor(seconds)
+        return inputs
 
     def example_images(self, model: Any, batch: int) -> dict[str, Tensor]:
         c = model.config.vision_config
@@ -107,8 +132,28 @@ class QwenVL(VisionLanguage):
         }
 
     def placeholders(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> str:
-        token: str = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
-        return token * self._count(model, inputs["image_grid_thw"][row])
+        return self.image_tokens_of(model, processor)[0] * self._count(model, inputs["image_grid_thw"][row])
+
+    def image_tokens_of(self, model: Any, processor: Processor) -> tuple[str, ...]:
+        tokenizer, config = self.talk.tokenizer(processor), model.config
+        found: list[str] = tokenizer.convert_ids_to_tokens([config.image_token_id, config.video_token_id])
+        return tuple(found)
+
+    def shown(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> Shown:
+        seconds = float(inputs["grid_seconds"][row]) if "grid_seconds" in inputs else 0.0
+        if not seconds:
+            return super().shown(model, processor, inputs, row)
+        token, grid = self.image_tokens_of(model, processor)[1], inputs["image_grid_thw"][row]
+        if model.config.model_type != "qwen3_vl":
+            return Shown(token, token * self._count(model, grid), "video")
+        # Qwen3 is told the time of each layer of frames in words: that of its middle.
+        ids = [model.config.vision_start_token_id, model.config.vision_end_token_id]
+        before, after = self.talk.tokenizer(processor).convert_ids_to_tokens(ids)
+        layer, layers = processor.image.temporal_patch_size, int(grid[0])
+        middle = (layer - 1) / 2 / layer * seconds
+        each = before + token * (self._count(model, grid) // layers) + after
+        told = "".join(f"<{middle + number * seconds:.1f} seconds>{each}" for number in range(layers))
+        return Shown(token, told, "video", (before, after))
 
     def example_image_tokens(self, model: Any) -> int:
         return self._count(model, torch.tensor(EXAMPLE_GRID))
@@ -117,7 +162,12 @@ class QwenVL(VisionLanguage):
         return int(grid.prod()) // model.config.vision_config.spatial_merge_size**2
 
     def seen(self, model: Any, inputs: dict[str, Tensor]) -> Any:
-        return model.get_image_features(**self._packed(inputs), return_dict=True)
+        """Return what the model makes of images and videos alike: its own way differs in their names only."""
+        packed = self._packed(inputs)
+        return model.get_image_features(packed["pixel_values"], packed["image_grid_thw"], return_dict=True)
+
+    def made_of(self, model: Any, images: dict[str, Tensor]) -> dict[str, Any]:
+        return {kind: self.seen(model, own) for kind, own in by_kind(images).items()}
 
     def image_tokens(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Return the image tokens (N, C) of each picture, with deepstack (N, C + K * C): all that the language model is given."""
@@ -148,33 +198,54 @@ class QwenVL(VisionLanguage):
         return replace(super().decoding(model), resizes=True)
 
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return what the parts take; pictures are first drawn at the one size the vision part knows."""
+        """Return what the parts take; images and frames are first drawn at the one size the vision part knows."""
         patch = model.config.vision_config.patch_size
         _, rows, columns = EXAMPLE_GRID
         size = (columns * patch, rows * patch)
-        resized = [s if s.picture is None else replace(s, picture=s.image.resize(size)) for s in samples]
-        return super().asked(model, processor, resized)
+        resized = [sample.redrawn(lambda image: image.resize(size)) for sample in samples]
+        # Without its files no video processor's settings say that frames be larger.
+        made = super().asked(model, replace(processor, files={}), resized)
+        # The loop around the parts knows one token for all that is seen; positions are settled by now.
+        ids, config = made["input_ids"], model.config
+        return made | {"input_ids": ids.masked_fill(ids == config.video_token_id, config.image_token_id)}
 
     def looked_at(self, model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return pixel_values (R, P, …). Raises UsageError for another grid than `EXAMPLE_GRID`."""
-        other = [grid for grid in images["image_grid_thw"].tolist() if tuple(grid) != EXAMPLE_GRID]
+        """Return pixel_values (R, P, …); layers of a video, which do not look at one another, are pictures of their own.
+
+        Raises UsageError for another grid than `EXAMPLE_GRID`.
+        """
+        other = [grid for grid in images["image_grid_thw"].tolist() if tuple(grid[1:]) != EXAMPLE_GRID[1:]]
         if other:
             raise NotExportable(
                 f"the image processor cuts a picture into {other[0]} patches; the exported vision part takes {list(EXAMPLE_GRID)}",
                 hint="let min_pixels and max_pixels in preprocessor_config.json allow that size",
             )
-        return {"pixel_values": images["pixel_values"]}
+        packed = self._packed(images)["pixel_values"]
+        return {"pixel_values": packed.unflatten(0, (-1, EXAMPLE_GRID[1] * EXAMPLE_GRID[2]))}
 
     def marks(
         self, model: Any, ids: Tensor, mask: Tensor, prompt: Tensor, images: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return position_ids (B, 3, N): time, row and column of image tokens, one count for text."""
-        grids = images.get("image_grid_thw")
-        if grids is not None and "has_image" in images:
-            grids = grids[images["has_image"].bool()]
-        kinds = (ids == model.config.image_token_id).int()
-        positions, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=grids, attention_mask=mask)
+        if "image_counts" in images:
+            counts = images["image_counts"]
+            images = {key: gathered(images[key], counts) for key in self.image_keys if key in images}
+        kinds = by_kind(images)
+        video = kinds.get("video", {})
+        positions, _ = model.model.get_rope_index(
+            ids,
+            self._token_types(model, ids),
+            image_grid_thw=kinds.get("image", {}).get("image_grid_thw"),
+            video_grid_thw=video.get("image_grid_thw"),
+            second_per_grid_ts=video.get("grid_seconds"),
+            attention_mask=mask,
+        )
         return {"position_ids": positions.transpose(0, 1).contiguous()}
+
+    @staticmethod
+    def _token_types(model: Any, ids: Tensor) -> Tensor:
+        """Return (B, N): 1 at tokens of an image, 2 at those of a video."""
+        return (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
 
     def positions(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
         return {"position_ids": inputs["position_ids"].transpose(0, 1)}
@@ -182,8 +253,18 @@ class QwenVL(VisionLanguage):
     def generation_inputs(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = super().generation_inputs(model, inputs)
         del inputs["position_ids"]  # the model counts on from its own
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
-        return {**inputs, **self._packed({key: inputs[key] for key in self.image_keys if key in inputs})}
+        inputs["mm_token_type_ids"] = self._token_types(model, inputs["input_ids"])
+        images = {key: inputs.pop(key) for key in self.image_keys if key in inputs}
+        kinds = by_kind(images)
+        if "video" in kinds:
+            packed = self._packed(kinds["video"])
+            inputs |= {"pixel_values_videos": packed["pixel_values"], "video_grid_thw": packed["image_grid_thw"]}
+            if model.config.model_type == "qwen2_5_vl":
+                inputs["second_per_grid_ts"] = packed["grid_seconds"]
+        if "image" in kinds:
+            packed = self._packed(kinds["image"])
+            inputs |= {key: packed[key] for key in ("pixel_values", "image_grid_thw")}
+        return inputs
 
     def write_vision_config(self, model: Any, tower: Tower) -> None:
         config = model.config.vision_config
@@ -206,6 +287,17 @@ class QwenVL(VisionLanguage):
         counts = inputs["image_grid_thw"].prod(-1).tolist()
         rows = [patches[:count] for patches, count in zip(inputs["pixel_values"], counts, strict=True)]
         return {**inputs, "pixel_values": torch.cat(rows)}
+
+
+def by_kind(images: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the inputs of images and of videos, as far as there are some, under "image" and "video"."""
+    if not images:
+        return {}
+    if "grid_seconds" not in images:
+        return {"image": images}
+    moving = images["grid_seconds"] > 0
+    parts = {"image": ~moving, "video": moving}
+    return {kind: {key: value[rows] for key, value in images.items()} for kind, rows in parts.items() if rows.any()}
 
 
 FAMILY = QwenVL()

@@ -73,7 +73,7 @@ class TwoTowers:
         """Return the sample's image, or its texts; see `Family.items`."""
         if tower == "text":
             return list(sample.texts)
-        return [] if sample.picture is None else [sample.image]
+        return [sample.image] if sample.shown else []
 
     def prepare(self, model: nn.Module, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
         """Return pixels for images, tokens for texts; longer texts are cut at the model's limit."""

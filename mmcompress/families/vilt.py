@@ -102,7 +102,7 @@ class Vilt(ABC):
 
     def items(self, tower: str, sample: Sample) -> list[Any]:
         """Return the sample itself where it has a picture and a text; see `Family.items`."""
-        return [sample] if sample.picture is not None and self.text(sample) else []
+        return [sample] if sample.shown and self.text(sample) else []
 
     def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
         """Return input_ids (B, T), pixel_values, pixel_mask (B, H, W) and attention_mask (B, T + 1 + N) of all the encoder sees.

@@ -25,7 +25,8 @@ from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.language_models import language_tower, require_language, write_language_config
-from mmcompress.families.talk import Talk
+from mmcompress.families.picture_rows import gathered, padded, spread
+from mmcompress.families.talk import Shown, Talk, require_no_tokens
 from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part
 from mmcompress.parts import Decoding, Part
 from mmcompress.views import Tower
@@ -129,16 +130,32 @@ class VisionLanguage(ABC):
         images = {key: inputs[key] for key in self.image_keys if key in inputs}
         if not images:
             return None
-        if "has_image" in inputs:
-            images = {key: value[inputs["has_image"].bool()] for key, value in images.items()}
+        if "image_counts" in inputs:
+            images = {key: gathered(value, inputs["image_counts"]) for key, value in images.items()}
         if not len(next(iter(images.values()))):
             return None
         with torch.no_grad():
-            return {"image": self.seen(model, images)}
+            return self.made_of(model, images)
+
+    def made_of(self, model: Any, images: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what the model makes of pictures, one row each, by its kind, as the model's forward takes it."""
+        return {"image": self.seen(model, images)}
 
     def items(self, tower: str, sample: Sample) -> list[Any]:
-        """Return the sample itself where it has a picture or, for the language model, an answer; see `Family.items`."""
-        return [sample] if (sample.picture is not None if tower == "vision" else sample.texts) else []
+        """Return each of a sample's pictures as a sample or, for the language model, the sample where it has an answer.
+
+        See `Family.items`.
+        """
+        if tower != "vision":
+            return [sample] if sample.texts else []
+        return sample.one_by_one()
+
+    def visuals(self, sample: Sample) -> list[Any]:
+        """Return all that a sample shows, decoded, as `image_inputs` takes it: here images, and frames of a video as images.
+
+        Raises what decoding raises.
+        """
+        return [one.picture for one in sample.decoded().one_by_one()]
 
     def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
         """Return the inputs made of samples' pictures and, for the language model, of question and answer in its chat template.
@@ -148,10 +165,12 @@ class VisionLanguage(ABC):
         image token is missing, and for a talk longer than the model takes.
         """
         if tower == "vision":
-            made = self._images(model, processor, items)
-            return {key: made[key] for key in self.image_keys}
+            made = self._images(model, processor, [one for sample in items for one in self.visuals(sample)])
+            return {key: made[key] for key in self.image_keys if key in made}
         images, prompts = self._asked(model, processor, items)
-        tokenizer = self.talk.tokenizer(processor)
+        tokenizer, tokens = self.talk.tokenizer(processor), self.image_tokens_of(model, processor)
+        for sample in items:
+            require_no_tokens(sample, sample.texts[:1], tokens)
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         answers = [
             (tokenizer(sample.texts[0], add_special_tokens=False)["input_ids"] + end)[:FORCED_TOKENS]
@@ -193,9 +212,9 @@ class VisionLanguage(ABC):
 
     def generation_inputs(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return batch-first inputs as the model's own `generate` takes them."""
-        present = inputs.pop("has_image", None)
-        if present is not None:
-            inputs |= {key: inputs[key][present.bool()] for key in self.image_keys if key in inputs}
+        counts = inputs.pop("image_counts", None)
+        if counts is not None:
+            inputs |= {key: gathered(inputs[key], counts) for key in self.image_keys if key in inputs}
         return inputs
 
     @abstractmethod
@@ -222,9 +241,9 @@ class VisionLanguage(ABC):
         ids, mask = self._row_up(model, prompts, samples, left=True)
         places = (mask.cumsum(-1) - 1).clamp_min(0)
         marks = self.marks(model, ids, mask, mask, images)
-        present = images.pop("has_image", None)
-        if present is not None:
-            images = {key: value[present.bool()] for key, value in images.items()}
+        counts = images.pop("image_counts", None)
+        if counts is not None:
+            images = {key: gathered(value, counts) for key, value in images.items()}
         seen = self.looked_at(model, images) if images else {}
         prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": marks.get("position_ids", places)}
         return seen | prompt
@@ -283,29 +302,49 @@ class VisionLanguage(ABC):
     def write_vision_config(self, model: Any, tower: Tower) -> None:
         """Write depth and uniform widths of the vision tower."""
 
-    def _images(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def shown(self, model: Any, processor: Processor, inputs: dict[str, Tensor], row: int) -> Shown:
+        """Return how picture `row` of `inputs` stands in a prompt."""
+        return Shown(self.image_tokens_of(model, processor)[0], self.placeholders(model, processor, inputs, row))
+
+    def image_tokens_of(self, model: Any, processor: Processor) -> tuple[str, ...]:
+        """Return the tokens that stand for pictures, that of an image first."""
+        token: str = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
+        return (token,)
+
+    def _images(self, model: Any, processor: Processor, visuals: Sequence[Any]) -> dict[str, Tensor]:
         if processor.image is None:
             raise UsageError("this checkpoint has no image processor", hint="add its preprocessor_config.json")
-        inputs = self.image_inputs(model, processor, [sample.image for sample in samples])
+        inputs = self.image_inputs(model, processor, visuals)
         dtype = next(model.parameters()).dtype
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
     def _asked(
         self, model: Any, processor: Processor, samples: Sequence[Sample]
     ) -> tuple[dict[str, Tensor], list[list[int]]]:
-        """Return the pictures' inputs, and what is asked in tokens, image tokens included."""
-        shown = [sample for sample in samples if sample.picture is not None]
-        images = self._images(model, processor, shown) if shown else {}
-        token = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
-        rows = iter(range(len(shown)))
-        prompts = []
+        """Return the pictures' inputs, and what is asked in tokens, image tokens included.
+
+        The inputs are one row a sample where each has one picture; else (B, K, …), zeros behind, and image_counts (B,), how many
+        of the K are there.
+        """
         for sample in samples:
-            stands = "" if sample.picture is None else self.placeholders(model, processor, images, next(rows))
-            prompts.append(self.talk.prompt(processor, sample, token, stands))
-        images = {key: images[key] for key in self.image_keys} if shown else {}
-        if shown and len(shown) < len(samples):
-            present = torch.tensor([sample.picture is not None for sample in samples])
-            images = {key: _spread(value, present) for key, value in images.items()} | {"has_image": present.long()}
+            if sample.audio is not None and not sample.shown:
+                raise UsageError(
+                    f"sample '{sample.key}' has a recording, and {self.name} models hear nothing",
+                    hint="give them pictures, or choose a speech model such as Whisper",
+                )
+        visuals = [self.visuals(sample) for sample in samples]
+        counts = [len(own) for own in visuals]
+        images = self._images(model, processor, [one for own in visuals for one in own]) if any(counts) else {}
+        tokens = self.image_tokens_of(model, processor)
+        rows = iter(range(sum(counts)))
+        prompts = []
+        for sample, count in zip(samples, counts, strict=True):
+            shown = [self.shown(model, processor, images, next(rows)) for _ in range(count)]
+            prompts.append(self.talk.prompt(processor, sample, shown, tokens))
+        images = {key: images[key] for key in self.image_keys if key in images}
+        if images and set(counts) != {1}:
+            images = {key: spread(value, counts) for key, value in images.items()}
+            images["image_counts"] = torch.tensor(counts)
         return images, prompts
 
     def _row_up(
@@ -316,9 +355,11 @@ class VisionLanguage(ABC):
         longest = max(map(len, rows))
         for row, sample in zip(rows, samples, strict=True):
             if len(row) > limit:
+                count = len(sample.one_by_one())
                 raise UsageError(
-                    f"sample '{sample.key}' takes {len(row)} tokens with its picture; {self.name} takes {limit}",
-                    hint="ask a shorter question, or use a smaller picture",
+                    f"sample '{sample.key}' takes {len(row)} tokens with its {f'{count} pictures' if count > 1 else 'picture'}; "
+                    f"{self.name} takes {limit}",
+                    hint="show fewer pictures" if count > 1 else "ask a shorter question, or use a smaller picture",
                 )
         padding = model.generation_config.pad_token_id or 0
         ids = torch.full((len(rows), longest), padding)
@@ -327,15 +368,3 @@ class VisionLanguage(ABC):
             place = slice(longest - len(row), None) if left else slice(len(row))
             ids[index, place], mask[index, place] = torch.tensor(row), 1
         return ids, mask
-
-
-def padded(rows: Sequence[Tensor]) -> Tensor:
-    """Return rows of different lengths as one (B, …) tensor, zeros behind."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-
-def _spread(rows: Tensor, present: Tensor) -> Tensor:
-    """Return `rows` in the places where `present` (B,) is true, zeros elsewhere."""
-    made = rows.new_zeros(len(present), *rows.shape[1:])
-    made[present] = rows
-    return made

@@ -102,10 +102,11 @@ class Whisper:
     def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
         """Return input_features (B, mel bins, frames) of samples, for the decoder also ids and mask (B, T) of their transcripts.
 
-        A transcript is the sample's first text, cut at `FORCED_TOKENS`. Raises UsageError for recordings longer than the model
-        hears at once, and what `Sample.waveform` raises.
+        A transcript is the sample's first text, cut at `FORCED_TOKENS`; of a recording longer than the model hears at once that is
+        the beginning, so of these the first window is taken. Raises what `Sample.waveform` raises.
         """
-        inputs = {"input_features": self._features(model, processor, items)}
+        first = [self.pieces(processor, sample)[0] for sample in items]
+        inputs = {"input_features": self._features(model, processor, first)}
         if tower == "audio":
             return inputs
         start = self.start_tokens(model)
@@ -135,14 +136,19 @@ class Whisper:
     def generate(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> list[str]:
         """Return the greedy transcript of each sample, of half as many tokens as the decoder has places, as OpenAI's own does.
 
-        Raises what `prepare` raises.
+        Raises what `prepare` raises, and UsageError for samples with a question.
         """
-        features = self._features(model, processor, samples).to(model.device)
+        features = self.asked(model, processor, samples)["input_features"].to(model.device)
         settings = greedy(model.generation_config, model.config.max_target_positions // 2)
         settings.return_timestamps, settings.max_new_tokens = False, model.config.max_target_positions // 2
         with quiet():
             ids = model.generate(features, generation_config=settings)
         return self.texts(model, processor, ids)
+
+    def pieces(self, processor: Processor, sample: Sample) -> list[Sample]:
+        """Return the recording in windows of what the model hears at once, cut where it is quiet; see `Sample.in_windows`."""
+        extractor = _extractor(processor)
+        return sample.in_windows(extractor.sampling_rate, extractor.n_samples)
 
     def start_tokens(self, model: Any) -> list[int]:
         """Return the tokens before the text: start and, as far as the model has them, language, task and "no timestamps".
@@ -170,6 +176,13 @@ class Whisper:
         return whisper_decoding(model, self.start_tokens(model))
 
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return what an answer depends on: the recording. Raises UsageError for samples with a question."""
+        for sample in samples:
+            if sample.question:
+                raise UsageError(
+                    f"sample '{sample.key}' asks a question, and {self.name} only transcribes",
+                    hint="leave the question out",
+                )
         return {"input_features": self._features(model, processor, samples)}
 
     def texts(self, model: Any, processor: Processor, ids: Sequence[Sequence[int]]) -> list[str]:
@@ -208,9 +221,7 @@ class Whisper:
 
     def _features(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> Tensor:
         """Return the log-mel spectrograms (B, mel bins, frames) of recordings, padded with silence."""
-        extractor = processor.audio
-        if extractor is None:
-            raise UsageError("this checkpoint has no feature extractor", hint="add its preprocessor_config.json")
+        extractor = _extractor(processor)
         rate = extractor.sampling_rate
         waves: list[np.ndarray] = []
         for sample in samples:
@@ -219,7 +230,7 @@ class Whisper:
                 raise UsageError(
                     f"the recording of sample '{sample.key}' lasts {len(wave) / rate:.1f} s; "
                     f"{self.name} hears {extractor.n_samples / rate:g} s at once",
-                    hint="cut it into shorter recordings, each with its text",
+                    hint="cut it into windows of that length, as Bundle.generate and mmc generate do",
                 )
             waves.append(wave)
         features: Tensor = extractor(waves, sampling_rate=rate, return_tensors="pt")["input_features"]
@@ -244,6 +255,12 @@ def _end(config: Any) -> int:
     """Return the token that ends a text; some configs list several."""
     end = config.eos_token_id
     return int(end[0] if isinstance(end, list) else end)
+
+
+def _extractor(processor: Processor) -> Any:
+    if processor.audio is None:
+        raise UsageError("this checkpoint has no feature extractor", hint="add its preprocessor_config.json")
+    return processor.audio
 
 
 def _tokenizer(processor: Processor) -> Any:

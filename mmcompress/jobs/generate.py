@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmcompress import checkpoint
+from mmcompress.bundle import Cut
 from mmcompress.data.dataset import Dataset, Memory, batches
-from mmcompress.data.sample import Audio, Sample, Stored
+from mmcompress.data.folder import frames_of
+from mmcompress.data.sample import FRAME_RATE, Audio, Sample, Stored, Video
 from mmcompress.errors import NotExportable, UsageError
 from mmcompress.export.artifact import is_artifact, open_artifact
 from mmcompress.measure.answerer import Answerer, artifact_answerer, bundle_answerer
@@ -67,13 +69,28 @@ class Generated:
         }
 
 
-def samples_of(audio: Sequence[Path], images: Sequence[Path], prompt: str) -> list[Sample]:
-    """Return a sample for each recording and each picture, or one for the prompt alone.
+def samples_of(
+    audio: Sequence[Path],
+    images: Sequence[Path],
+    prompt: str,
+    *,
+    frames: Sequence[Path] = (),
+    rate: float = FRAME_RATE,
+    together: bool = False,
+) -> list[Sample]:
+    """Return a sample for each recording, each picture and each folder of frames (`rate` a second), or one for the prompt alone.
 
-    Raises UsageError when there is nothing to answer, and for files that are not there.
+    `together`: one sample for all pictures. Raises UsageError when there is nothing to answer, for files that are not there, and
+    for frames that make no video.
     """
     made = [Sample(str(path), audio=Audio(_stored(path)), question=prompt) for path in audio]
-    made += [Sample(str(path), picture=_stored(path), question=prompt) for path in images]
+    shown = [Sample(str(path), picture=_stored(path), question=prompt) for path in images]
+    if together and shown:
+        pictures = [sample.picture for sample in shown if sample.picture is not None]
+        more = f" and {len(images) - 1} more" if len(images) > 1 else ""
+        shown = [replace(shown[0], key=f"{images[0]}{more}").showing(pictures)]
+    made += shown
+    made += [Sample(str(path), video=Video(tuple(frames_of(path)), rate), question=prompt) for path in frames]
     if not made and not prompt:
         raise UsageError("there is nothing to answer", hint="give --audio FILE, --image FILE or --prompt TEXT")
     return made or [Sample("prompt", question=prompt)]
@@ -123,21 +140,26 @@ def generate(
 def _answered(
     model: str, runner: str, answerer: Answerer, samples: Sequence[Sample], limit: int | None, batch: int
 ) -> Generated:
-    prepare, written = [], []
+    prepare, written, answers, tokens = [], [], [], []
     for part in batches(Dataset(Memory(samples), "files"), batch):
         begun = time.perf_counter()
-        asked = answerer.asked(part)
-        prepare.append(time.perf_counter() - begun)
-        written.append(answerer.writer.write(asked, limit))
-    rows = [row for one in written for row in one.rows]
-    answers = answerer.texts(rows)
+        cut, texts = Cut.of(answerer.family, answerer.processor, part), []
+        for portion in cut.portions:
+            asked = answerer.asked(portion)
+            prepare.append(time.perf_counter() - begun)
+            written.append(answerer.writer.write(asked, limit))
+            texts += answerer.texts(written[-1].rows)
+            begun = time.perf_counter()
+        answers += cut.joined(texts)
+        counts = iter([len(row) for one in written[-len(cut.portions) :] for row in one.rows])
+        tokens += [sum(next(counts) for _ in range(pieces)) for pieces in cut.counts]
     answerer.close()
     return Generated(
         model,
         runner,
         tuple(sample.key for sample in samples),
         tuple(answers),
-        tuple(map(len, rows)),
+        tuple(tokens),
         tuple(prepare),
         tuple(written),
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from mmcompress.bundle import Bundle, Processor
+from mmcompress.bundle import Bundle, Cut, Processor
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import Artifact, TensorSpec
 from mmcompress.families import family_for
@@ -57,7 +57,8 @@ class Answerer:
 
     def generate(self, samples: Sequence[Sample]) -> list[str]:
         """Return one greedy answer a sample."""
-        return self.texts(self.write(samples).rows)
+        cut = Cut.of(self.family, self.processor, samples)
+        return cut.joined([text for part in cut.portions for text in self.texts(self.write(part).rows)])
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return answers in words."""

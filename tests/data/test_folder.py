@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from mmcompress.data import open_data
+from mmcompress.data import Video, open_data
+from mmcompress.data.folder import frames_of
+from mmcompress.data.sample import seen
 from mmcompress.errors import UsageError
 from tests.data.layouts import RED, image_folder, png
 
@@ -206,3 +209,101 @@ def test_pictures_become_upright_rgb_on_white(tmp_path: Path) -> None:
     assert grey.getpixel((0, 0)) == (128, 128, 128)
     assert turned.size == (2, 6)
     assert palette.getpixel((0, 0)) == (255, 255, 255)
+
+
+def numbered(folder: Path, names: list[str], size: tuple[int, int] = (4, 3)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, name in enumerate(names):
+        (folder / name).write_bytes(png((place, 0, 0), size))
+
+
+def test_several_images_of_a_sample_keep_their_order(tmp_path: Path) -> None:
+    """Under the names Hugging Face's ImageFolder gives columns of files, and as a plain list of images."""
+    numbered(tmp_path, ["b.png", "a.png", "c.png"])
+    rows = [
+        {"id": "1", "file_names": ["b.png", "a.png"], "text": "x"},
+        {"id": "2", "images": ["c.png", "b.png", "a.png"], "question": "which?", "answers": ["c"]},
+        {"id": "3", "left_file_name": "a.png", "right_file_name": "c.png", "text": "x"},
+        {"file_name": "c.png", "further_file_names": ["a.png"], "text": "x"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = open_data(tmp_path)
+    shades = [[seen(picture).getpixel((0, 0))[0] for picture in sample.pictures] for sample in data]
+    assert shades == [[0, 1], [2, 0, 1], [1, 2], [2, 1]]
+    assert [sample.key for sample in data] == ["1", "2", "3", "c.png"]
+    assert data[0].size == sum((tmp_path / name).stat().st_size for name in ("a.png", "b.png"))
+    with pytest.raises(UsageError, match="'2' has 3 images where one image is looked at"):
+        _ = data[1].image
+
+
+def test_frames_of_a_video_lie_in_a_folder_or_are_listed(tmp_path: Path) -> None:
+    numbered(tmp_path / "clip", ["f8.png", "f10.png", "f9.png"])
+    rows = [
+        {"frames": "clip", "text": "x", "fps": 4},
+        {"id": "listed", "frames_file_names": ["clip/f10.png", "clip/f8.png"], "text": "x"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second = open_data(tmp_path)
+    assert first.video is not None
+    assert second.video is not None
+    shades = [[seen(f).getpixel((0, 0))[0] for f in video.frames] for video in (first.video, second.video)]
+    assert shades == [[0, 2, 1], [1, 0]]  # 8, 9, 10; and as they are listed
+    assert (first.video.rate, second.video.rate) == (4.0, 2.0)
+    assert (first.key, first.pictures, first.shown, second.key) == ("clip", (), True, "listed")
+    with pytest.raises(UsageError, match="video frames where one image is looked at"):
+        _ = first.image
+
+
+@pytest.mark.parametrize(
+    ("row", "names", "words", "hint"),
+    [
+        (
+            {"frames": "clip"},
+            ["1.png", "2.png", "4.png"],
+            r"frame 3 is missing between '2\.png' and '4\.png'",
+            "add it",
+        ),
+        ({"frames": "clip"}, ["1.png", "01.png"], r"frames '01\.png' and '1\.png' have one number", "once"),
+        ({"frames": "clip"}, ["1.png", "last.png"], r"'last\.png', which has no number", "0001"),
+        ({"frames": "clip"}, [], "holds no frames", "numbered"),
+        ({"frames": "absent"}, [], "'absent' for its frames, which is no folder", "list them"),
+        ({"frames": "../clip"}, [], "which is no folder inside", "list them"),
+        ({"frames": []}, [], "'frames' must be a list", '"1.png"'),
+        ({"frames": 3}, [], "'frames' must be a list", '"1.png"'),
+        ({"frames": ["clip/1.png", "clip/2.png"]}, ["1.png"], r"'clip/2\.png', which does not exist", "add the file"),
+        ({"frames": ["metadata.jsonl"]}, [], "a video is read as its frames", "ffmpeg"),
+        (
+            {"frames": "clip", "frames_file_names": ["clip/1.png"]},
+            ["1.png"],
+            "both frames and frames_file_names",
+            "one",
+        ),
+        ({"frames": "clip", "fps": 0}, ["1.png"], "fps 0 is not a positive number", "2"),
+        ({"frames": "clip", "fps": "24"}, ["1.png"], "fps '24' is not", "2"),
+        ({"frames": ["clip/1.png"] * 769}, ["1.png"], "has 769 frames; at most 768", "every second"),
+        ({"file_names": "clip/1.png"}, ["1.png"], "'file_names' must be a list", '"1.png"'),
+        ({"images": ["clip/1.png", 2]}, ["1.png"], "'images' must be a file name", "path inside"),
+    ],
+)
+def test_each_mistake_in_lists_of_files_is_named(
+    tmp_path: Path, row: dict[str, Any], names: list[str], words: str, hint: str
+) -> None:
+    numbered(tmp_path / "clip", names)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({**row, "text": "x"}))
+    error = refused(tmp_path)
+    assert re.search(words, error.message), error.message
+    assert hint in error.hint
+
+
+def test_frames_left_out_evenly_are_no_mistake_and_frames_of_two_sizes_are(tmp_path: Path) -> None:
+    numbered(tmp_path, ["0.png", "15.png", "5.png", "10.png"])
+    frames = frames_of(tmp_path)
+    assert [Path(str(frame)).name for frame in frames] == ["0.png", "5.png", "10.png", "15.png"]
+    (tmp_path / "15.png").write_bytes(png(size=(5, 3)))
+    with pytest.raises(UsageError, match=r"frame 4 of sample 'a' \(.*15\.png\) has 5 x 3 pixels, the first has 4 x 3"):
+        Video(tuple(frames_of(tmp_path))).decoded("a")
+    with pytest.raises(UsageError, match="no folder at"):
+        frames_of(tmp_path / "absent")
+    for rate in (0, -1, float("nan")):
+        with pytest.raises(UsageError, match="frames per second"):
+            Video(tuple(frames), rate)

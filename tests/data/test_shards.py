@@ -98,6 +98,22 @@ def test_truncation_is_found_at_opening_wherever_it_happened(tmp_path: Path) -> 
     assert len(open_data(path)) == 4
 
 
+def test_numbered_members_are_several_images_or_frames(tmp_path: Path) -> None:
+    members = {f"a.{number}.png": png((number, 0, 0)) for number in (10, 2, 9)} | {"a.txt": "x", "a.mask.png": png()}
+    members |= {f"b.frames.{number:02d}.jpg": png((number, 0, 0), kind="JPEG") for number in (8, 6, 4)}
+    members |= {
+        "b.json": '{"question": "what?", "answer": "x", "fps": 1, "images": 3}',
+        "c.png": png(),
+        "c.1.png": png(),
+    }
+    first, second, third = open_data(shard(tmp_path / "a.tar", members))
+    assert [str(picture).rpartition(":")[2] for picture in first.pictures] == ["a.2.png", "a.9.png", "a.10.png"]
+    assert second.video is not None
+    assert [str(frame).rpartition(":")[2][-6:] for frame in second.video.frames] == ["04.jpg", "06.jpg", "08.jpg"]
+    assert (second.video.rate, second.pictures, second.question) == (1.0, (), "what?")
+    assert [str(picture).rpartition(":")[2] for picture in third.pictures] == ["c.png", "c.1.png"]
+
+
 @pytest.mark.parametrize("content", [b"", b"x" * 2000, b"\0" * 100])
 def test_a_file_that_is_no_tar(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(content)
@@ -132,6 +148,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
         ({"0.png": png(), "1.png": png(), "0.txt": "x"}, "'0' do not lie next to each other"),
         ({"0.png": png(), "0.PNG": png()}, r"'0\.PNG' twice"),
         ({"0.png": png(), "0.jpg": png()}, "several images"),
+        ({f"0.frames.{number}.png": png() for number in (1, 2, 4)}, "frame 3 is missing"),
         ({"0.npy": "x"}, r"0\.npy belongs to no image"),
         ({"0.png": png(), "0.json": "{"}, r"0\.json is not JSON"),
         ({"0.png": png(), "0.txt": b"\xff\xfe"}, r"0\.txt is not UTF-8"),

@@ -145,3 +145,28 @@ def test_a_folder_of_recordings_is_heard(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.flac", "text": "a tone"}\n')
     (sample,) = open_data(str(tmp_path))
     assert len(sample.waveform(16_000)) == pytest.approx(8_000, abs=2)
+
+
+def test_a_long_recording_is_cut_where_it_is_quiet_and_nothing_is_lost() -> None:
+    rate, longest = 1_000, 30_000
+    samples = np.ones(70_000, np.float32)
+    samples[27_000:27_400] = 0  # in the last five seconds of the first window
+    samples[54_000:54_300] = 0.1
+    samples[10_000:12_000] = 0  # quieter for longer, but the window would be short
+    found = sounds.windows(samples, rate, longest)
+    np.testing.assert_array_equal(np.concatenate(found), samples)
+    ends = np.cumsum([len(window) for window in found]).tolist()
+    # Of equally quiet stretches of 0.2 s the last one, and its middle: 27.2 to 27.4 s, 54.1 to 54.3 s.
+    assert ends == [27_300, 54_200, 70_000]
+
+
+def test_what_fits_is_left_whole_and_a_last_window_is_no_click() -> None:
+    assert [len(window) for window in sounds.windows(np.zeros(30_000), 1_000, 30_000)] == [30_000]
+    assert [len(window) for window in sounds.windows(np.zeros(0), 1_000, 30_000)] == [0]
+    lengths = [len(window) for window in sounds.windows(np.zeros(30_001), 1_000, 30_000)]
+    assert lengths == [28_901, 1_100]  # a second is kept for the last; the cut is the middle of 0.2 s before that
+    loud = np.random.default_rng(0).normal(size=200_123).astype(np.float32)
+    lengths = [len(window) for window in sounds.windows(loud, 1_000, 30_000)]
+    assert all(25_000 <= length <= 30_000 for length in lengths[:-1])
+    assert 1_000 <= lengths[-1] <= 30_000
+    assert sum(lengths) == 200_123

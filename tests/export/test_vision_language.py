@@ -9,14 +9,14 @@ import pytest
 
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
-from mmcompress.data import Sample
+from mmcompress.data import Sample, Video
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import Artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.bench_answers import AnswerTarget
 from mmcompress.jobs.bench_targets import Source
 from mmcompress.jobs.generate import generate, samples_of
-from mmcompress.measure.answerer import bundle_answerer
+from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
 from mmcompress.progress import Silent
 from tests import tiny
 
@@ -28,6 +28,21 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     bundle = tiny.bundle(request.param)
     report = export_onnx(bundle, tmp_path_factory.mktemp(request.param) / "out", batches=(1, 2))
     return bundle, open_artifact(report.artifact.directory)
+
+
+def test_several_pictures_go_through_the_vision_part_one_by_one(exported: tuple[Bundle, Artifact]) -> None:
+    bundle, artifact = exported
+    first, second, third = tiny.images(3)
+    asked = [
+        Sample("two", picture=first, further=(second,), question="what is this ?"),
+        Sample("none", question="what is this ?"),
+        Sample("frames", video=Video((third, first, second)), question="how many ?"),
+    ]
+    want = bundle.generate(asked)
+    answerer = artifact_answerer(artifact, threads=1)
+    assert len(answerer.asked(asked)["pixel_values"]) == 5
+    assert answerer.generate(asked) == want
+    assert [answerer.generate([sample])[0] for sample in asked] == want
 
 
 def test_the_graphs_take_any_batch_prompt_and_past(exported: tuple[Bundle, Artifact]) -> None:

@@ -150,11 +150,37 @@ def test_what_a_sample_offers_each_tower(bundle: Bundle) -> None:
     assert [bundle.items("decoder", sample) for sample in (heard, read, both)] == [[], [], [both]]
 
 
-def test_a_recording_longer_than_the_model_hears_is_refused(bundle: Bundle) -> None:
+def test_a_longer_recording_is_answered_in_windows_of_what_the_model_hears(bundle: Bundle) -> None:
+    first, second, short = (wave.samples for wave in tiny.recordings(3, seed=1))
+    quiet = np.zeros(tiny.RATE // 5, np.float32)
+    joined = np.concatenate([first, quiet, second])
+    assert len(joined) > tiny.RATE >= len(first) + len(quiet)
+    long = Sample("long", ("a red cat",), audio=Waveform(joined, tiny.RATE))
+    pieces = [piece.waveform(tiny.RATE) for piece in bundle.family.pieces(bundle.processor, long)]
+    np.testing.assert_array_equal(np.concatenate(pieces), joined)
+    assert len(pieces) == 2
+    assert len(first) <= len(pieces[0]) <= len(first) + len(quiet)
+    alone = Sample("short", audio=Waveform(short, tiny.RATE))
+    windows = [Sample(str(number), audio=Waveform(wave, tiny.RATE)) for number, wave in enumerate(pieces)]
+    said = bundle.generate([*windows, alone])
+    assert said[0] != said[1]
+    assert bundle.generate([long, alone]) == [f"{said[0]} {said[1]}", said[2]]
+
+
+def test_of_a_longer_recording_passes_see_the_first_window(bundle: Bundle) -> None:
+    """With the beginning of its transcript, which is what the decoder is led through."""
+    wave = np.concatenate([one.samples for one in tiny.recordings(4)])
+    sample = Sample("long", ("a",), audio=Waveform(wave, tiny.RATE))
+    first = bundle.family.pieces(bundle.processor, sample)[0]
+    for tower in ("audio", "decoder"):
+        want, got = (bundle.prepare(tower, [one]) for one in (first, sample))
+        assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_a_model_is_not_given_more_than_it_hears(bundle: Bundle) -> None:
     sample = Sample("long", ("a",), audio=Waveform(np.zeros(tiny.RATE + 1, np.float32), tiny.RATE))
-    for use in (lambda: bundle.prepare("audio", [sample]), lambda: bundle.generate([sample])):
-        with pytest.raises(UsageError, match=r"'long' lasts 1\.0 s; whisper hears 1 s at once"):
-            use()
+    with pytest.raises(UsageError, match=r"'long' lasts 1\.0 s; whisper hears 1 s at once"):
+        bundle.family.asked(bundle.model, bundle.processor, [sample])
 
 
 @pytest.mark.parametrize(("part", "tower"), [("audio", "audio"), ("tokenizer", "decoder")])

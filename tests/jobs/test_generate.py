@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
 from mmcompress.cli import __main__ as cli
-from mmcompress.data import Sample, open_data
+from mmcompress.data import Dataset, Memory, Sample, Video, Waveform, open_data
 from mmcompress.errors import UsageError
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.embedders import evaluate_target
@@ -51,6 +52,25 @@ def test_a_checkpoint_and_its_export_answer_the_same(places: dict[str, Path]) ->
         timing = made.timing()
         assert timing["first_token_ms"] >= timing["audio_ms"] > 0
         assert timing["tokens_per_second"] > 0
+
+
+def test_a_long_recording_is_cut_alike_for_a_checkpoint_and_its_export(places: dict[str, Path]) -> None:
+    """Four windows, two at a time; a recording that needs none of them keeps its answer."""
+    wave_ = np.concatenate([one.samples for one in tiny.recordings(4, seed=3)])
+    samples = [Sample("long", audio=Waveform(wave_, tiny.RATE)), next(iter(tiny.spoken(1)))]
+    bundle = checkpoint.load(places["checkpoint"])
+    pieces = len(bundle.family.pieces(bundle.processor, samples[0]))
+    assert pieces >= 3
+    want = bundle.generate(samples)
+    for model in ("checkpoint", "exported"):
+        made = generate(places[model], samples, batch=2, threads=1)
+        assert list(made.answers) == want
+        assert made.tokens == (12 * pieces, 12)
+    assert evaluate_target(
+        places["exported"],
+        dataset=Dataset(Memory([replace(samples[0], texts=("a red cat",))])),
+        tasks=["transcription"],
+    ).scene.answers.texts == (want[0],)
 
 
 def test_what_no_graph_takes_the_checkpoint_answers_itself_and_other_errors_are_not_hidden(
@@ -93,6 +113,31 @@ def test_an_exported_model_is_evaluated_like_its_checkpoint(places: dict[str, Pa
         for name in ("checkpoint", "exported")
     )
     assert got == want
+
+
+def test_pictures_are_asked_about_together_and_frames_as_a_video(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tiny.bundle("qwen2_5_vl")
+    checkpoint.save(bundle, tmp_path / "model")
+    (tmp_path / "clip").mkdir()
+    pictures = tiny.images(3)
+    for number, image in enumerate(pictures):
+        image.save(tmp_path / "clip" / f"{number}.png")
+    files = [tmp_path / "clip" / f"{number}.png" for number in (2, 0)]
+    words = ["generate", str(tmp_path / "model"), "--prompt", "what ?"]
+    words += [word for path in files for word in ("--image", str(path))]
+    words += ["--frames", str(tmp_path / "clip"), "--fps", "1"]
+    said = []
+    for more in ([], ["--together"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*words, *more])
+        assert caught.value.code == 0
+        said.append(capsys.readouterr().out.splitlines())
+    asked = Sample("", question="what ?")
+    video = asked.showing((), Video(tuple(pictures), 1.0))
+    assert said[0] == bundle.generate([asked.showing([pictures[2]]), asked.showing([pictures[0]]), video])
+    assert said[1] == bundle.generate([asked.showing([pictures[2], pictures[0]]), video])
 
 
 def test_what_it_cannot_do(places: dict[str, Path], tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import assets
 from mmcompress import checkpoint
-from mmcompress.data import open_data
+from mmcompress.data import Dataset, Memory, Sample, Waveform, open_data
+from mmcompress.evaluate.answers import RATE
 from mmcompress.evaluate.evaluation import evaluate
 from mmcompress.export.onnx import export_onnx
 from mmcompress.measure.answerer import artifact_answerer
@@ -43,3 +45,20 @@ def test_exported_it_writes_what_torch_writes(exported: Path) -> None:
     found = evaluate(answerer, dataset.subset(24, 0), ["transcription"], batch=8).estimates["transcription"]
     # The voice is clear: far more wrong words mean that something other than the voice is broken.
     assert found["word_accuracy"].value > 0.8
+
+
+def test_half_a_minute_is_no_limit() -> None:
+    """Twelve sentences in a row, with short pauses: as few wrong words as in the sentences by themselves."""
+    bundle = checkpoint.load(built(assets.whisper_tiny))
+    sentences = list(open_data(str(built(assets.speech))).take(12))
+    pause = np.zeros(RATE // 3, np.float32)
+    wave = np.concatenate([part for sample in sentences for part in (sample.waveform(RATE), pause)])
+    assert len(wave) > 40 * RATE
+    long = Sample("long", (" ".join(sample.texts[0] for sample in sentences),), audio=Waveform(wave, RATE))
+    alone, joined = (
+        evaluate(bundle, Dataset(Memory(samples)), ["transcription"], batch=4).estimates["transcription"][
+            "word_accuracy"
+        ]
+        for samples in (sentences, [long])
+    )
+    assert joined.value > alone.value - 0.04
