@@ -26,6 +26,8 @@ from mmcompress.measure.latency import compare
 from mmcompress.recipe import Recipe
 
 RUNNERS = ("onnxruntime", "openvino")
+HALF = "bf16"
+IN_HALF = f" in {HALF}"
 
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -107,22 +109,24 @@ def build(work: Path, model: Path, recipes: dict[str, Recipe]) -> dict[str, Side
 
 
 def answers(sides: dict[str, Side], data: Dataset, task: str, threads: int) -> dict[str, Evaluation]:
-    """Judge what every exported side answers in OpenVINO, paired with what the original does."""
+    """Judge what every exported side answers in OpenVINO, in float32 and bfloat16, paired with what the original does."""
     found: dict[str, Evaluation] = {}
-    for name, side in sides.items():
-        answerer = artifact_answerer(open_artifact(side.exported), RUNNERS[-1], threads=threads)
-        tasks = [task, "answer-agreement"] if found else [task]
-        found[name] = evaluate(answerer, data, tasks, batch=8, reference=found.get("original"))
-        answerer.close()
+    for precision, more in (("fp32", ""), (HALF, IN_HALF)):
+        for name, side in sides.items():
+            exported = open_artifact(side.exported)
+            answerer = artifact_answerer(exported, RUNNERS[-1], threads=threads, precision=precision)
+            tasks = [task, "answer-agreement"] if found else [task]
+            found[name + more] = evaluate(answerer, data, tasks, batch=8, reference=found.get("original"))
+            answerer.close()
     return found
 
 
 def timings(sides: dict[str, Side], stages: tuple[str, ...], rounds: int, threads: int) -> dict[str, Any]:
-    """Return latency by stage and size of every exported side.
+    """Return latency by stage and size of every exported side, in OpenVINO also with what stayed float in bfloat16.
 
     `times_as_fast` compares with the original in onnxruntime, paired by round.
     """
-    settings = Settings(runners=RUNNERS, threads=threads, rounds=rounds, memory=False)
+    settings = Settings(runners=RUNNERS, precisions=("fp32", HALF), threads=threads, rounds=rounds, memory=False)
     timed = bench([str(side.exported) for side in sides.values()], settings)
     names = {side.exported.name: name for name, side in sides.items()}
     taken = [row.timing for row in timed.rows if row.timing.tower in stages]
@@ -131,7 +135,7 @@ def timings(sides: dict[str, Side], stages: tuple[str, ...], rounds: int, thread
         "machine": timed.machine,
         "latency": [
             {
-                "side": names[each.side],
+                "side": names[each.side] + (IN_HALF if each.runner.endswith(HALF) else ""),
                 "stage": each.tower,
                 "runner": each.runner,
                 "p50_ms": each.latency.p50_ms.to_json(),

@@ -215,7 +215,7 @@ def _answering(file: str, title: str, task: str, metric: str, called: str) -> st
             _interval(score),
             _points(score["difference"]) if "difference" in score else "",
             f"{same['value']:.3f}" if same else "",
-            f"{found['bytes'][side] / MIB:.1f}",
+            f"{found['bytes'][side.removesuffix(' in bf16')] / MIB:.1f}",
         ]
         cells += [_fastest(found, side, stage) for stage in stages]
         lines.append(f"| {' | '.join(cells)} |")

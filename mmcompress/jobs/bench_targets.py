@@ -109,11 +109,14 @@ class Target:
     def variants(self, runners: Sequence[str], precisions: Sequence[str]) -> list[Variant]:
         """Return what of the runners and precisions can run this target.
 
-        Without `precisions`: as stored, and for torch also plain bf16 where the hardware computes in it.
+        Without `precisions`: as stored, and for torch also plain bf16 where the hardware computes in it. Engines that take their
+        precision from the file are left out where another one can lower an artifact's.
         """
         fit = [name for name in runners if name in self._runners()]
         if precisions:
-            return [Variant(name, precision) for name in fit for precision in precisions]
+            asked = [Variant(name, precision) for name in fit for precision in precisions]
+            able = [each for each in asked if each.precision == "fp32" or RUNNERS[each.runner].lowers]
+            return able if self.artifact is not None and able else asked
         made = [Variant(name) for name in fit]
         if "torch" in fit and self._fast_bf16():
             made.append(Variant("torch", "bf16"))

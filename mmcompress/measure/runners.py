@@ -37,6 +37,8 @@ class RunnerSpec:
     """Why the engine cannot be used here, or None when it can; imports nothing heavy but torch for a CUDA device."""
     install: str
     """The command that gets it."""
+    lowers: bool = False
+    """Whether it computes in less precision than a file was stored in, where that is asked for."""
 
 
 def _load_torch(artifact: Any, threads: int, device: str, precision: str) -> Runner:
@@ -94,6 +96,7 @@ RUNNERS: dict[str, RunnerSpec] = {
             _load_torch,
             lambda: _installed("torch"),
             "pip install mmcompress",
+            lowers=True,
         ),
         RunnerSpec(
             "onnxruntime",
@@ -112,6 +115,7 @@ RUNNERS: dict[str, RunnerSpec] = {
             _load_openvino,
             lambda: _installed("openvino"),
             "pip install 'mmcompress[openvino]'",
+            lowers=True,
         ),
         RunnerSpec(
             "tensorrt",

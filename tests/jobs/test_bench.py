@@ -87,6 +87,10 @@ def test_who_can_run_what(places: dict[str, Path], tmp_path: Path) -> None:
     assert exported.variants(("torch",), ()) == []
     assert model.variants(("openvino",), ("bf16",)) == [Variant("openvino", "bf16")]
     assert Variant("torch", "bf16").label == "torch bf16"
+    # onnxruntime takes its precision from the file: left out beside an engine that can lower it, else refused when loaded
+    both = [Variant("onnxruntime"), Variant("openvino"), Variant("openvino", "bf16")]
+    assert exported.variants(("onnxruntime", "openvino"), ("fp32", "bf16")) == both
+    assert exported.variants(("onnxruntime",), ("bf16",)) == [Variant("onnxruntime", "bf16")]
 
 
 def test_both_forms_are_given_the_same_inputs(places: dict[str, Path], tmp_path: Path) -> None:
