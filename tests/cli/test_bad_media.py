@@ -143,7 +143,7 @@ FRAMES: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     ),
     "broken": ({"frames": "clip"}, lambda folder: (folder / "2.png").write_bytes(b"xx"), "is not a readable image"),
     "many": ({"frames": ["clip/1.png"] * 769}, lambda _: None, "has 769 frames; at most 768 are taken"),
-    "too long": ({"frames": ["clip/1.png"] * 400}, lambda _: None, "tokens with its 400 pictures; qwen_vl takes 256"),
+    "too long": ({"frames": ["clip/1.png"] * 150}, lambda _: None, "tokens with its 150 pictures; qwen_vl takes 256"),
     "none": ({"frames": "nowhere"}, lambda _: None, "which is no folder inside the data folder"),
 }
 

@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from mmcompress.data import Dataset, Memory, Sample
+from mmcompress.data import Dataset, Memory, Sample, Video
+from mmcompress.data.sample import seen
 from mmcompress.errors import UsageError
 from mmcompress.evaluate import Evaluation, compare, evaluate, read_evaluation, write_evaluation
+from mmcompress.evaluate.answer_controls import _with_blank_pictures, _with_other_pictures, _without_pictures
+from mmcompress.evaluate.answers import picture_of
 from mmcompress.evaluate.tasks import usual_tasks
 from tests import tiny
 from tests.evaluate.recordings import speech
@@ -227,3 +231,23 @@ def test_right_answers_about_one_picture_are_not_independent_either(tmp_path: Pa
     assert before.estimates["perplexity"]["answer_log_likelihood"].n == 3
     write_evaluation(after, tmp_path / "a.npz")
     assert compare(before, read_evaluation(tmp_path / "a.npz")) == compare(before, after)
+
+
+def test_controls_change_all_that_a_sample_shows() -> None:
+    """Two pictures, the same first one alone, and a video of both: three things to look at, not one or two."""
+    first, second = (Image.new("RGB", (3, 2), colour) for colour in ("red", "blue"))
+    two = Sample("two", picture=first, further=(second,))
+    shown = [two, Sample("one", picture=first), Sample("video", video=Video((first, second), 4.0))]
+    assert len({picture_of(sample) for sample in shown}) == 3
+    assert picture_of(replace(two, key="again")) == picture_of(two)
+    others = _with_other_pictures(shown, seed=0)
+    assert [sample.key for sample in others] == ["two", "one", "video"]
+    assert {picture_of(sample) for sample in others} == {picture_of(sample) for sample in shown}
+    assert all(picture_of(after) != picture_of(before) for before, after in zip(shown, others, strict=True))
+    blank = _with_blank_pictures(shown)
+    assert [len(sample.pictures) for sample in blank] == [2, 1, 0]
+    video = blank[2].video
+    assert video is not None
+    assert (len(video.frames), video.rate) == (2, 4.0)
+    assert all(seen(one.picture).getpixel((0, 0)) == (255, 255, 255) for sample in blank for one in sample.one_by_one())
+    assert not any(sample.shown for sample in _without_pictures(shown))
