@@ -124,6 +124,7 @@ def whisper_decoding(model: Any, start: list[int]) -> Decoding:
         start=tuple(steps),
         suppressed=tuple(settings.suppress_tokens or ()),
         suppressed_first=tuple(settings.begin_suppress_tokens or ()),
+        questions=False,
     )
 
 

@@ -164,9 +164,13 @@ def full(*rest: Any, **more: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk(mmc: Mmc, saved: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_full_disk(
+    streamed: bool, mmc: Mmc, saved: Path, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    found = mmc("prune", saved, "-o", out, *PRUNE)
+    monkeypatch.setattr("mmcompress.streamed.save_file", full)
+    found = mmc("prune", saved, "-o", out, *PRUNE, *([] if streamed else ["--eval-data", data]))
     assert found.code == 5
     assert "disk is full" in found.error
 

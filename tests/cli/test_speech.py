@@ -78,10 +78,10 @@ def test_pruning_is_judged_by_word_accuracy(mmc: Mmc, whisper: Path, speech: Pat
     assert mmc("prune", whisper, "-o", tmp_path / "b", "--ratio", 0.3, "--dry-run", "--eval-data", speech).code == 0
 
 
-def test_what_cannot_be_exported_is_not_sent_to_export(mmc: Mmc, whisper: Path, tmp_path: Path) -> None:
+def test_what_was_made_layer_by_layer_goes_on_to_export(mmc: Mmc, whisper: Path, tmp_path: Path) -> None:
     done = mmc("quantize", whisper, "-o", tmp_path / "out", "--scheme", "W8A16")
     assert done.code == 0, done.err
-    assert "next: mmc report" in done.err
+    assert "next: mmc export" in done.err
 
 
 def test_compress_refuses_a_task_before_it_computes(mmc: Mmc, whisper: Path, speech: Path, tmp_path: Path) -> None:
