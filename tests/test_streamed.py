@@ -14,6 +14,7 @@ from mmcompress import checkpoint, passes, streamed
 from mmcompress.errors import UsageError
 from mmcompress.jobs import compress as job
 from mmcompress.recipe import parse
+from mmcompress.surgery import quantized
 from tests import tiny
 
 ROUND: dict[str, Any] = {"quantize": {"scheme": "W8A16"}}
@@ -120,6 +121,12 @@ def test_no_more_than_a_layer_has_values(tmp_path: Path, monkeypatch: pytest.Mon
     job.compress(tmp_path / "model", parse({"steps": [CUT, ROUND]}), tmp_path / "out")
     assert len(seen) > 30
     assert max(seen) <= 8  # one number
+
+
+def test_no_integers_become_floats_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tiny.bundle("qwen2_5_vl"), tmp_path / "model")
+    monkeypatch.setattr(quantized, "dequantize", lambda *a, **k: pytest.fail("a weight was unpacked"))
+    job.compress(tmp_path / "model", parse(RECIPE), tmp_path / "out")
 
 
 def test_names_of_older_checkpoints_are_known(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def language_tower(model: Any, path: str) -> Tower:
     config = model.config.text_config
     activation = getattr(config, "hidden_act", None) or config.hidden_activation
     table = f"{path}.embed_tokens"
-    tied = model.get_submodule(table).weight is model.lm_head.weight
+    # Asked of parameters alone: a quantized layer would make all its floats to answer.
+    first, last = (dict(model.get_submodule(place).named_parameters()).get("weight") for place in (table, "lm_head"))
+    tied = first is not None and first is last
     per_block = tuple(
         ("config.text_config", key, "each") for key in ("layer_types", "no_rope_layers") if getattr(config, key, None)
     )
