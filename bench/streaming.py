@@ -126,6 +126,7 @@ def measure(size: str, work: Path) -> dict[str, Any]:
     say(f"{size}: loading the result")
     document |= timed("load_quantized", ["-c", f"import mmcompress as mmc; mmc.load({str(out)!r})"])
     if above > CLAIM:
+        say(json.dumps(document))
         raise MmcError(f"{size}: the peak is {above:.2f} shards above the interpreter, and {CLAIM} were claimed")
     return document
 
