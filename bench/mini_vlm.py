@@ -33,13 +33,8 @@ VOCABULARY = 3072
 PAD, START, END, IMAGE, USER, ASSISTANT = SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<user>", "<assistant>")
 LONGEST_ANSWER = 24
 
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message['role'] not in ('user', 'assistant') -%}
-{{- raise_exception('this model knows the roles user and assistant, not ' ~ message['role']) -}}
-{%- endif -%}
-{{- '<' ~ message['role'] ~ '>' -}}
+# The words of a message, and the places of its pictures.
+CONTENT = """\
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
@@ -47,10 +42,23 @@ CHAT_TEMPLATE = """\
 {%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
+"""
+CHAT_TEMPLATE = (
+    """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] not in ('user', 'assistant') -%}
+{{- raise_exception('this model knows the roles user and assistant, not ' ~ message['role']) -}}
+{%- endif -%}
+{{- '<' ~ message['role'] ~ '>' -}}
+"""
+    + CONTENT
+    + """\
 {%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}
 """
+)
 
 
 def train_tokenizer(corpus: Sequence[str]) -> str:

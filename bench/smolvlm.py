@@ -30,6 +30,8 @@ from transformers import (
     SmolVLMImageProcessorPil,
 )
 
+from bench.mini_vlm import CONTENT
+
 SIDE, PATCH, FOLDED = 256, 16, 4
 """Pixels of a picture and of a patch; 4 x 4 patches become one image token."""
 GRID = 6
@@ -37,23 +39,21 @@ GRID = 6
 AROUND, IMAGE, WHOLE, END = "<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"
 LONGEST_ANSWER = 24
 
-CHAT_TEMPLATE = """\
+CHAT_TEMPLATE = (
+    """\
 {%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' ~ message['role'] ~ '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
+"""
+    + CONTENT
+    + """\
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
+)
 """SmolLM2's own, where the content of a message may also be a list of parts with a picture among them."""
 
 READ_GGUF = """

@@ -28,7 +28,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
-from mmcompress.errors import UsageError
+from mmcompress.errors import MmcError, UsageError
 from mmcompress.manifest import Manifest, Record
 from mmcompress.passes.base import Context, Pass, Plan
 from mmcompress.pipeline import Stage, named
@@ -191,9 +191,11 @@ class Shards:
         self.count, self.bytes = 0, 0
 
     def add(self, name: str, tensor: Tensor, parameter: bool) -> None:
-        """Take a tensor; shards are written as they fill."""
+        """Take a tensor; shards are written as they fill. Raises MmcError for one with NaN or infinity: nothing runs the model."""
         converts = parameter and tensor.is_floating_point()
         taken = (tensor.to(self.dtype) if converts else tensor).detach().contiguous()
+        if taken.is_floating_point() and not taken.isfinite().all():
+            raise MmcError(f"{name} has NaN or infinity", hint="the checkpoint is damaged, or its dtype too small")
         if taken.nbytes + sum(value.nbytes for value in self.waiting.values()) > self.limit:
             self._write()
         self.waiting[name], self.where[name] = taken, self.count

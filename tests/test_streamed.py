@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmcompress import checkpoint, passes, streamed
-from mmcompress.errors import UsageError
+from mmcompress.errors import MmcError, UsageError
 from mmcompress.jobs import compress as job
 from mmcompress.recipe import parse
 from mmcompress.surgery import quantized
@@ -172,3 +172,16 @@ def test_a_checkpoint_that_lacks_a_tensor_leaves_nothing(tmp_path: Path) -> None
 )
 def test_what_streams(name: str, params: dict[str, object], streams: bool) -> None:
     assert streamed.can_stream(passes.build(name, params)) == streams
+
+
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
+    bundle = tiny.bundle("clip")
+    with torch.no_grad():
+        bundle.model.text_projection.weight[0, 0] = torch.inf
+    checkpoint.save(bundle, tmp_path / "model")
+    recipe = parse(
+        {"steps": [{"prune": {"ratio": 0.1, "score": "magnitude", "compensate": "none", "towers": ["vision"]}}]}
+    )
+    with pytest.raises(MmcError, match=r"text_projection\.weight has NaN or infinity"):
+        job.compress(tmp_path / "model", recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
