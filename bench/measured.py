@@ -191,7 +191,7 @@ def vlm_edge() -> str:
 
 def whisper_edge() -> str:
     """Whisper compressed."""
-    return _answering("whisper_edge", "Whisper tiny.en compressed", "transcription", "wer", "word error rate")
+    return _answering("whisper_edge", "Whisper tiny.en compressed", "transcription", "word_accuracy", "word accuracy")
 
 
 def _answering(file: str, title: str, task: str, metric: str, called: str) -> str:
