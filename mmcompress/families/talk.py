@@ -99,7 +99,7 @@ class Talk:
                 f"the chat template of this checkpoint fails: {reason}",
                 hint="use the chat template that belongs to this checkpoint; it is given lists of texts and images",
             ) from error
-        if "'type':" in text:
+        if any(str(message["content"]) in text for message in messages):
             raise UsageError(
                 "the chat template of this checkpoint takes plain texts, not lists of texts and images",
                 hint="use the chat template that belongs to this checkpoint",

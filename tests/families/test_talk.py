@@ -40,6 +40,10 @@ def test_without_a_question_a_description_is_asked_for() -> None:
     assert "Describe" in words(tiny.bundle("llava_clip"), shown("llava_clip", question=""))
 
 
+def test_a_question_about_code_is_no_list_of_contents() -> None:
+    words(tiny.bundle("llava_clip"), shown("llava_clip", question="what is {'type': 'image'} ?"))
+
+
 def test_llava_without_a_template_takes_the_words_it_was_first_trained_with() -> None:
     bundle = tiny.bundle("llava_clip")
     tokenizer = bundle.processor.tokenizer
