@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Readout = Literal["class", "mean", "attention", "all"]
+Readout = Literal["class", "mean", "attention", "all", "states"]
+"""What makes a tower's output of its tokens. "all" needs each in its place; "states" are looked at by the cross-attention of a
+decoder, which takes them in any number."""
 Counts = Literal["heads", "kv_heads", "width"]
 Numbering = Literal["each", "block", "after"]
 """How a value counts the blocks of a tower: one entry for each; the index of one or several blocks; or how many blocks come before

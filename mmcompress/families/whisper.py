@@ -25,7 +25,8 @@ from mmcompress.families.anatomy import (
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.whisper_parts import whisper_decoding, whisper_parts
 from mmcompress.parts import Decoding, Part
-from mmcompress.views import Tower
+from mmcompress.surgery.merging import putting_back, tokens_left
+from mmcompress.views import TokenStream, Tower
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,7 @@ class Whisper:
                 config="",
                 depth_key="encoder_layers",
                 embeddings=("model.encoder.embed_positions",),
-                why_no_stream="Whisper's decoder looks at every state of the encoder, in its place",
+                stream=TokenStream(tokens=model.config.max_source_positions, protected=0, readout="states"),
             ),
             Tower(
                 name="decoder",
@@ -78,11 +79,12 @@ class Whisper:
     def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
         """Return one row per sample whose cosine between two models is how alike they are; see `Family.encode`.
 
-        - "audio": the encoder's last hidden states (B, 1500, C) as (B, 1500 * C).
+        - "audio": the encoder's last hidden states (B, 1500, C) as (B, 1500 * C); merged ones stand in all their places.
         - "decoder", led through the reference transcript: its next-token distributions, see `next_token_roots`.
         """
         if tower == "audio":
-            states: Tensor = model.model.encoder(inputs["input_features"]).last_hidden_state
+            with putting_back(model.model.encoder.layers[-1]):
+                states: Tensor = model.model.encoder(inputs["input_features"]).last_hidden_state
             return states.flatten(1)
         if "encoder_hidden_states" in inputs:
             heard = inputs["encoder_hidden_states"]
@@ -197,8 +199,9 @@ class Whisper:
         ids = example_tokens(batch, min(16, c.max_target_positions), c.vocab_size, _end(c))
         ids[:, : len(start)] = torch.tensor(start)
         generator = torch.Generator().manual_seed(0)
+        heard = tokens_left(model.model.encoder.layers[-1], c.max_source_positions)
         return {
-            "encoder_hidden_states": torch.randn(batch, c.max_source_positions, c.d_model, generator=generator),
+            "encoder_hidden_states": torch.randn(batch, heard, c.d_model, generator=generator),
             "decoder_input_ids": ids,
             "decoder_mask": torch.ones_like(ids),
         }

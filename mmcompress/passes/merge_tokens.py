@@ -31,9 +31,9 @@ from mmcompress.views import Tower
 class MergeTokens:
     """Merge similar tokens between attention and MLP of every block (ToMe), with no training.
 
-    The image is encoded with fewer and fewer tokens; a merged token is the mean of its members and counts as many times in later
-    attention. Nothing is added to the weights; the schedule is stored in the checkpoint. Method "random" drops tokens at random
-    positions with the same schedule: the control that merging has to beat.
+    Pictures or sound are encoded with fewer and fewer tokens; a merged token is the mean of its members and counts as many times
+    in later attention. Nothing is added to the weights; the schedule is stored in the checkpoint. Method "random" drops tokens at
+    random positions with the same schedule: the control that merging has to beat.
     """
 
     name: ClassVar[str] = "merge-tokens"
@@ -50,8 +50,8 @@ class MergeTokens:
     towers; accuracy is a little lower."""
     method: Literal["tome", "random"] = "tome"
     """Merge the most similar tokens, or drop random ones (the control)."""
-    tower: str = "vision"
-    """The tower whose tokens are merged."""
+    tower: str = ""
+    """The tower whose tokens are merged; by default the only one where they can be."""
     proportional: bool = True
     """Let a merged token count as often in attention as it has members. Off for MAE-like pretraining."""
 
@@ -90,13 +90,7 @@ class MergeTokens:
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules and image sizes that do not fit, and a second merging."""
-        towers = bundle.towers()
-        if not any(tower.stream for tower in towers) and self.tower not in [tower.name for tower in towers]:
-            reasons = "; ".join(f"{tower.name}: {tower.why_no_stream}" for tower in towers)
-            raise UsageError(
-                f"the tokens of {bundle.family.name} models cannot be merged ({reasons})", hint="use prune"
-            )
-        tower = bundle.tower(self.tower)
+        tower = self._tower(bundle)
         if tower.stream is None:
             raise UsageError(
                 f"the {tower.name} tower's tokens cannot be merged: {tower.why_no_stream}",
@@ -118,7 +112,7 @@ class MergeTokens:
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Solve the schedule and, for "random", draw the positions (from the run's seed)."""
-        tower = bundle.tower(self.tower)
+        tower = self._tower(bundle)
         assert tower.stream is not None, "check refuses towers without a stream"
         merged = self._schedule(tower)
         decisions: dict[str, Any] = {"merged": merged}
@@ -133,7 +127,7 @@ class MergeTokens:
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Bind the blocks' forward; with nothing to merge, leave the model alone."""
         merged: list[int] = plan.decisions["merged"]
-        tower = bundle.tower(self.tower)
+        tower = self._tower(bundle)
         stream = tower.stream
         assert stream is not None, "check refuses towers without a stream"
         if not any(merged):
@@ -160,7 +154,7 @@ class MergeTokens:
                     last=last,
                     pooled=stream.readout == "attention",
                     restore=restore,
-                    survivors=_survivors(kept, stream.tokens) if kept and restore and last else (),
+                    survivors=_survivors(kept, stream.tokens) if kept and last else (),
                     original=stream.tokens,
                     ledger=ledger,
                 ),
@@ -174,7 +168,7 @@ class MergeTokens:
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the tokens of each block and the share of multiply-adds that is left."""
-        tower = bundle.tower(self.tower)
+        tower = self._tower(bundle)
         assert tower.stream is not None, "check refuses towers without a stream"
         merged = self._schedule(tower)
         before = tower.stream.tokens
@@ -187,6 +181,21 @@ class MergeTokens:
                 _macs(bundle, tower, [before, *after]) / _macs(bundle, tower, [before] * (len(after) + 1)), 4
             ),
         }
+
+    def _tower(self, bundle: Bundle) -> Tower:
+        """Return the tower meant. Raises UsageError where none is called that, or none or several can be merged."""
+        if self.tower:
+            return bundle.tower(self.tower)
+        towers = bundle.towers()
+        found = [tower for tower in towers if tower.stream]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UsageError(
+                f"the tokens of {' or '.join(tower.name for tower in found)} can be merged", hint="say which with tower"
+            )
+        reasons = "; ".join(f"{tower.name}: {tower.why_no_stream}" for tower in towers)
+        raise UsageError(f"the tokens of {bundle.family.name} models cannot be merged ({reasons})", hint="use prune")
 
     def _schedule(self, tower: Tower) -> list[int]:
         """Return R per block. Raises UsageError when the numbers do not fit the tower."""

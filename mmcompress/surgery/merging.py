@@ -15,7 +15,9 @@ Shapes: B batch, N tokens before, M tokens after, C channels, D key width, H hea
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, NamedTuple
@@ -36,8 +38,8 @@ class Flow(NamedTuple):
 
     sizes: Tensor | None = None
     """(B, N), at least float32 so that they stay whole numbers; None while every token has size 1."""
-    origin: Tensor | None = None
-    """(B, N, N at the start): which original tokens went where; kept only when they are to be put back."""
+    assignments: tuple[Tensor, ...] = ()
+    """The merges so far, each (B, M, N); kept only when the tokens are to be put back."""
 
 
 class Ledger(threading.local):
@@ -45,6 +47,8 @@ class Ledger(threading.local):
 
     flow: Flow | None = None
     padded = False
+    put_back = False
+    """Whether the last block restores what it otherwise would not; see `putting_back`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         return Ledger()
@@ -102,6 +106,28 @@ def is_reduced(module: nn.Module) -> bool:
     return hasattr(module, ATTRIBUTE)
 
 
+def tokens_left(block: nn.Module, otherwise: int) -> int:
+    """Return how many tokens a block passes on at the model's own input size, `otherwise` where it is not bound."""
+    own: Reduction | None = getattr(block, ATTRIBUTE, None)
+    if own is None:
+        return otherwise
+    return len(own.kept) if own.kept else own.tokens - own.merged
+
+
+@contextlib.contextmanager
+def putting_back(last: nn.Module) -> Iterator[None]:
+    """While it is open a tower, by its last block, gives every original token a row again, to be compared with other models."""
+    own: Reduction | None = getattr(last, ATTRIBUTE, None)
+    if own is None:
+        yield
+        return
+    before, own.ledger.put_back = own.ledger.put_back, True
+    try:
+        yield
+    finally:
+        own.ledger.put_back = before
+
+
 def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     own: Reduction = self.reduction
     ledger = own.ledger
@@ -110,19 +136,20 @@ def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = N
         ledger.padded = ledger.flow.sizes is not None
     flow, padded = ledger.flow, ledger.padded
 
-    def step(
-        tokens: Tensor, sizes: Tensor | None, origin: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        made, after = _reduce(self, own, tokens, Flow(sizes, origin), padded, kwargs)
-        return made, *after
+    restore = own.restore or ledger.put_back
+
+    def step(tokens: Tensor, sizes: Tensor | None, *assignments: Tensor) -> tuple[Tensor | None, ...]:
+        made, after = _reduce(self, own, tokens, Flow(sizes, assignments), padded, restore, kwargs)
+        return made, after.sizes, *after.assignments
 
     if self.training and getattr(self, "gradient_checkpointing", False):
-        hidden_states, *after = self._gradient_checkpointing_func(step, hidden_states, *flow)
+        made = self._gradient_checkpointing_func(step, hidden_states, flow.sizes, *flow.assignments)
     else:
-        hidden_states, *after = step(hidden_states, *flow)
-    ledger.flow = Flow(*after)
+        made = step(hidden_states, flow.sizes, *flow.assignments)
+    hidden_states, sizes, *assignments = made
+    ledger.flow = Flow(sizes, tuple(assignments))
     if own.last:
-        if own.restore:
+        if restore:
             hidden_states = _restored(own, hidden_states, ledger.flow)
         if not own.pooled:
             ledger.flow = None
@@ -130,7 +157,7 @@ def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = N
 
 
 def _reduce(
-    block: nn.Module, own: Reduction, tokens: Tensor, flow: Flow, padded: bool, kwargs: dict[str, Any]
+    block: nn.Module, own: Reduction, tokens: Tensor, flow: Flow, padded: bool, restore: bool, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Flow]:
     """Return the block's output (B, M, C) and what it tells the next block. Depends on tensors and constants only."""
     mask = None
@@ -150,7 +177,7 @@ def _reduce(
             raise RuntimeError(
                 f"{type(block).__name__}.{own.attention} gave no keys; its config was replaced after merging"
             )
-        tokens, flow = _merged(own, tokens, keys, flow, padded)
+        tokens, flow = _merged(own, tokens, keys, flow, padded, restore)
     elif own.kept:
         tokens, flow = _dropped(own, tokens, flow)
     branch = tokens
@@ -159,13 +186,12 @@ def _reduce(
     return tokens + branch, flow
 
 
-def _merged(own: Reduction, tokens: Tensor, keys: Tensor, flow: Flow, padded: bool) -> tuple[Tensor, Flow]:
+def _merged(
+    own: Reduction, tokens: Tensor, keys: Tensor, flow: Flow, padded: bool, restore: bool
+) -> tuple[Tensor, Flow]:
     assignment = bipartite_soft_matching(keys, own.merged, own.protected, flow.sizes if padded else None)
     tokens, sizes = merge(tokens, assignment, flow.sizes)
-    origin = None
-    if own.restore:
-        origin = assignment if flow.origin is None else assignment @ flow.origin
-    return tokens, Flow(sizes, origin)
+    return tokens, Flow(sizes, (*flow.assignments, assignment) if restore else ())
 
 
 def _dropped(own: Reduction, tokens: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
@@ -184,7 +210,9 @@ def _restored(own: Reduction, tokens: Tensor, flow: Flow) -> Tensor:
         survivors = torch.tensor(own.survivors, device=tokens.device)
         weights = tokens.new_ones(tokens.shape[:2]) if flow.sizes is None else flow.sizes.to(tokens.dtype)
         return restoring(survivors, own.original, own.protected, weights) @ tokens
-    return tokens if flow.origin is None else unmerge(tokens, flow.origin)
+    for assignment in reversed(flow.assignments):
+        tokens = unmerge(tokens, assignment)
+    return tokens
 
 
 def _sizes(mask: Tensor | None, tokens: Tensor) -> Tensor | None:

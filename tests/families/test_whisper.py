@@ -19,7 +19,7 @@ from mmcompress.data import Sample, Waveform
 from mmcompress.errors import UsageError
 from mmcompress.families.whisper import FORCED_TOKENS
 from mmcompress.jobs.inspect import inspect
-from mmcompress.passes.base import Plan
+from mmcompress.passes.base import Context, Plan
 from tests import tiny
 
 VOCABULARY = 25
@@ -271,23 +271,40 @@ def test_feature_extractor_tokenizer_and_generation_config_come_back(
     assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_what_cannot_be_done_yet_is_refused_with_the_reason(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="tokens of whisper models cannot be merged"):
-        passes.build("merge-tokens", {}).check(bundle)
-    with pytest.raises(UsageError, match="audio tower's tokens cannot be merged: Whisper's decoder"):
-        passes.build("merge-tokens", {"tower": "audio"}).check(bundle)
+def test_the_tokens_of_the_decoder_cannot_be_merged(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="decoder tower's tokens cannot be merged: the decoder writes one token"):
+        passes.build("merge-tokens", {"tower": "decoder"}).check(bundle)
+
+
+@pytest.mark.parametrize("method", ["tome", "random"])
+def test_the_decoder_hears_the_merged_states_and_encode_puts_them_back(bundle: Bundle, method: str) -> None:
+    made = passes.build("merge-tokens", {"merged": (20, 0, 9), "method": method})
+    made.apply(bundle, made.plan(bundle, Context()))
+    assert bundle.example_inputs("decoder", 2)["encoder_hidden_states"].shape == (2, 21, 48)
+    features = bundle.example_inputs("audio", 2)
+    with torch.no_grad():
+        heard = bundle.model.model.encoder(**features).last_hidden_state
+        placed = bundle.encode("audio", features).unflatten(1, (50, 48))
+    assert heard.shape == (2, 21, 48)
+    for states, places in zip(heard, placed, strict=True):
+        apart = (places[:, None] - states).abs().amax(dim=2)  # (50, 21)
+        assert apart.amin(dim=0).max() < 1e-5
+        # Where a state was dropped stands the mean of the others.
+        assert method == "random" or apart.amin(dim=1).max() < 1e-5
+    samples = list(tiny.spoken(3))
+    assert bundle.generate(samples) == [bundle.generate([sample])[0] for sample in samples]
 
 
 def test_inspect_counts_each_tower_and_says_why_not(bundle: Bundle, tmp_path: Path) -> None:
     checkpoint.save(bundle, tmp_path / "model")
     found = inspect(tmp_path / "model")
     audio, decoder = found["towers"]
-    assert (audio["name"], audio["blocks"], audio["neurons"], audio["tokens"]) == ("audio", 3, "128", None)
+    assert (audio["name"], audio["blocks"], audio["neurons"], audio["tokens"]) == ("audio", 3, "128", 50)
     assert (decoder["name"], decoder["blocks"], decoder["neurons"]) == ("decoder", 2, "96")
     assert audio["parameters"] + decoder["parameters"] == sum(p.numel() for p in bundle.model.parameters())
     applies = {(row["pass"], row["tower"]): row["applies"] for row in found["passes"]}
     assert applies == {
-        (name, tower): name in ("prune", "quantize", "distill")
+        (name, tower): name in ("prune", "quantize", "distill") or tower == "audio"
         for name in passes.PASSES
         for tower in ("audio", "decoder")
     }

@@ -103,12 +103,12 @@ def test_m_copies_equal_one_token_of_size_m(family: str) -> None:
     tokens = noise(1, 5, width(bundle))
     expected = plain[0](tokens.repeat_interleave(number, dim=1), None)
     block = bound_blocks(bundle, [0, 0, 0])[0][0]
-    got, _ = _reduce(block, block.reduction, tokens, Flow(number[None].double()), False, {})
+    got, _ = _reduce(block, block.reduction, tokens, Flow(number[None].double()), False, False, {})
     first = torch.cat([torch.zeros(1, dtype=torch.long), number.cumsum(0)[:-1]])
     assert (got - expected[:, first]).abs().max() <= 1e-12
     # Without proportional attention the two differ: the test above is not vacuous.
     without = replace(block.reduction, proportional=False)
-    got, _ = _reduce(block, without, tokens, Flow(number[None].double()), False, {})
+    got, _ = _reduce(block, without, tokens, Flow(number[None].double()), False, False, {})
     assert (got - expected[:, first]).abs().max() > 1e-4
 
 
