@@ -1,9 +1,9 @@
 """The claim about speech, measured on the real Whisper tiny.en: speed by stage, word error rate and size of `whisper-cpu`.
 
 The fp32 original, the recipe (states merged, int8 weights in the decoder), its second step alone, int8 throughout, and that after
-pruning and a short distillation are exported, answer the 200 test sentences of `bench.speech` (n and interval of the word accuracy, paired with the original's), and are
-timed stage by stage in one interleaved run, each in onnxruntime and in OpenVINO, there also in bfloat16: what listens, the prompt,
-one further token, a whole answer. The claim is about whole answers.
+pruning and a short distillation are exported, answer the 200 test sentences of `bench.speech` (n and interval of the word accuracy,
+paired with the original's), and are timed stage by stage in one interleaved run, each in onnxruntime and in OpenVINO, there also in
+bfloat16: what listens, the prompt, one further token, a whole answer. The claim is about whole answers.
 
     python -m bench.whisper_edge [--rounds 50] [--work FOLDER]      writes bench/results/whisper_edge.json
 """
