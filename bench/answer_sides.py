@@ -56,15 +56,29 @@ def report(
     task: str,
     stages: tuple[str, ...],
 ) -> None:
-    """Build the sides, measure, write bench/results/NAME.json and print the summary."""
+    """Build the sides, measure, write bench/results/NAME.json."""
     with workplace(options) as work:
-        sides = build(work, model, recipes)
-        result = {
-            "accuracy": {side: found.to_json() for side, found in answers(sides, data, task, options.threads).items()},
-            **timings(sides, stages, options.rounds, options.threads),
-        }
+        result = measured(work, options, model, recipes, data, task, stages)
     write(name, options, recipes, result)
+
+
+def measured(
+    work: Path,
+    options: argparse.Namespace,
+    model: Path,
+    recipes: dict[str, Recipe],
+    data: Dataset,
+    task: str,
+    stages: tuple[str, ...],
+) -> dict[str, Any]:
+    """Build the sides in `work`; return and print what they answer, how fast and how large they are."""
+    sides = build(work, model, recipes)
+    result = {
+        "accuracy": {side: found.to_json() for side, found in answers(sides, data, task, options.threads).items()},
+        **timings(sides, stages, options.rounds, options.threads),
+    }
     print(json.dumps({"speed": result["latency"], "accuracy": result["accuracy"]}, indent=1))
+    return result
 
 
 @contextlib.contextmanager

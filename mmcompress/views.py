@@ -91,6 +91,22 @@ class TokenStream:
 
 
 @dataclass(frozen=True)
+class Connector:
+    """What makes a language model's image tokens of a vision encoder's, each picture or tile by itself."""
+
+    path: str
+    """The module that is called with (R, N, C) and gives (R, M, C'); R pictures or tiles."""
+    tokens: int
+    """M, as the model was made."""
+    grid: tuple[int, int]
+    """Rows and columns of the patches they stand for, row by row."""
+    scorer: str = ""
+    """Path of the attention whose weights say what the encoder looked at: the last one the tokens have been through."""
+    leading: int = 0
+    """Tokens before the patches in that attention; the first is the class token."""
+
+
+@dataclass(frozen=True)
 class Tower:
     """One modality's encoder, with its projection into the shared space."""
 
@@ -122,6 +138,10 @@ class Tower:
     """Paths of Linears whose weight their owner reads without calling them: they cannot be quantized."""
     tied: tuple[tuple[str, str], ...] = ()
     """Paths of (embedding table, Linear) that share one weight."""
+    connector: Connector | None = None
+    """In a vision encoder before a language model, where the image tokens may become fewer."""
+    why_no_connector: str = ""
+    """In a vision encoder before a language model where that is None: why they may not, for a person."""
     why_no_stream: str = ""
     """Where `stream` is None: why tokens of this tower cannot be merged, for a person."""
 

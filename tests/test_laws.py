@@ -22,6 +22,7 @@ from tests import tiny
 NEUTRAL: dict[str, dict[str, Any]] = {
     "prune": {"ratio": 0.0},
     "merge-tokens": {"keep": 1.0},
+    "reduce-visual-tokens": {"keep": 1.0},
     "quantize": {"scheme": "W16A16"},
     "distill": {"steps": 0},
 }
@@ -33,19 +34,25 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "prune-random": ("prune", {"ratio": 0.3, "score": "random", "compensate": "none"}),
     "merge": ("merge-tokens", {"keep": 0.6}),
     "merge-random": ("merge-tokens", {"keep": 0.6, "method": "random"}),
+    "reduce": ("reduce-visual-tokens", {"keep": 0.3}),
+    "reduce-visionzip": ("reduce-visual-tokens", {"keep": 0.3, "method": "visionzip"}),
+    "reduce-random": ("reduce-visual-tokens", {"keep": 0.3, "method": "random"}),
     "w8a8-cpu": ("quantize", {"scheme": "W8A8", "target": "cpu"}),
     "w8a8-tensorrt": ("quantize", {"scheme": "W8A8", "target": "tensorrt"}),
     "w8a16": ("quantize", {"scheme": "W8A16"}),
     "distill": ("distill", {"steps": 2, "batch_size": 4}),
 }
 # One of each kind, in an order that works.
-CHAIN = ("prune-taylor", "merge", "w8a8-cpu", "distill")
+CHAIN = ("prune-taylor", "merge", "reduce", "w8a8-cpu", "distill")
 EVERY = tiny.EVERY
+REDUCING = ("llava_dinov2", "llava_clip", "llava_siglip", "smolvlm", "idefics3", "paligemma")
 UNMERGED = tuple(family for family in tiny.GENERATORS if family != "whisper")
 # What is refused: by a pass's name or a case's, the families. `check` says why, and README's matrix shows it.
 REFUSED: dict[str, tuple[str, ...]] = {
     "merge-tokens": ("flava", "blip_retrieval", *tiny.HEARING, *UNMERGED, *tiny.JUDGES),
     "distill": ("vilt", *tiny.HEARING, *tiny.JUDGES),
+    "reduce-visual-tokens": tuple(family for family in EVERY if family not in REDUCING),
+    "reduce-visionzip": ("smolvlm", "idefics3"),
     "prune-blocks": ("clap", "blip_vqa"),
     "prune-uniform": ("clap",),
 }
@@ -120,7 +127,7 @@ every_chain = pytest.mark.parametrize(
     [
         pytest.param(cases, family, id=f"{'+'.join(cases)}-{family}")
         for family in EVERY
-        for n in range(1, 5)
+        for n in range(1, len(CHAIN) + 1)
         for cases in itertools.combinations(CHAIN, n)
         if all(applies(case, family) for case in cases)
         and (family not in VARIANTS or n == sum(applies(case, family) for case in CHAIN))

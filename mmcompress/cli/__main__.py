@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show towers, parameters, MACs, tokens, bytes, and which passes apply.",
     "prune": "Remove heads, MLP neurons or blocks; one budget across the towers.",
     "merge": "Merge tokens inside a tower; stored in the checkpoint.",
+    "reduce": "Give a language model fewer tokens of each picture; stored in the checkpoint.",
     "quantize": "Store and compute in 8 bits, per tower.",
     "distill": "Recover accuracy by training towards the original.",
     "compress": "Run a recipe: passes in order, gates at the end, resumable.",
@@ -35,7 +36,7 @@ COMMANDS: dict[str, str] = {
     "passes": "List the passes and their parameters.",
 }
 
-RESUMABLE = {"compress", "prune", "merge", "quantize", "distill"}
+RESUMABLE = {"compress", "prune", "merge", "reduce", "quantize", "distill"}
 
 
 class Commands(click.Group):

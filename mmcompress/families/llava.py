@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,8 @@ from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import BATCH, Part, Sizes
-from mmcompress.views import Tower
+from mmcompress.surgery.reducing import handed_on
+from mmcompress.views import Block, Connector, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +59,24 @@ class Llava(VisionLanguage):
             numbered=(("config", "vision_feature_layer", "after"),),
             # Behind the last block transformers gives out normalised states: without it, an earlier block would come last.
             needed=(len(blocks) - 1,) if config.model_type in ("dinov2", "vit") else (),
+            connector=self.connector(model, blocks),
             why_no_stream="the prompt keeps a place for each of the picture's tokens; fewer of them would not fill it",
+        )
+
+    def connector(self, model: Any, blocks: tuple[Block, ...]) -> Connector | None:
+        """Return the view of the two layers between encoder and language model."""
+        config = model.config
+        layer = config.vision_feature_layer if isinstance(config.vision_feature_layer, int) else -1
+        # hidden_states counts what the blocks were given, then what the last gave out.
+        last = (layer if layer >= 0 else len(blocks) + 1 + layer) - 1
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        count, leading = self._encoded(model), VISION[config.vision_config.model_type].class_tokens
+        return Connector(
+            path="model.multi_modal_projector",
+            tokens=count,
+            grid=(side, side) if count == side**2 else (1, count),
+            scorer=blocks[last].attention.path if last >= 0 and count == side**2 else "",
+            leading=leading,
         )
 
     def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
@@ -93,6 +112,11 @@ class Llava(VisionLanguage):
         return self._token(model, processor) * self.example_image_tokens(model)
 
     def example_image_tokens(self, model: Any) -> int:
+        return handed_on(model.model.multi_modal_projector, self._encoded(model))
+
+    @staticmethod
+    def _encoded(model: Any) -> int:
+        """Return how many of the encoder's tokens of a picture go into the connector."""
         c = model.config
         patches = (c.vision_config.image_size // c.vision_config.patch_size) ** 2
         # "default" leaves out the first token, whether the encoder has a class token or not.
@@ -119,6 +143,15 @@ class LlavaNext(Llava):
     def model_class(self, config: Any) -> type[nn.Module]:
         super().model_class(config)
         return LlavaNextForConditionalGeneration
+
+    def vision_tower(self, model: Any) -> Tower:
+        return replace(
+            super().vision_tower(model),
+            why_no_connector="the tiles of a picture are put together by the places of their tokens",
+        )
+
+    def connector(self, model: Any, blocks: tuple[Block, ...]) -> Connector | None:
+        return None
 
     def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
         """Return pixel_values (B, tiles, 3, H, W), the whole picture first and zeros behind, and image_sizes (B, 2)."""
@@ -190,7 +223,7 @@ class LlavaNext(Llava):
         return len(self._packed(model, tokens, size, torch.empty(1, device="meta")))
 
     def _tile_tokens(self, model: Any) -> int:
-        return super().example_image_tokens(model)
+        return self._encoded(model)
 
     @staticmethod
     def _tiles(model: Any, size: Tensor) -> int:

@@ -17,7 +17,8 @@ from mmcompress.families.vision_encoders import VISION, write_vision_config
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Part
-from mmcompress.views import Tower
+from mmcompress.surgery.reducing import handed_on
+from mmcompress.views import Connector, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,14 +59,17 @@ class PaliGemma(VisionLanguage):
     def vision_tower(self, model: Any) -> Tower:
         config, root = model.config.vision_config, "model.vision_tower"
         encoder = VISION["siglip_vision_model"]
+        side = config.image_size // config.patch_size
+        blocks = read_blocks(model, f"{root}.{encoder.blocks}", encoder.names, config.hidden_act)
         return Tower(
             name="vision",
             path=root,
             blocks_path=f"{root}.{encoder.blocks}",
-            blocks=read_blocks(model, f"{root}.{encoder.blocks}", encoder.names, config.hidden_act),
+            blocks=blocks,
             config="vision_config",
             depth_key="num_hidden_layers",
             heads=("model.multi_modal_projector",),
+            connector=Connector("model.multi_modal_projector", side**2, (side, side), blocks[-1].attention.path),
             embeddings=tuple(f"{root}.{path}" for path in encoder.embeddings),
             why_no_stream="the prompt keeps a place for each of the picture's tokens; fewer of them would not fill it",
         )
@@ -84,7 +88,7 @@ class PaliGemma(VisionLanguage):
 
     def example_image_tokens(self, model: Any) -> int:
         c = model.config.vision_config
-        return int((c.image_size // c.patch_size) ** 2)
+        return handed_on(model.model.multi_modal_projector, int((c.image_size // c.patch_size) ** 2))
 
     def vision_graph(self, model: Any) -> Part:
         return vision_part(

@@ -89,6 +89,7 @@ class QwenVL(VisionLanguage):
             numbered=tuple(numbered),
             needed=needed,
             packed=True,
+            why_no_connector="a token's positions in the prompt are those of its patches in the picture, all of them",
             why_no_stream="the prompt keeps a place for each of the picture's tokens; fewer of them would not fill it",
         )
 

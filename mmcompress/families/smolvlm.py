@@ -17,7 +17,8 @@ from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Part
-from mmcompress.views import Tower
+from mmcompress.surgery.reducing import handed_on
+from mmcompress.views import Connector, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,6 +56,7 @@ class SmolVLM(VisionLanguage):
             depth_key="num_hidden_layers",
             heads=("model.connector",),
             embeddings=(f"{root}.embeddings.patch_embedding", f"{root}.embeddings.position_embedding"),
+            connector=Connector("model.connector", self._side(model) ** 2, (self._side(model), self._side(model))),
             why_no_stream="the connector folds squares of neighbouring patches, which must all be there",
         )
 
@@ -107,8 +109,13 @@ class SmolVLM(VisionLanguage):
         return f"{tiles}{line}{AROUND}{WHOLE}{each}{AROUND}"
 
     def example_image_tokens(self, model: Any) -> int:
+        return handed_on(model.model.connector, self._side(model) ** 2)
+
+    @staticmethod
+    def _side(model: Any) -> int:
+        """Return how many of its tokens a tile is wide and high."""
         c = model.config
-        return int((c.vision_config.image_size // c.vision_config.patch_size) ** 2 // c.scale_factor**2)
+        return int(c.vision_config.image_size // c.vision_config.patch_size // c.scale_factor)
 
     def write_vision_config(self, model: Any, tower: Tower) -> None:
         config = model.config.vision_config

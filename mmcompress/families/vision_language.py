@@ -28,6 +28,7 @@ from mmcompress.families.picture_questions import PictureQuestions
 from mmcompress.families.picture_rows import gathered, padded
 from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part
 from mmcompress.parts import Decoding, Part
+from mmcompress.surgery.reducing import putting_back
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -80,11 +81,14 @@ class VisionLanguage(PictureQuestions):
     def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:
         """Return one row per sample whose cosine between two models is how alike they are; see `Family.encode`.
 
-        - "vision": the image tokens (N, C) that the language model is given, as N * C, zeros behind where others have more.
+        - "vision": the image tokens (N, C) that the language model is given, as N * C, zeros behind where others have more; where
+          it is given fewer than the encoder makes, they stand in all their places.
         - "language", led through the reference answer: its next-token distributions, see `next_token_roots`.
         """
         if tower == "vision":
-            return padded([tokens.flatten() for tokens in self.image_tokens(model, inputs)])
+            connector = self.vision_tower(model).connector
+            with putting_back(model.get_submodule(connector.path)) if connector else contextlib.nullcontext():
+                return padded([tokens.flatten() for tokens in self.image_tokens(model, inputs)])
         hidden = model.model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -1,4 +1,4 @@
-"""The whole of `mmc compress` (and of prune, merge, quantize, distill, which are recipes of one step).
+"""The whole of `mmc compress` (and of prune, merge, reduce, quantize, distill, which are recipes of one step).
 
     load -> evaluate the original -> steps, each measured and set beside a random selection -> export and time the final
     artifact -> verdict -> gates -> publish

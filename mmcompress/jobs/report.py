@@ -71,7 +71,7 @@ def write_report(directories: Sequence[str | Path], output: Path) -> list[Run]:
 
 
 def read_run(directory: Path) -> Run:
-    """Read an output of mmc compress, prune, merge, quantize or distill. Raises UsageError."""
+    """Read an output of mmc compress, prune, merge, reduce, quantize or distill. Raises UsageError."""
     manifest = manifests.read(directory)
     if manifest is None:
         raise UsageError(f"{directory} has no {manifests.FILE_NAME}", hint="give an output of mmc compress")

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
+from mmcompress import passes
 from mmcompress.bundle import Bundle, Cut, Processor
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import Artifact, TensorSpec
 from mmcompress.families import family_for
+from mmcompress.manifest import Source
 from mmcompress.measure.runner import Arrays
 from mmcompress.measure.runners import open_runner
 from mmcompress.measure.writing import Stage, Writer, Written
 from mmcompress.parts import BATCH, Exportable, Part
+from mmcompress.passes.base import Plan
 from mmcompress.preprocessing import read_processor
 
 if TYPE_CHECKING:
@@ -94,6 +97,11 @@ def artifact_answerer(
     with torch.device("meta"):
         model: Any = family.model_class(config)(config)
     model.generation_config = GenerationConfig.from_dict(artifact.generation)
+    processor = read_processor(artifact.directory)
+    bundle = Bundle(model, processor, family, Source(**{**artifact.source, "config": artifact.config}))
+    for record in artifact.records:
+        if record["name"] in passes.PREPARING:
+            passes.build(record["name"], record["params"]).apply(bundle, Plan(record["plan"]))
 
     def stages() -> list[Stage]:
         return [
@@ -107,7 +115,7 @@ def artifact_answerer(
             for component in artifact.components
         ]
 
-    return Answerer(family, model, read_processor(artifact.directory), stages)
+    return Answerer(family, model, processor, stages)
 
 
 def bundle_answerer(bundle: Bundle, *, threads: int | None = None) -> Answerer:

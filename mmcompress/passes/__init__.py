@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 PASSES: dict[str, str] = {
     "prune": "mmcompress.passes.prune:Prune",
     "merge-tokens": "mmcompress.passes.merge_tokens:MergeTokens",
+    "reduce-visual-tokens": "mmcompress.passes.reduce_visual_tokens:ReduceVisualTokens",
     "quantize": "mmcompress.passes.quantize:Quantize",
     "distill": "mmcompress.passes.distill:Distill",
 }
+
+PREPARING = ("reduce-visual-tokens",)
+"""Those that change what a model is given and not only what it computes: an exported model's inputs are prepared after them."""
 
 
 def _target(name: str) -> tuple[str, str]:

@@ -1,11 +1,12 @@
-"""Getting the attention keys out of transformers' attention modules, without touching their code.
+"""Getting attention keys and weights out of transformers' attention modules, without touching their code.
 
 transformers looks up the attention function by a name in the module's config. `give_keys` gives attention modules a config of their
-own with our name in it; they then return their keys, averaged over heads, where attention weights would be. The tower's config
-stays as it is: masks are made as before, other towers that share it are not concerned, nothing of it is saved, and
-`set_attn_implementation` on the model changes the other modules only.
+own with our name in it; they then return their keys, averaged over heads, where attention weights would be; after `give_scores`,
+how much each token is looked at. They still compute scaled dot products in one kernel. The tower's config stays as it is: masks are
+made as before, other towers that share it are not concerned, nothing of it is saved, and `set_attn_implementation` on the model
+changes the other modules only.
 
-With ``output_attentions=True`` these modules report the keys.
+With ``output_attentions=True`` these modules report the keys or scores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmcompress.errors import UsageError
 
-KEYS = "mmc_keys"
+KEYS, CLASS_SCORES, SCORES = "mmc_keys", "mmc_class_scores", "mmc_scores"
 
 
 def attend_and_give_keys(
@@ -32,9 +33,36 @@ def attend_and_give_keys(
     return output, key.mean(dim=1)
 
 
-AttentionInterface.register(KEYS, attend_and_give_keys)
-# A name without a mask function makes transformers (5.x) leave out every mask, silently.
-AttentionMaskInterface.register(KEYS, sdpa_mask)
+def attend_and_give_class_scores(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Return attention (B, N, H, D) and the weights the first token, a class token, gives to all, averaged over heads (B, N)."""
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output, _weights(query[:, :, :1], key, kwargs).squeeze(2).mean(dim=1)
+
+
+def attend_and_give_scores(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Return attention (B, N, H, D) and the weight each token is given, averaged over queries and heads (B, N)."""
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output, _weights(query, key, kwargs).mean(dim=(1, 2))
+
+
+def _weights(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Return softmax weights (B, H, rows, N) in float32, of tokens without padding."""
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    return (query.float() @ key.float().mT * scale).softmax(dim=-1)
+
+
+for name, attend in {
+    KEYS: attend_and_give_keys,
+    CLASS_SCORES: attend_and_give_class_scores,
+    SCORES: attend_and_give_scores,
+}.items():
+    AttentionInterface.register(name, attend)
+    # A name without a mask function makes transformers (5.x) leave out every mask, silently.
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def give_keys(attentions: Iterable[nn.Module]) -> None:
@@ -42,15 +70,27 @@ def give_keys(attentions: Iterable[nn.Module]) -> None:
 
     Raises UsageError for a module that does not choose its attention function by its config.
     """
+    _attend_by(KEYS, attentions)
+
+
+def give_scores(attention: nn.Module, class_token: bool) -> None:
+    """Make an attention module return (output, scores (B, N)): how much the class token looks at each, or all tokens do.
+
+    Raises UsageError for a module that does not choose its attention function by its config.
+    """
+    _attend_by(CLASS_SCORES if class_token else SCORES, [attention])
+
+
+def _attend_by(name: str, attentions: Iterable[nn.Module]) -> None:
     copies: dict[int, Any] = {}
     for attention in attentions:
         config = getattr(attention, "config", None)
         if not hasattr(config, "_attn_implementation"):
             raise UsageError(
-                f"{type(attention).__name__} computes attention by itself and does not give its keys",
-                hint="use method random, which needs no keys",
+                f"{type(attention).__name__} computes attention by itself and gives neither keys nor weights",
+                hint="use a method that needs none, such as random",
             )
         if id(config) not in copies:
             copies[id(config)] = copy.deepcopy(config)
-            copies[id(config)]._attn_implementation = KEYS
+            copies[id(config)]._attn_implementation = name
         attention.config = copies[id(config)]

@@ -1,0 +1,156 @@
+"""The tables of README's "Measured" part about models that answer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bench.cells import MIB, interval, machine, points, read
+
+
+def mini_vlm() -> str:
+    """What the small vision-language model can do before compression."""
+    found = read("mini_vlm")
+    if not found:
+        return ""
+    naming = found["drawings"]["naming"]
+    lines = [
+        "**The mini-VLM** (`bench/build_mini_vlm.py`: nine blocks of DINOv2-S, a connector and a small Llama trained on drawings "
+        "and rendered scenes) before compression, exact answers to held-out questions:",
+        "",
+        "| questions | n | right [95%] | always the commonest answer |",
+        "|---|---|---|---|",
+        _slice("naming, a vendor never trained on", naming),
+    ]
+    wanted = ("category", "colour", "counting", "position", "reading", "after earlier turns")
+    lines += [_slice(name, found["slices"][name]) for name in wanted]
+    return "\n".join(lines)
+
+
+def _slice(name: str, row: dict[str, Any]) -> str:
+    low, high = row["interval95"]
+    return f"| {name} | {row['n']:,} | {row['value']:.3f} [{low:.3f}, {high:.3f}] | {row['majority']:.3f} |"
+
+
+def vlm_edge() -> str:
+    """The mini-VLM quantized and pruned."""
+    return _answering("vlm_edge", "The mini-VLM compressed", "vqa", "accuracy", "right answers")
+
+
+def whisper_edge() -> str:
+    """Whisper compressed."""
+    return _answering("whisper_edge", "Whisper tiny.en compressed", "transcription", "word_accuracy", "word accuracy")
+
+
+def _answering(file: str, title: str, task: str, metric: str, called: str) -> str:
+    """Sides that answer: what they answer, how fast each stage is in its best runner, how large they are; then the slices."""
+    found = read(file)
+    if not found:
+        return ""
+    stages = list(dict.fromkeys(row["stage"] for row in found["latency"]))
+    lines = [
+        f"**{title}**, exported; each stage in its faster runner, onnxruntime or OpenVINO, and how many times faster that is than "
+        f"fp32 onnxruntime; {machine(found)} (`{found['command']}`)",
+        "",
+        f"| | {called} [95%] | points against the original | same answer | MiB | {' | '.join(f'{stage} ms' for stage in stages)} |",
+        "|---" * (5 + len(stages)) + "|",
+    ]
+    for side, judged in found["accuracy"].items():
+        score = judged["results"][task][metric]
+        same = judged["results"].get("answer-agreement", {}).get("identical")
+        cells = [
+            side,
+            interval(score),
+            points(score["difference"]) if "difference" in score else "",
+            f"{same['value']:.3f}" if same else "",
+            f"{found['bytes'][side.removesuffix(' in bf16')] / MIB:.1f}",
+        ]
+        cells += [_fastest(found, side, stage) for stage in stages]
+        lines.append(f"| {' | '.join(cells)} |")
+    sliced = [name for name, judged in found["accuracy"].items() if judged["slices"]]
+    if sliced:
+        names = [row["slice"] for row in found["accuracy"][sliced[0]]["slices"] if row["metric"] == metric]
+        lines += ["", f"| {called} by slice | n | {' | '.join(sliced)} |", "|---" * (2 + len(sliced)) + "|"]
+        for name in names:
+            rows = [
+                next(
+                    row for row in found["accuracy"][side]["slices"] if (row["slice"], row["metric"]) == (name, metric)
+                )
+                for side in sliced
+            ]
+            values = " | ".join(f"{row['value']:.3f}" for row in rows)
+            lines.append(f"| {name} | {rows[0]['n']} | {values} |")
+    return "\n".join(lines)
+
+
+def smolvlm_edge() -> str:
+    """A real language model of 30 blocks: its perplexity, and where it was exported what it answers, how fast, how large it is."""
+    found = read("smolvlm_edge")
+    if not found:
+        return ""
+    stages = list(dict.fromkeys(row["stage"] for row in found["latency"]))
+    lines = [
+        "**SmolLM2-135M as the language model of a SmolVLM** (`bench/smolvlm.py`: random eyes, only its language is judged), "
+        f"compressed; perplexity of what presidents went on to say; stages as above; {machine(found)} (`{found['command']}`)",
+        "",
+        "| | perplexity [95%] | times the original's [95%] | MiB | answers as torch does | "
+        f"{' | '.join(f'{stage} ms' for stage in stages)} |",
+        "|---" * (5 + len(stages)) + "|",
+    ]
+    for side, judged in found["accuracy"].items():
+        score = judged["results"]["perplexity"]["answer_log_likelihood"]
+        said = found["answers"].get(side)
+        cells = [
+            side,
+            _perplexity(score, 1),
+            f"×{_perplexity(score['difference'], 3)}" if "difference" in score else "",
+            f"{found['checkpoint_bytes'][side] / MIB:.0f}",
+            f"{min(said['equal to torch'].values())} of {said['n']}" if said else "",
+            *(_fastest(found, side, stage) for stage in stages if said),
+            *("" for _ in stages if not said),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    n = found["accuracy"]["original"]["results"]["perplexity"]["answer_log_likelihood"]["n"]
+    return "\n".join([*lines, "", f"n = {n} speeches. MiB are the checkpoint's, whose float weights are float16."])
+
+
+def _perplexity(likelihood: dict[str, Any], digits: int) -> str:
+    value, low, high = (math.exp(-likelihood[key]) for key in ("value", "high", "low"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _fastest(found: dict[str, Any], side: str, stage: str) -> str:
+    rows = [row for row in found["latency"] if (row["side"], row["stage"]) == (side, stage)]
+    best = min(rows, key=lambda row: row["p50_ms"]["value"])
+    return f"{best['p50_ms']['value']:.1f}, ×{interval(best['times_as_fast'], 2)}"
+
+
+def token_table() -> str:
+    """Fewer tokens of a picture for the mini-VLM, by every method and share."""
+    found = read("token_table")
+    if not found:
+        return ""
+    rows, timings = found["rows"], found.get("timings")
+    stages = timings["stages"] if timings else {}
+    original = rows["original"]
+    lines = [
+        f"**The mini-VLM given fewer of a picture's {original['tokens']} tokens**, without training; right answers, points against "
+        f"all tokens [95%], MACs of the language model for a question (`{found['command']}`, n = {found['questions']})",
+        "",
+        "| method | tokens | right | points | MACs | first token, keep 0.25 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        score = row["accuracy"]["results"]["vqa"]["accuracy"]
+        method, _, keep = name.partition(" ")
+        prompt = stages.get(method, {}).get("prompt") if keep in ("", str(timings["keep"]) if timings else "") else None
+        cells = [
+            method,
+            str(row["tokens"]),
+            f"{score['value']:.3f}",
+            points(score["difference"]) if "difference" in score else "",
+            f"{row['language_macs'] / original['language_macs']:.2f}",
+            f"{prompt['p50_ms']['value']:.1f} ms, ×{interval(prompt['times_as_fast'], 2)}" if prompt else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,243 @@
+"""Fewer tokens at once: which of N go on, alone or as means, as M rows.
+
+Every method returns an assignment (B, M, N), or (M, N) where the tokens do not matter, whose rows sum to 1: a kept token's row has
+a single 1, a merged one's the shares of its members. Rows stand in the order of the tokens, a merged one at its members' mean
+place, because a language model reads them in a row.
+
+Only comparisons, reductions, matmuls and the values of one top-k, with M static: exporters need no scatter and no loop over data.
+Ties go to the earlier token in every runtime alike.
+
+Sources, with the deliberate differences:
+
+- `spread_farthest`: DivPrune, arXiv 2503.02175, section 3.2 (max-min cosine distance, greedy), in order of the tokens.
+- `best_scored`: the top M by a score, such as the attention of the class token (FasterViT, EViT and others).
+- `dominant_and_contextual`: VisionZip, arXiv 2412.04467, section 3.2. The contextual tokens are means of what goes into them;
+  the official code adds the mean to the target, which doubles its length.
+- `kept_with_neighbours`: LLaVA-PruMerge, arXiv 2403.15388, section 3.3, with M given instead of counted by outliers. Means weighted
+  by score; the official code adds sums. Its further token for all that is left is one of the M.
+- `clustered`: Token Sequence Compression, arXiv 2504.17892 (k-means of normalised tokens, means of the tokens as they are), begun
+  from `spread_farthest` instead of at random, so that it is the same every time.
+- `halved`: ToMe's bipartite matching (`matching`) again and again until M are left.
+
+Shapes: B batch, N tokens, M kept, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmcompress.errors import UsageError
+from mmcompress.ops.matching import bipartite_soft_matching
+from mmcompress.ops.merging import merge
+
+TINY = 1e-6
+FAR = 4.0
+"""Beyond any cosine distance."""
+LLOYD = 5
+"""Iterations of k-means; centres that begin far apart move little after them."""
+NEIGHBOURS = 32
+"""Tokens that go into a kept one in PruMerge."""
+DOMINANT = 54 / 64
+"""Share of the tokens that VisionZip keeps as they are (54 of 64, 108 of 128, 162 of 192)."""
+
+
+def evenly(tokens: int, kept: int) -> Tensor:
+    """Return (M, N): tokens at equal distances, the middle of each stretch."""
+    _require(tokens, kept)
+    places = ((torch.arange(kept) + 0.5) * tokens / kept).long()
+    return _one_hot(places, tokens)
+
+
+def at_random(tokens: int, kept: int, generator: torch.Generator) -> Tensor:
+    """Return (M, N): M tokens drawn without return, in order; the control."""
+    _require(tokens, kept)
+    return _one_hot(torch.randperm(tokens, generator=generator)[:kept].sort().values, tokens)
+
+
+def pooled(grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
+    """Return (M, N): the means of a grid's cells, row by row. `grid` (rows, columns), N = rows * columns; `small` likewise, M.
+
+    Cells are those of adaptive average pooling: they cover the grid, and overlap where sizes do not divide.
+    """
+    for large, few in zip(grid, small, strict=True):
+        _require(large, few)
+    rows, columns = (_cells(large, few) for large, few in zip(grid, small, strict=True))
+    return torch.kron(rows, columns)
+
+
+def _cells(large: int, few: int) -> Tensor:
+    place, cell = torch.arange(large), torch.arange(few)[:, None]
+    inside = (place >= cell * large // few) & (place < -((-(cell + 1) * large) // few))
+    return inside / inside.sum(dim=1, keepdim=True)
+
+
+def best_scored(scores: Tensor, kept: int) -> Tensor:
+    """Return (B, M, N): the M tokens with the best `scores` (B, N)."""
+    _require(scores.shape[1], kept)
+    return _rows_of(_rank(scores) < kept, kept)
+
+
+def spread_farthest(tokens: Tensor, kept: int) -> Tensor:
+    """Return (B, M, N): M tokens, each as far as can be from the nearest chosen before it, by the cosine. `tokens`: (B, N, C)."""
+    return _rows_of(_farthest(tokens, kept), kept)
+
+
+def _farthest(tokens: Tensor, kept: int) -> Tensor:
+    """Return whether each token is chosen, (B, N)."""
+    count = tokens.shape[1]
+    _require(count, kept)
+    unit = _unit(tokens)
+    distance = 1 - unit @ unit.mT  # (B, N, N)
+    own = torch.eye(count, dtype=torch.bool, device=tokens.device)
+    nearest = distance.masked_fill(own, FAR).amin(dim=-1)  # the first is farthest from all
+    chosen = torch.zeros_like(nearest, dtype=torch.bool)
+    number = torch.arange(count, device=tokens.device)
+    for step in range(kept):
+        newest = number == nearest.masked_fill(chosen, -FAR).argmax(dim=-1, keepdim=True)
+        chosen = chosen | newest
+        reach = (newest.to(distance.dtype)[:, None, :] @ distance)[:, 0]  # (B, N)
+        nearest = reach if step == 0 else torch.minimum(nearest, reach)
+    return chosen
+
+
+def clustered(tokens: Tensor, kept: int) -> Tensor:
+    """Return (B, M, N): means of M clusters of `tokens` (B, N, C)."""
+    unit = _unit(tokens)
+    centres = spread_farthest(tokens, kept).to(unit.dtype) @ unit
+    for _ in range(LLOYD):
+        shares = _shares(_nearest(unit, centres))
+        # A centre that lost all its members stays where it was.
+        centres = torch.where(shares.sum(dim=-1, keepdim=True) > 0, _unit(shares @ unit), centres)
+    shares = _shares(_nearest(unit, centres))
+    alone = _nearest(centres, unit).mT  # (B, M, N): what an empty cluster gives out, its nearest token
+    return _in_order(torch.where(shares.sum(dim=-1, keepdim=True) > 0, shares, alone))
+
+
+def dominant_and_contextual(scores: Tensor, features: Tensor, kept: int) -> Tensor:
+    """Return (B, M, N): most tokens are the best by `scores` (B, N), the rest means of what is left, alike by `features` (B, N, C).
+
+    Dominant tokens stand first, as in VisionZip; then the contextual ones, whose middles lie at equal distances among the others.
+    """
+    count = features.shape[1]
+    _require(count, kept)
+    dominant = max(1, min(kept, round(kept * DOMINANT))) if kept < count else kept
+    contextual = kept - dominant
+    best = _rank(scores) < dominant
+    first = _rows_of(best, dominant)
+    if not contextual:
+        return first
+    rest = _rows_of(~best, count - dominant)  # (B, N - dominant, N)
+    unit = _unit(rest @ _unit(features))
+    middle = evenly(count - dominant, contextual).to(unit)  # (contextual, N - dominant)
+    nearest = _nearest(unit, middle @ unit)
+    # A middle goes into its own cluster, however alike another is.
+    nearest = torch.where(middle.any(dim=0)[None, None, :], middle, nearest)
+    return torch.cat([first, _shares(nearest) @ rest], dim=1)
+
+
+def kept_with_neighbours(scores: Tensor, features: Tensor, kept: int) -> Tensor:
+    """Return (B, M, N): M - 1 tokens, best by `scores` (B, N), with neighbours by `features` (B, N, C), and the rest as one.
+
+    Members weigh by score, the kept one by as much as its best neighbour at least. Scores must not be negative.
+    """
+    count = features.shape[1]
+    _require(count, kept)
+    if kept == count:
+        return _rows_of(torch.ones_like(scores, dtype=torch.bool), kept)
+    best = _rank(scores) < kept - 1
+    weight = scores.to(torch.float32)[:, None, :] + TINY
+    everything = weight.expand(-1, kept, -1)
+    rest = _shares((~best).to(weight.dtype)[:, None, :] * weight)
+    if kept == 1:
+        return rest
+    own = _rows_of(best, kept - 1)  # (B, M - 1, N)
+    unit = _unit(features)
+    alike = (own @ unit) @ unit.mT
+    limit = alike.masked_fill(own > 0, FAR).topk(min(NEIGHBOURS + 1, count), dim=-1).values[..., -1:]
+    members = (alike >= limit) & ~best[:, None, :] | (own > 0)
+    shares = torch.where(members, everything[:, :-1], 0.0)
+    shares = torch.where(own > 0, shares.amax(dim=-1, keepdim=True), shares)
+    return torch.cat([_in_order(_shares(shares)), rest], dim=1)
+
+
+def halved(tokens: Tensor, kept: int) -> Tensor:
+    """Return (B, M, N): similar pairs of `tokens` (B, N, C) become one, at most half of all at a time, until M are left."""
+    _require(tokens.shape[1], kept)
+    sizes: Tensor | None = None
+    members: Tensor | None = None
+    while (count := tokens.shape[1]) > kept:
+        assignment = bipartite_soft_matching(tokens, min(count - kept, count // 2))
+        tokens, sizes = merge(tokens, assignment, sizes)
+        members = assignment if members is None else assignment @ members
+    if members is None:
+        return _rows_of(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), kept)
+    return _in_order(_shares(members))
+
+
+def places(assignment: Tensor, tokens: Tensor) -> Tensor:
+    """Return (B, N, M) whose rows sum to 1 and that puts rows of an `assignment` (B, M, N) back in the places of their members.
+
+    A place that went into none gets the row most alike to what stood there. `tokens`: (B, N, C), what was there before.
+    """
+    assignment = assignment.expand(tokens.shape[0], -1, -1)
+    unit = _unit(tokens)
+    members = (assignment > 0).to(unit.dtype).mT  # (B, N, M)
+    alike = _nearest(unit, _unit(assignment.to(unit.dtype) @ unit)).mT
+    members = torch.where(members.any(dim=-1, keepdim=True), members, alike)
+    return members / members.sum(dim=-1, keepdim=True)
+
+
+def _require(tokens: int, kept: int) -> None:
+    if not 1 <= kept <= tokens:
+        raise UsageError(f"cannot keep {kept} of {tokens} tokens", hint=f"keep 1 to {tokens}")
+
+
+def _unit(tokens: Tensor) -> Tensor:
+    """Return tokens of length 1, at least in float32."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    return tokens / tokens.norm(dim=-1, keepdim=True).clamp(min=TINY)
+
+
+def _one_hot(places: Tensor, tokens: int) -> Tensor:
+    return (places[:, None] == torch.arange(tokens)).float()
+
+
+def _earlier(count: int, device: torch.device) -> Tensor:
+    """Return (N, N) bool: [i, j] says that j comes before i."""
+    order = torch.arange(count, device=device)
+    return order[None, :] < order[:, None]
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """Return each score's place (…, N) among the others, the best 0; of equal ones the earlier is better."""
+    mine, other = scores[..., :, None], scores[..., None, :]
+    better = (other > mine) | ((other == mine) & _earlier(scores.shape[-1], scores.device))
+    return better.sum(dim=-1)
+
+
+def _rows_of(chosen: Tensor, kept: int) -> Tensor:
+    """Return (B, M, N) of 0s and 1s: the M tokens where `chosen` (B, N) is true, in order."""
+    place = (chosen[:, None, :] & _earlier(chosen.shape[1], chosen.device)).sum(dim=-1)  # (B, N)
+    rows = torch.arange(kept, device=chosen.device)[:, None]
+    return ((place[:, None, :] == rows) & chosen[:, None, :]).float()
+
+
+def _nearest(tokens: Tensor, centres: Tensor) -> Tensor:
+    """Return (B, M, N) of 0s and 1s: the centre (B, M, C) each of the unit `tokens` (B, N, C) is most alike."""
+    closest = (tokens @ centres.mT).argmax(dim=-1)  # (B, N)
+    rows = torch.arange(centres.shape[1], device=tokens.device)[:, None]
+    return (closest[:, None, :] == rows).to(tokens.dtype)
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Return rows (B, M, N) that sum to 1, or are 0 throughout."""
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=TINY)
+
+
+def _in_order(rows: Tensor) -> Tensor:
+    """Return the rows (B, M, N) ordered by the mean place of their members."""
+    places = torch.arange(rows.shape[-1], device=rows.device).to(rows.dtype)
+    rank = _rank(-(rows * places).sum(dim=-1))  # (B, M); as a matmul OpenVINO (2026.4) fuses it wrongly
+    order = rank[:, None, :] == torch.arange(rows.shape[1], device=rows.device)[:, None]
+    return order.to(rows.dtype) @ rows

@@ -1,0 +1,148 @@
+"""The pass `reduce-visual-tokens`: a language model is given fewer tokens of each picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.surgery.reducing import SCORED, Choice, bind_connector, bind_scorer, is_bound
+from mmcompress.views import Connector
+
+
+@dataclass(frozen=True)
+class ReduceVisualTokens:
+    """Hand fewer tokens of each picture to the language model, with no training.
+
+    They become fewer behind the connector: the prompt, the time to the first token and the cache of keys and values shrink with
+    them, the vision encoder stays as it is. Nothing is added to the weights; the choice is stored in the checkpoint and is part of
+    its exported graph. Method "random" is the control that the others have to beat.
+    """
+
+    name: ClassVar[str] = "reduce-visual-tokens"
+
+    keep: float | None = None
+    """Share of a picture's tokens that is kept. Default 0.25 when `keep_tokens` is not given."""
+    keep_tokens: int | None = None
+    """How many tokens of a picture, or of each of its tiles, are kept, instead of `keep`."""
+    method: Literal["divprune", "clusters", "visionzip", "prumerge", "attention", "tome", "pool", "grid", "random"] = (
+        "clusters"
+    )
+    """Which tokens are kept: the most different ones (divprune), means of clusters, those the encoder looks at and means of the
+    rest (visionzip, prumerge), those alone (attention), means of similar pairs (tome), means of neighbours (pool), every n-th
+    (grid), or random ones (the control)."""
+    tower: str = ""
+    """The tower whose tokens they are; by default the one that looks at pictures for a language model."""
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UsageError(
+                f"reduce-visual-tokens.keep is {self.keep:g}; expected 0 < keep <= 1", hint="0.25 keeps a quarter"
+            )
+        if self.keep_tokens is not None and self.keep_tokens < 1:
+            raise UsageError(
+                f"reduce-visual-tokens.keep_tokens is {self.keep_tokens}; expected a number >= 1",
+                hint="64 keeps 64 tokens of each picture",
+            )
+        if self.keep is not None and self.keep_tokens is not None:
+            raise UsageError("reduce-visual-tokens has both keep and keep_tokens", hint="give one of them")
+
+    def control(self) -> ReduceVisualTokens | None:
+        """Return the pass that keeps as many tokens at random."""
+        return None if self.method == "random" else dataclasses.replace(self, method="random")
+
+    def streams(self) -> bool:
+        """Whether no weight is looked at: never one is."""
+        return True
+
+    def seconds(self, bundle: Bundle, work: Work) -> float:
+        """No sample is looked at."""
+        return 0.0
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuse models whose image tokens cannot become fewer, more tokens than there are, and a second reduction."""
+        connector = self._connector(bundle)
+        if is_bound(bundle.module(connector.path)):
+            raise UsageError(
+                "the language model is given fewer tokens of each picture already",
+                hint="start from the checkpoint before that, with the smaller keep",
+            )
+        if self.keep_tokens is not None and self.keep_tokens > connector.tokens:
+            raise UsageError(
+                f"reduce-visual-tokens.keep_tokens is {self.keep_tokens}, but a picture has {connector.tokens} tokens",
+                hint=f"keep fewer than {connector.tokens}",
+            )
+        if self.method in SCORED and not connector.scorer:
+            raise UsageError(
+                f"method {self.method} asks what the encoder looked at, and {bundle.family.name} cannot tell for its image tokens",
+                hint="use clusters or divprune, which look at the tokens themselves",
+            )
+
+    def plan(self, bundle: Bundle, context: Context) -> Plan:
+        """Settle how many tokens are kept and, for "random", draw them (from the run's seed)."""
+        connector = self._connector(bundle)
+        kept, small = self._kept(connector)
+        decisions: dict[str, Any] = {"kept": kept}
+        if self.method == "pool":
+            decisions["small"] = list(small)
+        if self.method == "random" and kept < connector.tokens:
+            generator = torch.Generator().manual_seed(context.seed)
+            drawn = torch.randperm(connector.tokens, generator=generator)[:kept]
+            decisions["drawn"] = drawn.sort().values.tolist()
+        return Plan(decisions)
+
+    def apply(self, bundle: Bundle, plan: Plan) -> None:
+        """Bind the connector's forward, and that of the attention it asks; with nothing to leave out, leave the model alone."""
+        connector = self._connector(bundle)
+        kept = int(plan.decisions["kept"])
+        if kept == connector.tokens:
+            return
+        rows, columns = plan.decisions.get("small", (0, 0))
+        choice = Choice(
+            method=self.method,
+            tokens=connector.tokens,
+            kept=kept,
+            grid=connector.grid,
+            small=(rows, columns),
+            drawn=tuple(plan.decisions.get("drawn", ())),
+            leading=connector.leading,
+        )
+        bind_connector(bundle.module(connector.path), choice)
+        if self.method in SCORED:
+            bind_scorer(bundle.module(connector.scorer), choice)
+
+    def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
+        """Change nothing; report the tokens of a picture before and after."""
+        connector = self._connector(bundle)
+        kept, _ = self._kept(connector)
+        return {"tokens": connector.tokens, "tokens_kept": kept, "keep": round(kept / connector.tokens, 4)}
+
+    def _connector(self, bundle: Bundle) -> Connector:
+        """Return the connector of the tower meant. Raises UsageError where it may not hand on fewer tokens, or there is none."""
+        towers = [bundle.tower(self.tower)] if self.tower else bundle.towers()
+        for tower in towers:
+            if tower.connector is not None:
+                return tower.connector
+        reasons = {tower.why_no_connector for tower in towers if tower.why_no_connector}
+        raise UsageError(
+            f"{bundle.family.name} models cannot be given fewer image tokens: "
+            f"{'; '.join(reasons) or 'nothing is handed from here to a language model'}",
+            hint="mmc inspect shows what can be done",
+        )
+
+    def _kept(self, connector: Connector) -> tuple[int, tuple[int, int]]:
+        """Return M and, for "pool", its rows and columns: as near as can be to the tokens asked for, in the picture's shape."""
+        wanted = self.keep_tokens
+        if wanted is None:
+            wanted = max(1, round((0.25 if self.keep is None else self.keep) * connector.tokens))
+        if self.method != "pool":
+            return wanted, (0, 0)
+        share = math.sqrt(wanted / connector.tokens)
+        rows, columns = (max(1, min(side, round(side * share))) for side in connector.grid)
+        return rows * columns, (rows, columns)

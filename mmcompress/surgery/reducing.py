@@ -1,0 +1,148 @@
+"""A connector that hands a language model fewer image tokens.
+
+`bind_connector` gives the connector instance a `forward` of its own: what its class computes, then an assignment (see
+`ops.token_choice`) and its means. `bind_scorer` does the same to one attention of the encoder, which leaves scores of its tokens
+for the connector in a `Seen` that both share. Classes stay as they were, no module is added, and no name in the state dict changes.
+
+Shapes: R pictures or tiles, N tokens before, M after, C channels, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.errors import UsageError
+from mmcompress.ops import token_choice
+from mmcompress.surgery.attention import give_scores
+
+Method = Literal["divprune", "clusters", "visionzip", "prumerge", "attention", "tome", "pool", "grid", "random"]
+SCORED: tuple[Method, ...] = ("visionzip", "prumerge", "attention")
+"""Methods that ask what the encoder looked at."""
+ATTRIBUTE = "choice"
+
+
+class Seen(threading.local):
+    """Where the encoder leaves scores (R, N) for the connector. Threads have their own; copies start empty."""
+
+    scores: Tensor | None = None
+    put_back = False
+    """Whether the connector gives a row for every place; see `putting_back`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
+        return Seen()
+
+    def __reduce__(self) -> tuple[type[Seen], tuple[()]]:
+        return Seen, ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tokens a connector hands on."""
+
+    method: Method
+    tokens: int
+    """N."""
+    kept: int
+    """M."""
+    grid: tuple[int, int]
+    small: tuple[int, int] = (0, 0)
+    """Rows and columns that "pool" leaves."""
+    drawn: tuple[int, ...] = ()
+    """The tokens "random" keeps."""
+    leading: int = 0
+    seen: Seen = field(default_factory=Seen)
+
+
+def bind_connector(connector: nn.Module, choice: Choice) -> None:
+    """Make `connector` hand on `choice.kept` tokens of each picture."""
+    setattr(connector, ATTRIBUTE, choice)
+    connector.forward = MethodType(_forward, connector)
+
+
+def bind_scorer(attention: nn.Module, choice: Choice) -> None:
+    """Make an attention of the encoder leave its scores for the connector bound with the same `choice`."""
+    give_scores(attention, class_token=choice.leading > 0)
+    setattr(attention, ATTRIBUTE, choice)
+    attention.forward = MethodType(_attend, attention)
+
+
+@contextlib.contextmanager
+def putting_back(connector: nn.Module) -> Iterator[None]:
+    """While it is open, a bound connector gives a row for every original token, to be compared with other models."""
+    choice: Choice | None = getattr(connector, ATTRIBUTE, None)
+    if choice is None:
+        yield
+        return
+    before, choice.seen.put_back = choice.seen.put_back, True
+    try:
+        yield
+    finally:
+        choice.seen.put_back = before
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether a connector was bound by `bind_connector`."""
+    return hasattr(module, ATTRIBUTE)
+
+
+def handed_on(connector: nn.Module, otherwise: int) -> int:
+    """Return how many tokens a picture a connector hands on, `otherwise` where it is not bound."""
+    choice: Choice | None = getattr(connector, ATTRIBUTE, None)
+    return otherwise if choice is None else choice.kept
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    tokens: Tensor = type(self).forward(self, *args, **kwargs)
+    choice: Choice = getattr(self, ATTRIBUTE)
+    if tokens.shape[1] != choice.tokens:
+        raise UsageError(
+            f"the image tokens were chosen of {choice.tokens} a picture, but here are {tokens.shape[1]}",
+            hint="give pictures of the model's own size",
+        )
+    scores, choice.seen.scores = choice.seen.scores, None
+    rows = assignment(choice, tokens, None if scores is None else scores[:, choice.leading :])
+    made = rows.to(tokens.dtype) @ tokens
+    if choice.seen.put_back:
+        return token_choice.places(rows, tokens.detach()).to(tokens.dtype) @ made
+    return made
+
+
+def assignment(choice: Choice, tokens: Tensor, scores: Tensor | None = None) -> Tensor:
+    """Return what goes into each token handed on, (R, M, N) or (M, N). `tokens`: (R, N, C); `scores`: (R, N)."""
+    features = tokens.detach()
+    match choice.method:
+        case "divprune":
+            return token_choice.spread_farthest(features, choice.kept)
+        case "clusters":
+            return token_choice.clustered(features, choice.kept)
+        case "tome":
+            return token_choice.halved(features, choice.kept)
+        case "pool":
+            return token_choice.pooled(choice.grid, choice.small).to(tokens.device)
+        case "grid":
+            return token_choice.evenly(choice.tokens, choice.kept).to(tokens.device)
+        case "random":
+            kept = torch.tensor(choice.drawn, device=tokens.device)
+            return (kept[:, None] == torch.arange(choice.tokens, device=tokens.device)).to(tokens.dtype)
+    assert scores is not None, "the scorer runs before the connector"
+    scores = scores.detach()
+    if choice.method == "attention":
+        return token_choice.best_scored(scores, choice.kept)
+    if choice.method == "visionzip":
+        return token_choice.dominant_and_contextual(scores, features, choice.kept)
+    return token_choice.kept_with_neighbours(scores, features, choice.kept)
+
+
+def _attend(self: Any, *args: Any, **kwargs: Any) -> Any:
+    made = type(self).forward(self, *args, **kwargs)
+    choice: Choice = getattr(self, ATTRIBUTE)
+    choice.seen.scores = made[1]
+    return made
