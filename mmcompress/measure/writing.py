@@ -64,6 +64,7 @@ class Writer:
         self.decoding = decoding
         self._embed = next((stage for stage in self.earlier if "input_ids" in stage.names), None)
         self._presents = tuple(name for name in self.last.outputs if name.startswith("present_"))
+        self._ends = np.array(decoding.end, dtype=np.int64)
         self._suppressed = np.array(decoding.suppressed, dtype=np.int64)
         self._suppressed_first = np.array(decoding.suppressed_first, dtype=np.int64)
 
@@ -83,7 +84,7 @@ class Writer:
             self._suppress(logits, first=not written)
             chosen = np.where(running, logits.argmax(axis=-1), self.decoding.padding)
             written.append(chosen)
-            running &= ~np.isin(chosen, self.decoding.end)
+            running &= ~(chosen[:, None] == self._ends).any(axis=1)
             if len(written) == limit or not (running.any() or to_the_end):
                 break
             logits = state.step(chosen[:, None])
