@@ -73,8 +73,10 @@ def _answering(file: str, title: str, task: str, metric: str, called: str) -> st
         cells += [_fastest(found, side, stage) for stage in stages]
         lines.append(f"| {' | '.join(cells)} |")
     sliced = [name for name, judged in found["accuracy"].items() if judged["slices"]]
-    if sliced:
-        names = [row["slice"] for row in found["accuracy"][sliced[0]]["slices"] if row["metric"] == metric]
+    names = (
+        [row["slice"] for row in found["accuracy"][sliced[0]]["slices"] if row["metric"] == metric] if sliced else []
+    )
+    if names:
         lines += ["", f"| {called} by slice | n | {' | '.join(sliced)} |", "|---" * (2 + len(sliced)) + "|"]
         for name in names:
             rows = [
