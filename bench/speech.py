@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 GROUPS = {3, 4, 5, 6, 7}  # animals and plants, food, travel and places, activities, objects
@@ -116,6 +117,34 @@ def _article(noun: str) -> str:
     if noun.endswith("s") and not noun.endswith("ss"):
         return f"the {noun}"
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def joined(sentences: Path, folder: Path, longest: float = 29.0) -> Path:
+    """Writes the recordings of a spoken split one after the other into `folder`, up to `longest` seconds each, and their texts.
+
+    Sentences last three seconds; these recordings fill what Whisper hears at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: list[tuple[list[bytes], list[str]]] = []
+    seconds = longest
+    for row in map(json.loads, (sentences / "metadata.jsonl").read_text(encoding="utf-8").splitlines()):
+        with wave.open(str(sentences / row["file_name"])) as file:
+            form, frames = file.getparams(), file.readframes(file.getnframes())
+        more = form.nframes / form.framerate
+        if seconds + more > longest:
+            groups.append(([], []))
+            seconds = 0.0
+        seconds += more
+        groups[-1][0].append(frames)
+        groups[-1][1].append(row["text"])
+    rows = []
+    for number, (pieces, texts) in enumerate(groups):
+        rows.append(json.dumps({"file_name": f"{number:03d}.wav", "text": " ".join(texts)}, ensure_ascii=False))
+        with wave.open(str(folder / f"{number:03d}.wav"), "wb") as file:
+            file.setparams(form)
+            file.writeframes(b"".join(pieces))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
 
 
 def speak(texts: list[str], voice: Path, piper: Path, folder: Path) -> None:
