@@ -47,21 +47,6 @@ class Side:
     exported: Path
 
 
-def report(
-    name: str,
-    options: argparse.Namespace,
-    model: Path,
-    recipes: dict[str, Recipe],
-    data: Dataset,
-    task: str,
-    stages: tuple[str, ...],
-) -> None:
-    """Build the sides, measure, write bench/results/NAME.json."""
-    with workplace(options) as work:
-        result = measured(work, options, model, recipes, data, task, stages)
-    write(name, options, recipes, result)
-
-
 def measured(
     work: Path,
     options: argparse.Namespace,

@@ -43,17 +43,25 @@ def whisper_edge() -> str:
     steps = read("whisper_edge").get("pruning", [])
     if not steps:
         return table
-    full = read("whisper_edge").get("full recordings", {})
-    scores = {side: judged["results"]["transcription"]["word_accuracy"] for side, judged in full.items()}
+    table += _full("full recordings", "Recordings full of speech, up to 29 seconds")
+    table += _full("full recordings in torch", "The same in torch, by the share of states that is kept")
+    said = "; ".join(f"{row['step']} {interval(row)}" for row in steps)
+    return f"{table}\n\nThe recipe does not prune: word accuracy of the checkpoint after each step, n = {steps[0]['n']}: {said}."
+
+
+def _full(key: str, title: str) -> str:
+    """What is heard in recordings full of speech."""
+    scores = {
+        side: judged["results"]["transcription"]["word_accuracy"]
+        for side, judged in read("whisper_edge").get(key, {}).items()
+    }
+    if not scores:
+        return ""
     heard = [
         f"{side} {interval(score)}" + (f", {points(score['difference'])} points" if "difference" in score else "")
         for side, score in scores.items()
     ]
-    if heard:
-        n = next(iter(scores.values()))["n"]
-        table += f"\n\nRecordings full of speech, up to 29 seconds (n = {n}): {'; '.join(heard)}."
-    said = "; ".join(f"{row['step']} {interval(row)}" for row in steps)
-    return f"{table}\n\nThe recipe does not prune: word accuracy of the checkpoint after each step, n = {steps[0]['n']}: {said}."
+    return f"\n\n{title} (n = {next(iter(scores.values()))['n']}): {'; '.join(heard)}."
 
 
 def _answering(file: str, title: str, task: str, metric: str, called: str) -> str:

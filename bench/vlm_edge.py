@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench import assets
-from bench.answer_sides import parser, report
+from bench.answer_sides import measured, parser, workplace, write
 from bench.edge import RECIPES
 from mmcompress import recipe
 from mmcompress.data import open_data
@@ -27,7 +27,10 @@ def main() -> None:
     whole = recipe.read(RECIPES / "vlm-cpu.yaml", data)
     recipes = {"int8": replace(whole, steps=whole.steps[-1:]), "pruned and int8": whole}
     asked = open_data(heldout).subset(chosen.questions, 0)
-    report("vlm_edge", chosen, assets.mini_vlm(), recipes, asked, "vqa", ("vision", "prompt", "token", "answer"))
+    stages = ("vision", "prompt", "token", "answer")
+    with workplace(chosen) as work:
+        result = measured(work, chosen, assets.mini_vlm(), recipes, asked, "vqa", stages)
+    write("vlm_edge", chosen, recipes, result)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ class Part:
     """The most tokens a row may have, 0 where nothing says."""
     tables: int = 0
     """Bytes of what the graph holds beside the model's own tensors: masks and positions that are known beforehand."""
+    choosing: bool = False
+    """Whether it picks rows of its output by comparing numbers: engines whose last digits differ pick another now and then."""
     tower: str = ""
     """The tower whose blocks it runs, for finding where a graph differs."""
 

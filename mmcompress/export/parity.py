@@ -1,10 +1,11 @@
 """Does the exported graph compute what the torch model computes, at every corner of its shapes?
 
 The reference is the torch module that was exported, in the same precision. Float graphs must agree to a small error
-relative to the largest output; half precision rounds at other places than torch, so its limit is wider. A model that float32
-itself computes less exactly than that (Whisper's encoder with smoothed weights, 1e-4) may differ by `OWN_ERRORS` times as much as
-torch's float32 differs from its float64. How quantized graphs are held to account is told in `rounding`. A graph that fails is an
-error that names the shape and the first block whose output differs.
+relative to the largest output; where a part chooses the rows it gives out (B, rows, C), in all but a few of them. Half precision
+rounds at other places than torch, so its limit is wider. A model that float32 itself computes less exactly than that (Whisper's
+encoder with smoothed weights, 1e-4) may differ by `OWN_ERRORS` times as much as torch's float32 differs from its float64. How
+quantized graphs are held to account is told in `rounding`. A graph that fails is an error that names the shape and the first block
+whose output differs.
 
 Shape alphabet: B batch, N tokens, C channels.
 """
@@ -49,6 +50,9 @@ TOLERANCES = {
 }
 
 
+CHOSEN_ROWS = 0.75
+"""The least share of every item's rows that is equal where rows are chosen: a token that is as near to two clusters as float32 can
+tell changes the means of both, and with them where further ones go."""
 OWN_ERRORS = 4
 """Two float32 computations of one thing are each off by their own error, and sums in another order now and then by twice that."""
 
@@ -110,8 +114,13 @@ def _compare_all(
     rows = []
     for inputs in corner_inputs:
         want = run_torch(module, inputs)
-        row = _worst(module, want, run(inputs), inputs, runner)
-        if not limit.holds(row) and not _as_exact_as_torch(module, inputs, want, row, limit):
+        got = run(inputs)
+        row = _worst(module, want, got, inputs, runner)
+        if not (
+            limit.holds(row)
+            or (module.part.choosing and _chosen_alike(want, got, limit))
+            or _as_exact_as_torch(module, inputs, want, row, limit)
+        ):
             where = first_divergence(module, onnx.load(graph) if isinstance(graph, Path) else graph, inputs, limit)
             sizes = (f", {row.tokens} tokens" if row.tokens else "") + (f", {row.past} past" if row.past else "")
             raise GateFailed(
@@ -134,6 +143,16 @@ def _as_exact_as_torch(
     wide.dtype = torch.float64
     own = _worst(module, run_torch(wide, inputs), want, inputs, "torch")
     return row.relative <= OWN_ERRORS * own.relative
+
+
+def _chosen_alike(want: list[np.ndarray], got: list[np.ndarray], limit: Tolerance) -> bool:
+    """Whether outputs (B, rows, C) are equal but for rows that were chosen otherwise."""
+    loose = TOLERANCES["quantized"]
+    for one, other in zip(want, got, strict=True):
+        equal = np.abs(one - other).max(axis=-1) <= limit.relative * np.abs(one).max()  # (B, rows)
+        if not loose.holds(compare(one, other, "")) or equal.mean(axis=-1).min() < CHOSEN_ROWS:
+            return False
+    return True
 
 
 def _worst(

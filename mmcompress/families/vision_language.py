@@ -15,6 +15,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,8 @@ from mmcompress.families.picture_questions import PictureQuestions
 from mmcompress.families.picture_rows import gathered, padded
 from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part
 from mmcompress.parts import Decoding, Part
-from mmcompress.surgery.reducing import putting_back
+from mmcompress.surgery.ledger import putting_back
+from mmcompress.surgery.reducing import Choice, choice_of
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -72,7 +74,10 @@ class VisionLanguage(PictureQuestions):
         return {}
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
-        return self.vision_tower(model), language_tower(model, self.language)
+        vision = self.vision_tower(model)
+        asked = {block.index for block in vision.blocks if choice_of(model.get_submodule(block.attention.path))}
+        # The connector chooses tokens by what these blocks look at.
+        return replace(vision, needed=tuple(sorted(asked.union(vision.needed)))), language_tower(model, self.language)
 
     def check_config(self, config: Any) -> None:
         """Raise UsageError where the language model is none of those known."""
@@ -86,8 +91,8 @@ class VisionLanguage(PictureQuestions):
         - "language", led through the reference answer: its next-token distributions, see `next_token_roots`.
         """
         if tower == "vision":
-            connector = self.vision_tower(model).connector
-            with putting_back(model.get_submodule(connector.path)) if connector else contextlib.nullcontext():
+            choice = self._choice(model)
+            with putting_back(choice.seen if choice else None):
                 return padded([tokens.flatten() for tokens in self.image_tokens(model, inputs)])
         hidden = model.model(
             input_ids=inputs["input_ids"],
@@ -153,11 +158,17 @@ class VisionLanguage(PictureQuestions):
 
     def parts(self, model: Any) -> tuple[Part, ...]:
         """Return the graphs that look, look words up, and write. Raises what `vision_graph` raises."""
+        choice = self._choice(model)
         return (
-            self.vision_graph(model),
+            replace(self.vision_graph(model), choosing=bool(choice and choice.compares)),
             embed_part(model, self.deep(model)),
             language_part(model, self.language, self.both_ways, self.position_axes, self.deep(model)),
         )
+
+    def _choice(self, model: Any) -> Choice | None:
+        """Return which image tokens the language model is given, None where it is given all."""
+        connector = self.vision_tower(model).connector
+        return choice_of(model.get_submodule(connector.path)) if connector else None
 
     def decoding(self, model: Any) -> Decoding:
         return language_decoding(model, ANSWER_TOKENS)

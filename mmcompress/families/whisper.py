@@ -25,7 +25,8 @@ from mmcompress.families.anatomy import (
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.whisper_parts import whisper_decoding, whisper_parts
 from mmcompress.parts import Decoding, Part
-from mmcompress.surgery.merging import putting_back, tokens_left
+from mmcompress.surgery.ledger import putting_back
+from mmcompress.surgery.merging import ledger_of, tokens_left
 from mmcompress.views import TokenStream, Tower
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Whisper:
         - "decoder", led through the reference transcript: its next-token distributions, see `next_token_roots`.
         """
         if tower == "audio":
-            with putting_back(model.model.encoder.layers[-1]):
+            with putting_back(ledger_of(model.model.encoder.layers[-1])):
                 states: Tensor = model.model.encoder(inputs["input_features"]).last_hidden_state
             return states.flatten(1)
         if "encoder_hidden_states" in inputs:

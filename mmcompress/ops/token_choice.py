@@ -9,11 +9,11 @@ Ties go to the earlier token in every runtime alike.
 
 Sources, with the deliberate differences:
 
-- `spread_farthest`: DivPrune, arXiv 2503.02175, section 3.2 (max-min cosine distance, greedy), in order of the tokens.
-- `best_scored`: the top M by a score, such as the attention of the class token (FasterViT, EViT and others).
-- `dominant_and_contextual`: VisionZip, arXiv 2412.04467, section 3.2. The contextual tokens are means of what goes into them;
+- `spread_farthest`: DivPrune, arXiv 2503.02175 (max-min cosine distance, greedy), in order of the tokens.
+- `best_scored`: the top M by a score, such as the attention of the class token in EViT, arXiv 2202.07800.
+- `dominant_and_contextual`: VisionZip, arXiv 2412.04467. The contextual tokens are means of what goes into them;
   the official code adds the mean to the target, which doubles its length.
-- `kept_with_neighbours`: LLaVA-PruMerge, arXiv 2403.15388, section 3.3, with M given instead of counted by outliers. Means weighted
+- `kept_with_neighbours`: LLaVA-PruMerge, arXiv 2403.15388, with M given instead of counted by outliers. Means weighted
   by score; the official code adds sums. Its further token for all that is left is one of the M.
 - `clustered`: Token Sequence Compression, arXiv 2504.17892 (k-means of normalised tokens, means of the tokens as they are), begun
   from `spread_farthest` instead of at random, so that it is the same every time.
@@ -46,13 +46,18 @@ def evenly(tokens: int, kept: int) -> Tensor:
     """Return (M, N): tokens at equal distances, the middle of each stretch."""
     _require(tokens, kept)
     places = ((torch.arange(kept) + 0.5) * tokens / kept).long()
-    return _one_hot(places, tokens)
+    return standing_at(places, tokens)
 
 
-def at_random(tokens: int, kept: int, generator: torch.Generator) -> Tensor:
-    """Return (M, N): M tokens drawn without return, in order; the control."""
+def drawn(tokens: int, kept: int, generator: torch.Generator) -> Tensor:
+    """Return the places (M,) of M tokens drawn without return, in order; the control."""
     _require(tokens, kept)
-    return _one_hot(torch.randperm(tokens, generator=generator)[:kept].sort().values, tokens)
+    return torch.randperm(tokens, generator=generator)[:kept].sort().values
+
+
+def standing_at(places: Tensor, tokens: int) -> Tensor:
+    """Return (M, N): the tokens at `places` (M,)."""
+    return (places[:, None] == torch.arange(tokens, device=places.device)).float()
 
 
 def pooled(grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
@@ -139,7 +144,7 @@ def dominant_and_contextual(scores: Tensor, features: Tensor, kept: int) -> Tens
 def kept_with_neighbours(scores: Tensor, features: Tensor, kept: int) -> Tensor:
     """Return (B, M, N): M - 1 tokens, best by `scores` (B, N), with neighbours by `features` (B, N, C), and the rest as one.
 
-    Members weigh by score, the kept one by as much as its best neighbour at least. Scores must not be negative.
+    Members weigh by score, so the kept one most. Scores must not be negative.
     """
     count = features.shape[1]
     _require(count, kept)
@@ -147,7 +152,6 @@ def kept_with_neighbours(scores: Tensor, features: Tensor, kept: int) -> Tensor:
         return _rows_of(torch.ones_like(scores, dtype=torch.bool), kept)
     best = _rank(scores) < kept - 1
     weight = scores.to(torch.float32)[:, None, :] + TINY
-    everything = weight.expand(-1, kept, -1)
     rest = _shares((~best).to(weight.dtype)[:, None, :] * weight)
     if kept == 1:
         return rest
@@ -156,8 +160,7 @@ def kept_with_neighbours(scores: Tensor, features: Tensor, kept: int) -> Tensor:
     alike = (own @ unit) @ unit.mT
     limit = alike.masked_fill(own > 0, FAR).topk(min(NEIGHBOURS + 1, count), dim=-1).values[..., -1:]
     members = (alike >= limit) & ~best[:, None, :] | (own > 0)
-    shares = torch.where(members, everything[:, :-1], 0.0)
-    shares = torch.where(own > 0, shares.amax(dim=-1, keepdim=True), shares)
+    shares = torch.where(members, weight, 0.0)
     return torch.cat([_in_order(_shares(shares)), rest], dim=1)
 
 
@@ -197,10 +200,6 @@ def _unit(tokens: Tensor) -> Tensor:
     """Return tokens of length 1, at least in float32."""
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     return tokens / tokens.norm(dim=-1, keepdim=True).clamp(min=TINY)
-
-
-def _one_hot(places: Tensor, tokens: int) -> Tensor:
-    return (places[:, None] == torch.arange(tokens)).float()
 
 
 def _earlier(count: int, device: torch.device) -> Tensor:

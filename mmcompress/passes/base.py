@@ -75,6 +75,12 @@ class Context:
         return self.data
 
 
+def require_kept_share(key: str, share: float | None, hint: str) -> None:
+    """Raise UsageError unless `share`, the parameter `key`, is a share above 0 or None."""
+    if share is not None and not 0 < share <= 1:
+        raise UsageError(f"{key} is {share:g}; expected 0 < keep <= 1", hint=hint)
+
+
 class Pass(Protocol):
     """One transformation of a bundle; see the module's docstring for the contract."""
 

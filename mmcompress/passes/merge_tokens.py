@@ -21,9 +21,9 @@ from mmcompress.ops.schedule import (
     tokens_after,
 )
 from mmcompress.ops.selection import random_selection
-from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.base import Context, Plan, Work, require_kept_share
 from mmcompress.surgery.attention import give_keys
-from mmcompress.surgery.merging import Ledger, Reduction, bind_block, bind_pool, is_reduced
+from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced
 from mmcompress.views import Tower
 
 
@@ -56,10 +56,7 @@ class MergeTokens:
     """Let a merged token count as often in attention as it has members. Off for MAE-like pretraining."""
 
     def __post_init__(self) -> None:
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise UsageError(
-                f"merge-tokens.keep is {self.keep:g}; expected 0 < keep <= 1", hint="0.5 halves the token work"
-            )
+        require_kept_share("merge-tokens.keep", self.keep, "0.5 halves the token work")
         if self.every < 1:
             raise UsageError(
                 f"merge-tokens.every is {self.every}; expected a number >= 1", hint="1 merges in every block"
@@ -134,7 +131,7 @@ class MergeTokens:
             return
         kept: list[list[int]] = plan.decisions.get("kept", [])
         restore = stream.readout in ("mean", "all")
-        ledger = Ledger()
+        ledger = TokenLedger()
         before = [stream.tokens, *tokens_after(merged, stream.tokens)]
         for index, (block, removed) in enumerate(zip(tower.blocks, merged, strict=True)):
             dropping = bool(kept) and removed > 0

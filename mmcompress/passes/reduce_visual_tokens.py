@@ -11,8 +11,9 @@ import torch
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.passes.base import Context, Plan, Work
-from mmcompress.surgery.reducing import SCORED, Choice, bind_connector, bind_scorer, is_bound
+from mmcompress.ops.token_choice import drawn
+from mmcompress.passes.base import Context, Plan, Work, require_kept_share
+from mmcompress.surgery.reducing import SCORED, Choice, bind_connector, bind_scorer, choice_of
 from mmcompress.views import Connector
 
 
@@ -35,16 +36,13 @@ class ReduceVisualTokens:
         "clusters"
     )
     """Which tokens are kept: the most different ones (divprune), means of clusters, those the encoder looks at and means of the
-    rest (visionzip, prumerge), those alone (attention), means of similar pairs (tome), means of neighbours (pool), every n-th
-    (grid), or random ones (the control)."""
+    rest (visionzip, prumerge), those alone (attention), means of similar pairs (tome), means of neighbours (pool, the largest
+    grid within what is asked for), every n-th (grid), or random ones (the control)."""
     tower: str = ""
     """The tower whose tokens they are; by default the one that looks at pictures for a language model."""
 
     def __post_init__(self) -> None:
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise UsageError(
-                f"reduce-visual-tokens.keep is {self.keep:g}; expected 0 < keep <= 1", hint="0.25 keeps a quarter"
-            )
+        require_kept_share("reduce-visual-tokens.keep", self.keep, "0.25 keeps a quarter")
         if self.keep_tokens is not None and self.keep_tokens < 1:
             raise UsageError(
                 f"reduce-visual-tokens.keep_tokens is {self.keep_tokens}; expected a number >= 1",
@@ -68,7 +66,7 @@ class ReduceVisualTokens:
     def check(self, bundle: Bundle) -> None:
         """Refuse models whose image tokens cannot become fewer, more tokens than there are, and a second reduction."""
         connector = self._connector(bundle)
-        if is_bound(bundle.module(connector.path)):
+        if choice_of(bundle.module(connector.path)):
             raise UsageError(
                 "the language model is given fewer tokens of each picture already",
                 hint="start from the checkpoint before that, with the smaller keep",
@@ -93,8 +91,7 @@ class ReduceVisualTokens:
             decisions["small"] = list(small)
         if self.method == "random" and kept < connector.tokens:
             generator = torch.Generator().manual_seed(context.seed)
-            drawn = torch.randperm(connector.tokens, generator=generator)[:kept]
-            decisions["drawn"] = drawn.sort().values.tolist()
+            decisions["drawn"] = drawn(connector.tokens, kept, generator).tolist()
         return Plan(decisions)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
@@ -137,12 +134,15 @@ class ReduceVisualTokens:
         )
 
     def _kept(self, connector: Connector) -> tuple[int, tuple[int, int]]:
-        """Return M and, for "pool", its rows and columns: as near as can be to the tokens asked for, in the picture's shape."""
+        """Return M and, for "pool", its rows and columns: the largest grid of the picture's shape within the tokens asked for.
+
+        So the control, which keeps all that was asked for, is never at a disadvantage.
+        """
         wanted = self.keep_tokens
         if wanted is None:
             wanted = max(1, round((0.25 if self.keep is None else self.keep) * connector.tokens))
         if self.method != "pool":
             return wanted, (0, 0)
         share = math.sqrt(wanted / connector.tokens)
-        rows, columns = (max(1, min(side, round(side * share))) for side in connector.grid)
+        rows, columns = (max(1, int(round(side * share, 9))) for side in connector.grid)
         return rows * columns, (rows, columns)

@@ -3,9 +3,9 @@
 `bind_block` gives one block instance a `forward` of its own: attention, then fewer tokens, then the MLP. The class stays what it
 was, no module is added, and no name in the state dict changes; what the block has to know lies in its attribute `reduction`.
 
-Token sizes go from block to block in a `Ledger` that the tower's blocks share. The first block of a forward opens it and the last
-one, or the pooling attention behind it, closes it. Each block's arithmetic is a function of tensors alone (`_reduce`), so gradient
-checkpointing can run it again without the ledger.
+Token sizes go from block to block in a `TokenLedger` that the tower's blocks share. The first block of a forward opens it and the
+last one, or the pooling attention behind it, closes it. Each block's arithmetic is a function of tensors alone (`_reduce`), so
+gradient checkpointing can run it again without the ledger.
 
 Incoming padding masks become sizes of 0; from then on the sizes make every mask. Masks must be the same for all queries
 (bidirectional attention), and attention must be additive in logits (scaled dot product or eager).
@@ -15,9 +15,6 @@ Shapes: B batch, N tokens before, M tokens after, C channels, D key width, H hea
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, NamedTuple
@@ -29,6 +26,7 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.matching import bipartite_soft_matching
 from mmcompress.ops.merging import log_size_bias, merge, unmerge
 from mmcompress.ops.selection import restoring
+from mmcompress.surgery.ledger import Ledger
 
 ATTRIBUTE = "reduction"
 
@@ -42,19 +40,11 @@ class Flow(NamedTuple):
     """The merges so far, each (B, M, N); kept only when the tokens are to be put back."""
 
 
-class Ledger(threading.local):
-    """Where a tower's blocks leave the `Flow` for the next one. Threads have their own; copies start empty."""
+class TokenLedger(Ledger):
+    """Where a tower's blocks leave the `Flow` for the next one."""
 
     flow: Flow | None = None
     padded = False
-    put_back = False
-    """Whether the last block restores what it otherwise would not; see `putting_back`."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
-        return Ledger()
-
-    def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
-        return Ledger, ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ class Reduction:
     """For `restore` after dropping: the original positions that are left at the end."""
     original: int = 0
     """N at the start of the tower, for `survivors`."""
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: TokenLedger = field(default_factory=TokenLedger)
 
 
 def bind_block(block: nn.Module, reduction: Reduction) -> None:
@@ -92,7 +82,7 @@ def bind_block(block: nn.Module, reduction: Reduction) -> None:
     block.forward = MethodType(_forward, block)
 
 
-def bind_pool(pool: nn.MultiheadAttention, ledger: Ledger, *, proportional: bool) -> None:
+def bind_pool(pool: nn.MultiheadAttention, ledger: TokenLedger, *, proportional: bool) -> None:
     """Make the attention pooling `pool` weigh its keys by token size.
 
     A mask that its caller makes from the original padding no longer fits and is ignored: padding has size 0.
@@ -114,18 +104,10 @@ def tokens_left(block: nn.Module, otherwise: int) -> int:
     return len(own.kept) if own.kept else own.tokens - own.merged
 
 
-@contextlib.contextmanager
-def putting_back(last: nn.Module) -> Iterator[None]:
-    """While it is open a tower, by its last block, gives every original token a row again, to be compared with other models."""
-    own: Reduction | None = getattr(last, ATTRIBUTE, None)
-    if own is None:
-        yield
-        return
-    before, own.ledger.put_back = own.ledger.put_back, True
-    try:
-        yield
-    finally:
-        own.ledger.put_back = before
+def ledger_of(block: nn.Module) -> Ledger | None:
+    """Return what the blocks of a reduced tower share, by any of them; None where it is not bound."""
+    own: Reduction | None = getattr(block, ATTRIBUTE, None)
+    return None if own is None else own.ledger
 
 
 def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -9,9 +9,6 @@ Shapes: R pictures or tiles, N tokens before, M after, C channels, H heads, D he
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Literal
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from mmcompress.errors import UsageError
 from mmcompress.ops import token_choice
 from mmcompress.surgery.attention import give_scores
+from mmcompress.surgery.ledger import Ledger
 
 Method = Literal["divprune", "clusters", "visionzip", "prumerge", "attention", "tome", "pool", "grid", "random"]
 SCORED: tuple[Method, ...] = ("visionzip", "prumerge", "attention")
@@ -29,18 +27,10 @@ SCORED: tuple[Method, ...] = ("visionzip", "prumerge", "attention")
 ATTRIBUTE = "choice"
 
 
-class Seen(threading.local):
-    """Where the encoder leaves scores (R, N) for the connector. Threads have their own; copies start empty."""
+class Seen(Ledger):
+    """Where the encoder leaves scores (R, N) for the connector."""
 
     scores: Tensor | None = None
-    put_back = False
-    """Whether the connector gives a row for every place; see `putting_back`."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
-        return Seen()
-
-    def __reduce__(self) -> tuple[type[Seen], tuple[()]]:
-        return Seen, ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,11 @@ class Choice:
     leading: int = 0
     seen: Seen = field(default_factory=Seen)
 
+    @property
+    def compares(self) -> bool:
+        """Whether the tokens say which of them go on, and not their places alone."""
+        return self.method not in ("pool", "grid", "random")
+
 
 def bind_connector(connector: nn.Module, choice: Choice) -> None:
     """Make `connector` hand on `choice.kept` tokens of each picture."""
@@ -74,28 +69,14 @@ def bind_scorer(attention: nn.Module, choice: Choice) -> None:
     attention.forward = MethodType(_attend, attention)
 
 
-@contextlib.contextmanager
-def putting_back(connector: nn.Module) -> Iterator[None]:
-    """While it is open, a bound connector gives a row for every original token, to be compared with other models."""
-    choice: Choice | None = getattr(connector, ATTRIBUTE, None)
-    if choice is None:
-        yield
-        return
-    before, choice.seen.put_back = choice.seen.put_back, True
-    try:
-        yield
-    finally:
-        choice.seen.put_back = before
-
-
-def is_bound(module: nn.Module) -> bool:
-    """Whether a connector was bound by `bind_connector`."""
-    return hasattr(module, ATTRIBUTE)
+def choice_of(module: nn.Module) -> Choice | None:
+    """Return what a connector, or the attention it asks, was bound with; None where it was not."""
+    return getattr(module, ATTRIBUTE, None)
 
 
 def handed_on(connector: nn.Module, otherwise: int) -> int:
     """Return how many tokens a picture a connector hands on, `otherwise` where it is not bound."""
-    choice: Choice | None = getattr(connector, ATTRIBUTE, None)
+    choice = choice_of(connector)
     return otherwise if choice is None else choice.kept
 
 
@@ -130,8 +111,7 @@ def assignment(choice: Choice, tokens: Tensor, scores: Tensor | None = None) -> 
         case "grid":
             return token_choice.evenly(choice.tokens, choice.kept).to(tokens.device)
         case "random":
-            kept = torch.tensor(choice.drawn, device=tokens.device)
-            return (kept[:, None] == torch.arange(choice.tokens, device=tokens.device)).to(tokens.dtype)
+            return token_choice.standing_at(torch.tensor(choice.drawn), choice.tokens).to(tokens.device)
     assert scores is not None, "the scorer runs before the connector"
     scores = scores.detach()
     if choice.method == "attention":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,16 @@ import onnx
 import pytest
 
 from mmcompress.errors import GateFailed
-from mmcompress.export.parity import TOLERANCES, Tolerance, check_parity, compare, corners
+from mmcompress.export.onnx import export_onnx
+from mmcompress.export.parity import TOLERANCES, Tolerance, _chosen_alike, _worst, check_parity, compare, corners
 from mmcompress.export.rounding import graph_grids, unrounded
 from mmcompress.export.running import open_graph, run_torch
 from mmcompress.export.trace import traced
+from mmcompress.passes import build
+from mmcompress.passes.base import Context
+from tests import tiny
+
+PROJECTOR = "model.multi_modal_projector.linear_1/MatMul"
 
 
 def edited(source: Path, target: Path, name: str, factor: float) -> Path:
@@ -62,6 +69,37 @@ def test_where_float32_itself_errs_more_than_the_limit_its_own_error_is_the_meas
     bias = initializer_of(path, "vision_model.encoder.layers.1.mlp.fc2/Add", 1)
     with pytest.raises(GateFailed, match="vision part differs"):
         check_parity(module, edited(path, tmp_path / "vision.onnx", bias, 1.0001), precision="float32")
+
+
+def test_where_rows_are_chosen_a_few_may_be_others(tmp_path, monkeypatch):
+    """Of eight rows two, if they are alike; and never a weight that is wrong, which changes them all."""
+    limit = TOLERANCES["float32"]
+    want = np.ones((1, 8, 4)) + np.arange(8)[None, :, None] / 100
+    other = want.copy()
+    other[0, :2, 0] += 0.1
+    assert _chosen_alike([want], [other], limit)
+    other[0, 2, 0] += 0.1
+    assert not _chosen_alike([want], [other], limit)
+    other = want.copy()
+    other[0, 0] *= -1
+    assert not _chosen_alike([want], [other], limit)
+    other[0, 0, 0] = np.nan
+    assert not _chosen_alike([want], [other], limit)
+
+    bundle = tiny.bundle("llava_clip")
+    made = build("reduce-visual-tokens", {"keep": 0.5})
+    made.apply(bundle, made.plan(bundle, Context()))
+    module = traced(bundle, "vision", "float32")
+    path = export_onnx(bundle, tmp_path / "out", batches=(1,)).artifact.path("vision")
+    nudged = edited(path, tmp_path / "vision.onnx", initializer_of(path, PROJECTOR, 1), 1.05)
+    with pytest.raises(GateFailed, match="vision part differs"):
+        check_parity(module, nudged, precision="float32")
+    monkeypatch.setattr("mmcompress.export.parity._worst", lambda *given: replace(_worst(*given), relative=1.0))
+    monkeypatch.setattr("mmcompress.export.parity._as_exact_as_torch", lambda *given: False)
+    assert check_parity(module, path, precision="float32")
+    monkeypatch.setattr(module, "part", replace(module.part, choosing=False))
+    with pytest.raises(GateFailed, match="vision part differs"):
+        check_parity(module, path, precision="float32")
 
 
 def test_a_wrong_activation_grid_is_found(unsigned, unsigned_export, tmp_path):

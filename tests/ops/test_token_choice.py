@@ -20,8 +20,8 @@ METHODS: dict[str, Method] = {
     "prumerge": lambda tokens, scores, kept: token_choice.kept_with_neighbours(scores, tokens, kept),
     "tome": lambda tokens, scores, kept: token_choice.halved(tokens, kept),
     "grid": lambda tokens, scores, kept: token_choice.evenly(tokens.shape[1], kept),
-    "random": lambda tokens, scores, kept: token_choice.at_random(
-        tokens.shape[1], kept, torch.Generator().manual_seed(0)
+    "random": lambda tokens, scores, kept: token_choice.standing_at(
+        token_choice.drawn(tokens.shape[1], kept, torch.Generator().manual_seed(0)), tokens.shape[1]
     ),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -98,6 +98,16 @@ def test_clusters_golden() -> None:
     assert torch.allclose(rows @ tokens, torch.tensor([[[0, 3.0], [2, 0]]]))
 
 
+def test_clusters_move_to_the_middle_of_their_members() -> None:
+    """They begin at 0 and 90 degrees: 44 goes to 0 first. From the middles, 15 and 67, it is nearer to the second."""
+    angles = torch.tensor([0.0, 2, 44, 50, 60, 90]).deg2rad()
+    tokens = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+    first = token_choice.spread_farthest(tokens, 2)
+    assert kept_of(first) == [0, 5]
+    rows = token_choice.clustered(tokens, 2)
+    assert torch.equal(rows[0] > 0, torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]]).bool())
+
+
 def test_one_cluster_is_the_mean_and_copies_come_together_first() -> None:
     tokens, _ = noise(1, 9)
     assert torch.allclose(token_choice.clustered(tokens, 1) @ tokens, tokens.mean(dim=1, keepdim=True), atol=1e-6)
@@ -127,6 +137,11 @@ def test_visionzip_golden() -> None:
         expected[row, token] = 1
     expected[5, [0, 3]] = 0.5
     assert torch.allclose(rows[0], expected)
+
+
+def test_visionzip_leaves_no_row_empty_where_tokens_are_equal() -> None:
+    rows = token_choice.dominant_and_contextual(torch.arange(64.0)[None], torch.ones(1, 64, 4), 32)
+    assert torch.allclose(rows.sum(dim=-1), torch.ones(32))
 
 
 def test_prumerge_golden() -> None:

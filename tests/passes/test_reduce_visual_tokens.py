@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from mmcompress import checkpoint
+from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
@@ -19,6 +19,7 @@ from mmcompress.manifest import Record
 from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.passes import build
 from mmcompress.passes.base import Context
+from mmcompress.recipe import Step
 from mmcompress.surgery.reducing import Method
 from tests import tiny
 
@@ -134,6 +135,29 @@ def test_what_the_class_token_looks_at_is_kept() -> None:
         expected = plain.family.image_tokens(plain.model, inputs)[0][best]  # type: ignore[attr-defined]
         made = bundle.family.image_tokens(bundle.model, inputs)[0]  # type: ignore[attr-defined]
     torch.testing.assert_close(made, expected)
+
+
+def test_what_the_connector_asks_stays_when_blocks_are_pruned(tmp_path: Path) -> None:
+    """And a model pruned after the reduction is loaded with both."""
+    bundle = reduced("llava_clip", keep=0.3, method="visionzip")
+    asked = bundle.tower("vision").needed
+    assert len(asked) == 1
+    params = {"ratio": 0.3, "units": ["blocks"], "score": "random", "compensate": "none", "towers": ["vision"]}
+    pipeline.run_stage(bundle, pipeline.Stage(2, Step("prune", params), build("prune", params)), Context())
+    assert len(bundle.tower("vision").blocks) < len(tiny.bundle("llava_clip").tower("vision").blocks)
+    inputs = bundle.example_inputs("vision", 2)
+    checkpoint.save(bundle, tmp_path / "out")
+    assert torch.equal(checkpoint.load(tmp_path / "out").encode("vision", inputs), bundle.encode("vision", inputs))
+
+
+@pytest.mark.parametrize(("asked", "kept"), [({"keep": 0.25}, 4), ({"keep_tokens": 15}, 9), ({"keep_tokens": 1}, 1)])
+def test_pooling_keeps_a_whole_grid_within_what_was_asked(asked: dict[str, Any], kept: int) -> None:
+    assert (
+        build("reduce-visual-tokens", {"method": "pool", **asked}).fit(tiny.bundle("llava_clip"), Context())[
+            "tokens_kept"
+        ]
+        == kept
+    )
 
 
 def test_random_follows_the_seed() -> None:

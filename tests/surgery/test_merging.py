@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.surgery.attention import KEYS, give_keys
-from mmcompress.surgery.merging import Flow, Ledger, Reduction, _reduce, bind_block, bind_pool, is_reduced
+from mmcompress.surgery.merging import Flow, Reduction, TokenLedger, _reduce, bind_block, bind_pool, is_reduced
 from tests import tiny
 
 families = pytest.mark.parametrize("family", tiny.MERGING)
@@ -28,9 +28,9 @@ def plain_blocks(family: str) -> tuple[Bundle, list[nn.Module]]:
     return bundle, [bundle.module(block.path) for block in bundle.tower("vision").blocks]
 
 
-def bound_blocks(bundle: Bundle, merged: Sequence[int], **more: Any) -> tuple[list[Any], Ledger]:
+def bound_blocks(bundle: Bundle, merged: Sequence[int], **more: Any) -> tuple[list[Any], TokenLedger]:
     """Bind copies of the vision blocks; `more` overrides fields of every reduction."""
-    ledger = Ledger()
+    ledger = TokenLedger()
     made = []
     for index, (block, removed) in enumerate(zip(bundle.tower("vision").blocks, merged, strict=True)):
         module = copy.deepcopy(bundle.module(block.path))
@@ -265,7 +265,7 @@ def test_pooling_weighs_keys_by_size_and_hides_padding() -> None:
     number = torch.tensor([1, 3, 2, 1])
     repeated = tokens.repeat_interleave(number, dim=1)
     expected = pool(query, repeated, repeated)[0]
-    ledger = Ledger()
+    ledger = TokenLedger()
     bound = copy.deepcopy(pool)
     bind_pool(bound, ledger, proportional=True)
     ledger.flow = Flow(number.double().expand(2, -1))
