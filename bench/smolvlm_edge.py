@@ -25,6 +25,7 @@ from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.recipe import Recipe, parse
 
 BATCH = 8
+ALONE_IN_TORCH = "torch, one by one"
 # What random eyes make of a picture is not worth the time of measuring which of their layers is the most sensitive.
 INT8 = [
     {"quantize": {"scheme": "W8A8", "target": "openvino", "towers": ["language"], "sensitivity_samples": 4}},
@@ -56,11 +57,16 @@ def perplexities(checkpoints: dict[str, Path]) -> dict[str, Evaluation]:
 
 
 def parity(side: Side, samples: list[Sample], threads: int) -> tuple[list[str], dict[str, int]]:
-    """What a checkpoint answers in torch, and to how many samples each engine answers the same, word for word."""
+    """What a checkpoint answers in torch, and to how many samples each engine answers the same, word for word.
+
+    And torch itself, asked one by one: rounded to a coarse grid, the last digit of a sum decides now and then.
+    """
     parts = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
     bundle = checkpoint.load(side.checkpoint)
     want = [text for part in parts for text in bundle.generate(part)]
-    equal = {}
+    equal = {
+        ALONE_IN_TORCH: sum(bundle.generate([sample])[0] == text for sample, text in zip(samples, want, strict=True))
+    }
     for runner in RUNNERS:
         answerer = artifact_answerer(open_artifact(side.exported), runner, threads=threads)
         got = [text for part in parts for text in answerer.generate(part)]

@@ -27,12 +27,8 @@ import torch
 from torch import Tensor
 
 from mmcompress.errors import UsageError
+from mmcompress.ops.ranks import FAR, directions, earlier
 from mmcompress.ops.schedule import largest_merge
-
-TINY = 1e-6
-"""Keys shorter than this count as pointing nowhere (float16 keeps it above 0)."""
-FAR = 4.0
-"""Beyond any cosine: what is added to or taken from similarities of padding."""
 
 
 def bipartite_soft_matching(keys: Tensor, merged: int, protected: int = 0, sizes: Tensor | None = None) -> Tensor:
@@ -43,15 +39,9 @@ def bipartite_soft_matching(keys: Tensor, merged: int, protected: int = 0, sizes
     Raises UsageError when R exceeds half of the unprotected tokens.
     """
     tokens = keys.shape[1]
-    if not 0 <= merged <= largest_merge(tokens, protected):
-        raise UsageError(
-            f"cannot merge {merged} of {tokens} tokens with {protected} protected; "
-            f"the limit is {largest_merge(tokens, protected)}",
-            hint="merge fewer tokens, or give larger images",
-        )
+    require_mergeable(tokens, merged, protected)
     first_a, first_b = _first(protected)
-    keys = keys.detach().to(torch.promote_types(keys.dtype, torch.float32))
-    unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=TINY)
+    unit = directions(keys.detach())
     similarity = unit[:, first_a::2] @ unit[:, first_b::2].mT  # (B, Na, Nb)
     if sizes is not None:
         similarity = similarity - FAR * (sizes[:, None, first_b::2] == 0).to(similarity.dtype)
@@ -62,15 +52,25 @@ def bipartite_soft_matching(keys: Tensor, merged: int, protected: int = 0, sizes
     layout = _layout(tokens, merged, protected, unit)
     target = _targets(best, partner, merged, layout.earlier)  # (B, Na)
     rows = torch.where(layout.is_a, target.index_select(1, layout.index_a), layout.fixed)  # (B, N)
-    return (rows[:, None, :] == layout.numbers).to(keys.dtype)
+    return (rows[:, None, :] == layout.numbers).to(unit.dtype)
 
 
-def _targets(best: Tensor, partner: Tensor, merged: int, earlier: Tensor) -> Tensor:
+def require_mergeable(tokens: int, merged: int, protected: int) -> None:
+    """Raise UsageError when more than half of the unprotected tokens are to merge."""
+    limit = largest_merge(tokens, protected)
+    if not 0 <= merged <= limit:
+        raise UsageError(
+            f"cannot merge {merged} of {tokens} tokens with {protected} protected; the limit is {limit}",
+            hint="merge fewer tokens, or give larger images",
+        )
+
+
+def _targets(best: Tensor, partner: Tensor, merged: int, before: Tensor) -> Tensor:
     """Return the row (B, Na) of every A token: its place among those that stay, or its partner's row behind them."""
     mine, other = best[:, :, None], best[:, None, :]
-    rank = ((other > mine) | ((other == mine) & earlier)).sum(dim=-1)
+    rank = ((other > mine) | ((other == mine) & before)).sum(dim=-1)
     stays = rank >= merged
-    place = (stays[:, None, :] & earlier).sum(dim=-1)
+    place = (stays[:, None, :] & before).sum(dim=-1)
     return torch.where(stays, place, partner + (best.shape[1] - merged))
 
 
@@ -103,14 +103,13 @@ def _make_layout(tokens: int, merged: int, protected: int, device: torch.device)
     first_a, first_b = _first(protected)
     count_a = len(range(first_a, tokens, 2))
     position = torch.arange(tokens, device=device)
-    order = torch.arange(count_a, device=device)
     row_b = count_a - merged + (position - first_b) // 2
     return Layout(
         is_a=(position >= protected) & (position % 2 == 0),
         index_a=((position - first_a) // 2).clamp(0, count_a - 1),
         fixed=torch.where(position < protected, position - protected, row_b),
         numbers=torch.arange(-protected, tokens - merged - protected, device=device)[:, None],
-        earlier=order[None, :] < order[:, None],
+        earlier=earlier(count_a, device),
     )
 
 

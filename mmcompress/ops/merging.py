@@ -17,22 +17,24 @@ from torch import Tensor
 
 PADDING_BIAS = -30000.0
 """Logit of a padded key: exp() of it is 0 in every dtype, it fits float16, and unlike -inf it never makes a NaN."""
+NOTHING = 1e-20
+"""Less than any weight."""
 
 
-def merge(tokens: Tensor, assignment: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def merge(
+    tokens: Tensor, assignment: Tensor, sizes: Tensor | None = None, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the means (B, M, C) and their sizes (B, M).
 
-    `tokens`: (B, N, C). `assignment`: (B, M, N). `sizes`: (B, N), None when every token has size 1. A group of padding only
-    becomes zeros of size 0. A token merged with nothing is returned bit by bit.
+    `tokens`: (B, N, C). `assignment`: (B, M, N). `sizes`: (B, N), None when every token has size 1. `weights`: (B, N), above 0,
+    how much a token counts in the mean beside its size; None: all alike. A group of padding only becomes zeros of size 0. A token
+    merged with nothing is returned bit by bit.
     """
-    if sizes is None:
-        total = assignment.sum(dim=-1)  # (B, M)
-        weights = assignment / total[:, :, None]
-    else:
-        weighted = assignment * sizes[:, None, :]
-        total = weighted.sum(dim=-1)
-        weights = weighted / total.clamp(min=1)[:, :, None]
-    return weights.to(tokens.dtype) @ tokens, total
+    sized = assignment if sizes is None else assignment * sizes[:, None, :]
+    total = sized.sum(dim=-1)  # (B, M)
+    weighted = sized if weights is None else sized * weights[:, None, :]
+    shares = weighted / weighted.sum(dim=-1, keepdim=True).clamp(min=NOTHING)
+    return shares.to(tokens.dtype) @ tokens, total
 
 
 def unmerge(tokens: Tensor, assignment: Tensor) -> Tensor:

@@ -30,10 +30,8 @@ from torch import Tensor
 from mmcompress.errors import UsageError
 from mmcompress.ops.matching import bipartite_soft_matching
 from mmcompress.ops.merging import merge
+from mmcompress.ops.ranks import FAR, TINY, directions, rank, rows_of
 
-TINY = 1e-6
-FAR = 4.0
-"""Beyond any cosine distance."""
 LLOYD = 5
 """Iterations of k-means; centres that begin far apart move little after them."""
 NEIGHBOURS = 32
@@ -80,19 +78,19 @@ def _cells(large: int, few: int) -> Tensor:
 def best_scored(scores: Tensor, kept: int) -> Tensor:
     """Return (B, M, N): the M tokens with the best `scores` (B, N)."""
     _require(scores.shape[1], kept)
-    return _rows_of(_rank(scores) < kept, kept)
+    return rows_of(rank(scores) < kept, kept)
 
 
 def spread_farthest(tokens: Tensor, kept: int) -> Tensor:
     """Return (B, M, N): M tokens, each as far as can be from the nearest chosen before it, by the cosine. `tokens`: (B, N, C)."""
-    return _rows_of(_farthest(tokens, kept), kept)
+    return rows_of(_farthest(tokens, kept), kept)
 
 
 def _farthest(tokens: Tensor, kept: int) -> Tensor:
     """Return whether each token is chosen, (B, N)."""
     count = tokens.shape[1]
     _require(count, kept)
-    unit = _unit(tokens)
+    unit = directions(tokens)
     distance = 1 - unit @ unit.mT  # (B, N, N)
     own = torch.eye(count, dtype=torch.bool, device=tokens.device)
     nearest = distance.masked_fill(own, FAR).amin(dim=-1)  # the first is farthest from all
@@ -108,12 +106,12 @@ def _farthest(tokens: Tensor, kept: int) -> Tensor:
 
 def clustered(tokens: Tensor, kept: int) -> Tensor:
     """Return (B, M, N): means of M clusters of `tokens` (B, N, C)."""
-    unit = _unit(tokens)
+    unit = directions(tokens)
     centres = spread_farthest(tokens, kept).to(unit.dtype) @ unit
     for _ in range(LLOYD):
         shares = _shares(_nearest(unit, centres))
         # A centre that lost all its members stays where it was.
-        centres = torch.where(shares.sum(dim=-1, keepdim=True) > 0, _unit(shares @ unit), centres)
+        centres = torch.where(shares.sum(dim=-1, keepdim=True) > 0, directions(shares @ unit), centres)
     shares = _shares(_nearest(unit, centres))
     alone = _nearest(centres, unit).mT  # (B, M, N): what an empty cluster gives out, its nearest token
     return _in_order(torch.where(shares.sum(dim=-1, keepdim=True) > 0, shares, alone))
@@ -128,12 +126,12 @@ def dominant_and_contextual(scores: Tensor, features: Tensor, kept: int) -> Tens
     _require(count, kept)
     dominant = max(1, min(kept, round(kept * DOMINANT))) if kept < count else kept
     contextual = kept - dominant
-    best = _rank(scores) < dominant
-    first = _rows_of(best, dominant)
+    best = rank(scores) < dominant
+    first = rows_of(best, dominant)
     if not contextual:
         return first
-    rest = _rows_of(~best, count - dominant)  # (B, N - dominant, N)
-    unit = _unit(rest @ _unit(features))
+    rest = rows_of(~best, count - dominant)  # (B, N - dominant, N)
+    unit = directions(rest @ directions(features))
     middle = evenly(count - dominant, contextual).to(unit)  # (contextual, N - dominant)
     nearest = _nearest(unit, middle @ unit)
     # A middle goes into its own cluster, however alike another is.
@@ -149,14 +147,14 @@ def kept_with_neighbours(scores: Tensor, features: Tensor, kept: int) -> Tensor:
     count = features.shape[1]
     _require(count, kept)
     if kept == count:
-        return _rows_of(torch.ones_like(scores, dtype=torch.bool), kept)
-    best = _rank(scores) < kept - 1
+        return rows_of(torch.ones_like(scores, dtype=torch.bool), kept)
+    best = rank(scores) < kept - 1
     weight = scores.to(torch.float32)[:, None, :] + TINY
     rest = _shares((~best).to(weight.dtype)[:, None, :] * weight)
     if kept == 1:
         return rest
-    own = _rows_of(best, kept - 1)  # (B, M - 1, N)
-    unit = _unit(features)
+    own = rows_of(best, kept - 1)  # (B, M - 1, N)
+    unit = directions(features)
     alike = (own @ unit) @ unit.mT
     limit = alike.masked_fill(own > 0, FAR).topk(min(NEIGHBOURS + 1, count), dim=-1).values[..., -1:]
     members = (alike >= limit) & ~best[:, None, :] | (own > 0)
@@ -174,7 +172,7 @@ def halved(tokens: Tensor, kept: int) -> Tensor:
         tokens, sizes = merge(tokens, assignment, sizes)
         members = assignment if members is None else assignment @ members
     if members is None:
-        return _rows_of(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), kept)
+        return rows_of(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), kept)
     return _in_order(_shares(members))
 
 
@@ -184,9 +182,9 @@ def places(assignment: Tensor, tokens: Tensor) -> Tensor:
     A place that went into none gets the row most alike to what stood there. `tokens`: (B, N, C), what was there before.
     """
     assignment = assignment.expand(tokens.shape[0], -1, -1)
-    unit = _unit(tokens)
+    unit = directions(tokens)
     members = (assignment > 0).to(unit.dtype).mT  # (B, N, M)
-    alike = _nearest(unit, _unit(assignment.to(unit.dtype) @ unit)).mT
+    alike = _nearest(unit, directions(assignment.to(unit.dtype) @ unit)).mT
     members = torch.where(members.any(dim=-1, keepdim=True), members, alike)
     return members / members.sum(dim=-1, keepdim=True)
 
@@ -194,32 +192,6 @@ def places(assignment: Tensor, tokens: Tensor) -> Tensor:
 def _require(tokens: int, kept: int) -> None:
     if not 1 <= kept <= tokens:
         raise UsageError(f"cannot keep {kept} of {tokens} tokens", hint=f"keep 1 to {tokens}")
-
-
-def _unit(tokens: Tensor) -> Tensor:
-    """Return tokens of length 1, at least in float32."""
-    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    return tokens / tokens.norm(dim=-1, keepdim=True).clamp(min=TINY)
-
-
-def _earlier(count: int, device: torch.device) -> Tensor:
-    """Return (N, N) bool: [i, j] says that j comes before i."""
-    order = torch.arange(count, device=device)
-    return order[None, :] < order[:, None]
-
-
-def _rank(scores: Tensor) -> Tensor:
-    """Return each score's place (…, N) among the others, the best 0; of equal ones the earlier is better."""
-    mine, other = scores[..., :, None], scores[..., None, :]
-    better = (other > mine) | ((other == mine) & _earlier(scores.shape[-1], scores.device))
-    return better.sum(dim=-1)
-
-
-def _rows_of(chosen: Tensor, kept: int) -> Tensor:
-    """Return (B, M, N) of 0s and 1s: the M tokens where `chosen` (B, N) is true, in order."""
-    place = (chosen[:, None, :] & _earlier(chosen.shape[1], chosen.device)).sum(dim=-1)  # (B, N)
-    rows = torch.arange(kept, device=chosen.device)[:, None]
-    return ((place[:, None, :] == rows) & chosen[:, None, :]).float()
 
 
 def _nearest(tokens: Tensor, centres: Tensor) -> Tensor:
@@ -237,6 +209,6 @@ def _shares(weights: Tensor) -> Tensor:
 def _in_order(rows: Tensor) -> Tensor:
     """Return the rows (B, M, N) ordered by the mean place of their members."""
     places = torch.arange(rows.shape[-1], device=rows.device).to(rows.dtype)
-    rank = _rank(-(rows * places).sum(dim=-1))  # (B, M); as a matmul OpenVINO (2026.4) fuses it wrongly
-    order = rank[:, None, :] == torch.arange(rows.shape[1], device=rows.device)[:, None]
+    number = rank(-(rows * places).sum(dim=-1))  # (B, M); as a matmul OpenVINO (2026.4) fuses it wrongly
+    order = number[:, None, :] == torch.arange(rows.shape[1], device=rows.device)[:, None]
     return order.to(rows.dtype) @ rows

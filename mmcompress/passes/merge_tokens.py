@@ -22,14 +22,13 @@ from mmcompress.ops.schedule import (
 )
 from mmcompress.ops.selection import random_selection
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share
-from mmcompress.surgery.attention import give_keys
 from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced
 from mmcompress.views import Tower
 
 
 @dataclass(frozen=True)
 class MergeTokens:
-    """Merge similar tokens between attention and MLP of every block (ToMe), with no training.
+    """Merge tokens between attention and MLP of every block (ToMe, PiToMe, CrossGET, EViT), with no training.
 
     Pictures or sound are encoded with fewer and fewer tokens; a merged token is the mean of its members and counts as many times
     in later attention. Nothing is added to the weights; the schedule is stored in the checkpoint. Method "random" drops tokens at
@@ -48,8 +47,9 @@ class MergeTokens:
     every: int = 1
     """Merge in every n-th block only, more tokens at a time. Matching has a fixed cost, so 2 to 4 is faster for small or 8-bit
     towers; accuracy is a little lower."""
-    method: Literal["tome", "random"] = "tome"
-    """Merge the most similar tokens, or drop random ones (the control)."""
+    method: Literal["tome", "pitome", "crossget", "evit", "pool", "random"] = "tome"
+    """Merge similar tokens of even and odd places (tome), those most like many others (pitome), those of little to do with the
+    class token (crossget), what it looks at least into one (evit), neighbours (pool), or drop random ones (the control)."""
     tower: str = ""
     """The tower whose tokens are merged; by default the only one where they can be."""
     proportional: bool = True
@@ -142,7 +142,9 @@ class MergeTokens:
                     attend=block.attend,
                     attention=block.attention.path.removeprefix(block.path + "."),
                     feed=block.feed,
-                    merged=0 if kept else removed,
+                    merged=0 if self.method == "random" else removed,
+                    method="tome" if self.method == "random" else self.method,
+                    depth=index / len(merged),
                     kept=tuple(kept[index]) if dropping else (),
                     tokens=before[index],
                     protected=stream.protected,
@@ -156,8 +158,6 @@ class MergeTokens:
                     ledger=ledger,
                 ),
             )
-            if removed and not kept:
-                give_keys([bundle.module(block.attention.path)])
         if stream.readout == "attention":
             pool = bundle.module(stream.pool)
             assert isinstance(pool, nn.MultiheadAttention), "TokenStream.pool names a MultiheadAttention"

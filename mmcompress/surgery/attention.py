@@ -15,12 +15,14 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmcompress.errors import UsageError
+from mmcompress.ops.merging import PADDING_BIAS
 
 KEYS, CLASS_SCORES, SCORES = "mmc_keys", "mmc_class_scores", "mmc_scores"
 
@@ -38,7 +40,7 @@ def attend_and_give_class_scores(
 ) -> tuple[Tensor, Tensor]:
     """Return attention (B, N, H, D) and the weights the first token, a class token, gives to all, averaged over heads (B, N)."""
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return output, _weights(query[:, :, :1], key, kwargs).squeeze(2).mean(dim=1)
+    return output, _weights(query[:, :, :1], key, attention_mask, kwargs).squeeze(2).mean(dim=1)
 
 
 def attend_and_give_scores(
@@ -46,13 +48,25 @@ def attend_and_give_scores(
 ) -> tuple[Tensor, Tensor]:
     """Return attention (B, N, H, D) and the weight each token is given, averaged over queries and heads (B, N)."""
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return output, _weights(query, key, kwargs).mean(dim=(1, 2))
+    given = _weights(query, key, attention_mask, kwargs).mean(dim=1)  # (B, N, N)
+    if attention_mask is None:
+        return output, given.mean(dim=1)
+    asking = 1 - _hidden(attention_mask[:, :, :1]).to(given.dtype)[:, 0]  # (B, 1, N): padding asks nothing
+    return output, (asking @ given)[:, 0] / asking.sum(dim=-1)
 
 
-def _weights(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Return softmax weights (B, H, rows, N) in float32, of tokens without padding."""
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """Return softmax weights (B, H, rows, N) in float32. `mask`: (B, 1, 1, N), for all queries alike, true or added to logits."""
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    return (query.float() @ key.float().mT * scale).softmax(dim=-1)
+    logits = query.float() @ key.float().mT * scale
+    if mask is not None:
+        logits = logits.masked_fill(_hidden(mask), PADDING_BIAS) if mask.dtype == torch.bool else logits + mask.float()
+    return logits.softmax(dim=-1)
+
+
+def _hidden(mask: Tensor) -> Tensor:
+    """Return where padding is; any other bias, of a token's size, is far above."""
+    return ~mask if mask.dtype == torch.bool else mask <= PADDING_BIAS
 
 
 for name, attend in {

@@ -7,12 +7,17 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Self
 
+from torch import Tensor
+
 
 class Ledger(threading.local):
     """Where bound modules leave what a later one needs. Threads have their own; copies start empty."""
 
     put_back = False
     """Whether tokens that became fewer get a row in every place again; see `putting_back`."""
+
+    watched: list[Tensor | None] | None = None
+    """While it is a list, every bound module appends what went where in it; see `watching`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
@@ -32,3 +37,16 @@ def putting_back(ledger: Ledger | None) -> Iterator[None]:
         yield
     finally:
         ledger.put_back = before
+
+
+@contextlib.contextmanager
+def watching(ledger: Ledger) -> Iterator[list[Tensor | None]]:
+    """While it is open, what the modules of `ledger` do with their tokens is gathered, module by module.
+
+    An assignment (B, M, N) or (M, N): which of N tokens went into which of M; None where all went on as they were.
+    """
+    before, ledger.watched = ledger.watched, []
+    try:
+        yield ledger.watched
+    finally:
+        ledger.watched = before

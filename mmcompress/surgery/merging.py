@@ -17,18 +17,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmcompress.errors import UsageError
+from mmcompress.ops.complete_matching import energy_matching, guided_matching
+from mmcompress.ops.fusing import fused, neighbours
 from mmcompress.ops.matching import bipartite_soft_matching
 from mmcompress.ops.merging import log_size_bias, merge, unmerge
 from mmcompress.ops.selection import restoring
+from mmcompress.ops.token_choice import standing_at
+from mmcompress.surgery.attention import give_keys, give_scores
 from mmcompress.surgery.ledger import Ledger
 
+Method = Literal["tome", "pitome", "crossget", "evit", "pool"]
 ATTRIBUTE = "reduction"
+MARGIN = 0.9
+"""From which cosine PiToMe counts tokens as alike in the first block; it falls to 0 behind the last."""
 
 
 class Flow(NamedTuple):
@@ -56,7 +63,10 @@ class Reduction:
     attention: str
     feed: tuple[str, ...]
     merged: int = 0
-    """R, merged by similarity."""
+    """R, merged by `method`."""
+    method: Method = "tome"
+    depth: float = 0.0
+    """Share of the tower's blocks that stand before this one."""
     kept: tuple[int, ...] = ()
     """Positions kept; the others are dropped. Empty: none are."""
     tokens: int = 0
@@ -77,7 +87,16 @@ class Reduction:
 
 
 def bind_block(block: nn.Module, reduction: Reduction) -> None:
-    """Make `block` reduce its tokens; the block must be pre-norm, return a tensor, and take (tokens, mask, ...)."""
+    """Make `block` reduce its tokens; the block must be pre-norm, return a tensor, and take (tokens, mask, ...).
+
+    Raises UsageError where the method asks an attention that gives neither keys nor weights.
+    """
+    if reduction.merged and reduction.method != "pool":
+        attention = block.get_submodule(reduction.attention)
+        if reduction.method == "evit":
+            give_scores(attention, class_token=reduction.protected > 0)
+        else:
+            give_keys([attention])
     setattr(block, ATTRIBUTE, reduction)
     block.forward = MethodType(_forward, block)
 
@@ -119,9 +138,10 @@ def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = N
     flow, padded = ledger.flow, ledger.padded
 
     restore = own.restore or ledger.put_back
+    keep = restore or ledger.watched is not None
 
     def step(tokens: Tensor, sizes: Tensor | None, *assignments: Tensor) -> tuple[Tensor | None, ...]:
-        made, after = _reduce(self, own, tokens, Flow(sizes, assignments), padded, restore, kwargs)
+        made, after = _reduce(self, own, tokens, Flow(sizes, assignments), padded, keep, kwargs)
         return made, after.sizes, *after.assignments
 
     if self.training and getattr(self, "gradient_checkpointing", False):
@@ -130,6 +150,8 @@ def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = N
         made = step(hidden_states, flow.sizes, *flow.assignments)
     hidden_states, sizes, *assignments = made
     ledger.flow = Flow(sizes, tuple(assignments))
+    if ledger.watched is not None:
+        ledger.watched.append(_went(own, ledger.flow))
     if own.last:
         if restore:
             hidden_states = _restored(own, hidden_states, ledger.flow)
@@ -139,27 +161,27 @@ def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = N
 
 
 def _reduce(
-    block: nn.Module, own: Reduction, tokens: Tensor, flow: Flow, padded: bool, restore: bool, kwargs: dict[str, Any]
+    block: nn.Module, own: Reduction, tokens: Tensor, flow: Flow, padded: bool, keep: bool, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Flow]:
     """Return the block's output (B, M, C) and what it tells the next block. Depends on tensors and constants only."""
     mask = None
     if flow.sizes is not None and (own.proportional or padded):
         bias = log_size_bias(flow.sizes, tokens.dtype, padded=padded, proportional=own.proportional)
         mask = bias[:, None, None, :]  # (B, 1, 1, N)
-    branch, keys = tokens, None
+    branch, told = tokens, None
     for name in own.attend:
         child = getattr(block, name)
         if name == own.attention:
-            branch, keys = child(branch, attention_mask=mask, **kwargs)
+            branch, told = child(branch, attention_mask=mask, **kwargs)
         else:
             branch = child(branch)
     tokens = tokens + branch
     if own.merged:
-        if keys is None:
+        if told is None and own.method != "pool":
             raise RuntimeError(
                 f"{type(block).__name__}.{own.attention} gave no keys; its config was replaced after merging"
             )
-        tokens, flow = _merged(own, tokens, keys, flow, padded, restore)
+        tokens, flow = _merged(own, tokens, told, flow, padded, keep)
     elif own.kept:
         tokens, flow = _dropped(own, tokens, flow)
     branch = tokens
@@ -169,11 +191,33 @@ def _reduce(
 
 
 def _merged(
-    own: Reduction, tokens: Tensor, keys: Tensor, flow: Flow, padded: bool, restore: bool
+    own: Reduction, tokens: Tensor, told: Tensor | None, flow: Flow, padded: bool, keep: bool
 ) -> tuple[Tensor, Flow]:
-    assignment = bipartite_soft_matching(keys, own.merged, own.protected, flow.sizes if padded else None)
-    tokens, sizes = merge(tokens, assignment, flow.sizes)
-    return tokens, Flow(sizes, (*flow.assignments, assignment) if restore else ())
+    assignment, weights = _assigned(own, tokens, told, flow.sizes if padded else None)
+    tokens, sizes = merge(tokens, assignment, flow.sizes, weights)
+    return tokens, Flow(sizes, (*flow.assignments, assignment) if keep else ())
+
+
+def _assigned(
+    own: Reduction, tokens: Tensor, told: Tensor | None, sizes: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return which tokens go into which, (B, M, N), and how much each counts, (B, N) or None.
+
+    `told`: what the attention told of its tokens, keys (B, N, D) or scores (B, N). `sizes`: where some are padding.
+    """
+    if own.method == "pool":
+        rows = neighbours(tokens.shape[1], own.merged, own.protected).to(tokens.device)
+        return rows.expand(tokens.shape[0], -1, -1), None
+    assert told is not None, "bind_block has the attention tell"
+    match own.method:
+        case "tome":
+            return bipartite_soft_matching(told, own.merged, own.protected, sizes), None
+        case "pitome":
+            margin = MARGIN * (1 - own.depth)
+            return energy_matching(told, own.merged, own.protected, margin, sizes), None
+        case "crossget":
+            return guided_matching(told, own.merged, own.protected, sizes)
+    return fused(told, own.merged, own.protected)
 
 
 def _dropped(own: Reduction, tokens: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
@@ -185,6 +229,13 @@ def _dropped(own: Reduction, tokens: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
     kept = torch.tensor(own.kept, device=tokens.device)
     sizes = None if flow.sizes is None else flow.sizes.index_select(1, kept)
     return tokens.index_select(1, kept), Flow(sizes)
+
+
+def _went(own: Reduction, flow: Flow) -> Tensor | None:
+    """Return what `ledger.watching` gathers."""
+    if own.kept:
+        return standing_at(torch.tensor(own.kept), own.tokens)
+    return flow.assignments[-1] if own.merged else None
 
 
 def _restored(own: Reduction, tokens: Tensor, flow: Flow) -> Tensor:

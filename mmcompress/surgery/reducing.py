@@ -90,6 +90,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         )
     scores, choice.seen.scores = choice.seen.scores, None
     rows = assignment(choice, tokens, None if scores is None else scores[:, choice.leading :])
+    if choice.seen.watched is not None:
+        choice.seen.watched.append(rows)
     made = rows.to(tokens.dtype) @ tokens
     if choice.seen.put_back:
         return token_choice.places(rows, tokens.detach()).to(tokens.dtype) @ made

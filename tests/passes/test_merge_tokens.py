@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,10 +17,11 @@ from mmcompress.manifest import Record
 from mmcompress.passes import build, schema
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.merge_tokens import MergeTokens
+from mmcompress.surgery.merging import Method
 from tests import tiny
 
 families = pytest.mark.parametrize("family", tiny.MERGING)
-methods = pytest.mark.parametrize("method", ["tome", "random"])
+methods = pytest.mark.parametrize("method", [*get_args(Method), "random"])
 
 
 def apply(bundle: Bundle, settings: MergeTokens, seed: int = 0) -> Plan:

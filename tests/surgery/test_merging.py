@@ -44,8 +44,6 @@ def bound_blocks(bundle: Bundle, merged: Sequence[int], **more: Any) -> tuple[li
             ledger=ledger,
         )
         bind_block(module, replace(own, **more))
-        if removed:
-            give_keys([module.get_submodule(own.attention)])
         made.append(module)
     return made, ledger
 

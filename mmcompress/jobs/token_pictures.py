@@ -1,0 +1,194 @@
+"""Pictures of what became of an image's patches: which were merged, which went, block by block and behind the connector.
+
+A patch that goes on by itself is shown as it is; patches that became one token are painted in their mean colour, with a line
+around them; a patch that is in no token any more is dark.
+
+Shapes: N patches, M tokens left, rows and columns of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.surgery.ledger import watching
+from mmcompress.surgery.merging import ledger_of
+from mmcompress.surgery.reducing import choice_of
+from mmcompress.views import Tower
+
+TILE = 224
+"""Pixels of each picture's longer side."""
+TILES = 12
+"""The most pictures on a page; of more blocks, some are left out."""
+COLUMNS = 4
+GAP, TITLE = 8, 20
+GONE = 0.15
+"""Brightness of patches that are in no token."""
+LINE = (255, 255, 255)
+
+Pixels = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class View:
+    """The tokens at one place of the model."""
+
+    title: str
+    token_of: NDArray[np.int64]
+    """(N,): the token each patch is in, -1 for none."""
+
+
+def reduces(bundle: Bundle) -> bool:
+    """Whether the model makes fewer tokens of a picture, so that there is something to show."""
+    tower = _tower(bundle)
+    return tower is not None and (_merges(bundle, tower) or _chooses(bundle, tower))
+
+
+def draw(bundle: Bundle, image: Image.Image, path: Path) -> None:
+    """Write what becomes of the patches of `image` to `path`. Raises UsageError where no tokens of pictures become fewer."""
+    tower = _tower(bundle)
+    if tower is None or not reduces(bundle):
+        raise UsageError(
+            "no tokens of a picture become fewer in this model",
+            hint="merge the vision tower's tokens, or use mmc reduce",
+        )
+    inputs = bundle.prepare(tower.name, [image])
+    pixels = _shown(inputs["pixel_values"])
+    views, grid = _views(bundle, tower, inputs, pixels.shape[:2])
+    _page(pixels, views, grid).save(path)
+
+
+def _tower(bundle: Bundle) -> Tower | None:
+    return next((tower for tower in bundle.towers() if tower.name == "vision"), None)
+
+
+def _merges(bundle: Bundle, tower: Tower) -> bool:
+    return ledger_of(bundle.module(tower.blocks[0].path)) is not None
+
+
+def _chooses(bundle: Bundle, tower: Tower) -> bool:
+    return tower.connector is not None and choice_of(bundle.module(tower.connector.path)) is not None
+
+
+@torch.inference_mode()
+def _views(
+    bundle: Bundle, tower: Tower, inputs: dict[str, Tensor], size: tuple[int, int]
+) -> tuple[list[View], tuple[int, int]]:
+    """Return the tokens wherever there become fewer, and the rows and columns of patches. Of several tiles, the first."""
+    bundle.model.eval()
+    if _chooses(bundle, tower):
+        assert tower.connector is not None, "what chooses is a connector"
+        choice = choice_of(bundle.module(tower.connector.path))
+        assert choice is not None, "it was just asked"
+        with watching(choice.seen) as steps:
+            bundle.encode(tower.name, inputs)
+        rows, columns = choice.grid
+        # A connector may join neighbouring patches first; each of its tokens then stands for a block of them.
+        protected, count, grid = 0, choice.tokens, (rows, columns)
+        what = ["behind the connector"]
+    else:
+        ledger = ledger_of(bundle.module(tower.blocks[0].path))
+        assert ledger is not None, "reduces has said so"
+        assert tower.stream is not None, "a tower that merges has a stream"
+        with watching(ledger) as steps:
+            bundle.encode(tower.name, inputs)
+        protected, count = tower.stream.protected, tower.stream.tokens
+        grid = _grid(count - protected, size)
+        what = [f"block {block.index}" for block in tower.blocks]
+    views, into = [], torch.eye(count)
+    for name, step in zip(what, steps, strict=False):
+        if step is None:
+            continue
+        step = step if step.dim() == 2 else step[0]
+        into = (step.cpu().float() > 0).float() @ into
+        patches = into[:, protected:]
+        token_of = torch.where(patches.any(dim=0), patches.argmax(dim=0), -1).numpy()
+        views.append(View(f"{name}: {len(into) - protected} of {count - protected}", token_of))
+    return _some(views), grid
+
+
+def _some(views: list[View]) -> list[View]:
+    """Return the last of them and others at equal distances, no more than there is room for beside the picture itself."""
+    room = TILES - 1
+    if len(views) <= room:
+        return views
+    return [views[round((index + 1) * len(views) / room) - 1] for index in range(room)]
+
+
+def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Return rows and columns of square patches. Raises UsageError where they fill no rectangle of this shape."""
+    height, width = size
+    rows = max(1, round((patches * height / width) ** 0.5))
+    if patches % rows:
+        raise UsageError(
+            f"{patches} patches do not fill a picture of {width} x {height} pixels",
+            hint="draw a model of square patches",
+        )
+    return rows, patches // rows
+
+
+def _shown(values: Tensor) -> Pixels:
+    """Return the first picture or tile as (height, width, 3) of 0 to 1; normalisation is undone up to brightness."""
+    picture = values.detach().float().cpu().reshape(-1, *values.shape[-3:])[0]
+    if picture.shape[0] != 3:
+        raise UsageError(
+            f"the model is given patches of {tuple(values.shape)} instead of a picture, so none can be drawn",
+            hint="draw another model",
+        )
+    low, high = picture.amin(dim=(1, 2), keepdim=True), picture.amax(dim=(1, 2), keepdim=True)
+    return ((picture - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).double().numpy()
+
+
+def _page(pixels: Pixels, views: Sequence[View], grid: tuple[int, int]) -> Image.Image:
+    """Return the picture and the views, row by row."""
+    tiles = [(f"{grid[0] * grid[1]} patches", _painted(pixels, np.arange(grid[0] * grid[1]), grid))]
+    tiles += [(view.title, _painted(pixels, view.token_of, grid)) for view in views]
+    width, height = tiles[0][1].size
+    columns = min(COLUMNS, len(tiles))
+    rows = -(-len(tiles) // columns)
+    page = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + TITLE + GAP) + GAP), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
+    for index, (title, tile) in enumerate(tiles):
+        left = GAP + index % columns * (width + GAP)
+        top = GAP + index // columns * (height + TITLE + GAP)
+        pen.text((left, top), title, fill="black", font=font)
+        page.paste(tile, (left, top + TITLE))
+    return page
+
+
+def _painted(pixels: Pixels, token_of: NDArray[np.int64], grid: tuple[int, int]) -> Image.Image:
+    """Return the picture with the patches of each token in one colour."""
+    rows, columns = grid
+    side = max(2, TILE // max(grid))
+    large = Image.fromarray((pixels * 255).astype(np.uint8)).resize(
+        (columns * side, rows * side), Image.Resampling.BICUBIC
+    )
+    made = np.asarray(large, np.float64).reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).copy()
+    patches = made.reshape(rows * columns, side, side, 3)
+    members = np.bincount(token_of[token_of >= 0], minlength=1)
+    for token in np.flatnonzero(members > 1):
+        patches[token_of == token] = patches[token_of == token].mean(axis=(0, 1, 2))
+    patches[token_of < 0] *= GONE
+    merged = ((token_of >= 0) & (members[token_of] > 1)).reshape(grid)
+    where = token_of.reshape(grid)
+    cells = patches.reshape(rows, columns, side, side, 3)
+    # A line on the side of every merged patch where the next one belongs to another token.
+    for across in (False, True):
+        now, then = (where[:, :-1], where[:, 1:]) if across else (where[:-1], where[1:])
+        either = merged[:, :-1] | merged[:, 1:] if across else merged[:-1] | merged[1:]
+        for row, column in np.argwhere((now != then) & either):
+            if across:
+                cells[row, column, :, -1] = LINE
+            else:
+                cells[row, column, -1] = LINE
+    whole = cells.transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 3)
+    return Image.fromarray(whole.round().clip(0, 255).astype(np.uint8))

@@ -1,0 +1,89 @@
+"""Which tokens to merge, of all pairs: every token may go into every other, where `matching` pairs even positions with odd ones.
+
+- `energy_matching`: PiToMe, arXiv 2405.16148. Tokens that many others are like have a high energy and are merged among themselves;
+  those that stand alone are kept. Deliberate differences: rows keep the order of the tokens instead of that of the energies, and
+  means weigh by size, where the official code weighs a chain of two merges wrongly.
+- `guided_matching`: CrossGET's complete-graph soft matching, arXiv 2305.17455, without its trained cross tokens: the class token,
+  or the mean where there is none, says what matters. Of two tokens that are most alike to each other only one goes. Members weigh
+  by exp(importance) within the whole group, in the paper only in pairs.
+
+The metric of both is attention keys, as in `matching`, whose treatment of protected tokens and padding holds here too.
+
+Shapes: B batch, N tokens, R merged, P protected, D key width, U = N - P.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mmcompress.ops.matching import require_mergeable
+from mmcompress.ops.ranks import FAR, directions, number_of, rank
+
+NEVER = -2 * FAR
+"""Below every similarity, that of padding included."""
+
+
+def energy_matching(
+    keys: Tensor, merged: int, protected: int = 0, margin: float = 0.9, sizes: Tensor | None = None
+) -> Tensor:
+    """Return the assignment (B, N - R, N) of 0s and 1s of the 2R tokens with most energy, in pairs of neighbours by energy.
+
+    `keys`: (B, N, D); `sizes`: (B, N), needed only where some are padding (0). `margin`: the cosine from which tokens count as
+    alike. Raises UsageError when R exceeds half of the unprotected tokens.
+    """
+    require_mergeable(keys.shape[1], merged, protected)
+    unit = directions(keys.detach()[:, protected:])
+    alike = unit @ unit.mT  # (B, U, U)
+    there = torch.ones_like(alike[:, 0]) if sizes is None else (sizes[:, protected:] > 0).to(alike.dtype)
+    place = rank(torch.where(there > 0, energies(alike, margin, there), FAR))
+    alike = alike - FAR * (1 - there)[:, None, :]
+    goes, takes = ((place < 2 * merged) & (place % 2 == side) for side in (0, 1))
+    partner = alike.masked_fill(~takes[:, None, :], NEVER).argmax(dim=-1)
+    return _joined(goes, partner, merged, protected).to(unit.dtype)
+
+
+def energies(alike: Tensor, margin: float, there: Tensor) -> Tensor:
+    """Return how much each token is like all that are `there` (B, U), of 0s and 1s; `alike`: (B, U, U), cosines.
+
+    From `margin` on what is more alike counts more; below it falls towards -1.
+    """
+    near = functional.elu(alike - margin) * there[:, None, :]
+    return near.sum(dim=-1) / there.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def guided_matching(
+    keys: Tensor, merged: int, protected: int = 0, sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the assignment (B, N - R, N) of 0s and 1s and the weight (B, N) of every token in the mean it goes into.
+
+    `keys`: (B, N, D), where the first is the class token if any is protected. `sizes`: (B, N), needed only where some are padding
+    (0). Raises UsageError when R exceeds half of the unprotected tokens.
+    """
+    require_mergeable(keys.shape[1], merged, protected)
+    every = directions(keys.detach())
+    unit = every[:, protected:]
+    there = torch.ones_like(unit[..., 0]) if sizes is None else (sizes[:, protected:] > 0).to(unit.dtype)
+    guide = every[:, :1] if protected else directions(there[:, None, :] @ unit)
+    importance = (unit @ guide.mT)[:, :, 0]  # (B, U)
+    own = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
+    alike = (unit @ unit.mT).masked_fill(own, -FAR) - FAR * (1 - there)[:, None, :]
+    place = rank(alike.amax(dim=-1))
+    # A token asks those behind it alone; the last one has none to ask and never goes.
+    behind = place[:, None, :] > place[:, :, None]
+    cost = importance - alike.masked_fill(~behind, NEVER).amax(dim=-1)
+    goes = rank(torch.where(there > 0, -cost, FAR)) < merged
+    partner = alike.masked_fill(goes[:, None, :], NEVER).argmax(dim=-1)
+    weights = torch.cat([torch.ones_like(every[:, :protected, 0]), importance.exp()], dim=1)
+    return _joined(goes, partner, merged, protected).to(unit.dtype), weights
+
+
+def _joined(goes: Tensor, partner: Tensor, merged: int, protected: int) -> Tensor:
+    """Return (B, N - R, N) bool: every unprotected token that `goes` (B, U) is in the row of its `partner` (B, U), all in order."""
+    count = goes.shape[1]
+    number = number_of(~goes)
+    row = torch.where(goes, number.gather(1, partner), number) + protected
+    alone = torch.arange(protected, device=row.device).expand(row.shape[0], -1)
+    rows = torch.arange(protected + count - merged, device=row.device)[:, None]
+    return torch.cat([alone, row], dim=1)[:, None, :] == rows
