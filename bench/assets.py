@@ -189,6 +189,14 @@ def speech(split: Literal["test", "train"] = "test") -> Path:
     return staged(cache_dir() / "built" / f"speech-{split}-{VOICE.sha256[:12]}-{key}-{BUILD}", fill)
 
 
+def full_recordings() -> Path:
+    """The test sentences one after the other in recordings of up to 29 seconds. Raises what `speech` raises."""
+    from bench.speech import joined
+
+    sentences = speech("test")
+    return staged(sentences.with_name(f"{sentences.name}-joined"), lambda staging: joined(sentences, staging))
+
+
 def smolvlm() -> Path:
     """A SmolVLMForConditionalGeneration folder of 438 MiB: SmolLM2-135M-Instruct and random eyes; see `bench.smolvlm`."""
     from bench.smolvlm import build_smolvlm

@@ -119,12 +119,11 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def joined(sentences: Path, folder: Path, longest: float = 29.0) -> Path:
+def joined(sentences: Path, folder: Path, longest: float = 29.0) -> None:
     """Writes the recordings of a spoken split one after the other into `folder`, up to `longest` seconds each, and their texts.
 
     Sentences last three seconds; these recordings fill what Whisper hears at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     groups: list[tuple[list[bytes], list[str]]] = []
     seconds = longest
     for row in map(json.loads, (sentences / "metadata.jsonl").read_text(encoding="utf-8").splitlines()):
@@ -144,7 +143,6 @@ def joined(sentences: Path, folder: Path, longest: float = 29.0) -> Path:
             file.setparams(form)
             file.writeframes(b"".join(pieces))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return folder
 
 
 def speak(texts: list[str], voice: Path, piper: Path, folder: Path) -> None:

@@ -1,12 +1,16 @@
-"""Every way to give the mini-VLM fewer tokens of a picture, at several shares, beside random ones: answers, slices, first token.
+"""Every way to have fewer tokens, at several shares, on three real models: accuracy against random tokens, work, speed.
 
-Each is applied to the checkpoint and answers the held-out questions of `bench.vqa_data` in torch, paired with the original's
-answers (n and intervals). MACs are counted anew; the time to the first token is that of the exported parts in OpenVINO, all in
-one interleaved run.
+- `encoder`: patches merged block by block in the DINOv2-S + MiniLM dual encoder; R@1 on the held-out vendor's drawings.
+- `connector`: fewer image tokens for the mini-VLM's language model; held-out questions, by slice.
+- `audio`: states merged block by block in Whisper tiny.en; words of recordings full of speech.
 
-    python -m bench.token_table [--questions 300] [--keep 0.5 --keep 0.25 …] [--method clusters …] [--rounds 15]
+Each method is applied to the checkpoint without training and judged in torch, paired with the original (n and intervals) and with
+random selections of as many tokens (several seeds). MACs are counted anew. Parts are exported and timed in one interleaved run
+per share: in onnxruntime and OpenVINO, each beside the original in the same engine.
 
-writes bench/results/token_table.json; what it holds already for the same questions is not measured again.
+    python -m bench.token_table encoder [--samples 0] [--keep 0.5 …] [--method tome …] [--rounds 30] [--timed 0.5 …]
+
+writes bench/results/token_table.json; rows it holds already for the same samples are not measured again.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,93 +27,161 @@ from bench import assets
 from mmcompress import checkpoint, passes
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
+from mmcompress.errors import UsageError
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
+from mmcompress.evaluate.verdict import random_findings
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.bench import Settings, bench
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.latency import compare
 from mmcompress.measure.machine import machine_facts
 from mmcompress.passes.base import Context
-from mmcompress.surgery.reducing import Method
+from mmcompress.surgery import merging, reducing
 
-KEEPS = (0.75, 0.5, 0.25, 0.1)
-METHODS: tuple[str, ...] = get_args(Method)
 RESULT = assets.RESULTS / "token_table.json"
-STAGES = ("vision", "prompt", "answer")
+RANDOM = "random"
+SEEDS = 3
+MERGING = (*get_args(merging.Method), RANDOM)
 
 
-def reduced(method: str, keep: float) -> Bundle:
-    """The mini-VLM with fewer tokens a picture."""
-    bundle = checkpoint.load(assets.mini_vlm())
-    made = passes.build("reduce-visual-tokens", {"method": method, "keep": keep})
+@dataclass(frozen=True)
+class Contest:
+    """What is reduced in which model, and how that is judged."""
+
+    model: Callable[[], Path]
+    name: str
+    """Of the pass."""
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    task: str
+    data: Callable[[], Dataset]
+    samples: int
+    """How many of them by default; 0: all."""
+    tower: str
+    """Whose MACs become fewer."""
+    stages: tuple[str, ...]
+    """What is timed."""
+    batches: tuple[int, ...] = (1,)
+
+
+CONTESTS = {
+    "encoder": Contest(
+        assets.dual_encoder, "merge-tokens", MERGING, (0.75, 0.5, 0.25, 0.1),
+        "retrieval", lambda: open_data("demo:test"), 0, "vision", ("vision",), (1, 8),
+    ),
+    "connector": Contest(
+        assets.mini_vlm, "reduce-visual-tokens", get_args(reducing.Method), (0.75, 0.5, 0.25, 0.1),
+        "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "answer"),
+    ),
+    "audio": Contest(
+        assets.whisper_tiny, "merge-tokens", MERGING, (0.75, 0.5, 0.4),
+        "transcription", lambda: open_data(str(assets.full_recordings())), 0, "audio", ("audio", "token", "answer"),
+    ),
+}  # fmt: skip
+
+
+def reduced(contest: Contest, method: str, keep: float, seed: int = 0) -> Bundle:
+    """The contest's model with fewer tokens."""
+    bundle = checkpoint.load(contest.model())
+    made = passes.build(contest.name, {"method": method, "keep": keep})
     made.check(bundle)
-    made.apply(bundle, made.plan(bundle, Context()))
+    made.apply(bundle, made.plan(bundle, Context(seed=seed)))
     return bundle
 
 
-def row(bundle: Bundle, data: Dataset, reference: Evaluation | None) -> tuple[dict[str, Any], Evaluation]:
-    """What one model answers, and what it costs."""
-    found = evaluate(bundle, data, ["vqa"], batch=16, reference=reference)
-    cost = cost_of(bundle)
-    made = {
-        "accuracy": found.to_json(),
-        "tokens": bundle.family.example_image_tokens(bundle.model),  # type: ignore[attr-defined]
-        "language_macs": cost.towers["language"].macs,
-    }
-    return made, found
+def row(
+    contest: Contest, bundle: Bundle, data: Dataset, reference: Evaluation | None
+) -> tuple[dict[str, Any], Evaluation]:
+    """What one model scores, and what it costs."""
+    found = evaluate(bundle, data, [contest.task], batch=16, reference=reference)
+    return {"accuracy": found.to_json(), "macs": cost_of(bundle).towers[contest.tower].macs}, found
 
 
-def timed(methods: list[str], keep: float, rounds: int) -> dict[str, Any]:
-    """Milliseconds of each stage in OpenVINO and how many times as fast it is as the original's, by method."""
+def rows_of(
+    contest: Contest, keep: float, methods: list[str], data: Dataset, original: Evaluation
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what each method scores at one share, random ones first: the others are set beside them."""
+    controls = []
+    for seed in range(SEEDS):
+        made, found = row(contest, reduced(contest, RANDOM, keep, seed), data, original)
+        controls.append(found)
+        yield f"{RANDOM} {keep:g}, seed {seed}", made
+    for method in methods:
+        if method == RANDOM:
+            continue
+        made, found = row(contest, reduced(contest, method, keep), data, original)
+        made["against random"] = [finding.to_json() for finding in random_findings(controls, found)]
+        yield f"{method} {keep:g}", made
+
+
+def timed(contest: Contest, methods: list[str], keep: float, rounds: int) -> dict[str, Any]:
+    """Milliseconds of each stage, and how many times as fast it is as the original's in the same engine."""
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
         sides = {"original": Path(work) / "original"}
-        export_onnx(checkpoint.load(assets.mini_vlm()), sides["original"], batches=(1,))
+        export_onnx(checkpoint.load(contest.model()), sides["original"], batches=(1,))
         for method in methods:
             sides[method] = Path(work) / method
-            export_onnx(reduced(method, keep), sides[method], batches=(1,))
-        settings = Settings(runners=("openvino",), precisions=("fp32",), threads=2, rounds=rounds, memory=False)
-        found = bench([str(side) for side in sides.values()], settings)
-    taken = [each.timing for each in found.rows if each.timing.tower in STAGES]
-    base = {each.tower: each.samples for each in taken if Path(each.side).name == "original"}
-    made: dict[str, Any] = {}
-    for each in taken:
-        made.setdefault(Path(each.side).name, {})[each.tower] = {
-            "p50_ms": each.latency.p50_ms.to_json(),
-            "times_as_fast": compare(base[each.tower], each.samples).to_json(),
-        }
-    return {"keep": keep, "machine": found.machine, "stages": made}
+            export_onnx(reduced(contest, method, keep), sides[method], batches=(1,))
+        for batch in contest.batches:
+            settings = Settings(precisions=("fp32",), threads=2, rounds=rounds, batch=batch, memory=False)
+            measured = bench([str(side) for side in sides.values()], settings)
+            taken = [each.timing for each in measured.rows if each.timing.tower in contest.stages]
+            base = {(each.tower, each.runner): each.samples for each in taken if Path(each.side).name == "original"}
+            for each in taken:
+                found.setdefault(Path(each.side).name, []).append(
+                    {
+                        "stage": each.tower,
+                        "runner": each.runner,
+                        "batch": batch,
+                        "p50_ms": each.latency.p50_ms.to_json(),
+                        "times_as_fast": compare(base[each.tower, each.runner], each.samples).to_json(),
+                    }
+                )
+    return {"machine": measured.machine, "sides": found}
 
 
 def main() -> None:
     """Measure what is missing, write the document, print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("contest", choices=CONTESTS)
+    parser.add_argument("--samples", type=int)
     parser.add_argument("--keep", type=float, action="append")
-    parser.add_argument("--method", action="append", choices=METHODS)
-    parser.add_argument("--rounds", type=int, default=15, help="of the timings; 0 for none")
+    parser.add_argument("--method", action="append")
+    parser.add_argument("--timed", type=float, action="append", help="shares whose exported parts are timed")
+    parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    data = open_data(str(assets.vqa("heldout"))).subset(options.questions, 0)
-    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    document: dict[str, Any] = {
-        "command": f"python -m bench.token_table --questions {options.questions}",
-        "questions": options.questions,
-        "machine": machine_facts(),
-        "rows": known["rows"] if known.get("questions") == options.questions else {},
-        "timings": known.get("timings"),
-    }
-    made, original = row(checkpoint.load(assets.mini_vlm()), data, None)
-    document["rows"]["original"] = made
-    for keep in options.keep or KEEPS:
-        for method in options.method or METHODS:
-            name = f"{method} {keep:g}"
-            if name not in document["rows"]:
-                document["rows"][name], _ = row(reduced(method, keep), data, original)
-                RESULT.write_text(json.dumps(document, indent=1) + "\n")
-            print(name, json.dumps(document["rows"][name]["accuracy"]["results"]), flush=True)
-    if options.rounds:
-        document["timings"] = timed(list(options.method or METHODS), 0.25, options.rounds)
-        print(json.dumps(document["timings"]["stages"], indent=1))
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    contest = CONTESTS[options.contest]
+    samples = contest.samples if options.samples is None else options.samples
+    data = contest.data()
+    data = data.subset(samples, 0) if samples else data
+    whole = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    document = whole.get(options.contest, {})
+    if document.get("n") != len(data):
+        document = {
+            "command": f"python -m bench.token_table {options.contest}" + (f" --samples {samples}" if samples else ""),
+            "n": len(data),
+            "machine": machine_facts(),
+            "rows": {},
+            "timings": {},
+        }
+    whole[options.contest] = document
+    methods = options.method or list(contest.methods)
+    document["rows"]["original"], original = row(contest, checkpoint.load(contest.model()), data, None)
+    for keep in options.keep or contest.keeps:
+        if all(f"{method} {keep:g}" in document["rows"] for method in methods if method != RANDOM):
+            continue
+        try:
+            for name, made in rows_of(contest, keep, methods, data, original):
+                document["rows"][name] = made
+                RESULT.write_text(json.dumps(whole, indent=1) + "\n")
+                print(name, json.dumps(made["accuracy"]["results"][contest.task]), flush=True)
+        except UsageError as refused:
+            print(f"keep {keep:g}: {refused}", flush=True)
+    for keep in options.timed or ():
+        document["timings"][f"{keep:g}"] = timed(contest, methods, keep, options.rounds)
+        RESULT.write_text(json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(document["timings"], indent=1))
 
 
 if __name__ == "__main__":

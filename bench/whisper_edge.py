@@ -15,13 +15,11 @@ rounded to int8; the word accuracy after each step is that of torch.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from bench import assets
 from bench.answer_sides import answers, build, compressed, measured, parser, workplace, write
 from bench.edge import RECIPES
-from bench.speech import joined
 from mmcompress import checkpoint, manifest, passes, recipe
 from mmcompress.data import Dataset, open_data
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
@@ -80,7 +78,7 @@ def main() -> None:
         ]
         result = measured(work, chosen, assets.whisper_tiny(), recipes, open_data(test), "transcription", STAGES)
         sides = {name: side for name, side in build(work, assets.whisper_tiny(), recipes).items() if name in FULL}
-        long = open_data(str(joined(Path(test), work / "joined")))
+        long = open_data(str(assets.full_recordings()))
         full = answers(sides, long, "transcription", chosen.threads)
         kept = kept_shares(long)
     result |= {
