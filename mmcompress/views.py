@@ -88,6 +88,8 @@ class TokenStream:
     """What the tower's output is read from."""
     pool: str = ""
     """For readout "attention": path of the nn.MultiheadAttention whose keys are the tokens."""
+    blocks: int = 0
+    """For readout "all": how many blocks there are up to where the tokens are read; 0: the whole tower."""
 
 
 @dataclass(frozen=True)

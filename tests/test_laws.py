@@ -46,7 +46,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
 CHAIN = ("prune-taylor", "merge", "reduce", "w8a8-cpu", "distill")
 EVERY = tiny.EVERY
 REDUCING = ("llava_dinov2", "llava_clip", "llava_siglip", "smolvlm", "idefics3", "paligemma")
-UNMERGED = tuple(family for family in tiny.GENERATORS if family != "whisper")
+UNMERGED = tuple(family for family in tiny.GENERATORS if family not in ("whisper", "llava_next", *REDUCING))
 # What is refused: by a pass's name or a case's, the families. `check` says why, and README's matrix shows it.
 REFUSED: dict[str, tuple[str, ...]] = {
     "merge-tokens": ("flava", "blip_retrieval", *tiny.HEARING, *UNMERGED, *tiny.JUDGES),

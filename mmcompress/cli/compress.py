@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def run_recipe(
     as_json: bool,
     quiet: bool,
     verbose: int,
+    explain: Sequence[Path] = (),
 ) -> None:
-    """Run or plan `recipe` and print what came of it."""
+    """Run or plan `recipe` and print what came of it; `explain`: pictures whose tokens are drawn."""
     from mmcompress.cli import render
     from mmcompress.errors import GateFailed
     from mmcompress.jobs.compress import compress, follow
@@ -78,7 +80,9 @@ def run_recipe(
             show_plan(planned)
         return
     try:
-        result = compress(model, recipe, output, resume=resume, allow_pickle=allow_pickle, progress=terminal)
+        result = compress(
+            model, recipe, output, resume=resume, allow_pickle=allow_pickle, progress=terminal, explain=explain
+        )
     except GateFailed as failed:
         if failed.document and not as_json:
             tables(failed.document)
@@ -89,6 +93,8 @@ def run_recipe(
     tables(result.to_json())
     loads = "plain transformers loads it too" if result.manifest.plain_transformers else result.manifest.why
     render.line(f"{output} is written; {loads}")
+    for drawn in result.pictures:
+        render.line(f"{drawn} shows which patches became one token or went")
     terminal.next_step(f"mmc export {output} -o {output}-onnx --to onnx")
 
 

@@ -8,5 +8,7 @@ command = single_pass(
     "merge",
     "merge-tokens",
     """  mmc merge MODEL -o OUT --keep 0.5
-  mmc merge MODEL -o OUT --keep 0.5 --eval-data held-out/""",
+  mmc merge MODEL -o OUT --keep 0.5 --eval-data held-out/
+  mmc merge MODEL -o OUT --keep 0.5 --explain photo.jpg""",
+    explains=True,
 )

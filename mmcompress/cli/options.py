@@ -75,6 +75,16 @@ def data_options(taken: Sequence[str] = ()) -> Callable[[F], F]:
     return decorate
 
 
+def explain_option(function: F) -> F:
+    """The pictures whose patches are drawn."""
+    return click.option(
+        "--explain",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="An image: draw which of its patches become one token or go, in OUT/reports; repeatable.",
+    )(function)
+
+
 def run_options(function: F) -> F:
     """--dry-run, --resume, --set, --no-control, --allow-pickle."""
     function = click.option("--dry-run", is_flag=True, help="Print what would be done, its time, memory and disk.")(

@@ -12,9 +12,13 @@ from mmcompress.cli import options
 from mmcompress.recipe import Recipe, Step, parse
 
 
-def single_pass(command: str, pass_name: str, examples: str) -> click.Command:
-    """Return the click command `command` for the pass `pass_name`; `examples` end its help."""
+def single_pass(command: str, pass_name: str, examples: str, explains: bool = False) -> click.Command:
+    """Return the click command `command` for the pass `pass_name`; `examples` end its help.
+
+    `explains`: it makes tokens fewer, and can draw which.
+    """
     schema = passes.schema(pass_name)
+    explain = options.explain_option if explains else lambda function: function
 
     @click.command(
         command,
@@ -27,6 +31,7 @@ def single_pass(command: str, pass_name: str, examples: str) -> click.Command:
     @options.pass_options(schema)
     @options.data_options([parameter.name for parameter in schema.parameters])
     @options.device_option
+    @explain
     @options.run_options
     @options.talk_options
     def run(model: str, output: Path, **given: Any) -> None:
@@ -34,7 +39,8 @@ def single_pass(command: str, pass_name: str, examples: str) -> click.Command:
         recipe = one_step(step, given)
         from mmcompress.cli.compress import run_recipe
 
-        run_recipe(model, recipe, output, **{key: given[key] for key in RUN_KEYS})
+        shown = given.get("explain", ())
+        run_recipe(model, recipe, output, explain=shown, **{key: given[key] for key in RUN_KEYS})
 
     return run
 

@@ -36,6 +36,13 @@ class Stored:
     name: str = ""
     """What to call it in an error: the file's path, or the archive's path with the member."""
 
+    @classmethod
+    def at(cls, path: Path) -> Stored:
+        """Return the whole file at `path`. Raises UsageError when there is none."""
+        if not path.is_file():
+            raise UsageError(f"no file at '{path}'", hint="check the path")
+        return cls(path, path.stat().st_size)
+
     def __str__(self) -> str:
         return self.name or str(self.path)
 

@@ -230,10 +230,10 @@ def _size(facts: Facts) -> Iterator[_Weighed]:
         yield _Weighed(9, 0, Finding("note", "size was not measured"))
         return
     shown = f"{before / MIB:.1f} → {after / MIB:.1f} MiB on disk, exact"
-    if after > before:
-        yield _Weighed(8, after / before, Finding("bad", f"LARGER than the original: {shown}"))
-    elif after == before:
+    if round(before / after, 2) == 1:
         yield _Weighed(8, 1, Finding("note", f"as large as the original: {shown}"))
+    elif after > before:
+        yield _Weighed(8, after / before, Finding("bad", f"LARGER than the original: {shown}"))
     else:
         yield _Weighed(8, 1, Finding("good", f"smaller by a factor of {before / after:.2f}: {shown}"))
 

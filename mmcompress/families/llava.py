@@ -19,7 +19,7 @@ from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import BATCH, Part, Sizes
 from mmcompress.surgery.reducing import handed_on
-from mmcompress.views import Block, Connector, Tower
+from mmcompress.views import Block, Connector, TokenStream, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,15 +60,24 @@ class Llava(VisionLanguage):
             # Behind the last block transformers gives out normalised states: without it, an earlier block would come last.
             needed=(len(blocks) - 1,) if config.model_type in ("dinov2", "vit") else (),
             connector=self.connector(model, blocks),
-            why_no_stream="the prompt keeps a place for each of the picture's tokens; fewer of them would not fill it",
+            stream=self._stream(model, blocks),
+            why_no_stream="the connector reads several blocks, and each needs all tokens in their places",
         )
+
+    def _stream(self, model: Any, blocks: tuple[Block, ...]) -> TokenStream | None:
+        """Return the view of the patches up to where the connector reads them, all in their places again."""
+        config = model.config.vision_config
+        protected = VISION[config.model_type].class_tokens
+        patches = (config.image_size // config.patch_size) ** 2
+        read = _read(model, blocks)
+        if len(read) > 1 or read[0] < 0:
+            return None
+        return TokenStream(tokens=patches + protected, protected=protected, readout="all", blocks=read[0] + 1)
 
     def connector(self, model: Any, blocks: tuple[Block, ...]) -> Connector | None:
         """Return the view of the two layers between encoder and language model."""
         config = model.config
-        layer = config.vision_feature_layer if isinstance(config.vision_feature_layer, int) else -1
-        # hidden_states counts what the blocks were given, then what the last gave out.
-        last = (layer if layer >= 0 else len(blocks) + 1 + layer) - 1
+        last = max(_read(model, blocks))
         side = config.vision_config.image_size // config.vision_config.patch_size
         count, leading = self._encoded(model), VISION[config.vision_config.model_type].class_tokens
         return Connector(
@@ -130,6 +139,16 @@ class Llava(VisionLanguage):
     def _token(self, model: Any, processor: Processor) -> str:
         token: str = self.talk.tokenizer(processor).convert_ids_to_tokens(model.config.image_token_id)
         return token
+
+
+def _read(model: Any, blocks: tuple[Block, ...]) -> list[int]:
+    """Return the indices of the blocks whose tokens the connector reads, -1 for what the first is given."""
+    layers = model.config.vision_feature_layer
+    # hidden_states counts what the blocks were given, then what the last gave out.
+    return [
+        (layer if layer >= 0 else len(blocks) + 1 + layer) - 1
+        for layer in ([layers] if isinstance(layers, int) else layers)
+    ]
 
 
 class LlavaNext(Llava):

@@ -18,7 +18,7 @@ from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Part
 from mmcompress.surgery.reducing import handed_on
-from mmcompress.views import Connector, Tower
+from mmcompress.views import Connector, TokenStream, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,7 +71,7 @@ class PaliGemma(VisionLanguage):
             heads=("model.multi_modal_projector",),
             connector=Connector("model.multi_modal_projector", side**2, (side, side), blocks[-1].attention.path),
             embeddings=tuple(f"{root}.{path}" for path in encoder.embeddings),
-            why_no_stream="the prompt keeps a place for each of the picture's tokens; fewer of them would not fill it",
+            stream=TokenStream(tokens=side**2, protected=0, readout="all"),
         )
 
     def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from mmcompress.bundle import Processor
@@ -19,8 +20,6 @@ from mmcompress.families.picture_rows import spread
 from mmcompress.families.talk import Shown, Talk, require_no_tokens
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mmcompress.data import Sample
 
 
@@ -63,14 +62,15 @@ class PictureQuestions(ABC):
         return [one.picture for one in sample.decoded().one_by_one()]
 
     def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
-        """Return the inputs made of samples' pictures and, for the language model, of question and answer in its chat template.
+        """Return the inputs made of samples' pictures, or of pictures; for the language model, of question and answer in a template.
 
         input_ids and attention_mask (B, N); answer_positions and answer_mask (B, T): the places that each predict a token of the
         first accepted answer, cut at `FORCED_TOKENS`. Raises UsageError where a picture, an image processor, a tokenizer or an
         image token is missing, and for a talk longer than the model takes.
         """
         if tower == "vision":
-            made = self._images(model, processor, [one for sample in items for one in self.visuals(sample)])
+            looked = [one for item in items for one in ([item] if isinstance(item, Image) else self.visuals(item))]
+            made = self._images(model, processor, looked)
             return {key: made[key] for key in self.image_keys if key in made}
         images, prompts = self._asked(model, processor, items)
         tokenizer, tokens = self.talk.tokenizer(processor), self.image_tokens_of(model, processor)

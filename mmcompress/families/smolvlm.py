@@ -18,7 +18,7 @@ from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Part
 from mmcompress.surgery.reducing import handed_on
-from mmcompress.views import Connector, Tower
+from mmcompress.views import Connector, TokenStream, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +57,7 @@ class SmolVLM(VisionLanguage):
             heads=("model.connector",),
             embeddings=(f"{root}.embeddings.patch_embedding", f"{root}.embeddings.position_embedding"),
             connector=Connector("model.connector", self._side(model) ** 2, (self._side(model), self._side(model))),
-            why_no_stream="the connector folds squares of neighbouring patches, which must all be there",
+            stream=TokenStream(tokens=(config.image_size // config.patch_size) ** 2, protected=0, readout="all"),
         )
 
     def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:

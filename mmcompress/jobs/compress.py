@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 import mmcompress
 from mmcompress import checkpoint, pipeline, streamed, weights
@@ -26,6 +28,7 @@ from mmcompress.evaluate.asked import require_able
 from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.tasks import TASKS, usual_tasks
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
+from mmcompress.jobs import token_pictures
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch, usable_runners
 from mmcompress.jobs.stages import Measurements, headlines, load_again
@@ -50,6 +53,8 @@ class Result:
     """One row per stage, the original first: parameters, MACs per tower, headline metrics."""
     speeds: tuple[TowerSpeed, ...] = ()
     gates: tuple[GateResult, ...] = ()
+    pictures: tuple[Path, ...] = ()
+    """Drawings of what became of patches."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of ``--json``."""
@@ -61,6 +66,7 @@ class Result:
             "gates": [dataclasses.asdict(gate) for gate in self.gates],
             "plain_transformers": self.manifest.plain_transformers,
             "why": self.manifest.why,
+            "pictures": [str(path) for path in self.pictures],
         }
 
 
@@ -72,17 +78,19 @@ def compress(
     resume: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
+    explain: Sequence[Path] = (),
 ) -> Result:
-    """Run `recipe` on `model` and write the result to `output`.
+    """Run `recipe` on `model` and write the result to `output`, with drawings of what became of the patches of `explain`.
 
-    Raises UsageError for a bad model, recipe, data or an existing output, and GateFailed when a gate fails; the refused result
-    then lies beside `output`, named in the hint.
+    Where tokens of pictures become fewer, the first evaluation samples are drawn too. Raises UsageError for a bad model, recipe,
+    data or an existing output, and GateFailed when a gate fails; the refused result then lies beside `output`, named in the hint.
     """
     output, progress = Path(output), progress or Silent()
     refuse_existing(output)
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
-    if isinstance(model, str | Path) and streams(recipe, todo) and not allow_pickle:
+    shown = token_pictures.named(explain)
+    if isinstance(model, str | Path) and streams(recipe, todo) and not allow_pickle and not shown:
         return _streamed(model, recipe, todo, output, progress)
     bundle = load_again(model, recipe.device, allow_pickle)
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
@@ -105,7 +113,7 @@ def compress(
             recipe.gates, measured, timed=_will_be_timed(run, bundle), weighed=bool(_bytes_of(model, bundle))
         )
         bundle = pipeline.run(bundle, todo, run.context, place, after=run.after)
-        return _finish(run, bundle, output)
+        return _finish(run, bundle, output, shown)
     except (MmcError, OSError):
         # Going on would fail the same way. What was killed or crashed stays, to be resumed.
         place.remove()
@@ -182,7 +190,7 @@ def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickl
     pipeline.run(load_again(model, recipe.device, allow_pickle), todo, context, place, leads=False)
 
 
-def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
+def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Image]) -> Result:
     """Export and time the artifact, judge it, and let it appear under `output`."""
     recipe, place = run.recipe, run.place
     final = place.directory / "final"
@@ -221,11 +229,13 @@ def _finish(run: Measurements, bundle: Bundle, output: Path) -> Result:
     manifest = checkpoint.save(bundle, final, measured=measured, recipe=recipe.to_dict(), seed=recipe.seed)
     (final / "recipe.yaml").write_text(recipe.to_yaml())
     _keep_reports(run, final)
+    drawn = token_pictures.draw_all(bundle, shown, run.data, final / "reports")
     if exported is not None:
         shutil.copytree(exported / "compressed", final / recipe.export.to)
-    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates)
     failed = [gate for gate in gates if not gate.passed]
     target = free_name(output.with_name(output.name + ".rejected")) if failed else output
+    pictures = tuple(target / "reports" / name for name in drawn)
+    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates, pictures)
     publish(final, target)
     place.remove()
     if failed:

@@ -83,8 +83,8 @@ def samples_of(
     `together`: one sample for all pictures. Raises UsageError when there is nothing to answer, for files that are not there, and
     for frames that make no video.
     """
-    made = [Sample(str(path), audio=Audio(_stored(path)), question=prompt) for path in audio]
-    shown = [Sample(str(path), picture=_stored(path), question=prompt) for path in images]
+    made = [Sample(str(path), audio=Audio(Stored.at(path)), question=prompt) for path in audio]
+    shown = [Sample(str(path), picture=Stored.at(path), question=prompt) for path in images]
     if together and shown:
         pictures = [sample.picture for sample in shown if sample.picture is not None]
         more = f" and {len(images) - 1} more" if len(images) > 1 else ""
@@ -163,12 +163,6 @@ def _answered(
         tuple(prepare),
         tuple(written),
     )
-
-
-def _stored(path: Path) -> Stored:
-    if not path.is_file():
-        raise UsageError(f"no file at '{path}'", hint="check the path")
-    return Stored(path, path.stat().st_size)
 
 
 def _milliseconds(seconds: Sequence[float]) -> float:

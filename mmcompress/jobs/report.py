@@ -22,6 +22,7 @@ from mmcompress.jobs import report_sections as sections
 from mmcompress.jobs.check import final_evaluation
 from mmcompress.jobs.report_html import page
 from mmcompress.jobs.report_points import plots
+from mmcompress.jobs.token_pictures import PREFIX
 from mmcompress.manifest import Manifest
 from mmcompress.ops.statistics import Estimate
 from mmcompress.staging import refuse_existing
@@ -41,6 +42,8 @@ class Run:
     differences: dict[str, Estimate] = field(default_factory=dict)
     """Paired, by "task.metric"."""
     recipe: str = ""
+    pictures: tuple[Path, ...] = ()
+    """Drawings of what became of patches."""
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -88,6 +91,7 @@ def read_run(directory: Path) -> Run:
         compressed=after,
         differences=_differences(before, after),
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
+        pictures=tuple(sorted((directory / "reports").glob(f"{PREFIX}*.png"))),
     )
 
 

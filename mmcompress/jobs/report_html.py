@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-VOID = {"meta", "br", "hr", "wbr", "line", "rect", "circle", "path", "polyline"}
+VOID = {"meta", "br", "hr", "wbr", "line", "rect", "circle", "path", "polyline", "img"}
 
 
 class Markup(str):
@@ -94,6 +94,7 @@ h3 { font-size: 15px; margin: 18px 0 6px; }
 p { margin: 6px 0; }
 .dim { color: var(--dim); }
 .scroll { overflow-x: auto; }
+.drawing { max-width: 100%; margin: .5rem 0; border: 1px solid var(--line); }
 table { border-collapse: collapse; margin: 6px 0; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--dim); font-weight: 600; }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmcompress.evaluate.tasks import TASKS
 from mmcompress.jobs.report_answers import changed_answers, controls
+from mmcompress.jobs.report_gallery import GALLERY_NOTE, gallery
 from mmcompress.jobs.report_html import Markup, breakable, join, section, table, tag
+from mmcompress.jobs.report_lineage import fact, lineage, machine, reproduce
 from mmcompress.jobs.report_points import MIB, favourite, headline_speeds, total_macs
 from mmcompress.ops.statistics import Estimate
 
@@ -46,6 +47,7 @@ def evidence(run: Run, runs: Sequence[Run]) -> Markup:
                 note="Differences are paired, sample by sample.",
             ),
             section(_title(run, runs, "components"), components(run), speeds(run)),
+            section(_title(run, runs, "what became of patches"), gallery(run), note=GALLERY_NOTE),
             section(_title(run, runs, "what quantization costs where"), sensitivity(run), note=SENSITIVITY_NOTE),
             section(_title(run, runs, "exported files against torch"), parity(run)),
             section(_title(run, runs, "gates"), gates(run)),
@@ -219,7 +221,7 @@ def parity(run: Run) -> Markup:
         for row in part.parity
     ]  # fmt: skip
     files = [
-        [part.name, part.file, f"{part.bytes / MIB:.2f}", _fact({kind: f"{size / MIB:.2f}" for kind, size in part.weights.items()}),
+        [part.name, part.file, f"{part.bytes / MIB:.2f}", fact({kind: f"{size / MIB:.2f}" for kind, size in part.weights.items()}),
          str(sum(part.nodes.values()))]
         for part in run.artifact.components
     ]  # fmt: skip
@@ -239,50 +241,6 @@ def gates(run: Run) -> Markup:
     return table(["", "gate"], rows, left=2) if rows else Markup("")
 
 
-def lineage(run: Run) -> Markup:
-    """Where it came from, and every pass with its parameters."""
-    source, manifest = run.manifest.source, run.manifest
-    facts: list[list[Any]] = [
-        ["original", source.id],
-        ["revision", source.revision],
-        ["sha256 of its weights", source.sha256],
-        ["family", manifest.family],
-        ["stored as", source.dtype],
-        ["seed", manifest.seed],
-        ["mmc", manifest.mmc],
-        ["versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())],
-        [
-            "plain transformers",
-            "loads it" if manifest.plain_transformers else f"does not give this model: {manifest.why}",
-        ],
-    ]
-    records = [
-        [number, record.name, tag("code", json.dumps(record.params, ensure_ascii=False)), f"{record.seconds:.1f}"]
-        for number, record in enumerate(manifest.records, 1)
-    ]
-    return join(
-        [
-            table(["what", "value"], [row for row in facts if row[1] not in ("", None)], left=2),
-            table(["step", "pass", "parameters", "seconds"], records, left=3) if records else "",
-        ]
-    )
-
-
-def machine(run: Run) -> Markup:
-    """What the latencies were measured on."""
-    facts = run.measured.get("machine", {})
-    rows = [[key.replace("_", " "), _fact(value)] for key, value in facts.items() if value not in (None, "", [], {})]
-    return table(["what", "value"], rows, left=2) if rows else Markup("")
-
-
-def reproduce(run: Run) -> Markup:
-    """The resolved recipe and the command."""
-    if not run.recipe:
-        return Markup("")
-    command = f"mmc compress {run.manifest.source.id} recipe.yaml -o OUT"
-    return join([tag("pre", tag("code", command)), tag("pre", tag("code", run.recipe))])
-
-
 def _estimate(found: dict[str, Any] | None, digits: int = 3) -> str:
     if found is None:
         return ""
@@ -300,9 +258,3 @@ def _points_of(difference: Estimate | None) -> str:
 def _change(before: float, after: float, digits: int) -> str:
     share = f" ({after / before:.2f})" if before else ""
     return f"{before:,.{digits}f} → {after:,.{digits}f}{share}"
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -8,9 +8,12 @@ Shapes: N patches, M tokens left, rows and columns of patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mmcompress.bundle import Bundle
+from mmcompress.data import Dataset, Stored
+from mmcompress.data.sample import seen
 from mmcompress.errors import UsageError
 from mmcompress.surgery.ledger import watching
 from mmcompress.surgery.merging import ledger_of
@@ -47,10 +52,41 @@ class View:
     """(N,): the token each patch is in, -1 for none."""
 
 
+PREFIX = "tokens-"
+"""Of the files' names."""
+SAMPLES = 3
+"""Pictures of the evaluation data that are drawn."""
+
+
 def reduces(bundle: Bundle) -> bool:
     """Whether the model makes fewer tokens of a picture, so that there is something to show."""
     tower = _tower(bundle)
     return tower is not None and (_merges(bundle, tower) or _chooses(bundle, tower))
+
+
+def named(paths: Sequence[Path]) -> dict[str, Image.Image]:
+    """Return pictures by the names of their files. Raises UsageError for what is no picture."""
+    made: dict[str, Image.Image] = {}
+    for path in paths:
+        made[_free(path.stem, made)] = seen(Stored.at(path))
+    return made
+
+
+def draw_all(bundle: Bundle, shown: Mapping[str, Image.Image], data: Dataset | None, folder: Path) -> list[str]:
+    """Draw `shown`, and the first pictures of `data` where patches become fewer; return the names of the files in `folder`.
+
+    Raises UsageError where something is to be shown and there is nothing to see.
+    """
+    wanted = dict(shown)
+    if data is not None and reduces(bundle):
+        shown_samples = ((one.key, one.picture) for one in data if one.picture is not None)
+        for key, picture in itertools.islice(shown_samples, SAMPLES):
+            wanted[_free(re.sub(r"\W+", "-", key), wanted)] = seen(picture)
+    names = []
+    for name, image in wanted.items():
+        names.append(f"{PREFIX}{name}.png")
+        draw(bundle, image, folder / names[-1])
+    return names
 
 
 def draw(bundle: Bundle, image: Image.Image, path: Path) -> None:
@@ -65,6 +101,12 @@ def draw(bundle: Bundle, image: Image.Image, path: Path) -> None:
     pixels = _shown(inputs["pixel_values"])
     views, grid = _views(bundle, tower, inputs, pixels.shape[:2])
     _page(pixels, views, grid).save(path)
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """Return `name`, or with the first number behind it that is not taken."""
+    numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(key for key in numbered if key not in taken)
 
 
 def _tower(bundle: Bundle) -> Tower | None:

@@ -23,7 +23,8 @@ from mmcompress.ops.schedule import (
 from mmcompress.ops.selection import random_selection
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share
 from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced
-from mmcompress.views import Tower
+from mmcompress.surgery.reducing import choice_of
+from mmcompress.views import Block, Tower
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,21 @@ class MergeTokens:
                 f"the {tower.name} tower's tokens cannot be merged: {tower.why_no_stream}",
                 hint=_mergeable(bundle),
             )
-        if not all(block.attend and block.feed for block in tower.blocks):
+        blocks = _merging(tower)
+        if not all(block.attend and block.feed for block in blocks):
             raise UsageError(
                 f"the {tower.name} tower's blocks are not pre-norm, and merging needs the place between attention and MLP",
                 hint=_mergeable(bundle),
             )
-        if any(is_reduced(bundle.module(block.path)) for block in tower.blocks):
+        if any(is_reduced(bundle.module(block.path)) for block in blocks):
             raise UsageError(
                 f"the {tower.name} tower merges tokens already",
                 hint="start from the checkpoint before that, with the smaller keep",
+            )
+        if any(choice_of(bundle.module(block.attention.path)) for block in blocks):
+            raise UsageError(
+                "the connector chooses image tokens by what the encoder looks at, each of them in its place",
+                hint="use reduce-visual-tokens with another method, such as clusters",
             )
         self._schedule(tower)
         if tower.name == "vision":
@@ -133,7 +140,7 @@ class MergeTokens:
         restore = stream.readout in ("mean", "all")
         ledger = TokenLedger()
         before = [stream.tokens, *tokens_after(merged, stream.tokens)]
-        for index, (block, removed) in enumerate(zip(tower.blocks, merged, strict=True)):
+        for index, (block, removed) in enumerate(zip(_merging(tower), merged, strict=True)):
             dropping = bool(kept) and removed > 0
             last = index == len(merged) - 1
             bind_block(
@@ -170,13 +177,14 @@ class MergeTokens:
         merged = self._schedule(tower)
         before = tower.stream.tokens
         after = tokens_after(merged, before)
+        behind = [before] * (len(tower.blocks) - len(merged))  # where the tokens are back in their places
+        plain = _macs(bundle, tower, [(before, before)] * len(tower.blocks))
+        pairs = [*zip([before, *after[:-1]], after, strict=True), *zip(behind, behind, strict=True)]
         return {
             "tokens": before,
             "tokens_after_block": after,
             "keep": round(kept_share(merged, before), 4),
-            "block_macs_kept": round(
-                _macs(bundle, tower, [before, *after]) / _macs(bundle, tower, [before] * (len(after) + 1)), 4
-            ),
+            "block_macs_kept": round(_macs(bundle, tower, pairs) / plain, 4),
         }
 
     def _tower(self, bundle: Bundle) -> Tower:
@@ -196,7 +204,7 @@ class MergeTokens:
 
     def _schedule(self, tower: Tower) -> list[int]:
         """Return R per block. Raises UsageError when the numbers do not fit the tower."""
-        stream, blocks = tower.stream, len(tower.blocks)
+        stream, blocks = tower.stream, len(_merging(tower))
         assert stream is not None, "check refuses towers without a stream"
         if not self.merged:
             keep = 0.5 if self.keep is None else self.keep
@@ -206,11 +214,17 @@ class MergeTokens:
             return capped(wanted, stream.tokens, stream.protected)
         if len(self.merged) != blocks:
             raise UsageError(
-                f"merge-tokens.merged has {len(self.merged)} numbers, but the {tower.name} tower has {blocks} blocks",
+                f"merge-tokens.merged has {len(self.merged)} numbers, but in the {tower.name} tower {blocks} blocks can merge",
                 hint="give one number per block, or a single one",
             )
         check_schedule(self.merged, stream.tokens, stream.protected)
         return list(self.merged)
+
+
+def _merging(tower: Tower) -> tuple[Block, ...]:
+    """Return the blocks that can merge tokens: those before the place where they are read."""
+    assert tower.stream is not None, "check refuses towers without a stream"
+    return tower.blocks[: tower.stream.blocks or None]
 
 
 def _mergeable(bundle: Bundle) -> str:
@@ -227,8 +241,8 @@ def _require_own_size(bundle: Bundle) -> None:
         return
     images = bundle.prepare("vision", [Image.new("RGB", (64, 64))])["pixel_values"]
     expected = bundle.example_inputs("vision")["pixel_values"]
-    if images.shape != expected.shape:
-        made, wanted = ("x".join(map(str, shape[1:])) for shape in (images.shape, expected.shape))
+    if images.shape[-3:] != expected.shape[-3:]:  # of each tile, where there are several
+        made, wanted = ("x".join(map(str, shape[-3:])) for shape in (images.shape, expected.shape))
         raise UsageError(
             f"the image processor makes {made}, config.json says {wanted}: the schedule would count tokens that are not there",
             hint="give both files one size; positions made for another have to be interpolated once and saved",
@@ -243,11 +257,10 @@ def _survivors(kept: list[list[int]], tokens: int) -> tuple[int, ...]:
     return tuple(left)
 
 
-def _macs(bundle: Bundle, tower: Tower, tokens: list[int]) -> int:
-    """Return the multiply-adds of the blocks' Linears and attention, `tokens` being those before each block and after the last."""
+def _macs(bundle: Bundle, tower: Tower, tokens: list[tuple[int, int]]) -> int:
+    """Return the multiply-adds of the blocks' Linears and attention, given the tokens before and after each one's attention."""
     total = 0
-    for index, block in enumerate(tower.blocks):
-        before, after = tokens[index], tokens[index + 1]
+    for block, (before, after) in zip(tower.blocks, tokens, strict=True):
         width = int(bundle.module(block.mlp.reader).out_features)  # type: ignore[arg-type]
         inner = (block.attention.heads + block.attention.kv_heads) * block.attention.head_dim
         total += before * 2 * width * inner + 2 * before * before * block.attention.heads * block.attention.head_dim

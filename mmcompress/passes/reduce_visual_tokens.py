@@ -13,8 +13,9 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops.token_choice import drawn
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share
+from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import SCORED, Choice, bind_connector, bind_scorer, choice_of
-from mmcompress.views import Connector
+from mmcompress.views import Connector, Tower
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class ReduceVisualTokens:
                 f"method {self.method} asks what the encoder looked at, and {bundle.family.name} cannot tell for its image tokens",
                 hint="use clusters or divprune, which look at the tokens themselves",
             )
+        asked = [block for block in self._tower(bundle).blocks if block.attention.path == connector.scorer]
+        if self.method in SCORED and any(ledger_of(bundle.module(block.path)) for block in asked):
+            raise UsageError(
+                f"method {self.method} asks what the encoder looked at, which merges tokens before that",
+                hint="use clusters or divprune, which look at the tokens themselves",
+            )
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Settle how many tokens are kept and, for "random", draw them (from the run's seed)."""
@@ -121,11 +128,17 @@ class ReduceVisualTokens:
         return {"tokens": connector.tokens, "tokens_kept": kept, "keep": round(kept / connector.tokens, 4)}
 
     def _connector(self, bundle: Bundle) -> Connector:
-        """Return the connector of the tower meant. Raises UsageError where it may not hand on fewer tokens, or there is none."""
+        """Return the connector of the tower meant. Raises what `_tower` raises."""
+        connector = self._tower(bundle).connector
+        assert connector is not None, "it is what _tower looks for"
+        return connector
+
+    def _tower(self, bundle: Bundle) -> Tower:
+        """Return the tower meant. Raises UsageError where its connector may not hand on fewer tokens, or there is none."""
         towers = [bundle.tower(self.tower)] if self.tower else bundle.towers()
         for tower in towers:
             if tower.connector is not None:
-                return tower.connector
+                return tower
         reasons = {tower.why_no_connector for tower in towers if tower.why_no_connector}
         raise UsageError(
             f"{bundle.family.name} models cannot be given fewer image tokens: "

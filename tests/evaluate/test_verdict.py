@@ -159,11 +159,12 @@ def test_a_smaller_sibling_that_is_as_good_is_said() -> None:
     [
         (25, "smaller by a factor of 4.00: 100.0 → 25.0 MiB on disk, exact", "good"),
         (100, "as large as the original", "note"),
+        (99.8, "as large as the original", "note"),
         (120, "LARGER than the original: 100.0 → 120.0 MiB", "bad"),
     ],
 )
-def test_size(after: int, start: str, level: str) -> None:
-    assert said(Facts(bytes_before=100 * 2**20, bytes_after=after * 2**20), start).level == level
+def test_size(after: float, start: str, level: str) -> None:
+    assert said(Facts(bytes_before=100 * 2**20, bytes_after=int(after * 2**20)), start).level == level
 
 
 def test_what_was_not_measured_is_said() -> None:

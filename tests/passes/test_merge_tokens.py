@@ -234,7 +234,7 @@ def test_merged_takes_one_number_or_one_per_block() -> None:
         ({"every": 0}, "every is 0; expected a number >= 1"),
         ({"tower": "audio"}, "no tower 'audio'"),
         ({"tower": "text"}, "the text tower's tokens cannot be merged: CLIP reads"),
-        ({"merged": (1, 2)}, "has 2 numbers, but the vision tower has 3 blocks"),
+        ({"merged": (1, 2)}, "has 2 numbers, but in the vision tower 3 blocks can merge"),
         ({"merged": (30, 0, 0)}, r"block 0 has 50 tokens \(1 protected\) and cannot merge 30; the limit is 24"),
         ({"keep": 0.05}, "keep 0.05 is too small"),
     ],
