@@ -62,7 +62,7 @@ class PictureQuestions(ABC):
         return [one.picture for one in sample.decoded().one_by_one()]
 
     def prepare(self, model: Any, processor: Processor, tower: str, items: Sequence[Any]) -> dict[str, Tensor]:
-        """Return the inputs made of samples' pictures, or of pictures; for the language model, of question and answer in a template.
+        """Return the inputs made of samples' pictures, or of pictures; for the language model, of question and answer in its words.
 
         input_ids and attention_mask (B, N); answer_positions and answer_mask (B, T): the places that each predict a token of the
         first accepted answer, cut at `FORCED_TOKENS`. Raises UsageError where a picture, an image processor, a tokenizer or an
