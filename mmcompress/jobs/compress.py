@@ -32,6 +32,7 @@ from mmcompress.jobs import token_pictures
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch, usable_runners
 from mmcompress.jobs.stages import Measurements, headlines, load_again
+from mmcompress.jobs.stopwatch import stopwatch
 from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts, usable_cores
@@ -103,6 +104,7 @@ def compress(
         batch_size=recipe.data.batch_size,
         seed=recipe.seed,
         progress=progress,
+        latency=stopwatch(recipe.export),
     )
     run = Measurements(model, recipe, place, context, evaluation_data, allow_pickle=allow_pickle)
     run.context = dataclasses.replace(context, teacher=run.fresh)

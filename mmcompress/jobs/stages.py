@@ -43,6 +43,8 @@ class Measurements:
     findings: list[Finding] = field(default_factory=list)
     """How each selecting step compares with a random selection."""
     allow_pickle: bool = False
+    earlier: int = 0
+    """How many passes the model had behind it before this run."""
 
     def fresh(self) -> Bundle:
         """Load the original again: the teacher of distillation, and the start of a control of the first step."""
@@ -50,13 +52,14 @@ class Measurements:
 
     def original(self, bundle: Bundle) -> None:
         """Measure the model before anything is done to it."""
+        self.earlier = len(bundle.history)
         self._measure(ORIGINAL, bundle)
         self.reference = self.last
 
     def after(self, stage: Stage, bundle: Bundle, before: Path | None) -> None:
         """Measure a finished step, and a random selection at the same ratio where the pass has such a twin."""
         self._measure(stage.name, bundle)
-        twin = stage.made.control()
+        twin = stage.made.control(bundle.history[self.earlier + stage.number - 1].plan)
         if self.data is None or not self.recipe.control or twin is None:
             return
 

@@ -8,7 +8,7 @@ the blocks and divided by N. So keep 0.5 is about half the encoder's time, which
 than half of the tokens after the last block (a constant schedule over 12 blocks of 65 tokens ends with 5 or so).
 
 Matching costs the same however many tokens it merges, so where blocks are cheap (few tokens, 8 bits) fewer and larger merges are
-faster: `every` = 3 merges in the first, fourth, … block only.
+faster: `every` = 3 merges in the first, fourth, … block only, or in every third from the block `first` on.
 
 Sources: ToMe, arXiv 2210.09461, section 4 (constant and decreasing schedules; R cut at half). Unlike ToMe, a solved schedule
 may differ by one token from block to block, so that the share is met exactly.
@@ -29,17 +29,18 @@ def largest_merge(tokens: int, protected: int) -> int:
     return max(0, (tokens - protected) // 2)
 
 
-def slope(shape: Shape, blocks: int, every: int = 1) -> list[float]:
-    """Return each block's share of R: 1 everywhere, or falling linearly from 2 to 0; 0 but in every `every`-th block."""
+def slope(shape: Shape, blocks: int, every: int = 1, first: int = 0) -> list[float]:
+    """Return each block's share of R: 1 everywhere, or falling linearly from 2 to 0; 0 but in every `every`-th from `first` on."""
     falls = shape == "decreasing" and blocks > 1
     parts = [2 - 2 / (blocks - 1) * index if falls else 1.0 for index in range(blocks)]
-    return [part if index % every == 0 else 0.0 for index, part in enumerate(parts)]
+    active = range(first, blocks, every)
+    return [part if index in active else 0.0 for index, part in enumerate(parts)]
 
 
-def spread(merged: int, blocks: int, shape: Shape = "constant", every: int = 1) -> list[int]:
+def spread(merged: int, blocks: int, shape: Shape = "constant", every: int = 1, first: int = 0) -> list[int]:
     """Return `merged` in every block, or on average about that, falling to 0 and rounded down."""
     # Rounding first: 11 * (2 - 2 / 11) must be 20 and not 19.999….
-    return [int(round(merged * part, 9)) for part in slope(shape, blocks, every)]
+    return [int(round(merged * part, 9)) for part in slope(shape, blocks, every, first)]
 
 
 def capped(schedule: Sequence[int], tokens: int, protected: int) -> list[int]:
@@ -77,8 +78,54 @@ def check_schedule(schedule: Sequence[int], tokens: int, protected: int) -> None
         tokens -= merged
 
 
+def least_keep(tokens: int, protected: int, blocks: int, every: int = 1, first: int = 0) -> float:
+    """Return the smallest share of token work that can be kept: every block that merges halves."""
+    largest = [tokens if index in range(first, blocks, every) else 0 for index in range(blocks)]
+    return kept_share(capped(largest, tokens, protected), tokens)
+
+
+def solve_left(
+    left: int, tokens: int, protected: int, blocks: int, shape: Shape = "constant", every: int = 1, first: int = 0
+) -> list[int]:
+    """Return the schedule after which `left` tokens are left, protected ones included.
+
+    R follows `slope` as nearly as whole numbers and halving allow. Raises UsageError, naming the fewest tokens there can be, when
+    halving is too little, and where more are asked for than there are.
+    """
+    parts = slope(shape, blocks, every, first)
+    active = range(first, blocks, every)
+    fewest = _halved(tokens, protected, len(active))
+    if not fewest <= left <= tokens:
+        raise UsageError(
+            f"{left} tokens cannot be left of {tokens}: merging in {len(active)} of {blocks} blocks leaves {fewest} at least",
+            hint=f"keep {fewest} to {tokens}",
+        )
+    made = [0] * blocks
+    for place, index in enumerate(active):
+        ahead = sum(parts[index::every])
+        wanted = round((tokens - left) * parts[index] / ahead) if ahead else tokens - left
+        made[index] = min(wanted, largest_merge(tokens, protected))
+        while _halved(tokens - made[index], protected, len(active) - place - 1) > left:
+            made[index] += 1
+        tokens -= made[index]
+    return made
+
+
+def _halved(tokens: int, protected: int, times: int) -> int:
+    """Return the fewest tokens that can be left after so many merges."""
+    for _ in range(times):
+        tokens -= largest_merge(tokens, protected)
+    return tokens
+
+
 def solve_keep(
-    keep: float, tokens: int, protected: int, blocks: int, shape: Shape = "constant", every: int = 1
+    keep: float,
+    tokens: int,
+    protected: int,
+    blocks: int,
+    shape: Shape = "constant",
+    every: int = 1,
+    first: int = 0,
 ) -> list[int]:
     """Return the schedule that keeps the share `keep` of the token work (see the module's docstring).
 
@@ -87,15 +134,14 @@ def solve_keep(
     possible share, when halving is too little.
     """
     removed = round((1 - keep) * tokens * blocks)
-    parts = slope(shape, blocks, every)
-    active = range(0, blocks, every)
-    largest = capped([tokens if index in active else 0 for index in range(blocks)], tokens, protected)
-    if removed > _removed(largest):
-        limit = kept_share(largest, tokens)
+    parts = slope(shape, blocks, every, first)
+    active = range(first, blocks, every)
+    limit = least_keep(tokens, protected, blocks, every, first)
+    if removed > round((1 - limit) * tokens * blocks):
         raise UsageError(
             f"keep {keep:g} is too small: merging in {len(active)} of {blocks} blocks, half of {tokens} tokens at a time, "
             f"keeps {limit:.3f}",
-            hint=f"use keep >= {limit + 0.0005:.3f}" + (" or a smaller every" if every > 1 else ""),
+            hint=f"use keep >= {limit + 0.0005:.3f}" + (" or a smaller every or first" if every > 1 or first else ""),
         )
 
     def scaled(scale: float) -> list[int]:

@@ -14,7 +14,7 @@ Loading a checkpoint runs `apply` with the recorded decisions, then fills in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -63,6 +63,8 @@ class Context:
     teacher: Callable[[], Bundle] | None = None
     """Loads the uncompressed original."""
     progress: Progress = field(default_factory=Silent)
+    latency: Callable[[Bundle, tuple[str, ...]], float] | None = None
+    """Milliseconds that parts of a bundle take together once they are exported, on this machine: towers, or the "prompt"."""
     workdir: Path | None = None
     """Where a long `fit` keeps what it needs to resume after being killed. None: it starts over."""
 
@@ -74,11 +76,30 @@ class Context:
             )
         return self.data
 
+    def require_latency(self, what: str) -> Callable[[Bundle, tuple[str, ...]], float]:
+        """Return what times a bundle. Raises UsageError saying that `what` needs it."""
+        if self.latency is None:
+            raise UsageError(f"{what} needs a run that may export and time the model", hint="use keep")
+        return self.latency
+
+
+def require_one(name: str, **given: Any) -> None:
+    """Raise UsageError where several of the parameters of pass `name` are given that say the same thing."""
+    named = [key for key, value in given.items() if value not in (None, ())]
+    if len(named) > 1:
+        raise UsageError(f"{name} has both {' and '.join(named[:2])}", hint="give one of them")
+
 
 def require_kept_share(key: str, share: float | None, hint: str) -> None:
     """Raise UsageError unless `share`, the parameter `key`, is a share above 0 or None."""
     if share is not None and not 0 < share <= 1:
         raise UsageError(f"{key} is {share:g}; expected 0 < keep <= 1", hint=hint)
+
+
+def require_milliseconds(key: str, given: float | None) -> None:
+    """Raise UsageError unless `given`, the parameter `key`, is above 0 or None."""
+    if given is not None and given <= 0:
+        raise UsageError(f"{key} is {given:g}; expected a number > 0", hint="20 allows twenty milliseconds")
 
 
 class Pass(Protocol):
@@ -101,5 +122,8 @@ class Pass(Protocol):
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Return about how long plan, apply and fit will take, for `--dry-run`."""
 
-    def control(self) -> Pass | None:
-        """Return this pass with a random selection in place of its own, or None when it selects nothing."""
+    def control(self, decisions: Mapping[str, Any] | None = None) -> Pass | None:
+        """Return this pass with a random selection in place of its own, or None when it selects nothing.
+
+        `decisions`: those of its plan, for a pass whose parameters alone do not say how much it removed.
+        """

@@ -12,6 +12,7 @@ any choice of towers can train.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -115,7 +116,7 @@ class Distill:
         """Whether there is nothing to do."""
         return self.steps == 0 if self.steps is not None else self.epochs == 0
 
-    def control(self) -> None:
+    def control(self, decisions: Mapping[str, Any] | None = None) -> None:
         """Return None: nothing is selected."""
 
     def seconds(self, bundle: Bundle, work: Work) -> float:

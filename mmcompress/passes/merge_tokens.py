@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,19 +14,13 @@ from torch import nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.ops.schedule import (
-    capped,
-    check_schedule,
-    kept_share,
-    solve_keep,
-    spread,
-    tokens_after,
-)
+from mmcompress.ops.schedule import kept_share, tokens_after
 from mmcompress.ops.selection import random_selection
-from mmcompress.passes.base import Context, Plan, Work, require_kept_share
-from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced
+from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
+from mmcompress.passes.merge_schedule import macs_kept, merging_blocks, schedule_of, timed
+from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced, tokens_left
 from mmcompress.surgery.reducing import choice_of
-from mmcompress.views import Block, Tower
+from mmcompress.views import Tower
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,14 @@ class MergeTokens:
 
     keep: float | None = None
     """Share of the token work kept: tokens entering the MLPs, averaged over the blocks, by the tokens there were. 0.5 is
-    about half the tower's time. Default 0.5 when `merged` is not given."""
+    about half the tower's time. Default 0.5 when nothing else says how many."""
+    keep_tokens: int | None = None
+    """Tokens left after the last block, instead of `keep`."""
+    macs: float | None = None
+    """Share of the blocks' multiply-adds kept, instead of `keep`."""
+    latency_ms: float | None = None
+    """Milliseconds the exported tower may take for one input, instead of `keep`: shares are tried out on this machine, in the
+    fastest runner installed."""
     merged: tuple[int, ...] = ()
     """Tokens merged in each block, instead of `keep`: one number per block, or a single number that `schedule` spreads."""
     schedule: Literal["constant", "decreasing"] = "constant"
@@ -48,39 +51,58 @@ class MergeTokens:
     every: int = 1
     """Merge in every n-th block only, more tokens at a time. Matching has a fixed cost, so 2 to 4 is faster for small or 8-bit
     towers; accuracy is a little lower."""
+    first: int = 0
+    """Merge from this block on, counted from 0. What the class token looks at (evit) says little in the first blocks."""
     method: Literal["tome", "pitome", "crossget", "evit", "pool", "random"] = "tome"
     """Merge similar tokens of even and odd places (tome), those most like many others (pitome), those of little to do with the
     class token (crossget), what it looks at least into one (evit), neighbours (pool), or drop random ones (the control)."""
     tower: str = ""
     """The tower whose tokens are merged; by default the only one where they can be."""
-    proportional: bool = True
-    """Let a merged token count as often in attention as it has members. Off for MAE-like pretraining."""
+    proportional: bool | None = None
+    """Let a merged token count as often in attention as it has members. By default on, but off for evit, whose fused token counts
+    once. Off for MAE-like pretraining."""
 
     def __post_init__(self) -> None:
         require_kept_share("merge-tokens.keep", self.keep, "0.5 halves the token work")
+        require_kept_share("merge-tokens.macs", self.macs, "0.5 halves the work of the blocks")
+        require_one(
+            self.name,
+            keep=self.keep,
+            keep_tokens=self.keep_tokens,
+            macs=self.macs,
+            latency_ms=self.latency_ms,
+            merged=self.merged,
+        )
+        require_milliseconds("merge-tokens.latency_ms", self.latency_ms)
         if self.every < 1:
             raise UsageError(
                 f"merge-tokens.every is {self.every}; expected a number >= 1", hint="1 merges in every block"
             )
-        if self.keep is not None and self.merged:
-            raise UsageError("merge-tokens has both keep and merged", hint="give one of them")
-        if len(self.merged) > 1 and (self.schedule != "constant" or self.every != 1):
+        if self.first < 0:
             raise UsageError(
-                "merge-tokens.merged says what every block merges; schedule and every would change nothing",
-                hint="give a single number in merged, or leave schedule and every out",
+                f"merge-tokens.first is {self.first}; expected a number >= 0", hint="0 merges from the first block on"
+            )
+        if len(self.merged) > 1 and (self.schedule, self.every, self.first) != ("constant", 1, 0):
+            raise UsageError(
+                "merge-tokens.merged says what every block merges; schedule, every and first would change nothing",
+                hint="give a single number in merged, or leave schedule, every and first out",
             )
         if any(number < 0 for number in self.merged):
             raise UsageError(
                 f"merge-tokens.merged has {min(self.merged)}; expected numbers >= 0", hint="0 merges nothing"
             )
 
-    def control(self) -> MergeTokens | None:
+    def control(self, decisions: Mapping[str, Any] | None = None) -> MergeTokens | None:
         """Return the pass that drops as many tokens at random."""
-        return None if self.method == "random" else dataclasses.replace(self, method="random")
+        if self.method == "random":
+            return None
+        if self.latency_ms is None or decisions is None:
+            return dataclasses.replace(self, method="random")
+        return MergeTokens(merged=tuple(decisions["merged"]), method="random", tower=self.tower)
 
     def streams(self) -> bool:
-        """Whether no weight is looked at: never one is."""
-        return True
+        """Whether no weight is looked at: only a latency is that of the whole model."""
+        return self.latency_ms is None
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """No sample is looked at."""
@@ -94,7 +116,7 @@ class MergeTokens:
                 f"the {tower.name} tower's tokens cannot be merged: {tower.why_no_stream}",
                 hint=_mergeable(bundle),
             )
-        blocks = _merging(tower)
+        blocks = merging_blocks(tower)
         if not all(block.attend and block.feed for block in blocks):
             raise UsageError(
                 f"the {tower.name} tower's blocks are not pre-norm, and merging needs the place between attention and MLP",
@@ -110,7 +132,7 @@ class MergeTokens:
                 "the connector chooses image tokens by what the encoder looks at, each of them in its place",
                 hint="use reduce-visual-tokens with another method, such as clusters",
             )
-        self._schedule(tower)
+        schedule_of(self, bundle, tower)
         if tower.name == "vision":
             _require_own_size(bundle)
 
@@ -118,8 +140,11 @@ class MergeTokens:
         """Solve the schedule and, for "random", draw the positions (from the run's seed)."""
         tower = self._tower(bundle)
         assert tower.stream is not None, "check refuses towers without a stream"
-        merged = self._schedule(tower)
-        decisions: dict[str, Any] = {"merged": merged}
+        tried: dict[str, float] = {}
+        merged = (
+            schedule_of(self, bundle, tower) if self.latency_ms is None else timed(self, bundle, tower, context, tried)
+        )
+        decisions: dict[str, Any] = {"merged": merged, **({"tried_ms": tried} if tried else {})}
         if self.method == "random":
             generator = torch.Generator().manual_seed(context.seed)
             decisions["kept"] = [
@@ -140,7 +165,7 @@ class MergeTokens:
         restore = stream.readout in ("mean", "all")
         ledger = TokenLedger()
         before = [stream.tokens, *tokens_after(merged, stream.tokens)]
-        for index, (block, removed) in enumerate(zip(_merging(tower), merged, strict=True)):
+        for index, (block, removed) in enumerate(zip(merging_blocks(tower), merged, strict=True)):
             dropping = bool(kept) and removed > 0
             last = index == len(merged) - 1
             bind_block(
@@ -155,7 +180,7 @@ class MergeTokens:
                     kept=tuple(kept[index]) if dropping else (),
                     tokens=before[index],
                     protected=stream.protected,
-                    proportional=self.proportional,
+                    proportional=self._proportional,
                     first=index == 0,
                     last=last,
                     pooled=stream.readout == "attention",
@@ -168,24 +193,27 @@ class MergeTokens:
         if stream.readout == "attention":
             pool = bundle.module(stream.pool)
             assert isinstance(pool, nn.MultiheadAttention), "TokenStream.pool names a MultiheadAttention"
-            bind_pool(pool, ledger, proportional=self.proportional)
+            bind_pool(pool, ledger, proportional=self._proportional)
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the tokens of each block and the share of multiply-adds that is left."""
         tower = self._tower(bundle)
         assert tower.stream is not None, "check refuses towers without a stream"
-        merged = self._schedule(tower)
         before = tower.stream.tokens
+        blocks = [bundle.module(block.path) for block in merging_blocks(tower)]
+        left = [before, *(tokens_left(block, before) for block in blocks)]
+        merged = [one - other for one, other in itertools.pairwise(left)]
         after = tokens_after(merged, before)
-        behind = [before] * (len(tower.blocks) - len(merged))  # where the tokens are back in their places
-        plain = _macs(bundle, tower, [(before, before)] * len(tower.blocks))
-        pairs = [*zip([before, *after[:-1]], after, strict=True), *zip(behind, behind, strict=True)]
         return {
             "tokens": before,
             "tokens_after_block": after,
             "keep": round(kept_share(merged, before), 4),
-            "block_macs_kept": round(_macs(bundle, tower, pairs) / plain, 4),
+            "block_macs_kept": round(macs_kept(bundle, tower, merged), 4),
         }
+
+    @property
+    def _proportional(self) -> bool:
+        return self.method != "evit" if self.proportional is None else self.proportional
 
     def _tower(self, bundle: Bundle) -> Tower:
         """Return the tower meant. Raises UsageError where none is called that, or none or several can be merged."""
@@ -201,30 +229,6 @@ class MergeTokens:
             )
         reasons = "; ".join(f"{tower.name}: {tower.why_no_stream}" for tower in towers)
         raise UsageError(f"the tokens of {bundle.family.name} models cannot be merged ({reasons})", hint="use prune")
-
-    def _schedule(self, tower: Tower) -> list[int]:
-        """Return R per block. Raises UsageError when the numbers do not fit the tower."""
-        stream, blocks = tower.stream, len(_merging(tower))
-        assert stream is not None, "check refuses towers without a stream"
-        if not self.merged:
-            keep = 0.5 if self.keep is None else self.keep
-            return solve_keep(keep, stream.tokens, stream.protected, blocks, self.schedule, self.every)
-        if len(self.merged) == 1:
-            wanted = spread(self.merged[0], blocks, self.schedule, self.every)
-            return capped(wanted, stream.tokens, stream.protected)
-        if len(self.merged) != blocks:
-            raise UsageError(
-                f"merge-tokens.merged has {len(self.merged)} numbers, but in the {tower.name} tower {blocks} blocks can merge",
-                hint="give one number per block, or a single one",
-            )
-        check_schedule(self.merged, stream.tokens, stream.protected)
-        return list(self.merged)
-
-
-def _merging(tower: Tower) -> tuple[Block, ...]:
-    """Return the blocks that can merge tokens: those before the place where they are read."""
-    assert tower.stream is not None, "check refuses towers without a stream"
-    return tower.blocks[: tower.stream.blocks or None]
 
 
 def _mergeable(bundle: Bundle) -> str:
@@ -255,14 +259,3 @@ def _survivors(kept: list[list[int]], tokens: int) -> tuple[int, ...]:
     for positions in kept:
         left = [left[position] for position in positions]
     return tuple(left)
-
-
-def _macs(bundle: Bundle, tower: Tower, tokens: list[tuple[int, int]]) -> int:
-    """Return the multiply-adds of the blocks' Linears and attention, given the tokens before and after each one's attention."""
-    total = 0
-    for block, (before, after) in zip(tower.blocks, tokens, strict=True):
-        width = int(bundle.module(block.mlp.reader).out_features)  # type: ignore[arg-type]
-        inner = (block.attention.heads + block.attention.kv_heads) * block.attention.head_dim
-        total += before * 2 * width * inner + 2 * before * before * block.attention.heads * block.attention.head_dim
-        total += after * width * block.mlp.neurons * (len(block.mlp.writers) + 1)
-    return total

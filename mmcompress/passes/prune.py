@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -116,7 +116,7 @@ class Prune:
         if self.uniform and self.protect:
             raise UsageError("prune.uniform and prune.protect contradict each other", hint="drop one of them")
 
-    def control(self) -> Prune | None:
+    def control(self, decisions: Mapping[str, Any] | None = None) -> Prune | None:
         """Return the pass that removes as much at random, repaired the same way."""
         return None if self.score == "random" else dataclasses.replace(self, score="random")
 

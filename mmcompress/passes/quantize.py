@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeGuard
 
@@ -99,7 +99,7 @@ class Quantize:
                 hint="0 skips the measurement",
             )
 
-    def control(self) -> None:
+    def control(self, decisions: Mapping[str, Any] | None = None) -> None:
         """Return None: nothing is selected."""
 
     def streams(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,10 +13,11 @@ import torch
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.ops.budget import TRIALS, largest_within
 from mmcompress.ops.token_choice import drawn
-from mmcompress.passes.base import Context, Plan, Work, require_kept_share
+from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.surgery.merging import ledger_of
-from mmcompress.surgery.reducing import SCORED, Choice, bind_connector, bind_scorer, choice_of
+from mmcompress.surgery.reducing import SCORED, Choice, bind_connector, bind_scorer, choice_of, handed_on
 from mmcompress.views import Connector, Tower
 
 
@@ -30,9 +33,12 @@ class ReduceVisualTokens:
     name: ClassVar[str] = "reduce-visual-tokens"
 
     keep: float | None = None
-    """Share of a picture's tokens that is kept. Default 0.25 when `keep_tokens` is not given."""
+    """Share of a picture's tokens that is kept. Default 0.25 when nothing else says how many."""
     keep_tokens: int | None = None
     """How many tokens of a picture, or of each of its tiles, are kept, instead of `keep`."""
+    latency_ms: float | None = None
+    """Milliseconds that the exported model may take to the first token of an answer, instead of `keep`: shares are tried out on
+    this machine, in the fastest runner installed."""
     method: Literal["divprune", "clusters", "visionzip", "prumerge", "attention", "tome", "pool", "grid", "random"] = (
         "clusters"
     )
@@ -49,16 +55,20 @@ class ReduceVisualTokens:
                 f"reduce-visual-tokens.keep_tokens is {self.keep_tokens}; expected a number >= 1",
                 hint="64 keeps 64 tokens of each picture",
             )
-        if self.keep is not None and self.keep_tokens is not None:
-            raise UsageError("reduce-visual-tokens has both keep and keep_tokens", hint="give one of them")
+        require_one(self.name, keep=self.keep, keep_tokens=self.keep_tokens, latency_ms=self.latency_ms)
+        require_milliseconds("reduce-visual-tokens.latency_ms", self.latency_ms)
 
-    def control(self) -> ReduceVisualTokens | None:
+    def control(self, decisions: Mapping[str, Any] | None = None) -> ReduceVisualTokens | None:
         """Return the pass that keeps as many tokens at random."""
-        return None if self.method == "random" else dataclasses.replace(self, method="random")
+        if self.method == "random":
+            return None
+        if self.latency_ms is None or decisions is None:
+            return dataclasses.replace(self, method="random")
+        return ReduceVisualTokens(keep_tokens=int(decisions["kept"]), method="random", tower=self.tower)
 
     def streams(self) -> bool:
-        """Whether no weight is looked at: never one is."""
-        return True
+        """Whether no weight is looked at: only a latency is that of the whole model."""
+        return self.latency_ms is None
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """No sample is looked at."""
@@ -91,6 +101,8 @@ class ReduceVisualTokens:
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Settle how many tokens are kept and, for "random", draw them (from the run's seed)."""
+        if self.latency_ms is not None:
+            return self._timed(bundle, context, self.latency_ms)
         connector = self._connector(bundle)
         kept, small = self._kept(connector)
         decisions: dict[str, Any] = {"kept": kept}
@@ -124,7 +136,7 @@ class ReduceVisualTokens:
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the tokens of a picture before and after."""
         connector = self._connector(bundle)
-        kept, _ = self._kept(connector)
+        kept = handed_on(bundle.module(connector.path), connector.tokens)
         return {"tokens": connector.tokens, "tokens_kept": kept, "keep": round(kept / connector.tokens, 4)}
 
     def _connector(self, bundle: Bundle) -> Connector:
@@ -145,6 +157,32 @@ class ReduceVisualTokens:
             f"{'; '.join(reasons) or 'nothing is handed from here to a language model'}",
             hint="mmc inspect shows what can be done",
         )
+
+    def _timed(self, bundle: Bundle, context: Context, budget: float) -> Plan:
+        """Return the plan of the largest share whose first token comes within `budget` milliseconds, and what was tried."""
+        milliseconds = context.require_latency("reduce-visual-tokens.latency_ms")
+        tower, tried = self._tower(bundle), {}
+
+        def planned(keep: float) -> Plan:
+            return dataclasses.replace(self, latency_ms=None, keep=keep).plan(bundle, context)
+
+        def cost(keep: float) -> float:
+            trial = copy.deepcopy(bundle)
+            self.apply(trial, planned(keep))
+            tried[f"{keep:.4f}"] = round(milliseconds(trial, (tower.name, "prompt")), 3)
+            context.progress.say(f"keep {keep:.3f}: {tried[f'{keep:.4f}']:.2f} ms to the first token")
+            return tried[f"{keep:.4f}"]
+
+        least = 1 / self._connector(bundle).tokens
+        found = largest_within(cost, budget, least, TRIALS)
+        if found is None:
+            raise UsageError(
+                f"reduce-visual-tokens.latency_ms is {budget:g}, but with a single token of each picture the first token of an "
+                f"answer takes {tried[f'{least:.4f}']:.2f} ms",
+                hint="allow more, or prune, merge and quantize the vision tower",
+            )
+        plan = planned(found)
+        return Plan({**plan.decisions, "tried_ms": tried})
 
     def _kept(self, connector: Connector) -> tuple[int, tuple[int, int]]:
         """Return M and, for "pool", its rows and columns: the largest grid of the picture's shape within the tokens asked for.

@@ -219,6 +219,8 @@ def test_merged_takes_one_number_or_one_per_block() -> None:
     # 50 tokens: 24 of 49 in the first block, 12 of 25 in the second, 6 of 13 in the third.
     assert schedule(merged=(40,)) == [24, 12, 6]
     assert schedule(merged=(8,), every=2) == [8, 0, 8]
+    assert schedule(merged=(8,), every=2, first=1) == [0, 8, 0]
+    assert schedule(keep=0.9, first=1) == [0, 5, 5]
     assert schedule(merged=(0, 5, 9)) == [0, 5, 9]
     assert schedule() == schedule(keep=0.5)
 
@@ -230,7 +232,11 @@ def test_merged_takes_one_number_or_one_per_block() -> None:
         ({"keep": 0.0}, r"merge-tokens.keep is 0"),
         ({"keep": 0.5, "merged": (3,)}, "both keep and merged"),
         ({"merged": (-1,)}, "has -1; expected numbers >= 0"),
-        ({"merged": (3, 2, 1), "every": 2}, "schedule and every would change nothing"),
+        ({"merged": (3, 2, 1), "every": 2}, "schedule, every and first would change nothing"),
+        ({"first": -1}, "first is -1; expected a number >= 0"),
+        ({"first": 3}, "first is 3, but in the vision tower 3 blocks can merge"),
+        ({"merged": (3, 2, 1), "first": 1}, "schedule, every and first would change nothing"),
+        ({"keep": 0.6, "first": 2}, "keep 0.6 is too small: merging in 1 of 3 blocks"),
         ({"every": 0}, "every is 0; expected a number >= 1"),
         ({"tower": "audio"}, "no tower 'audio'"),
         ({"tower": "text"}, "the text tower's tokens cannot be merged: CLIP reads"),
@@ -280,9 +286,13 @@ def test_parameters_have_help() -> None:
     parameters = schema("merge-tokens").parameters
     assert [parameter.name for parameter in parameters] == [
         "keep",
+        "keep_tokens",
+        "macs",
+        "latency_ms",
         "merged",
         "schedule",
         "every",
+        "first",
         "method",
         "tower",
         "proportional",

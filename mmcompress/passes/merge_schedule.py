@@ -1,0 +1,134 @@
+"""From what `merge-tokens` is asked for (a share, tokens, multiply-adds, milliseconds, numbers) to what every block merges."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.ops.budget import TRIALS, largest_within
+from mmcompress.ops.schedule import (
+    capped,
+    check_schedule,
+    least_keep,
+    solve_keep,
+    solve_left,
+    spread,
+    tokens_after,
+)
+from mmcompress.passes.base import Context
+from mmcompress.views import Block, TokenStream, Tower
+
+if TYPE_CHECKING:
+    from mmcompress.passes.merge_tokens import MergeTokens
+
+CLOSE = 12
+"""Halvings of the share for a budget of multiply-adds, which cost nothing to count."""
+
+
+def merging_blocks(tower: Tower) -> tuple[Block, ...]:
+    """Return the blocks that can merge tokens: those before the place where they are read."""
+    return tower.blocks[: _stream(tower).blocks or None]
+
+
+def schedule_of(settings: MergeTokens, bundle: Bundle, tower: Tower) -> list[int]:
+    """Return R per block, for all but a budget of milliseconds. Raises UsageError when the numbers do not fit the tower."""
+    stream, blocks = _stream(tower), len(merging_blocks(tower))
+    shape, every, first = settings.schedule, settings.every, settings.first
+    if first >= blocks:
+        raise UsageError(
+            f"merge-tokens.first is {first}, but in the {tower.name} tower {blocks} blocks can merge",
+            hint=f"use first <= {blocks - 1}",
+        )
+    if settings.keep_tokens is not None:
+        return solve_left(settings.keep_tokens, stream.tokens, stream.protected, blocks, shape, every, first)
+    if settings.macs is not None:
+        return _within_macs(settings, bundle, tower, settings.macs)
+    if not settings.merged:
+        keep = 0.5 if settings.keep is None else settings.keep
+        return solve_keep(keep, stream.tokens, stream.protected, blocks, shape, every, first)
+    if len(settings.merged) == 1:
+        return capped(spread(settings.merged[0], blocks, shape, every, first), stream.tokens, stream.protected)
+    if len(settings.merged) != blocks:
+        raise UsageError(
+            f"merge-tokens.merged has {len(settings.merged)} numbers, but in the {tower.name} tower {blocks} blocks can merge",
+            hint="give one number per block, or a single one",
+        )
+    check_schedule(settings.merged, stream.tokens, stream.protected)
+    return list(settings.merged)
+
+
+def timed(settings: MergeTokens, bundle: Bundle, tower: Tower, context: Context, tried: dict[str, float]) -> list[int]:
+    """Return R per block with which the exported tower takes `settings.latency_ms` at most, and leave in `tried` what was timed.
+
+    `tried`: milliseconds by the share that was kept. Raises UsageError where merging all that can be merged takes longer, naming
+    how long, and where nothing can be timed.
+    """
+    milliseconds = context.require_latency("merge-tokens.latency_ms")
+    budget = settings.latency_ms
+    assert budget is not None, "asked for only where it is given"
+
+    def cost(keep: float) -> float:
+        trial, made = copy.deepcopy(bundle), dataclasses.replace(settings, latency_ms=None, keep=keep)
+        made.apply(trial, made.plan(trial, context))
+        tried[f"{keep:.4f}"] = round(milliseconds(trial, (tower.name,)), 3)
+        context.progress.say(f"keep {keep:.3f}: {tried[f'{keep:.4f}']:.2f} ms")
+        return tried[f"{keep:.4f}"]
+
+    least = _least(settings, tower)
+    found = largest_within(cost, budget, least, TRIALS)
+    if found is None:
+        raise UsageError(
+            f"merge-tokens.latency_ms is {budget:g}, but with the fewest tokens (keep {least:.3f}) the {tower.name} tower takes "
+            f"{tried[f'{least:.4f}']:.2f} ms",
+            hint="allow more, or prune and quantize as well",
+        )
+    return schedule_of(dataclasses.replace(settings, latency_ms=None, keep=found), bundle, tower)
+
+
+def macs_kept(bundle: Bundle, tower: Tower, merged: Sequence[int]) -> float:
+    """Return the share of the blocks' multiply-adds that is left, those behind the place where tokens are read included."""
+    tokens = _stream(tower).tokens
+    behind = [tokens] * (len(tower.blocks) - len(merged))
+    pairs = [*itertools.pairwise([tokens, *tokens_after(merged, tokens)]), *zip(behind, behind, strict=True)]
+    return _macs(bundle, tower, pairs) / _macs(bundle, tower, [(tokens, tokens)] * len(tower.blocks))
+
+
+def _within_macs(settings: MergeTokens, bundle: Bundle, tower: Tower, share: float) -> list[int]:
+    def schedule(keep: float) -> list[int]:
+        return schedule_of(dataclasses.replace(settings, macs=None, keep=keep), bundle, tower)
+
+    least = _least(settings, tower)
+    found = largest_within(lambda keep: macs_kept(bundle, tower, schedule(keep)), share, least, CLOSE)
+    if found is None:
+        limit = macs_kept(bundle, tower, schedule(least))
+        raise UsageError(
+            f"merge-tokens.macs {share:g} is too small: merging all that can be merged leaves {limit:.3f}",
+            hint=f"use macs >= {limit + 0.0005:.3f}",
+        )
+    return schedule(found)
+
+
+def _least(settings: MergeTokens, tower: Tower) -> float:
+    stream = _stream(tower)
+    return least_keep(stream.tokens, stream.protected, len(merging_blocks(tower)), settings.every, settings.first)
+
+
+def _stream(tower: Tower) -> TokenStream:
+    assert tower.stream is not None, "check refuses towers without a stream"
+    return tower.stream
+
+
+def _macs(bundle: Bundle, tower: Tower, tokens: Sequence[tuple[int, int]]) -> int:
+    """Return the multiply-adds of the blocks' Linears and attention, given the tokens before and after each one's attention."""
+    total = 0
+    for block, (before, after) in zip(tower.blocks, tokens, strict=True):
+        width = int(bundle.module(block.mlp.reader).out_features)  # type: ignore[arg-type]
+        inner = (block.attention.heads + block.attention.kv_heads) * block.attention.head_dim
+        total += before * 2 * width * inner + 2 * before * before * block.attention.heads * block.attention.head_dim
+        total += after * width * block.mlp.neurons * (len(block.mlp.writers) + 1)
+    return total

@@ -1,0 +1,182 @@
+"""Tokens solved for a budget: tokens left, multiply-adds, milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.jobs.compress import compress
+from mmcompress.jobs.stopwatch import stopwatch
+from mmcompress.ops.budget import largest_within
+from mmcompress.ops.schedule import largest_merge, solve_left, tokens_after
+from mmcompress.passes import build
+from mmcompress.passes.base import Context, Plan
+from mmcompress.recipe import Export, parse
+from mmcompress.surgery.merging import tokens_left
+from mmcompress.surgery.reducing import handed_on
+from tests import tiny
+
+
+def test_the_largest_share_within_a_budget_by_hand() -> None:
+    asked: list[float] = []
+
+    def cost(share: float) -> float:
+        asked.append(share)
+        return 10 * share
+
+    assert largest_within(cost, 6.0, 0.0, 3) == 0.5
+    assert asked == [1.0, 0.0, 0.5, 0.75, 0.625]
+    assert largest_within(cost, 10.0, 0.2, 3) == 1.0
+    assert largest_within(cost, 1.9, 0.2, 3) is None
+    assert largest_within(cost, 2.0, 0.2, 8) == 0.2
+
+
+def test_tokens_left_by_hand() -> None:
+    assert solve_left(20, 50, 1, 3) == [10, 10, 10]
+    assert solve_left(20, 50, 1, 3, "decreasing") == [20, 10, 0]
+    assert solve_left(40, 50, 1, 3, first=1) == [0, 5, 5]
+    assert solve_left(50, 50, 1, 3) == [0, 0, 0]
+    # A third is 14, but of the 36 that leaves two halvings make 10 (18 // 2 of 19). 21 is the least the first must remove.
+    assert solve_left(8, 50, 1, 3) == [21, 14, 7]
+    with pytest.raises(UsageError, match="7 tokens cannot be left of 50: merging in 3 of 3 blocks leaves 8 at least"):
+        solve_left(7, 50, 1, 3)
+    with pytest.raises(UsageError, match="51 tokens cannot be left of 50"):
+        solve_left(51, 50, 1, 3)
+
+
+@pytest.mark.parametrize("shape", ["constant", "decreasing"])
+@pytest.mark.parametrize(("every", "first"), [(1, 0), (2, 1), (3, 0)])
+def test_as_many_tokens_are_left_as_asked_and_no_block_removes_more_than_half(
+    shape: Any, every: int, first: int
+) -> None:
+    for tokens in (9, 50, 65):
+        for left in range(tokens + 1):
+            try:
+                made = solve_left(left, tokens, 1, 7, shape, every, first)
+            except UsageError:
+                continue
+            assert sum(made) == tokens - left
+            before = [tokens, *tokens_after(made, tokens)]
+            assert all(0 <= removed <= largest_merge(now, 1) for removed, now in zip(made, before, strict=False))
+
+
+def merged(bundle: Bundle, context: Context | None = None, **settings: Any) -> Plan:
+    made = build("merge-tokens", settings)
+    made.check(bundle)
+    plan = made.plan(bundle, context or Context())
+    made.apply(bundle, plan)
+    return plan
+
+
+def test_keep_tokens_of_a_tower() -> None:
+    bundle = tiny.bundle("clip")
+    merged(bundle, keep_tokens=20)
+    assert tokens_left(bundle.module(bundle.tower("vision").blocks[-1].path), 0) == 20
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.5])
+def test_multiply_adds_are_what_was_asked_at_most(share: float) -> None:
+    bundle = tiny.bundle("clip")
+    plan = merged(bundle, macs=share)
+    kept = build("merge-tokens", {"macs": share}).fit(bundle, Context())["block_macs_kept"]
+    assert share - 0.03 < kept <= share
+    looser = build("merge-tokens", {"macs": 1.0}).plan(tiny.bundle("clip"), Context())
+    assert looser.decisions["merged"] == [0, 0, 0] != plan.decisions["merged"]
+
+
+def timer(bundle: Bundle, stages: tuple[str, ...]) -> float:
+    """A machine on which a token behind the last block takes a tenth of a millisecond, and so does a picture's in a prompt."""
+    if stages == ("vision",):
+        return tokens_left(bundle.module(bundle.tower("vision").blocks[-1].path), 50) / 10
+    assert stages == ("vision", "prompt")
+    connector = bundle.tower("vision").connector
+    assert connector is not None
+    return handed_on(bundle.module(connector.path), connector.tokens) / 10
+
+
+def test_the_most_tokens_within_a_latency_are_kept() -> None:
+    bundle = tiny.bundle("clip")
+    plan = merged(bundle, Context(latency=timer), latency_ms=3.0)
+    left = tokens_left(bundle.module(bundle.tower("vision").blocks[-1].path), 50)
+    assert 27 <= left <= 30
+    assert plan.decisions["tried_ms"]["1.0000"] == 5.0
+    assert len(plan.decisions["tried_ms"]) == 7
+    twin = build("merge-tokens", {"latency_ms": 3.0}).control(plan.decisions)
+    assert twin is not None
+    control = twin.plan(tiny.bundle("clip"), Context())
+    assert control.decisions["merged"] == plan.decisions["merged"]
+    assert "kept" in control.decisions
+
+
+def test_the_most_image_tokens_within_a_latency_are_kept() -> None:
+    bundle = tiny.bundle("llava_clip")
+    made = build("reduce-visual-tokens", {"latency_ms": 1.0})
+    made.check(bundle)
+    plan = made.plan(bundle, Context(latency=timer))
+    made.apply(bundle, plan)
+    assert timer(bundle, ("vision", "prompt")) <= 1.0
+    assert plan.decisions["kept"] in (9, 10)
+    twin = made.control(plan.decisions)
+    assert twin is not None
+    assert twin.plan(tiny.bundle("llava_clip"), Context()).decisions["kept"] == plan.decisions["kept"]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "settings", "message"),
+    [
+        (
+            "merge-tokens",
+            "clip",
+            {"latency_ms": 0.5},
+            r"with the fewest tokens \(keep 0.320\) the vision tower takes 0.80 ms",
+        ),
+        (
+            "reduce-visual-tokens",
+            "llava_clip",
+            {"latency_ms": 0.05},
+            "with a single token of each picture .* takes 0.10 ms",
+        ),
+        ("merge-tokens", "clip", {"macs": 0.01}, "macs 0.01 is too small: merging all that can be merged leaves 0.4"),
+        ("merge-tokens", "clip", {"keep_tokens": 3}, "3 tokens cannot be left of 50"),
+        ("merge-tokens", "clip", {"latency_ms": -1.0}, "latency_ms is -1; expected a number > 0"),
+        ("merge-tokens", "clip", {"macs": 0.5, "keep": 0.5}, "both keep and macs"),
+        ("reduce-visual-tokens", "llava_clip", {"latency_ms": 1.0, "keep": 0.5}, "both keep and latency_ms"),
+    ],
+)
+def test_refusals_say_what_there_can_be(name: str, family: str, settings: dict[str, Any], message: str) -> None:
+    def plan() -> None:
+        bundle, made = tiny.bundle(family), build(name, settings)
+        made.check(bundle)
+        made.plan(bundle, Context(latency=timer))
+
+    with pytest.raises(UsageError, match=message) as raised:
+        plan()
+    assert raised.value.hint
+
+
+def test_without_a_machine_to_try_on_a_latency_is_refused() -> None:
+    with pytest.raises(UsageError, match="merge-tokens.latency_ms needs a run that may export and time"):
+        merged(tiny.bundle("clip"), latency_ms=3.0)
+
+
+def test_a_run_times_the_exported_tower(tmp_path: Any) -> None:
+    """Far more than the tiny tower takes keeps every token; far less is refused, and what it takes is told."""
+    whole = stopwatch(Export(runners=("onnxruntime",), threads=1))(tiny.bundle("clip"), ("vision",))
+    assert 0 < whole < 1000
+    with pytest.raises(UsageError, match="there is|no tower 'audio'"):
+        stopwatch(Export(runners=("onnxruntime",), threads=1))(tiny.bundle("clip"), ("audio",))
+    recipe: dict[str, Any] = {
+        "steps": [{"merge-tokens": {"latency_ms": 1000.0}}],
+        "export": {"runners": ["onnxruntime"]},
+    }
+    result = compress(tiny.bundle("clip"), parse(recipe), tmp_path / "out")
+    assert result.manifest.records[0].plan["merged"] == [0, 0, 0]
+    recipe["steps"] = [{"merge-tokens": {"latency_ms": 1e-6}}]
+    with pytest.raises(
+        UsageError, match=r"latency_ms is 1e-06, but with the fewest tokens \(keep 0.320\) .* takes 0\.\d+ ms"
+    ):
+        compress(tiny.bundle("clip"), parse(recipe), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
