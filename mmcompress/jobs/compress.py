@@ -232,6 +232,8 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Im
     (final / "recipe.yaml").write_text(recipe.to_yaml())
     _keep_reports(run, final)
     drawn = token_pictures.draw_all(bundle, shown, run.data, final / "reports")
+    if shown and not drawn:
+        run.context.progress.say("there is nothing to draw: no tokens of a picture become fewer")
     if exported is not None:
         shutil.copytree(exported / "compressed", final / recipe.export.to)
     failed = [gate for gate in gates if not gate.passed]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ GONE = 0.15
 """Brightness of patches that are in no token."""
 LINE = (255, 255, 255)
 
+PREFIX = "tokens-"
+"""Of the files' names."""
+SAMPLES = 3
+"""Pictures of the evaluation data that are drawn."""
+
 Pixels = NDArray[np.float64]
 
 
@@ -50,18 +55,17 @@ class View:
     title: str
     token_of: NDArray[np.int64]
     """(N,): the token each patch is in, -1 for none."""
-
-
-PREFIX = "tokens-"
-"""Of the files' names."""
-SAMPLES = 3
-"""Pictures of the evaluation data that are drawn."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
 
 
 def reduces(bundle: Bundle) -> bool:
     """Whether the model makes fewer tokens of a picture, so that there is something to show."""
     tower = _tower(bundle)
-    return tower is not None and (_merges(bundle, tower) or _chooses(bundle, tower))
+    if tower is None:
+        return False
+    chooses = tower.connector is not None and choice_of(bundle.module(tower.connector.path)) is not None
+    return chooses or ledger_of(bundle.module(tower.blocks[0].path)) is not None
 
 
 def named(paths: Sequence[Path]) -> dict[str, Image.Image]:
@@ -75,10 +79,12 @@ def named(paths: Sequence[Path]) -> dict[str, Image.Image]:
 def draw_all(bundle: Bundle, shown: Mapping[str, Image.Image], data: Dataset | None, folder: Path) -> list[str]:
     """Draw `shown`, and the first pictures of `data` where patches become fewer; return the names of the files in `folder`.
 
-    Raises UsageError where something is to be shown and there is nothing to see.
+    Nothing is drawn where no patches become fewer.
     """
+    if not reduces(bundle):
+        return []
     wanted = dict(shown)
-    if data is not None and reduces(bundle):
+    if data is not None:
         shown_samples = ((one.key, one.picture) for one in data if one.picture is not None)
         for key, picture in itertools.islice(shown_samples, SAMPLES):
             wanted[_free(re.sub(r"\W+", "-", key), wanted)] = seen(picture)
@@ -99,8 +105,7 @@ def draw(bundle: Bundle, image: Image.Image, path: Path) -> None:
         )
     inputs = bundle.prepare(tower.name, [image])
     pixels = _shown(inputs["pixel_values"])
-    views, grid = _views(bundle, tower, inputs, pixels.shape[:2])
-    _page(pixels, views, grid).save(path)
+    _page(pixels, _views(bundle, tower, inputs, pixels.shape[:2])).save(path)
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
@@ -113,49 +118,40 @@ def _tower(bundle: Bundle) -> Tower | None:
     return next((tower for tower in bundle.towers() if tower.name == "vision"), None)
 
 
-def _merges(bundle: Bundle, tower: Tower) -> bool:
-    return ledger_of(bundle.module(tower.blocks[0].path)) is not None
-
-
-def _chooses(bundle: Bundle, tower: Tower) -> bool:
-    return tower.connector is not None and choice_of(bundle.module(tower.connector.path)) is not None
-
-
 @torch.inference_mode()
-def _views(
-    bundle: Bundle, tower: Tower, inputs: dict[str, Tensor], size: tuple[int, int]
-) -> tuple[list[View], tuple[int, int]]:
-    """Return the tokens wherever there become fewer, and the rows and columns of patches. Of several tiles, the first."""
+def _views(bundle: Bundle, tower: Tower, inputs: dict[str, Tensor], size: tuple[int, int]) -> list[View]:
+    """Return the tokens wherever there become fewer. Of several tiles, the first."""
     bundle.model.eval()
-    if _chooses(bundle, tower):
-        assert tower.connector is not None, "what chooses is a connector"
-        choice = choice_of(bundle.module(tower.connector.path))
-        assert choice is not None, "it was just asked"
-        with watching(choice.seen) as steps:
-            bundle.encode(tower.name, inputs)
-        rows, columns = choice.grid
-        # A connector may join neighbouring patches first; each of its tokens then stands for a block of them.
-        protected, count, grid = 0, choice.tokens, (rows, columns)
-        what = ["behind the connector"]
-    else:
-        ledger = ledger_of(bundle.module(tower.blocks[0].path))
-        assert ledger is not None, "reduces has said so"
+    views: list[View] = []
+    ledger = ledger_of(bundle.module(tower.blocks[0].path))
+    if ledger is not None:
         assert tower.stream is not None, "a tower that merges has a stream"
         with watching(ledger) as steps:
             bundle.encode(tower.name, inputs)
-        protected, count = tower.stream.protected, tower.stream.tokens
-        grid = _grid(count - protected, size)
-        what = [f"block {block.index}" for block in tower.blocks]
-    views, into = [], torch.eye(count)
-    for name, step in zip(what, steps, strict=False):
+        patches = tower.stream.tokens - tower.stream.protected
+        names = [f"block {block.index}" for block in tower.blocks]
+        views += _steps(names, steps, tower.stream.protected, tower.stream.tokens, _grid(patches, size))
+    choice = choice_of(bundle.module(tower.connector.path)) if tower.connector else None
+    if choice is not None:
+        with watching(choice.seen) as steps:
+            bundle.encode(tower.name, inputs)
+        views += _steps(["behind the connector"], steps, 0, choice.tokens, choice.grid)
+    return _some(views)
+
+
+def _steps(
+    names: Sequence[str], steps: Sequence[Tensor | None], protected: int, count: int, grid: tuple[int, int]
+) -> Iterator[View]:
+    """Yield where each of `count` tokens has gone, from step to step."""
+    into = torch.eye(count)
+    for name, step in zip(names, steps, strict=False):
         if step is None:
             continue
         step = step if step.dim() == 2 else step[0]
         into = (step.cpu().float() > 0).float() @ into
         patches = into[:, protected:]
         token_of = torch.where(patches.any(dim=0), patches.argmax(dim=0), -1).numpy()
-        views.append(View(f"{name}: {len(into) - protected} of {count - protected}", token_of))
-    return _some(views), grid
+        yield View(f"{name}: {len(into) - protected} of {count - protected}", token_of, grid)
 
 
 def _some(views: list[View]) -> list[View]:
@@ -190,10 +186,11 @@ def _shown(values: Tensor) -> Pixels:
     return ((picture - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).double().numpy()
 
 
-def _page(pixels: Pixels, views: Sequence[View], grid: tuple[int, int]) -> Image.Image:
+def _page(pixels: Pixels, views: Sequence[View]) -> Image.Image:
     """Return the picture and the views, row by row."""
-    tiles = [(f"{grid[0] * grid[1]} patches", _painted(pixels, np.arange(grid[0] * grid[1]), grid))]
-    tiles += [(view.title, _painted(pixels, view.token_of, grid)) for view in views]
+    rows, columns = views[0].grid
+    tiles = [(f"{rows * columns} patches", _painted(pixels, np.arange(rows * columns), views[0].grid))]
+    tiles += [(view.title, _painted(pixels, view.token_of, view.grid)) for view in views]
     width, height = tiles[0][1].size
     columns = min(COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
