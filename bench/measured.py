@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bench.cells import MIB, interval, machine, points, read
-from bench.measured_answers import mini_vlm, smolvlm_edge, token_table, vlm_edge, whisper_edge
+from bench.measured_answers import mini_vlm, smolvlm_edge, vlm_edge, whisper_edge
+from bench.measured_tokens import token_table
 
 BEGIN = "<!-- measured -->"
 END = "<!-- end measured -->"

@@ -154,34 +154,3 @@ def _fastest(found: dict[str, Any], side: str, stage: str) -> str:
     rows = [row for row in found["latency"] if (row["side"], row["stage"]) == (side, stage)]
     best = min(rows, key=lambda row: row["p50_ms"]["value"])
     return f"{best['p50_ms']['value']:.1f}, ×{interval(best['times_as_fast'], 2)}"
-
-
-def token_table() -> str:
-    """Fewer tokens of a picture for the mini-VLM, by every method and share."""
-    found = read("token_table")
-    if not found:
-        return ""
-    rows, timings = found["rows"], found.get("timings")
-    stages = timings["stages"] if timings else {}
-    original = rows["original"]
-    lines = [
-        f"**The mini-VLM given fewer of a picture's {original['tokens']} tokens**, without training; right answers, points against "
-        f"all tokens [95%], MACs of the language model for a question (`{found['command']}`, n = {found['questions']})",
-        "",
-        "| method | tokens | right | points | MACs | first token, keep 0.25 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        score = row["accuracy"]["results"]["vqa"]["accuracy"]
-        method, _, keep = name.partition(" ")
-        prompt = stages.get(method, {}).get("prompt") if keep in ("", str(timings["keep"]) if timings else "") else None
-        cells = [
-            method,
-            str(row["tokens"]),
-            f"{score['value']:.3f}",
-            points(score["difference"]) if "difference" in score else "",
-            f"{row['language_macs'] / original['language_macs']:.2f}",
-            f"{prompt['p50_ms']['value']:.1f} ms, ×{interval(prompt['times_as_fast'], 2)}" if prompt else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

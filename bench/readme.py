@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from bench import matrix, measured
+from bench import matrix, measured, measured_tokens
 from mmcompress.cli.__main__ import COMMANDS, cli
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -95,12 +95,17 @@ def main() -> None:
     new = updated(old)
     if not checking:
         README.write_text(new, encoding="utf-8")
+        for path, drawing in measured_tokens.drawings().items():
+            path.write_text(drawing, encoding="utf-8")
         return
     if old != new:
         changes = difflib.unified_diff(
             old.splitlines(), new.splitlines(), "README.md", "what it should be", lineterm=""
         )
         sys.exit("\n".join([*changes, "README.md is out of date: make readme"]))
+    for path, drawing in measured_tokens.drawings().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != drawing:
+            sys.exit(f"{path.name} is out of date: make readme")
 
 
 if __name__ == "__main__":

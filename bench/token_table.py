@@ -29,6 +29,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
 from mmcompress.errors import UsageError
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
+from mmcompress.evaluate.tasks import TASKS
 from mmcompress.evaluate.verdict import random_findings
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.bench import Settings, bench
@@ -96,7 +97,13 @@ def row(
 ) -> tuple[dict[str, Any], Evaluation]:
     """What one model scores, and what it costs."""
     found = evaluate(bundle, data, [contest.task], batch=16, reference=reference)
-    return {"accuracy": found.to_json(), "macs": cost_of(bundle).towers[contest.tower].macs}, found
+    document = found.to_json()
+    names = [name for name in TASKS[contest.task].headlines if name in document["results"][contest.task]]
+    accuracy = {
+        "results": {contest.task: {name: document["results"][contest.task][name] for name in names}},
+        "slices": {row["slice"]: [row["value"], row["n"]] for row in document["slices"] if row["metric"] == names[0]},
+    }
+    return {"accuracy": accuracy, "macs": cost_of(bundle).towers[contest.tower].macs}, found
 
 
 def rows_of(

@@ -20,6 +20,7 @@ from mmcompress.evaluate.store import read_evaluation
 from mmcompress.export.artifact import Artifact, is_artifact, open_artifact
 from mmcompress.jobs import report_sections as sections
 from mmcompress.jobs.check import final_evaluation
+from mmcompress.jobs.report_curves import token_curves
 from mmcompress.jobs.report_html import page
 from mmcompress.jobs.report_points import plots
 from mmcompress.jobs.token_pictures import PREFIX
@@ -98,7 +99,7 @@ def read_run(directory: Path) -> Run:
 def render(runs: Sequence[Run]) -> str:
     """Return the page. Raises UsageError when what a run recorded does not have the form that mmc writes."""
     try:
-        body = [sections.heading(runs), sections.verdicts(runs), plots(runs)]
+        body = [sections.heading(runs), sections.verdicts(runs), plots(runs), token_curves(runs)]
         body += [sections.evidence(run, runs) for run in runs]
         return page(f"mmc report: {', '.join(run.name for run in runs)}", *body)
     except (KeyError, TypeError, AttributeError, ValueError, json.JSONDecodeError) as error:

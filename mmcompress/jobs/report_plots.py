@@ -92,7 +92,7 @@ class Label:
         at = {"start": self.box.left, "middle": (self.box.left + self.box.right) / 2, "end": self.box.right}[
             self.anchor
         ]
-        return tag("text", self.text, class_="label", x=_px(at), y=_px(self.box.bottom - 3.5), text_anchor=self.anchor)
+        return tag("text", self.text, class_="label", x=px(at), y=px(self.box.bottom - 3.5), text_anchor=self.anchor)
 
 
 def pareto_plot(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> Markup:
@@ -104,8 +104,8 @@ def pareto_plot(title: str, x_label: str, y_label: str, points: Sequence[Point])
     labels = place_labels(points, spots, y)
     drawing = join(
         [
-            _axes(x, y, x_label, y_label),
-            tag("polyline", points=" ".join(f"{_px(a)},{_px(b)}" for a, b in _stairs(points, spots)), class_="front"),
+            axes(x, y, x_label, y_label),
+            tag("polyline", points=" ".join(f"{px(a)},{px(b)}" for a, b in _stairs(points, spots)), class_="front"),
             *(_leader(spot, label) for spot, label in zip(spots, labels, strict=True) if label.moved),
             *(_mark(point, spot, y) for point, spot in zip(points, spots, strict=True)),
             *(label.draw() for label in labels),
@@ -122,10 +122,10 @@ def scales(points: Sequence[Point]) -> tuple[Scale, Scale]:
     lows = [point.low if math.isfinite(point.low) else point.y for point in points]
     highs = [point.high if math.isfinite(point.high) else point.y for point in points]
     margin = max(max(highs) - min(lows), 1e-6) * 0.12
-    x = _scale(0.0, max(point.x for point in points) * 1.06, PLOT.left, PLOT.right)
+    x = scale(0.0, max(point.x for point in points) * 1.06, PLOT.left, PLOT.right)
     # Shares do not go below 0; word accuracy does, where more is made up than was said.
     bottom = min(lows) - margin if min(lows) < 0 else max(0.0, min(lows) - margin)
-    return x, _scale(bottom, max(highs) + margin, PLOT.bottom, PLOT.top)
+    return x, scale(bottom, max(highs) + margin, PLOT.bottom, PLOT.top)
 
 
 def side_by_side(points: Sequence[Point], x: Scale, y: Scale) -> list[Spot]:
@@ -225,7 +225,7 @@ def _mark(point: Point, spot: Spot, y: Scale) -> Markup:
     if math.isfinite(point.low) and math.isfinite(point.high):
         high, low = y(point.high), y(point.low)
         whisker = join(
-            tag("line", x1=_px(a), y1=_px(b), x2=_px(c), y2=_px(d), class_=f"whisker {style}")
+            tag("line", x1=px(a), y1=px(b), x2=px(c), y2=px(d), class_=f"whisker {style}")
             for a, b, c, d in (
                 (centre, high, centre, low),
                 (centre - 3, high, centre + 3, high),
@@ -234,10 +234,10 @@ def _mark(point: Point, spot: Spot, y: Scale) -> Markup:
         )
     if point.kind == "original":
         shape = tag(
-            "rect", x=_px(centre - RADIUS), y=_px(middle - RADIUS), width=2 * RADIUS, height=2 * RADIUS, class_=style
+            "rect", x=px(centre - RADIUS), y=px(middle - RADIUS), width=2 * RADIUS, height=2 * RADIUS, class_=style
         )
     else:
-        shape = tag("circle", cx=_px(centre), cy=_px(middle), r=RADIUS - 0.5, class_=style)
+        shape = tag("circle", cx=px(centre), cy=px(middle), r=RADIUS - 0.5, class_=style)
     hint = tag("title", f"{point.label}: {point.y:.3f} [{point.low:.3f}, {point.high:.3f}] at {_short(point.x)}")
     return tag("g", hint, whisker, shape)
 
@@ -246,27 +246,29 @@ def _leader(spot: Spot, label: Label) -> Markup:
     centre, middle = spot
     across = min(max(centre, label.box.left), label.box.right)
     down = min(max(middle, label.box.top + 2), label.box.bottom - 2)
-    return tag("line", x1=_px(centre), y1=_px(middle), x2=_px(across), y2=_px(down), class_="leader")
+    return tag("line", x1=px(centre), y1=px(middle), x2=px(across), y2=px(down), class_="leader")
 
 
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
+def axes(x: Scale, y: Scale, x_label: str, y_label: str, plot: Box = PLOT) -> Markup:
+    """Return lines, numbers and names of both axes of the rectangle `plot`."""
     parts = []
     for tick in y.ticks:
-        parts.append(tag("line", x1=PLOT.left, x2=PLOT.right, y1=_px(y(tick)), y2=_px(y(tick)), class_="axis"))
-        parts.append(tag("text", _short(tick), x=PLOT.left - 6, y=_px(y(tick) + 4), text_anchor="end", class_="dim"))
-    parts.append(tag("line", x1=PLOT.left, x2=PLOT.right, y1=PLOT.bottom, y2=PLOT.bottom, class_="axis"))
+        parts.append(tag("line", x1=plot.left, x2=plot.right, y1=px(y(tick)), y2=px(y(tick)), class_="axis"))
+        parts.append(tag("text", _short(tick), x=plot.left - 6, y=px(y(tick) + 4), text_anchor="end", class_="dim"))
+    parts.append(tag("line", x1=plot.left, x2=plot.right, y1=plot.bottom, y2=plot.bottom, class_="axis"))
     for tick in x.ticks:
-        parts.append(tag("line", x1=_px(x(tick)), x2=_px(x(tick)), y1=PLOT.bottom, y2=PLOT.bottom + 4, class_="axis"))
-        parts.append(tag("text", _short(tick), x=_px(x(tick)), y=PLOT.bottom + 17, text_anchor="middle", class_="dim"))
-    middle = (PLOT.top + PLOT.bottom) / 2
-    parts.append(tag("text", x_label, x=(PLOT.left + PLOT.right) / 2, y=HEIGHT - 8, text_anchor="middle"))
+        parts.append(tag("line", x1=px(x(tick)), x2=px(x(tick)), y1=plot.bottom, y2=plot.bottom + 4, class_="axis"))
+        parts.append(tag("text", _short(tick), x=px(x(tick)), y=plot.bottom + 17, text_anchor="middle", class_="dim"))
+    middle = (plot.top + plot.bottom) / 2
+    parts.append(tag("text", x_label, x=(plot.left + plot.right) / 2, y=plot.bottom + 36, text_anchor="middle"))
     parts.append(
         tag("text", y_label, x=0, y=0, text_anchor="middle", transform=f"translate(14 {middle:g}) rotate(-90)")
     )
     return join(parts)
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Scale:
+def scale(low: float, high: float, start: float, end: float) -> Scale:
+    """Return an axis from `low` to `high`, drawn from pixel `start` to `end`."""
     step = nice_step((high - low) / 5)
     first = math.ceil(low / step - 1e-9)
     ticks = tuple(round(index * step, 10) for index in range(first, math.floor(high / step + 1e-9) + 1))
@@ -283,5 +285,6 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
-def _px(value: float) -> str:
+def px(value: float) -> str:
+    """Return a coordinate as SVG writes it."""
     return f"{value:.1f}"

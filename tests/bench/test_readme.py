@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from bench import readme
+from bench import measured_tokens, readme
 
 
 def test_the_readme_is_up_to_date() -> None:
     """When this fails: make readme."""
     text = readme.README.read_text(encoding="utf-8")
     assert readme.updated(text) == text
+    for path, drawing in measured_tokens.drawings().items():
+        assert path.read_text(encoding="utf-8") == drawing
 
 
 def test_the_width_of_the_terminal_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,125 @@
+"""The tables and the curves of README's "Measured" part about fewer tokens, from bench/results/token_table.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.cells import RESULTS, interval, points, read
+from bench.token_table import CONTESTS, RANDOM
+from mmcompress.jobs.report_curves import Curve, curves
+from mmcompress.ops.statistics import Estimate
+
+METRICS = {"retrieval": "image_to_text_r1", "vqa": "accuracy", "transcription": "word_accuracy"}
+TITLES = {
+    "encoder": "Patches merged in the DINOv2-S + MiniLM dual encoder (65 tokens), R@1 image → text",
+    "connector": "Fewer of a picture's 256 tokens for the mini-VLM's language model, right answers",
+    "audio": "States merged in Whisper tiny.en, word accuracy of recordings full of speech",
+}
+MARKS = {"WORSE": "¹", "no better": "²"}
+"""Behind what is worse than random, or not told apart from it, by how that finding begins."""
+
+
+def token_table() -> str:
+    """Return every contest: a table of methods by shares, the curves, what was timed."""
+    found = read("token_table")
+    parts = [_contest(name, found[name]) for name in CONTESTS if name in found]
+    if not parts:
+        return ""
+    note = (
+        "¹ worse than random selection of as many tokens; ² not told apart from it (95%, paired, mean of three draws)."
+    )
+    return "\n\n".join(["**Fewer tokens, without training**, by method and by the share that is kept", *parts, note])
+
+
+def _contest(name: str, document: dict[str, Any]) -> str:
+    rows, metric = document["rows"], _metric(name)
+    original = rows["original"]
+    keeps = sorted({_keep(row) for row in rows if row != "original"}, reverse=True)
+    lines = [
+        f"{TITLES[name]}: {interval(_score(original, name))} with all tokens; n = {document['n']} (`{document['command']}`)",
+        "",
+        "| points against all tokens [95%] | " + " | ".join(f"keep {keep:g}" for keep in keeps) + " |",
+        "|---" * (1 + len(keeps)) + "|",
+        "| multiply-adds left | "
+        + " | ".join(f"{_row(rows, RANDOM, keep)['macs'] / original['macs']:.2f}" for keep in keeps)
+        + " |",
+    ]
+    for method in dict.fromkeys(row.split(" ")[0] for row in rows if row != "original"):
+        cells = []
+        for keep in keeps:
+            row = _row(rows, method, keep)
+            if not row:
+                cells.append("")
+                continue
+            said = next((one["text"] for one in row.get("against random", []) if metric in one["text"]), "")
+            mark = next((mark for begins, mark in MARKS.items() if said.startswith(begins)), "")
+            cells.append(points(_score(row, name)["difference"]) + mark)
+        lines.append(f"| {method}{' (first of three draws)' if method == RANDOM else ''} | {' | '.join(cells)} |")
+    lines += ["", f"![{TITLES[name]}](bench/results/token_curves_{name}.svg)"]
+    for keep, timing in document["timings"].items():
+        lines += ["", *_timed(keep, timing)]
+    return "\n".join(lines)
+
+
+def _timed(keep: str, timing: dict[str, Any]) -> list[str]:
+    machine = timing["machine"]
+    heads = [(row["stage"], row["batch"], row["runner"]) for row in timing["sides"]["original"]]
+    lines = [
+        f"keep {keep}, exported: times as fast as with all tokens in the same engine [95%]; "
+        f"{machine['threads']} threads of {machine['cpu']}",
+        "",
+        "| | " + " | ".join(f"{stage}, batch {batch}, {runner}" for stage, batch, runner in heads) + " |",
+        "|---" * (1 + len(heads)) + "|",
+        "| all tokens, ms | "
+        + " | ".join(f"{row['p50_ms']['value']:.2f}" for row in timing["sides"]["original"])
+        + " |",
+    ]
+    for side, measured in timing["sides"].items():
+        if side != "original":
+            lines.append(
+                f"| {side} | " + " | ".join(f"×{interval(row['times_as_fast'], 2)}" for row in measured) + " |"
+            )
+    return lines
+
+
+def drawings() -> dict[Path, str]:
+    """Return the curves of every contest as standing SVG files."""
+    made = {}
+    for name, document in read("token_table").items():
+        whole = Estimate.from_json(_score(document["rows"]["original"], name))
+        methods: dict[str, dict[float, Estimate]] = {}
+        for row in document["rows"]:
+            if row != "original" and not row.endswith(("seed 1", "seed 2")):
+                methods.setdefault(row.split(" ")[0], {1.0: whole})[_keep(row)] = Estimate.from_json(
+                    _score(document["rows"][row], name)
+                )
+        found = [Curve(method, scores) for method, scores in methods.items()]
+        figure = curves(TITLES[name], _metric(name), sorted(found, key=lambda curve: curve.method == RANDOM))
+        drawing = figure[figure.index("<svg") : figure.index("</svg>") + len("</svg>")]
+        style = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" fill="#333"'
+        white = '<rect width="100%" height="100%" fill="white"/>'
+        opened = drawing.index(">") + 1
+        drawing = (
+            drawing[:opened].replace("<svg", style) + white + drawing[opened:].replace('class="axis"', 'stroke="#ccc"')
+        )
+        made[RESULTS / f"token_curves_{name}.svg"] = drawing + "\n"
+    return made
+
+
+def _metric(name: str) -> str:
+    return METRICS[CONTESTS[name].task]
+
+
+def _score(row: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = row["accuracy"]["results"][CONTESTS[name].task][_metric(name)]
+    return found
+
+
+def _keep(row: str) -> float:
+    return float(row.split(" ")[1].rstrip(","))
+
+
+def _row(rows: dict[str, Any], method: str, keep: float) -> dict[str, Any]:
+    found: dict[str, Any] = rows.get(f"{method} {keep:g}") or rows.get(f"{method} {keep:g}, seed 0") or {}
+    return found
