@@ -129,29 +129,38 @@ def rows_of(
 
 
 def timed(contest: Contest, methods: list[str], keep: float, rounds: int) -> dict[str, Any]:
-    """Milliseconds of each stage, and how many times as fast it is as the original's in the same engine."""
-    found: dict[str, Any] = {}
+    """Export the original and every method at one share, and time them."""
     with tempfile.TemporaryDirectory() as work:
         sides = {"original": Path(work) / "original"}
         export_onnx(checkpoint.load(contest.model()), sides["original"], batches=(1,))
         for method in methods:
             sides[method] = Path(work) / method
             export_onnx(reduced(contest, method, keep), sides[method], batches=(1,))
-        for batch in contest.batches:
-            settings = Settings(precisions=("fp32",), threads=2, rounds=rounds, batch=batch, memory=False)
-            measured = bench([str(side) for side in sides.values()], settings)
-            taken = [each.timing for each in measured.rows if each.timing.tower in contest.stages]
-            base = {(each.tower, each.runner): each.samples for each in taken if Path(each.side).name == "original"}
-            for each in taken:
-                found.setdefault(Path(each.side).name, []).append(
-                    {
-                        "stage": each.tower,
-                        "runner": each.runner,
-                        "batch": batch,
-                        "p50_ms": each.latency.p50_ms.to_json(),
-                        "times_as_fast": compare(base[each.tower, each.runner], each.samples).to_json(),
-                    }
-                )
+        return timed_sides(sides, contest.stages, contest.batches, rounds)
+
+
+def timed_sides(
+    sides: dict[str, Path], stages: tuple[str, ...], batches: tuple[int, ...], rounds: int
+) -> dict[str, Any]:
+    """Milliseconds of each stage of exported models, and how many times as fast it is as the first one's in the same engine."""
+    names = {str(path): name for name, path in sides.items()}
+    first = next(iter(sides.values()))
+    found: dict[str, Any] = {}
+    for batch in batches:
+        settings = Settings(precisions=("fp32",), towers=stages, threads=2, rounds=rounds, batch=batch, memory=False)
+        measured = bench(list(names), settings)
+        taken = [row.timing for row in measured.rows]
+        base = {(each.tower, each.runner): each.samples for each in taken if each.side == first.name}
+        for each in taken:
+            found.setdefault(names[str(first.with_name(each.side))], []).append(
+                {
+                    "stage": each.tower,
+                    "runner": each.runner,
+                    "batch": batch,
+                    "p50_ms": each.latency.p50_ms.to_json(),
+                    "times_as_fast": compare(base[each.tower, each.runner], each.samples).to_json(),
+                }
+            )
     return {"machine": measured.machine, "sides": found}
 
 

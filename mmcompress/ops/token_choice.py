@@ -11,6 +11,7 @@ Sources, with the deliberate differences:
 
 - `spread_farthest`: DivPrune, arXiv 2503.02175 (max-min cosine distance, greedy), in order of the tokens.
 - `best_scored`: the top M by a score, such as the attention of the class token in EViT, arXiv 2202.07800.
+- `least_redundant`: the spatial half of LFTR, arXiv 2501.17391, whose code is not public: this is our reading of the abstract.
 - `dominant_and_contextual`: VisionZip, arXiv 2412.04467. The contextual tokens are means of what goes into them;
   the official code adds the mean to the target, which doubles its length.
 - `kept_with_neighbours`: LLaVA-PruMerge, arXiv 2403.15388, with M given instead of counted by outliers. Means weighted
@@ -79,6 +80,12 @@ def best_scored(scores: Tensor, kept: int) -> Tensor:
     """Return (B, M, N): the M tokens with the best `scores` (B, N)."""
     _require(scores.shape[1], kept)
     return rows_of(rank(scores) < kept, kept)
+
+
+def least_redundant(tokens: Tensor, kept: int) -> Tensor:
+    """Return (B, M, N): the M tokens that are least like all others, by the mean cosine. `tokens`: (B, N, C)."""
+    unit = directions(tokens)
+    return best_scored(-(unit @ unit.mean(dim=1)[:, :, None])[..., 0], kept)
 
 
 def spread_farthest(tokens: Tensor, kept: int) -> Tensor:

@@ -39,12 +39,12 @@ class ReduceVisualTokens:
     latency_ms: float | None = None
     """Milliseconds that the exported model may take to the first token of an answer, instead of `keep`: shares are tried out on
     this machine, in the fastest runner installed."""
-    method: Literal["divprune", "clusters", "visionzip", "prumerge", "attention", "tome", "pool", "grid", "random"] = (
-        "clusters"
-    )
+    method: Literal[
+        "divprune", "clusters", "visionzip", "prumerge", "attention", "lftr", "tome", "pool", "grid", "random"
+    ] = "clusters"
     """Which tokens are kept: the most different ones (divprune), means of clusters, those the encoder looks at and means of the
-    rest (visionzip, prumerge), those alone (attention), means of similar pairs (tome), means of neighbours (pool, the largest
-    grid within what is asked for), every n-th (grid), or random ones (the control)."""
+    rest (visionzip, prumerge), those alone (attention), those least like all others (lftr), means of similar pairs (tome), means of
+    neighbours (pool, the largest grid within what is asked for), every n-th (grid), or random ones (the control)."""
     tower: str = ""
     """The tower whose tokens they are; by default the one that looks at pictures for a language model."""
 

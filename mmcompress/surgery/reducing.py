@@ -21,7 +21,7 @@ from mmcompress.ops import token_choice
 from mmcompress.surgery.attention import give_scores
 from mmcompress.surgery.ledger import Ledger
 
-Method = Literal["divprune", "clusters", "visionzip", "prumerge", "attention", "tome", "pool", "grid", "random"]
+Method = Literal["divprune", "clusters", "visionzip", "prumerge", "attention", "lftr", "tome", "pool", "grid", "random"]
 SCORED: tuple[Method, ...] = ("visionzip", "prumerge", "attention")
 """Methods that ask what the encoder looked at."""
 ATTRIBUTE = "choice"
@@ -106,6 +106,8 @@ def assignment(choice: Choice, tokens: Tensor, scores: Tensor | None = None) -> 
             return token_choice.spread_farthest(features, choice.kept)
         case "clusters":
             return token_choice.clustered(features, choice.kept)
+        case "lftr":
+            return token_choice.least_redundant(features, choice.kept)
         case "tome":
             return token_choice.halved(features, choice.kept)
         case "pool":

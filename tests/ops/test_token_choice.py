@@ -18,6 +18,7 @@ METHODS: dict[str, Method] = {
     "attention": lambda tokens, scores, kept: token_choice.best_scored(scores, kept),
     "visionzip": lambda tokens, scores, kept: token_choice.dominant_and_contextual(scores, tokens, kept),
     "prumerge": lambda tokens, scores, kept: token_choice.kept_with_neighbours(scores, tokens, kept),
+    "lftr": lambda tokens, scores, kept: token_choice.least_redundant(tokens, kept),
     "tome": lambda tokens, scores, kept: token_choice.halved(tokens, kept),
     "grid": lambda tokens, scores, kept: token_choice.evenly(tokens.shape[1], kept),
     "random": lambda tokens, scores, kept: token_choice.standing_at(
@@ -125,6 +126,15 @@ def test_pooled_is_average_pooling() -> None:
 def test_evenly_golden() -> None:
     assert kept_of(token_choice.evenly(6, 3)[None]) == [1, 3, 5]
     assert kept_of(token_choice.evenly(7, 2)[None]) == [1, 5]
+
+
+def test_lftr_golden() -> None:
+    """Three alike at 0, 10 and 20 degrees, one at 90, one at 200: the mean cosines are .40, .43, .45, .23 and -.45."""
+    angles = torch.tensor([0.0, 10, 20, 90, 200]).deg2rad()
+    tokens = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+    assert kept_of(token_choice.least_redundant(tokens, 2)) == [3, 4]
+    assert kept_of(token_choice.least_redundant(tokens, 3)) == [0, 3, 4]
+    assert kept_of(token_choice.least_redundant(100 * tokens, 3)) == [0, 3, 4]
 
 
 def test_visionzip_golden() -> None:

@@ -1,0 +1,101 @@
+"""Fewer tokens and a short training with them, on two real models: what is lost, and how much faster the exported files are.
+
+- `vision`: recipe `dual-encoder-tokens` on DINOv2-S + MiniLM: the vision tower in onnxruntime and OpenVINO, R@1 of all held-out
+  drawings measured on the exported files.
+- `answers`: recipe `vlm-tokens` on the mini-VLM: a quarter of a picture's tokens, time to the first token, held-out questions by
+  slice. Beside it stands the same reduction without training.
+
+    python -m bench.token_edge [vision | answers] [--rounds 50] [--work FOLDER]     writes bench/results/token_edge.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import assets
+from bench.answer_sides import build, parser, workplace
+from bench.edge import RECIPES, score
+from bench.token_table import timed_sides
+from mmcompress import recipe
+from mmcompress.data import open_data
+from mmcompress.evaluate.evaluation import Evaluation, evaluate
+from mmcompress.export.artifact import open_artifact
+from mmcompress.measure.answerer import artifact_answerer
+from mmcompress.measure.embedder import ArtifactEmbedder
+from mmcompress.recipe import Recipe
+
+RESULT = assets.RESULTS / "token_edge.json"
+QUESTIONS = 600
+
+
+def trained_and_not(file: str, calibration: Path, evaluation: str) -> dict[str, Recipe]:
+    """The recipe, and its first step alone."""
+    whole = recipe.read(RECIPES / file, [f"data.calibration={calibration}", f"data.evaluation={evaluation}"])
+    return {
+        "fewer tokens": replace(whole, steps=whole.steps[:1], gates=recipe.Gates()),
+        "fewer tokens, distilled": whole,
+    }
+
+
+def vision(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Build, judge and time the dual encoder."""
+    recipes = trained_and_not("dual-encoder-tokens.yaml", assets.training_pairs(), "demo:test")
+    sides = build(work, assets.dual_encoder(), recipes)
+    found: dict[str, Evaluation] = {}
+    for name, side in sides.items():
+        embedder = ArtifactEmbedder(open_artifact(side.exported), runner="openvino", threads=options.threads)
+        tasks = ["retrieval", "agreement"] if found else ["retrieval"]
+        found[name] = evaluate(embedder, open_data("demo:test"), tasks, reference=found.get("original"))
+    exported = {name: side.exported for name, side in sides.items()}
+    return {
+        "accuracy": {name: score(one) for name, one in found.items()},
+        **timed_sides(exported, ("vision",), (1, 8), options.rounds),
+        "steps": recipes["fewer tokens, distilled"].to_dict()["steps"],
+    }
+
+
+def answers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Build, judge and time the mini-VLM."""
+    held_out = str(assets.vqa("heldout"))
+    recipes = trained_and_not("vlm-tokens.yaml", assets.vqa("training"), held_out)
+    sides = build(work, assets.mini_vlm(), recipes)
+    data = open_data(held_out).subset(QUESTIONS, 0)
+    found: dict[str, Evaluation] = {}
+    for name, side in sides.items():
+        answerer = artifact_answerer(open_artifact(side.exported), "openvino", threads=options.threads)
+        found[name] = evaluate(answerer, data, ["vqa"], batch=8, reference=found.get("original"))
+        answerer.close()
+    exported = {name: side.exported for name, side in sides.items()}
+    return {
+        "accuracy": {name: one.to_json() for name, one in found.items()},
+        **timed_sides(exported, ("vision", "prompt", "token", "answer"), (1,), options.rounds),
+        "steps": recipes["fewer tokens, distilled"].to_dict()["steps"],
+    }
+
+
+PARTS = {"vision": vision, "answers": answers}
+
+
+def main() -> None:
+    """Measure one part or both, write bench/results/token_edge.json and print it."""
+    options = parser(__doc__, rounds=50)
+    options.add_argument("part", nargs="?", choices=PARTS)
+    chosen = options.parse_args()
+    document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    with workplace(chosen) as work:
+        for name in [chosen.part] if chosen.part else PARTS:
+            (work / name).mkdir(exist_ok=True)
+            document[name] = {
+                "command": f"python -m bench.token_edge {name} --rounds {chosen.rounds}",
+                **PARTS[name](work / name, chosen),
+            }
+            RESULT.write_text(json.dumps(document, indent=1) + "\n")
+            print(json.dumps({key: document[name][key] for key in ("accuracy", "sides")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
