@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.cells import MIB, interval, machine, points, read
 from bench.measured_answers import mini_vlm, smolvlm_edge, vlm_edge, whisper_edge
-from bench.measured_tokens import token_table
+from bench.measured_tokens import token_edge, token_table
 
 BEGIN = "<!-- measured -->"
 END = "<!-- end measured -->"
@@ -25,6 +25,7 @@ def section() -> str:
             mini_vlm,
             vlm_edge,
             token_table,
+            token_edge,
             smolvlm_edge,
             whisper_edge,
             demo_model,

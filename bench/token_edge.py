@@ -11,22 +11,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench import assets
-from bench.answer_sides import Side, build, compressed, parser, workplace
-from bench.edge import INT8, RECIPES, score
+from bench.answer_sides import RUNNERS, Side, build, compressed, parser, workplace
+from bench.edge import INT8, RECIPES, nncf_vision, score
 from bench.token_table import timed_sides
 from mmcompress import checkpoint, recipe
 from mmcompress.data import open_data
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
 from mmcompress.export.artifact import open_artifact
 from mmcompress.export.onnx import export_onnx
+from mmcompress.jobs.speed import example_arrays
 from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.measure.embedder import ArtifactEmbedder
+from mmcompress.measure.latency import compare, interleaved
+from mmcompress.measure.machine import machine_facts
+from mmcompress.measure.runners import open_runner
 from mmcompress.recipe import Recipe
 
 RESULT = assets.RESULTS / "token_edge.json"
@@ -59,12 +64,47 @@ def vision(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         embedder = ArtifactEmbedder(open_artifact(side.exported), runner="openvino", threads=options.threads)
         tasks = ["retrieval", "agreement"] if found else ["retrieval"]
         found[name] = evaluate(embedder, open_data("demo:test"), tasks, reference=found.get("original"))
-    exported = {name: side.exported for name, side in sides.items()}
+        embedder.close()
     return {
         "accuracy": {name: score(one) for name, one in found.items()},
-        **timed_sides(exported, ("vision",), (1, 8), options.rounds),
+        **timed_towers(work, sides, options),
         "steps": recipes[DISTILLED].to_dict()["steps"],
     }
+
+
+def timed_towers(work: Path, sides: dict[str, Side], options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of every vision tower in both engines, NNCF's int8 of the original among them, all in turn."""
+    original = open_artifact(sides["original"].exported)
+    files = {
+        (name, engine): open_artifact(side.exported).path("vision")
+        for name, side in sides.items()
+        for engine in RUNNERS
+    }
+    files["int8 by NNCF", RUNNERS[1]] = nncf_vision(original, str(assets.training_pairs()), work / "nncf.xml")
+    rows: dict[str, Any] = {}
+    machine = machine_facts(options.threads)
+    for batch in (1, 8):
+        with contextlib.ExitStack() as stack:
+            steps = {}
+            for (name, engine), file in files.items():
+                runner = open_runner(engine, file, options.threads)
+                stack.callback(runner.close)
+                steps[f"{name}, {engine}"] = runner.bind(example_arrays(original, "vision", batch))
+            taken = interleaved(steps, rounds=options.rounds)
+        for name, engine in files:
+            own = taken[f"{name}, {engine}"]
+            rows.setdefault(name, []).append(
+                {
+                    "stage": "vision",
+                    "runner": engine,
+                    "batch": batch,
+                    "p50_ms": own.summary(batch).p50_ms.to_json(),
+                    "times_as_fast": compare(taken[f"original, {engine}"], own).to_json(),
+                    "against fp32 onnxruntime": compare(taken[f"original, {RUNNERS[0]}"], own).to_json(),
+                    "against nncf": compare(taken[f"int8 by NNCF, {RUNNERS[1]}"], own).to_json(),
+                }
+            )
+    return {"machine": machine, "sides": rows}
 
 
 def answers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
