@@ -65,6 +65,8 @@ class Contest:
     stages: tuple[str, ...]
     """What is timed."""
     batches: tuple[int, ...] = (1,)
+    schedule: str = ""
+    """Of the pass, where it is not the usual one."""
 
 
 CONTESTS = {
@@ -78,7 +80,8 @@ CONTESTS = {
     ),
     "audio": Contest(
         assets.whisper_tiny, "merge-tokens", MERGING, (0.75, 0.5, 0.4),
-        "transcription", lambda: open_data(str(assets.full_recordings())), 0, "audio", ("audio", "token", "answer"),
+        "transcription", lambda: open_data(str(assets.full_recordings())), 0, "audio",
+        ("audio", "token", "answer"), schedule="decreasing",
     ),
 }  # fmt: skip
 
@@ -86,7 +89,8 @@ CONTESTS = {
 def reduced(contest: Contest, method: str, keep: float, seed: int = 0) -> Bundle:
     """The contest's model with fewer tokens."""
     bundle = checkpoint.load(contest.model())
-    made = passes.build(contest.name, {"method": method, "keep": keep, **OWN.get(method, {})})
+    shape = {"schedule": contest.schedule} if contest.schedule else {}
+    made = passes.build(contest.name, {"method": method, "keep": keep, **shape, **OWN.get(method, {})})
     made.check(bundle)
     made.apply(bundle, made.plan(bundle, Context(seed=seed)))
     return bundle
