@@ -41,7 +41,7 @@ def _contest(name: str, document: dict[str, Any]) -> str:
         "",
         "| points against all tokens [95%] | " + " | ".join(f"keep {keep:g}" for keep in keeps) + " |",
         "|---" * (1 + len(keeps)) + "|",
-        "| multiply-adds left | "
+        "| multiply-adds left (random) | "
         + " | ".join(f"{_row(rows, RANDOM, keep)['macs'] / original['macs']:.2f}" for keep in keeps)
         + " |",
     ]

@@ -138,8 +138,13 @@ def timed(contest: Contest, methods: list[str], keep: float, rounds: int) -> dic
         sides = {"original": Path(work) / "original"}
         export_onnx(checkpoint.load(contest.model()), sides["original"], batches=(1,))
         for method in methods:
+            try:
+                bundle = reduced(contest, method, keep)
+            except UsageError as refused:
+                print(f"{method} {keep:g}: {refused}", flush=True)
+                continue
             sides[method] = Path(work) / method
-            export_onnx(reduced(contest, method, keep), sides[method], batches=(1,))
+            export_onnx(bundle, sides[method], batches=(1,))
         return timed_sides(sides, contest.stages, contest.batches, rounds)
 
 

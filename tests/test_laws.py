@@ -33,6 +33,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "prune-blocks": ("prune", {"ratio": 0.3, "units": ["blocks"], "score": "block-influence", "compensate": "none"}),
     "prune-random": ("prune", {"ratio": 0.3, "score": "random", "compensate": "none"}),
     "merge": ("merge-tokens", {"keep": 0.6}),
+    "merge-evit": ("merge-tokens", {"keep": 0.6, "method": "evit"}),
     "merge-random": ("merge-tokens", {"keep": 0.6, "method": "random"}),
     "reduce": ("reduce-visual-tokens", {"keep": 0.3}),
     "reduce-visionzip": ("reduce-visual-tokens", {"keep": 0.3, "method": "visionzip"}),

@@ -26,6 +26,7 @@ from mmcompress.recipe import Recipe
 @click.option("--data", help="Instead of the recipe's data.calibration.")
 @click.option("--eval-data", help="Instead of the recipe's data.evaluation.")
 @click.option("--device", help="Instead of the recipe's device.")
+@options.explain_option
 @options.run_options
 @options.talk_options
 def command(

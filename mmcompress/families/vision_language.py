@@ -30,6 +30,7 @@ from mmcompress.families.picture_rows import gathered, padded
 from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part
 from mmcompress.parts import Decoding, Part
 from mmcompress.surgery.ledger import putting_back
+from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import Choice, choice_of
 from mmcompress.views import Tower
 
@@ -158,9 +159,10 @@ class VisionLanguage(PictureQuestions):
 
     def parts(self, model: Any) -> tuple[Part, ...]:
         """Return the graphs that look, look words up, and write. Raises what `vision_graph` raises."""
-        choice = self._choice(model)
+        choice, blocks = self._choice(model), self.vision_tower(model).blocks
+        merges = ledger_of(model.get_submodule(blocks[0].path)) is not None
         return (
-            replace(self.vision_graph(model), choosing=bool(choice and choice.compares)),
+            replace(self.vision_graph(model), choosing=merges or bool(choice and choice.compares)),
             embed_part(model, self.deep(model)),
             language_part(model, self.language, self.both_ways, self.position_axes, self.deep(model)),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,7 +174,11 @@ class Whisper:
 
     def parts(self, model: Any) -> tuple[Part, ...]:
         """Return the graph that listens and the graph that writes."""
-        return whisper_parts(model, lambda batch: self._example_features(model, batch), self.start_tokens(model))
+        merges = ledger_of(model.model.encoder.layers[0]) is not None
+        listening, writing = whisper_parts(
+            model, lambda batch: self._example_features(model, batch), self.start_tokens(model)
+        )
+        return replace(listening, choosing=merges), writing
 
     def decoding(self, model: Any) -> Decoding:
         return whisper_decoding(model, self.start_tokens(model))

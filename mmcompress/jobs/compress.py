@@ -22,15 +22,13 @@ import mmcompress
 from mmcompress import checkpoint, pipeline, streamed, weights
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
-from mmcompress.errors import GateFailed, MmcError, UsageError, closest
-from mmcompress.evaluate.answers import abilities
-from mmcompress.evaluate.asked import require_able
+from mmcompress.errors import GateFailed, MmcError
 from mmcompress.evaluate.findings import Finding
-from mmcompress.evaluate.tasks import TASKS, usual_tasks
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
 from mmcompress.jobs import token_pictures
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
-from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch, usable_runners
+from mmcompress.jobs.refusals import require_alone, require_usable, with_tasks
+from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.jobs.stopwatch import stopwatch
 from mmcompress.manifest import Manifest
@@ -90,6 +88,7 @@ def compress(
     refuse_existing(output)
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
+    require_alone(todo)
     shown = token_pictures.named(explain)
     if isinstance(model, str | Path) and streams(recipe, todo) and not allow_pickle and not shown:
         return _streamed(model, recipe, todo, output, progress)
@@ -161,26 +160,10 @@ def _streamed(model: str | Path, recipe: Recipe, todo: list[Stage], output: Path
     return Result(output, manifest, findings, tuple(rows))
 
 
-def require_usable(recipe: Recipe) -> None:
-    """Raise now what would otherwise come up after the last step: an unknown task, a runner that is not installed."""
-    for name in recipe.tasks:
-        if name not in TASKS:
-            raise UsageError(f"there is no task '{name}'", hint=closest(name, TASKS))
-    if recipe.export.to:
-        usable_runners(recipe.export.runners)
-
-
-def with_tasks(recipe: Recipe, bundle: Bundle, data: Dataset | None) -> Recipe:
-    """Return `recipe` with the tasks to measure `bundle` by on `data`. Raises UsageError for one that its family cannot do."""
-    gives = abilities(bundle)
-    for name in recipe.tasks:
-        require_able(name, gives)
-    return dataclasses.replace(recipe, tasks=recipe.tasks or (usual_tasks(gives, data) if data else ()))
-
-
 def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickle: bool = False) -> None:
     """Take part in a run that another process leads (torchrun, accelerate launch): same steps, nothing measured or written."""
     todo = pipeline.stages(recipe.steps)
+    require_alone(todo)
     context = Context(
         data=open_data(recipe.data.calibration) if recipe.data.calibration else None,
         num_samples=recipe.data.num_samples,
@@ -231,9 +214,7 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Im
     manifest = checkpoint.save(bundle, final, measured=measured, recipe=recipe.to_dict(), seed=recipe.seed)
     (final / "recipe.yaml").write_text(recipe.to_yaml())
     _keep_reports(run, final)
-    drawn = token_pictures.draw_all(bundle, shown, run.data, final / "reports")
-    if shown and not drawn:
-        run.context.progress.say("there is nothing to draw: no tokens of a picture become fewer")
+    drawn = token_pictures.draw_all(bundle, shown, run.data, final / "reports", run.context.progress)
     if exported is not None:
         shutil.copytree(exported / "compressed", final / recipe.export.to)
     failed = [gate for gate in gates if not gate.passed]

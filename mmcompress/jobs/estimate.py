@@ -13,7 +13,8 @@ from mmcompress import checkpoint, pipeline, streamed
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, batches, open_data
 from mmcompress.evaluate.answers import abilities
-from mmcompress.jobs.compress import require_usable, streams, with_tasks
+from mmcompress.jobs.compress import streams
+from mmcompress.jobs.refusals import require_usable, with_tasks
 from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Work
 from mmcompress.progress import Progress

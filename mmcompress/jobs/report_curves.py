@@ -11,6 +11,7 @@ from mmcompress import passes
 from mmcompress.jobs.report_html import Markup, join, section, tag
 from mmcompress.jobs.report_plots import Box, axes, px, scale
 from mmcompress.jobs.report_points import favourite
+from mmcompress.manifest import Record
 from mmcompress.ops.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ APART = 3
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3294", "#008080", "#a52a2a")
 """Told apart by most people who do not see all colours (Okabe and Ito), and some more."""
 GREY = "#777777"
+HOW_MANY = ("method", "keep", "keep_tokens", "macs", "latency_ms", "merged")
 REDUCING = ("merge-tokens", "reduce-visual-tokens")
 NOTE = "Whiskers are 95% intervals. The dashed line is random selection of as many tokens: what is not above it is worth nothing."
 
@@ -69,23 +71,31 @@ def curves(title: str, y_label: str, found: Sequence[Curve]) -> Markup:
 
 
 def token_curves(runs: Sequence[Run]) -> Markup:
-    """Return the curves of runs that only made tokens fewer; nothing where there are too few of them."""
+    """Return the curves of runs that only made tokens fewer, those of one model, data and metric together."""
     name = favourite(runs)
-    methods: dict[tuple[str, str], dict[float, Estimate]] = defaultdict(dict)
+    figures: dict[tuple[str, ...], dict[str, dict[float, Estimate]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         records = run.manifest.records
         rows = [row["metrics"][name] for row in run.measured.get("stages", []) if name in row.get("metrics", {})]
         if len(records) != 1 or records[0].name not in REDUCING or len(rows) < 2:
             continue
         original, reduced, *control = map(Estimate.from_json, rows)
-        facts = records[0].facts
-        method = str(vars(passes.build(records[0].name, records[0].params))["method"])
-        for label, score in ((method, reduced), *((RANDOM, score) for score in control)):
-            methods[records[0].name, label] |= {1.0: original, float(facts["keep"]): score}
+        data = str(run.original.config.get("fingerprint", "")) if run.original else ""
+        methods = figures[records[0].name, run.manifest.source.sha256, data]
+        for label, score in ((_label(records[0]), reduced), *((RANDOM, score) for score in control)):
+            methods[label] |= {1.0: original, float(records[0].facts["keep"]): score}
     made = []
-    for reducing in REDUCING:
-        found = [Curve(label, scores) for (of, label), scores in methods.items() if of == reducing]
-        if any(len(curve.scores) > 2 for curve in found):
+    for (reducing, *_), methods in figures.items():
+        if any(len(scores) > 2 for scores in methods.values()):
+            found = [Curve(label, scores) for label, scores in methods.items()]
             found.sort(key=lambda curve: curve.method == RANDOM)
             made.append(curves(f"Accuracy by tokens kept: {reducing}", name, found))
     return section("Accuracy by tokens kept", *made, note=NOTE)
+
+
+def _label(record: Record) -> str:
+    """Return the method, and what else was asked for but how many tokens."""
+    made = vars(passes.build(record.name, record.params))
+    plain = vars(passes.build(record.name, {}))
+    more = [f"{key} {value}" for key, value in made.items() if value != plain[key] and key not in HOW_MANY]
+    return ", ".join([str(made["method"]), *more])

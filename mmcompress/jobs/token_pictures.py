@@ -24,7 +24,8 @@ from torch import Tensor
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, Stored
 from mmcompress.data.sample import seen
-from mmcompress.errors import UsageError
+from mmcompress.errors import MmcError, UsageError
+from mmcompress.progress import Progress
 from mmcompress.surgery.ledger import watching
 from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import choice_of
@@ -42,6 +43,8 @@ LINE = (255, 255, 255)
 
 PREFIX = "tokens-"
 """Of the files' names."""
+LONGEST = 80
+"""Letters of a name."""
 SAMPLES = 3
 """Pictures of the evaluation data that are drawn."""
 
@@ -76,22 +79,28 @@ def named(paths: Sequence[Path]) -> dict[str, Image.Image]:
     return made
 
 
-def draw_all(bundle: Bundle, shown: Mapping[str, Image.Image], data: Dataset | None, folder: Path) -> list[str]:
+def draw_all(
+    bundle: Bundle, shown: Mapping[str, Image.Image], data: Dataset | None, folder: Path, progress: Progress
+) -> list[str]:
     """Draw `shown`, and the first pictures of `data` where patches become fewer; return the names of the files in `folder`.
 
-    Nothing is drawn where no patches become fewer.
+    What cannot be drawn is said and left out: a drawing is not worth a finished run.
     """
     if not reduces(bundle):
+        if shown:
+            progress.say("there is nothing to draw: no tokens of a picture become fewer")
         return []
-    wanted = dict(shown)
-    if data is not None:
-        shown_samples = ((one.key, one.picture) for one in data if one.picture is not None)
-        for key, picture in itertools.islice(shown_samples, SAMPLES):
+    names: list[str] = []
+    try:
+        wanted = dict(shown)
+        samples = ((one.key, one.picture) for one in data or () if one.picture is not None)
+        for key, picture in itertools.islice(samples, SAMPLES):
             wanted[_free(re.sub(r"\W+", "-", key), wanted)] = seen(picture)
-    names = []
-    for name, image in wanted.items():
-        names.append(f"{PREFIX}{name}.png")
-        draw(bundle, image, folder / names[-1])
+        for name, image in wanted.items():
+            draw(bundle, image, folder / f"{PREFIX}{name}.png")
+            names.append(f"{PREFIX}{name}.png")
+    except (MmcError, OSError) as error:
+        progress.say(f"patches are not drawn: {error}")
     return names
 
 
@@ -109,7 +118,8 @@ def draw(bundle: Bundle, image: Image.Image, path: Path) -> None:
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
-    """Return `name`, or with the first number behind it that is not taken."""
+    """Return `name`, cut to what is long enough for a file, or with the first number behind it that is not taken."""
+    name = name[:LONGEST]
     numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(key for key in numbered if key not in taken)
 
@@ -175,14 +185,14 @@ def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _shown(values: Tensor) -> Pixels:
-    """Return the first picture or tile as (height, width, 3) of 0 to 1; normalisation is undone up to brightness."""
+    """Return the first picture or tile as (height, width, 3) of 0 to 1, as the model is given it: its range is what there is."""
     picture = values.detach().float().cpu().reshape(-1, *values.shape[-3:])[0]
     if picture.shape[0] != 3:
         raise UsageError(
             f"the model is given patches of {tuple(values.shape)} instead of a picture, so none can be drawn",
             hint="draw another model",
         )
-    low, high = picture.amin(dim=(1, 2), keepdim=True), picture.amax(dim=(1, 2), keepdim=True)
+    low, high = picture.min(), picture.max()
     return ((picture - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).double().numpy()
 
 

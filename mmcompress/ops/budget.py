@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 TRIALS = 5
 """Halvings where each share that is tried is exported and timed."""
+TRIED = TRIALS + 2
+"""How many shares that are, with both ends."""
+SECONDS_A_TRIAL = 15.0
+"""About, to export and time a model of a hundred million parameters."""
 
 
 def largest_within(cost: Callable[[float], float], budget: float, least: float, steps: int) -> float | None:

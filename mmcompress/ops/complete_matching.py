@@ -35,22 +35,22 @@ def energy_matching(
     """
     require_mergeable(keys.shape[1], merged, protected)
     unit = directions(keys.detach()[:, protected:])
-    alike = unit @ unit.mT  # (B, U, U)
-    there = torch.ones_like(alike[:, 0]) if sizes is None else (sizes[:, protected:] > 0).to(alike.dtype)
-    place = rank(torch.where(there > 0, energies(alike, margin, there), FAR))
-    alike = alike - FAR * (1 - there)[:, None, :]
-    goes, takes = ((place < 2 * merged) & (place % 2 == side) for side in (0, 1))
-    partner = alike.masked_fill(~takes[:, None, :], NEVER).argmax(dim=-1)
-    return _joined(goes, partner, merged, protected).to(unit.dtype)
+    similarity = unit @ unit.mT  # (B, U, U)
+    valid = torch.ones_like(similarity[:, 0]) if sizes is None else (sizes[:, protected:] > 0).to(similarity.dtype)
+    order = rank(torch.where(valid > 0, energies(similarity, margin, valid), FAR))
+    similarity = similarity - FAR * (1 - valid)[:, None, :]
+    sources, destinations = ((order < 2 * merged) & (order % 2 == side) for side in (0, 1))
+    partner = similarity.masked_fill(~destinations[:, None, :], NEVER).argmax(dim=-1)
+    return _joined(sources, partner, merged, protected).to(unit.dtype)
 
 
-def energies(alike: Tensor, margin: float, there: Tensor) -> Tensor:
-    """Return how much each token is like all that are `there` (B, U), of 0s and 1s; `alike`: (B, U, U), cosines.
+def energies(similarity: Tensor, margin: float, valid: Tensor) -> Tensor:
+    """Return how much each token is like all that are `valid` (B, U), of 0s and 1s; `similarity`: (B, U, U), cosines.
 
     From `margin` on what is more alike counts more; below it falls towards -1.
     """
-    near = functional.elu(alike - margin) * there[:, None, :]
-    return near.sum(dim=-1) / there.sum(dim=-1, keepdim=True).clamp(min=1)
+    near = functional.elu(similarity - margin) * valid[:, None, :]
+    return near.sum(dim=-1) / valid.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def guided_matching(
@@ -64,26 +64,26 @@ def guided_matching(
     require_mergeable(keys.shape[1], merged, protected)
     every = directions(keys.detach())
     unit = every[:, protected:]
-    there = torch.ones_like(unit[..., 0]) if sizes is None else (sizes[:, protected:] > 0).to(unit.dtype)
-    guide = every[:, :1] if protected else directions(there[:, None, :] @ unit)
+    valid = torch.ones_like(unit[..., 0]) if sizes is None else (sizes[:, protected:] > 0).to(unit.dtype)
+    guide = every[:, :1] if protected else directions(valid[:, None, :] @ unit)
     importance = (unit @ guide.mT)[:, :, 0]  # (B, U)
     own = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
-    alike = (unit @ unit.mT).masked_fill(own, -FAR) - FAR * (1 - there)[:, None, :]
-    place = rank(alike.amax(dim=-1))
+    similarity = (unit @ unit.mT).masked_fill(own, -FAR) - FAR * (1 - valid)[:, None, :]
+    order = rank(similarity.amax(dim=-1))
     # A token asks those behind it alone; the last one has none to ask and never goes.
-    behind = place[:, None, :] > place[:, :, None]
-    cost = importance - alike.masked_fill(~behind, NEVER).amax(dim=-1)
-    goes = rank(torch.where(there > 0, -cost, FAR)) < merged
-    partner = alike.masked_fill(goes[:, None, :], NEVER).argmax(dim=-1)
+    behind = order[:, None, :] > order[:, :, None]
+    cost = importance - similarity.masked_fill(~behind, NEVER).amax(dim=-1)
+    sources = rank(torch.where(valid > 0, -cost, FAR)) < merged
+    partner = similarity.masked_fill(sources[:, None, :], NEVER).argmax(dim=-1)
     weights = torch.cat([torch.ones_like(every[:, :protected, 0]), importance.exp()], dim=1)
-    return _joined(goes, partner, merged, protected).to(unit.dtype), weights
+    return _joined(sources, partner, merged, protected).to(unit.dtype), weights
 
 
-def _joined(goes: Tensor, partner: Tensor, merged: int, protected: int) -> Tensor:
-    """Return (B, N - R, N) bool: every unprotected token that `goes` (B, U) is in the row of its `partner` (B, U), all in order."""
-    count = goes.shape[1]
-    number = number_of(~goes)
-    row = torch.where(goes, number.gather(1, partner), number) + protected
+def _joined(sources: Tensor, partner: Tensor, merged: int, protected: int) -> Tensor:
+    """Return (B, N - R, N) bool: every one of the `sources` (B, U) is in the row of its `partner` (B, U); rows in order."""
+    count = sources.shape[1]
+    number = number_of(~sources)
+    row = torch.where(sources, number.gather(1, partner), number) + protected
     alone = torch.arange(protected, device=row.device).expand(row.shape[0], -1)
     rows = torch.arange(protected + count - merged, device=row.device)[:, None]
     return torch.cat([alone, row], dim=1)[:, None, :] == rows

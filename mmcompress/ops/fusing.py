@@ -1,7 +1,7 @@
 """Which tokens to merge when nobody compares them: by what was looked at, or by place.
 
-- `fused`: EViT, arXiv 2202.07800. What the class token looks at least becomes one token, weighted by that attention; the official
-  code adds where this takes the mean, and its token counts once in attention where this one may count as often as it has members.
+- `fused`: EViT, arXiv 2202.07800. What the class token looks at least becomes one token, the mean weighted by that attention; the
+  official code adds instead.
 - `neighbours`: means of tokens that stand side by side, at equal distances: pooling that costs nothing and knows nothing.
 
 Shapes: B batch, N tokens, R merged, P protected.
@@ -27,8 +27,8 @@ def fused(scores: Tensor, merged: int, protected: int = 0) -> tuple[Tensor, Tens
     require_mergeable(tokens, merged, protected)
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     own = scores[:, protected:]
-    goes = rank(own) >= own.shape[1] - merged - 1 if merged else torch.zeros_like(own, dtype=torch.bool)
-    stays = torch.cat([torch.ones_like(scores[:, :protected], dtype=torch.bool), ~goes], dim=1)
+    sources = rank(own) >= own.shape[1] - merged - 1 if merged else torch.zeros_like(own, dtype=torch.bool)
+    stays = torch.cat([torch.ones_like(scores[:, :protected], dtype=torch.bool), ~sources], dim=1)
     row = torch.where(stays, number_of(stays), tokens - merged - 1)
     rows = torch.arange(tokens - merged, device=scores.device)[:, None]
     return (row[:, None, :] == rows).to(scores.dtype), scores + TINY

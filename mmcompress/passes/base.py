@@ -93,7 +93,7 @@ def require_one(name: str, **given: Any) -> None:
 def require_kept_share(key: str, share: float | None, hint: str) -> None:
     """Raise UsageError unless `share`, the parameter `key`, is a share above 0 or None."""
     if share is not None and not 0 < share <= 1:
-        raise UsageError(f"{key} is {share:g}; expected 0 < keep <= 1", hint=hint)
+        raise UsageError(f"{key} is {share:g}; expected 0 < {key.rpartition('.')[2]} <= 1", hint=hint)
 
 
 def require_milliseconds(key: str, given: float | None) -> None:

@@ -36,7 +36,7 @@ def merging_blocks(tower: Tower) -> tuple[Block, ...]:
 
 
 def schedule_of(settings: MergeTokens, bundle: Bundle, tower: Tower) -> list[int]:
-    """Return R per block, for all but a budget of milliseconds. Raises UsageError when the numbers do not fit the tower."""
+    """Return R per block; for a budget of milliseconds, the most that can be merged. Raises UsageError when numbers do not fit."""
     stream, blocks = _stream(tower), len(merging_blocks(tower))
     shape, every, first = settings.schedule, settings.every, settings.first
     if first >= blocks:
@@ -50,6 +50,8 @@ def schedule_of(settings: MergeTokens, bundle: Bundle, tower: Tower) -> list[int
         return _within_macs(settings, bundle, tower, settings.macs)
     if not settings.merged:
         keep = 0.5 if settings.keep is None else settings.keep
+        if settings.latency_ms is not None:
+            keep = _least(settings, tower)
         return solve_keep(keep, stream.tokens, stream.protected, blocks, shape, every, first)
     if len(settings.merged) == 1:
         return capped(spread(settings.merged[0], blocks, shape, every, first), stream.tokens, stream.protected)

@@ -14,6 +14,7 @@ from torch import nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.ops.budget import SECONDS_A_TRIAL, TRIED
 from mmcompress.ops.schedule import kept_share, tokens_after
 from mmcompress.ops.selection import random_selection
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
@@ -35,15 +36,15 @@ class MergeTokens:
     name: ClassVar[str] = "merge-tokens"
 
     keep: float | None = None
-    """Share of the token work kept: tokens entering the MLPs, averaged over the blocks, by the tokens there were. 0.5 is
-    about half the tower's time. Default 0.5 when nothing else says how many."""
+    """Share of the token work kept: tokens entering the MLPs, averaged over the blocks, by the tokens there were: 0.5 is
+    half of the MLPs' work. Default 0.5 when nothing else says how many."""
     keep_tokens: int | None = None
     """Tokens left after the last block, instead of `keep`."""
     macs: float | None = None
     """Share of the blocks' multiply-adds kept, instead of `keep`."""
     latency_ms: float | None = None
-    """Milliseconds the exported tower may take for one input, instead of `keep`: shares are tried out on this machine, in the
-    fastest runner installed."""
+    """Milliseconds the exported tower may take on this machine's processor, instead of `keep`: some shares are exported and
+    timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
     merged: tuple[int, ...] = ()
     """Tokens merged in each block, instead of `keep`: one number per block, or a single number that `schedule` spreads."""
     schedule: Literal["constant", "decreasing"] = "constant"
@@ -105,8 +106,8 @@ class MergeTokens:
         return self.latency_ms is None
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """No sample is looked at."""
-        return 0.0
+        """No sample is looked at; for a latency, some shares are exported and timed."""
+        return 0.0 if self.latency_ms is None else TRIED * SECONDS_A_TRIAL
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules and image sizes that do not fit, and a second merging."""

@@ -13,7 +13,7 @@ import torch
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.ops.budget import TRIALS, largest_within
+from mmcompress.ops.budget import SECONDS_A_TRIAL, TRIALS, TRIED, largest_within
 from mmcompress.ops.token_choice import drawn
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.surgery.merging import ledger_of
@@ -37,14 +37,15 @@ class ReduceVisualTokens:
     keep_tokens: int | None = None
     """How many tokens of a picture, or of each of its tiles, are kept, instead of `keep`."""
     latency_ms: float | None = None
-    """Milliseconds that the exported model may take to the first token of an answer, instead of `keep`: shares are tried out on
-    this machine, in the fastest runner installed."""
+    """Milliseconds that the exported model may take to the first token of an answer on this machine's processor, instead of `keep`:
+    some shares are exported and timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
     method: Literal[
         "divprune", "clusters", "visionzip", "prumerge", "attention", "lftr", "tome", "pool", "grid", "random"
     ] = "clusters"
     """Which tokens are kept: the most different ones (divprune), means of clusters, those the encoder looks at and means of the
-    rest (visionzip, prumerge), those alone (attention), those least like all others (lftr), means of similar pairs (tome), means of
-    neighbours (pool, the largest grid within what is asked for), every n-th (grid), or random ones (the control)."""
+    rest (visionzip, prumerge), those alone (attention), those least like all others (lftr, our reading of that paper's abstract),
+    means of similar pairs (tome), means of neighbours (pool, the largest grid within what is asked for), every n-th (grid), or
+    random ones (the control)."""
     tower: str = ""
     """The tower whose tokens they are; by default the one that looks at pictures for a language model."""
 
@@ -71,8 +72,8 @@ class ReduceVisualTokens:
         return self.latency_ms is None
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """No sample is looked at."""
-        return 0.0
+        """No sample is looked at; for a latency, some shares are exported and timed."""
+        return 0.0 if self.latency_ms is None else TRIED * SECONDS_A_TRIAL
 
     def check(self, bundle: Bundle) -> None:
         """Refuse models whose image tokens cannot become fewer, more tokens than there are, and a second reduction."""

@@ -168,20 +168,20 @@ def _reduce(
     if flow.sizes is not None and (own.proportional or padded):
         bias = log_size_bias(flow.sizes, tokens.dtype, padded=padded, proportional=own.proportional)
         mask = bias[:, None, None, :]  # (B, 1, 1, N)
-    branch, told = tokens, None
+    branch, evidence = tokens, None
     for name in own.attend:
         child = getattr(block, name)
         if name == own.attention:
-            branch, told = child(branch, attention_mask=mask, **kwargs)
+            branch, evidence = child(branch, attention_mask=mask, **kwargs)
         else:
             branch = child(branch)
     tokens = tokens + branch
     if own.merged:
-        if told is None and own.method != "pool":
+        if evidence is None and own.method != "pool":
             raise RuntimeError(
                 f"{type(block).__name__}.{own.attention} gave no keys; its config was replaced after merging"
             )
-        tokens, flow = _merged(own, tokens, told, flow, padded, keep)
+        tokens, flow = _merged(own, tokens, evidence, flow, padded, keep)
     elif own.kept:
         tokens, flow = _dropped(own, tokens, flow)
     branch = tokens
@@ -191,33 +191,36 @@ def _reduce(
 
 
 def _merged(
-    own: Reduction, tokens: Tensor, told: Tensor | None, flow: Flow, padded: bool, keep: bool
+    own: Reduction, tokens: Tensor, evidence: Tensor | None, flow: Flow, padded: bool, keep: bool
 ) -> tuple[Tensor, Flow]:
-    assignment, weights = _assigned(own, tokens, told, flow.sizes if padded else None)
+    assignment, weights = _assigned(own, tokens, evidence, flow.sizes if padded else None)
+    if own.method == "evit" and weights is not None and flow.sizes is not None:
+        # How much is looked at a token says how much it counts, however many it stands for.
+        weights = weights / flow.sizes.clamp(min=1)
     tokens, sizes = merge(tokens, assignment, flow.sizes, weights)
     return tokens, Flow(sizes, (*flow.assignments, assignment) if keep else ())
 
 
 def _assigned(
-    own: Reduction, tokens: Tensor, told: Tensor | None, sizes: Tensor | None
+    own: Reduction, tokens: Tensor, evidence: Tensor | None, sizes: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return which tokens go into which, (B, M, N), and how much each counts, (B, N) or None.
 
-    `told`: what the attention told of its tokens, keys (B, N, D) or scores (B, N). `sizes`: where some are padding.
+    `evidence`: what the attention evidence of its tokens, keys (B, N, D) or scores (B, N). `sizes`: where some are padding.
     """
     if own.method == "pool":
         rows = neighbours(tokens.shape[1], own.merged, own.protected).to(tokens.device)
         return rows.expand(tokens.shape[0], -1, -1), None
-    assert told is not None, "bind_block has the attention tell"
+    assert evidence is not None, "bind_block has the attention tell"
     match own.method:
         case "tome":
-            return bipartite_soft_matching(told, own.merged, own.protected, sizes), None
+            return bipartite_soft_matching(evidence, own.merged, own.protected, sizes), None
         case "pitome":
             margin = MARGIN * (1 - own.depth)
-            return energy_matching(told, own.merged, own.protected, margin, sizes), None
+            return energy_matching(evidence, own.merged, own.protected, margin, sizes), None
         case "crossget":
-            return guided_matching(told, own.merged, own.protected, sizes)
-    return fused(told, own.merged, own.protected)
+            return guided_matching(evidence, own.merged, own.protected, sizes)
+    return fused(evidence, own.merged, own.protected)
 
 
 def _dropped(own: Reduction, tokens: Tensor, flow: Flow) -> tuple[Tensor, Flow]:

@@ -72,19 +72,25 @@ def test_where_float32_itself_errs_more_than_the_limit_its_own_error_is_the_meas
 
 
 def test_where_rows_are_chosen_a_few_may_be_others(tmp_path, monkeypatch):
-    """Of eight rows two, if they are alike; and never a weight that is wrong, which changes them all."""
+    """Of eight rows two, wherever the others then stand; and never a weight that is wrong, which changes them all."""
     limit = TOLERANCES["float32"]
-    want = np.ones((1, 8, 4)) + np.arange(8)[None, :, None] / 100
+    want = np.random.default_rng(0).normal(size=(2, 8, 16))
     other = want.copy()
-    other[0, :2, 0] += 0.1
+    other[1, 2:4] = -want[1, 2:4]
     assert _chosen_alike([want], [other], limit)
-    other[0, 2, 0] += 0.1
+    assert _chosen_alike([want], [np.roll(other, 1, axis=1)], limit)
+    other[1, 4] *= -1
     assert not _chosen_alike([want], [other], limit)
-    other = want.copy()
-    other[0, 0] *= -1
-    assert not _chosen_alike([want], [other], limit)
-    other[0, 0, 0] = np.nan
-    assert not _chosen_alike([want], [other], limit)
+    assert not _chosen_alike([want], [want * 1.001], limit)
+    # Each row of one is there in the other, but not the other way round.
+    assert not _chosen_alike([want], [want[:, [0, 0, 0, 1, 1, 1, 2, 2]]], limit)
+    for value in (np.nan, np.inf):
+        other = want.copy()
+        other[0, :1, 0] = value
+        assert not _chosen_alike([want], [other], limit)
+    rounded = want + np.random.default_rng(1).normal(size=want.shape) * 0.05
+    assert _chosen_alike([want], [rounded], TOLERANCES["quantized"])
+    assert not _chosen_alike([want], [rounded[::-1]], TOLERANCES["quantized"])
 
     bundle = tiny.bundle("llava_clip")
     made = build("reduce-visual-tokens", {"keep": 0.5})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,31 @@ def test_a_run_draws_what_it_was_shown_and_some_samples_and_the_report_shows_the
     page = (tmp_path / "report.html").read_text()
     assert all(base64.b64encode(path.read_bytes()).decode() in page for path in result.pictures)
     assert "What became of patches" in page
+
+
+@pytest.mark.parametrize(("family", "drawn"), [("clip", 3), ("siglip2", 0)])
+def test_samples_are_drawn_and_what_cannot_be_drawn_costs_nothing(family: str, drawn: int, tmp_path: Path) -> None:
+    """SigLIP 2 is given patches, of which no picture can be made again."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for number, (image, text) in enumerate(zip(tiny.images(6), tiny.texts(6), strict=True)):
+        name = f"{number}" + "x" * 200
+        image.save(folder / f"{name}.png")
+        rows.append(json.dumps({"file_name": f"{name}.png", "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    recipe = parse(
+        {
+            "steps": [{"merge-tokens": {"keep": 0.6}}],
+            "tasks": ["retrieval"],
+            "data": {"evaluation": str(folder)},
+            "control": False,
+        }
+    )
+    result = compress(tiny.bundle(family), recipe, tmp_path / "out")
+    assert len(result.pictures) == drawn
+    assert all(path.is_file() for path in result.pictures)
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_picture_that_is_none_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.jobs.compress import compress
+from mmcompress.jobs.compress import compress, follow
 from mmcompress.jobs.stopwatch import stopwatch
 from mmcompress.ops.budget import largest_within
 from mmcompress.ops.schedule import largest_merge, solve_left, tokens_after
 from mmcompress.passes import build
 from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.merge_tokens import MergeTokens
 from mmcompress.recipe import Export, parse
 from mmcompress.surgery.merging import tokens_left
 from mmcompress.surgery.reducing import handed_on
@@ -162,11 +165,61 @@ def test_without_a_machine_to_try_on_a_latency_is_refused() -> None:
         merged(tiny.bundle("clip"), latency_ms=3.0)
 
 
-def test_a_run_times_the_exported_tower(tmp_path: Any) -> None:
+def test_the_control_of_a_run_follows_what_was_solved_also_behind_earlier_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for number, (image, text) in enumerate(zip(tiny.images(6), tiny.texts(6), strict=True)):
+        image.save(folder / f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    pruned = parse({"steps": [{"prune": {"ratio": 0.1, "score": "magnitude", "compensate": "none"}}]})
+    compress(tiny.bundle("clip"), pruned, tmp_path / "pruned")
+    monkeypatch.setattr("mmcompress.jobs.compress.stopwatch", lambda export: timer)
+    solved: list[Any] = []
+    plan = MergeTokens.plan
+
+    def spied(self: MergeTokens, bundle: Bundle, context: Context) -> Plan:
+        made = plan(self, bundle, context)
+        solved.append((self.method, self.latency_ms, made.decisions["merged"]))
+        return made
+
+    monkeypatch.setattr(MergeTokens, "plan", spied)
+    recipe = {
+        "steps": [{"merge-tokens": {"latency_ms": 3.0}}],
+        "tasks": ["retrieval"],
+        "data": {"evaluation": str(folder)},
+    }
+    result = compress(tmp_path / "pruned", parse(recipe), tmp_path / "out")
+    assert [row["stage"] for row in result.rows] == ["original", "merge-tokens", "merge-tokens (random)"]
+    assert solved[-1][:2] == ("random", None)
+    assert solved[-1][2] == result.manifest.records[-1].plan["merged"]
+    assert any(solved[-1][2])
+
+
+def test_several_processes_cannot_solve_for_a_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = parse({"steps": [{"merge-tokens": {"latency_ms": 3.0}}]})
+    for run in (compress, follow):
+        with pytest.raises(UsageError, match="merge-tokens.latency_ms cannot be solved by 2 processes at once"):
+            run("nowhere", recipe, tmp_path / "out")
+
+
+def test_a_latency_is_checked_against_the_least_that_can_be_kept() -> None:
+    build("merge-tokens", {"latency_ms": 5.0, "first": 2}).check(tiny.bundle("clip"))
+
+
+def test_a_run_times_the_exported_tower(tmp_path: Path) -> None:
     """Far more than the tiny tower takes keeps every token; far less is refused, and what it takes is told."""
     whole = stopwatch(Export(runners=("onnxruntime",), threads=1))(tiny.bundle("clip"), ("vision",))
     assert 0 < whole < 1000
-    with pytest.raises(UsageError, match="there is|no tower 'audio'"):
+    first_token = stopwatch(Export(runners=("onnxruntime",), threads=1))(
+        tiny.bundle("llava_clip"), ("vision", "prompt")
+    )
+    assert 0 < first_token < 1000
+    with pytest.raises(UsageError, match="has no tower 'audio'"):
         stopwatch(Export(runners=("onnxruntime",), threads=1))(tiny.bundle("clip"), ("audio",))
     recipe: dict[str, Any] = {
         "steps": [{"merge-tokens": {"latency_ms": 1000.0}}],

@@ -1,0 +1,43 @@
+"""What a run refuses before it begins, so that nothing comes up after the last step; and the tasks it settles on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from mmcompress.bundle import Bundle
+from mmcompress.data import Dataset
+from mmcompress.errors import UsageError, closest
+from mmcompress.evaluate.answers import abilities
+from mmcompress.evaluate.asked import require_able
+from mmcompress.evaluate.tasks import TASKS, usual_tasks
+from mmcompress.jobs.speed import usable_runners
+from mmcompress.pipeline import Stage
+from mmcompress.recipe import Recipe
+
+
+def require_usable(recipe: Recipe) -> None:
+    """Raise now what would otherwise come up after the last step: an unknown task, a runner that is not installed."""
+    for name in recipe.tasks:
+        if name not in TASKS:
+            raise UsageError(f"there is no task '{name}'", hint=closest(name, TASKS))
+    if recipe.export.to:
+        usable_runners(recipe.export.runners)
+
+
+def require_alone(todo: list[Stage]) -> None:
+    """Raise UsageError where several processes take part and a step is solved by timing, which each would do differently."""
+    for stage in todo:
+        if getattr(stage.made, "latency_ms", None) is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                f"{stage.step.name}.latency_ms cannot be solved by {os.environ['WORLD_SIZE']} processes at once",
+                hint="run that step alone first, then the others on its output",
+            )
+
+
+def with_tasks(recipe: Recipe, bundle: Bundle, data: Dataset | None) -> Recipe:
+    """Return `recipe` with the tasks to measure `bundle` by on `data`. Raises UsageError for one that its family cannot do."""
+    gives = abilities(bundle)
+    for name in recipe.tasks:
+        require_able(name, gives)
+    return dataclasses.replace(recipe, tasks=recipe.tasks or (usual_tasks(gives, data) if data else ()))
