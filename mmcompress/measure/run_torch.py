@@ -38,6 +38,8 @@ class TorchRunner:
         self._autocast = _DTYPES[precision]
         self._module: Callable[..., Any] | None = _on(module, device)
         self._output_names: Sequence[str] = output_names or getattr(module, "output_names", None) or ()
+        # The setting is the process's: whoever trains after a timing must find what was there before.
+        self._before = torch.get_num_threads()
         torch.set_num_threads(threads)
 
     def facts(self) -> dict[str, Any]:
@@ -71,13 +73,15 @@ class TorchRunner:
         return step
 
     def close(self) -> None:
+        if self._module is not None:
+            torch.set_num_threads(self._before)
         self._module = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def _call(self, placed: dict[str, torch.Tensor]) -> Any:
         module = self._open()
-        if torch.get_num_threads() != self._threads:  # the setting is the process's, another runner may have changed it
+        if torch.get_num_threads() != self._threads:  # another runner may have changed it
             torch.set_num_threads(self._threads)
         lower = nullcontext() if self._autocast is None else torch.autocast(self.device, self._autocast)
         with torch.inference_mode(), lower:

@@ -220,6 +220,16 @@ class TestTorch:
         finally:
             torch.set_num_threads(before)
 
+    def test_a_closed_runner_leaves_the_threads_as_they_were(self, tiny_vision: torch.nn.Module) -> None:
+        before = torch.get_num_threads()
+        outer = open_runner("torch", tiny_vision, threads=before + 1)
+        inner = open_runner("torch", tiny_vision, threads=before + 2)
+        assert torch.get_num_threads() == before + 2
+        inner.close()
+        outer.close()
+        outer.close()
+        assert torch.get_num_threads() == before
+
     def test_what_cannot_be_measured_is_refused(self, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match="training mode"):
             open_runner("torch", torch.nn.Dropout())

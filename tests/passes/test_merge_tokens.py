@@ -274,6 +274,16 @@ def test_sizes_can_be_left_out_of_attention(family: str) -> None:
     assert not torch.allclose(*made)
 
 
+@methods
+def test_a_fused_token_counts_once_unless_told_otherwise(method: Any) -> None:
+    bundle = tiny.bundle("clip")
+    apply(bundle, MergeTokens(keep=0.6, method=method))
+    assert bundle.module(bundle.tower("vision").blocks[0].path).reduction.proportional == (method != "evit")
+    bundle = tiny.bundle("clip")
+    apply(bundle, MergeTokens(keep=0.6, method=method, proportional=True))
+    assert bundle.module(bundle.tower("vision").blocks[0].path).reduction.proportional
+
+
 def test_images_of_another_size_than_the_config_says_are_refused_early() -> None:
     bundle = tiny.bundle("dual_encoder_dinov2")
     bundle.processor.image = type(bundle.processor.image)(size={"height": 24, "width": 24})

@@ -33,7 +33,6 @@ def mmc(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
 
 
 def compress(capsys: pytest.CaptureFixture[str], model: Path, folder: Path, *steps: str) -> dict[str, Any]:
-    torch.set_num_threads(2)
     (folder / "recipe.yaml").write_text(RECIPE % "\n".join(f"  - {step}" for step in steps))
     document: dict[str, Any] = mmc(capsys, "compress", model, folder / "recipe.yaml", "-o", folder / "out")
     return document
