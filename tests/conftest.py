@@ -1,4 +1,4 @@
-"""Tests on tiny models run in several processes: one thread each is fastest, and keeps forked children safe. Real models get two."""
+"""Tiny models run in several processes: one thread each is fastest, and keeps forked children safe. Real models get two."""
 
 from __future__ import annotations
 
