@@ -27,8 +27,9 @@ def token_table() -> str:
     if not parts:
         return ""
     note = (
-        "¹ worse than random selection at the same share, ² not better (95%, paired, mean of three draws). Multiply-adds are those of "
-        "random selection; pool behind the connector keeps the largest grid within the share, and evit merges in blocks 3, 6 and 9."
+        "¹ worse than random selection at the same share, ² not better (95%, paired, mean of three draws). Multiply-adds are "
+        "those of random selection; pool behind the connector keeps the largest grid within the share, and evit merges in blocks "
+        "3, 6 and 9."
     )
     return "\n\n".join(["**Fewer tokens, without training**, by method and by the share that is kept", *parts, note])
 
