@@ -56,7 +56,7 @@ def image_tokens(bundle: Bundle, samples: list[Sample]) -> list[int]:
 @every_case
 def test_prompts_shrink_and_answers_do_not_depend_on_the_batch(family: str, method: str) -> None:
     before, bundle = tiny.bundle(family), reduced(family, keep=0.3, method=method)
-    facts = build("reduce-visual-tokens", {"keep": 0.3, "method": method}).fit(before, Context())
+    facts = build("reduce-visual-tokens", {"keep": 0.3, "method": method}).fit(bundle, Context())
     assert facts["tokens_kept"] < facts["tokens"]
     samples = list(tiny.asked(4, turns=family != "paligemma"))  # one has no picture, one was asked something before
     samples.append(replace(samples[0], key="two", further=(samples[1].picture,)))  # type: ignore[arg-type]
