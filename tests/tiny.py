@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -328,6 +329,17 @@ def dataset(count: int, seed: int = 0) -> Dataset:
     return Dataset(
         Memory([Sample(f"{i:04d}", (text,), picture=image) for i, (image, text) in enumerate(pairs)]), "tiny"
     )
+
+
+def write_pairs(folder: Path, count: int, name: str = "") -> Path:
+    """Write `count` images with a text each as a data folder, files called by number and `name`, and return it."""
+    folder.mkdir()
+    rows = []
+    for number, (image, text) in enumerate(zip(images(count), texts(count), strict=True)):
+        image.save(folder / f"{number}{name}.png")
+        rows.append(json.dumps({"file_name": f"{number}{name}.png", "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
 
 
 def asked(count: int, seed: int = 0, turns: bool = True) -> Dataset:

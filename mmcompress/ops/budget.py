@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-TRIALS = 5
-"""Halvings where each share that is tried is exported and timed."""
-TRIED = TRIALS + 2
-"""How many shares that are, with both ends."""
-SECONDS_A_TRIAL = 15.0
-"""About, to export and time a model of a hundred million parameters."""
-
 
 def largest_within(cost: Callable[[float], float], budget: float, least: float, steps: int) -> float | None:
     """Return the largest share from `least` to 1 whose cost is within `budget`, None where that of `least` is not.

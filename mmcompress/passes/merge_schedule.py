@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.ops.budget import TRIALS, largest_within
+from mmcompress.ops.budget import largest_within
 from mmcompress.ops.schedule import (
     capped,
     check_schedule,
@@ -20,7 +19,6 @@ from mmcompress.ops.schedule import (
     spread,
     tokens_after,
 )
-from mmcompress.passes.base import Context
 from mmcompress.views import Block, TokenStream, Tower
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def schedule_of(settings: MergeTokens, bundle: Bundle, tower: Tower) -> list[int
     if not settings.merged:
         keep = 0.5 if settings.keep is None else settings.keep
         if settings.latency_ms is not None:
-            keep = _least(settings, tower)
+            keep = least_of(settings, tower)
         return solve_keep(keep, stream.tokens, stream.protected, blocks, shape, every, first)
     if len(settings.merged) == 1:
         return capped(spread(settings.merged[0], blocks, shape, every, first), stream.tokens, stream.protected)
@@ -62,34 +60,6 @@ def schedule_of(settings: MergeTokens, bundle: Bundle, tower: Tower) -> list[int
         )
     check_schedule(settings.merged, stream.tokens, stream.protected)
     return list(settings.merged)
-
-
-def timed(settings: MergeTokens, bundle: Bundle, tower: Tower, context: Context, tried: dict[str, float]) -> list[int]:
-    """Return R per block with which the exported tower takes `settings.latency_ms` at most, and leave in `tried` what was timed.
-
-    `tried`: milliseconds by the share that was kept. Raises UsageError where merging all that can be merged takes longer, naming
-    how long, and where nothing can be timed.
-    """
-    milliseconds = context.require_latency("merge-tokens.latency_ms")
-    budget = settings.latency_ms
-    assert budget is not None, "asked for only where it is given"
-
-    def cost(keep: float) -> float:
-        trial, made = copy.deepcopy(bundle), dataclasses.replace(settings, latency_ms=None, keep=keep)
-        made.apply(trial, made.plan(trial, context))
-        tried[f"{keep:.4f}"] = round(milliseconds(trial, (tower.name,)), 3)
-        context.progress.say(f"keep {keep:.3f}: {tried[f'{keep:.4f}']:.2f} ms")
-        return tried[f"{keep:.4f}"]
-
-    least = _least(settings, tower)
-    found = largest_within(cost, budget, least, TRIALS)
-    if found is None:
-        raise UsageError(
-            f"merge-tokens.latency_ms is {budget:g}, but with the fewest tokens (keep {least:.3f}) the {tower.name} tower takes "
-            f"{tried[f'{least:.4f}']:.2f} ms",
-            hint="allow more, or prune and quantize as well",
-        )
-    return schedule_of(dataclasses.replace(settings, latency_ms=None, keep=found), bundle, tower)
 
 
 def macs_kept(bundle: Bundle, tower: Tower, merged: Sequence[int]) -> float:
@@ -104,7 +74,7 @@ def _within_macs(settings: MergeTokens, bundle: Bundle, tower: Tower, share: flo
     def schedule(keep: float) -> list[int]:
         return schedule_of(dataclasses.replace(settings, macs=None, keep=keep), bundle, tower)
 
-    least = _least(settings, tower)
+    least = least_of(settings, tower)
     found = largest_within(lambda keep: macs_kept(bundle, tower, schedule(keep)), share, least, CLOSE)
     if found is None:
         limit = macs_kept(bundle, tower, schedule(least))
@@ -115,7 +85,8 @@ def _within_macs(settings: MergeTokens, bundle: Bundle, tower: Tower, share: flo
     return schedule(found)
 
 
-def _least(settings: MergeTokens, tower: Tower) -> float:
+def least_of(settings: MergeTokens, tower: Tower) -> float:
+    """Return the smallest share of token work that can be kept."""
     stream = _stream(tower)
     return least_keep(stream.tokens, stream.protected, len(merging_blocks(tower)), settings.every, settings.first)
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.ops.budget import SECONDS_A_TRIAL, TRIED
 from mmcompress.ops.schedule import kept_share, tokens_after
 from mmcompress.ops.selection import random_selection
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
-from mmcompress.passes.merge_schedule import macs_kept, merging_blocks, schedule_of, timed
+from mmcompress.passes.latency import SECONDS, solved
+from mmcompress.passes.merge_schedule import least_of, macs_kept, merging_blocks, schedule_of
 from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced, tokens_left
 from mmcompress.surgery.reducing import choice_of
 from mmcompress.views import Tower
@@ -107,7 +107,7 @@ class MergeTokens:
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """No sample is looked at; for a latency, some shares are exported and timed."""
-        return 0.0 if self.latency_ms is None else TRIED * SECONDS_A_TRIAL
+        return 0.0 if self.latency_ms is None else SECONDS
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules and image sizes that do not fit, and a second merging."""
@@ -141,11 +141,12 @@ class MergeTokens:
         """Solve the schedule and, for "random", draw the positions (from the run's seed)."""
         tower = self._tower(bundle)
         assert tower.stream is not None, "check refuses towers without a stream"
-        tried: dict[str, float] = {}
-        merged = (
-            schedule_of(self, bundle, tower) if self.latency_ms is None else timed(self, bundle, tower, context, tried)
-        )
-        decisions: dict[str, Any] = {"merged": merged, **({"tried_ms": tried} if tried else {})}
+        if self.latency_ms is not None:
+            return solved(
+                self.name, self.latency_ms, (tower.name,), self._keeping, least_of(self, tower), bundle, context
+            )
+        merged = schedule_of(self, bundle, tower)
+        decisions: dict[str, Any] = {"merged": merged}
         if self.method == "random":
             generator = torch.Generator().manual_seed(context.seed)
             decisions["kept"] = [
@@ -211,6 +212,9 @@ class MergeTokens:
             "keep": round(kept_share(merged, before), 4),
             "block_macs_kept": round(macs_kept(bundle, tower, merged), 4),
         }
+
+    def _keeping(self, share: float) -> MergeTokens:
+        return dataclasses.replace(self, latency_ms=None, keep=share)
 
     @property
     def _proportional(self) -> bool:

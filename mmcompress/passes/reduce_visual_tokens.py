@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -13,9 +12,9 @@ import torch
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.ops.budget import SECONDS_A_TRIAL, TRIALS, TRIED, largest_within
 from mmcompress.ops.token_choice import drawn
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
+from mmcompress.passes.latency import SECONDS, solved
 from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import SCORED, Choice, bind_connector, bind_scorer, choice_of, handed_on
 from mmcompress.views import Connector, Tower
@@ -73,7 +72,7 @@ class ReduceVisualTokens:
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """No sample is looked at; for a latency, some shares are exported and timed."""
-        return 0.0 if self.latency_ms is None else TRIED * SECONDS_A_TRIAL
+        return 0.0 if self.latency_ms is None else SECONDS
 
     def check(self, bundle: Bundle) -> None:
         """Refuse models whose image tokens cannot become fewer, more tokens than there are, and a second reduction."""
@@ -102,9 +101,10 @@ class ReduceVisualTokens:
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Settle how many tokens are kept and, for "random", draw them (from the run's seed)."""
-        if self.latency_ms is not None:
-            return self._timed(bundle, context, self.latency_ms)
         connector = self._connector(bundle)
+        if self.latency_ms is not None:
+            stages = (self._tower(bundle).name, "prompt")
+            return solved(self.name, self.latency_ms, stages, self._keeping, 1 / connector.tokens, bundle, context)
         kept, small = self._kept(connector)
         decisions: dict[str, Any] = {"kept": kept}
         if self.method == "pool":
@@ -159,31 +159,8 @@ class ReduceVisualTokens:
             hint="mmc inspect shows what can be done",
         )
 
-    def _timed(self, bundle: Bundle, context: Context, budget: float) -> Plan:
-        """Return the plan of the largest share whose first token comes within `budget` milliseconds, and what was tried."""
-        milliseconds = context.require_latency("reduce-visual-tokens.latency_ms")
-        tower, tried = self._tower(bundle), {}
-
-        def planned(keep: float) -> Plan:
-            return dataclasses.replace(self, latency_ms=None, keep=keep).plan(bundle, context)
-
-        def cost(keep: float) -> float:
-            trial = copy.deepcopy(bundle)
-            self.apply(trial, planned(keep))
-            tried[f"{keep:.4f}"] = round(milliseconds(trial, (tower.name, "prompt")), 3)
-            context.progress.say(f"keep {keep:.3f}: {tried[f'{keep:.4f}']:.2f} ms to the first token")
-            return tried[f"{keep:.4f}"]
-
-        least = 1 / self._connector(bundle).tokens
-        found = largest_within(cost, budget, least, TRIALS)
-        if found is None:
-            raise UsageError(
-                f"reduce-visual-tokens.latency_ms is {budget:g}, but with a single token of each picture the first token of an "
-                f"answer takes {tried[f'{least:.4f}']:.2f} ms",
-                hint="allow more, or prune, merge and quantize the vision tower",
-            )
-        plan = planned(found)
-        return Plan({**plan.decisions, "tried_ms": tried})
+    def _keeping(self, share: float) -> ReduceVisualTokens:
+        return dataclasses.replace(self, latency_ms=None, keep=share)
 
     def _kept(self, connector: Connector) -> tuple[int, tuple[int, int]]:
         """Return M and, for "pool", its rows and columns: the largest grid of the picture's shape within the tokens asked for.

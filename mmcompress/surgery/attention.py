@@ -40,7 +40,8 @@ def attend_and_give_class_scores(
 ) -> tuple[Tensor, Tensor]:
     """Return attention (B, N, H, D) and the weights the first token, a class token, gives to all, averaged over heads (B, N)."""
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return output, _weights(query[:, :, :1], key, attention_mask, kwargs).squeeze(2).mean(dim=1)
+    mask = None if attention_mask is None else attention_mask[:, :, :1]  # transformers may give a row for each query
+    return output, _weights(query[:, :, :1], key, mask, kwargs).squeeze(2).mean(dim=1)
 
 
 def attend_and_give_scores(
@@ -56,7 +57,7 @@ def attend_and_give_scores(
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """Return softmax weights (B, H, rows, N) in float32. `mask`: (B, 1, 1, N), for all queries alike, true or added to logits."""
+    """Return softmax weights (B, H, rows, N) in float32. `mask`: (B, 1, 1 or rows, N), true or added to logits."""
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     logits = query.float() @ key.float().mT * scale
     if mask is not None:

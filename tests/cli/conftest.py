@@ -75,11 +75,4 @@ def model(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Six pictures with texts."""
-    directory = tmp_path / "pictures"
-    directory.mkdir()
-    lines = []
-    for index, (image, text) in enumerate(zip(tiny.images(6), tiny.texts(6), strict=True)):
-        image.save(directory / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": text}))
-    (directory / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return directory
+    return tiny.write_pairs(tmp_path / "pictures", 6)

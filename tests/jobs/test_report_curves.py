@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -40,13 +39,7 @@ def test_a_line_for_each_method_and_a_mark_for_each_share() -> None:
 
 
 def test_the_report_of_runs_at_several_shares_has_them(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = []
-    for number, (image, text) in enumerate(zip(tiny.images(12), tiny.texts(12), strict=True)):
-        image.save(folder / f"{number}.png")
-        rows.append(json.dumps({"file_name": f"{number}.png", "text": text}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    folder = tiny.write_pairs(tmp_path / "data", 12)
     for keep in (0.8, 0.6):
         recipe = parse(
             {"steps": [{"merge-tokens": {"keep": keep}}], "tasks": ["retrieval"], "data": {"evaluation": str(folder)}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +103,7 @@ def test_a_run_draws_what_it_was_shown_and_some_samples_and_the_report_shows_the
 @pytest.mark.parametrize(("family", "drawn"), [("clip", 3), ("siglip2", 0)])
 def test_samples_are_drawn_and_what_cannot_be_drawn_costs_nothing(family: str, drawn: int, tmp_path: Path) -> None:
     """SigLIP 2 is given patches, of which no picture can be made again."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = []
-    for number, (image, text) in enumerate(zip(tiny.images(6), tiny.texts(6), strict=True)):
-        name = f"{number}" + "x" * 200
-        image.save(folder / f"{name}.png")
-        rows.append(json.dumps({"file_name": f"{name}.png", "text": text}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    folder = tiny.write_pairs(tmp_path / "data", 6, "x" * 200)
     recipe = parse(
         {
             "steps": [{"merge-tokens": {"keep": 0.6}}],

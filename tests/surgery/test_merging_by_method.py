@@ -95,11 +95,12 @@ def test_two_blocks_are_what_the_method_says(method: Any) -> None:
     assert sizes.sum(dim=-1).tolist() == [50, 50]
 
 
+@pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("kind", ["true", "added"])
-def test_padding_is_not_looked_at_and_asks_nothing(kind: str) -> None:
+def test_padding_is_not_looked_at_and_asks_nothing(kind: str, rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, 6, 4, generator=generator) for _ in range(3))
-    seen = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()[:, None, None, :]
+    seen = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()[:, None, None, :].expand(-1, -1, rows, -1)
     mask = seen if kind == "true" else torch.where(seen, 0.0, -30000.0)
     module = nn.Module()
     module.is_causal = False  # type: ignore[assignment]

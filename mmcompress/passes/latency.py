@@ -1,0 +1,54 @@
+"""Solving a pass for a budget of milliseconds: shares are tried out, each exported and timed on this machine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.ops.budget import largest_within
+from mmcompress.passes.base import Context, Pass, Plan
+
+TRIALS = 5
+"""Halvings between the fewest tokens and all of them."""
+SECONDS = (TRIALS + 2) * 15.0
+"""About, to export and time so many models of a hundred million parameters."""
+TRIED = "tried_ms"
+"""The decision that holds what was timed: milliseconds by share."""
+
+
+def solved(
+    name: str,
+    budget: float,
+    stages: tuple[str, ...],
+    at: Callable[[float], Pass],
+    least: float,
+    bundle: Bundle,
+    context: Context,
+) -> Plan:
+    """Return the plan of the largest share whose exported `stages` take `budget` milliseconds at most, with what was timed.
+
+    `at` makes the pass `name` that keeps a share, from `least` to 1. Raises UsageError where even `least` takes longer, naming how
+    long, and where nothing can be timed.
+    """
+    milliseconds = context.require_latency(f"{name}.latency_ms")
+    tried: dict[str, Any] = {}
+
+    def cost(share: float) -> float:
+        trial, made = copy.deepcopy(bundle), at(share)
+        made.apply(trial, made.plan(trial, context))
+        found = round(milliseconds(trial, stages), 3)
+        context.progress.say(f"keep {share:.3f}: {' and '.join(stages)} take {found:.2f} ms")
+        tried[f"{share:.4f}"] = found
+        return found
+
+    share = largest_within(cost, budget, least, TRIALS)
+    if share is None:
+        raise UsageError(
+            f"{name}.latency_ms is {budget:g}, but with the fewest tokens (keep {least:.3f}) {' and '.join(stages)} take "
+            f"{tried[f'{least:.4f}']:.2f} ms",
+            hint="allow more, or prune and quantize as well",
+        )
+    return Plan({**at(share).plan(bundle, context).decisions, TRIED: tried})
