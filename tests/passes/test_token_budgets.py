@@ -192,6 +192,29 @@ def test_the_control_of_a_run_follows_what_was_solved_also_behind_earlier_passes
     assert any(solved[-1][2])
 
 
+def test_a_machine_that_is_busy_now_and_then_is_asked_again_and_one_that_always_is_refused() -> None:
+    calls: list[float] = []
+
+    def disturbed(bundle: Bundle, stages: tuple[str, ...]) -> float:
+        calls.append(timer(bundle, stages) + (10.0 if len(calls) in (2, 3) else 0.0))
+        return calls[-1]
+
+    plan = merged(tiny.bundle("clip"), Context(latency=disturbed), latency_ms=3.0)
+    assert (
+        plan.decisions["merged"]
+        == merged(tiny.bundle("clip"), Context(latency=timer), latency_ms=3.0).decisions["merged"]
+    )
+    assert len(calls) == 9
+
+    def contrary(bundle: Bundle, stages: tuple[str, ...]) -> float:
+        return 10.0 - timer(bundle, stages)
+
+    with pytest.raises(
+        UsageError, match=r"cannot be solved: keep 0\.\d+ takes 9.\d+ ms, and with more tokens it took 5.00 ms"
+    ):
+        merged(tiny.bundle("clip"), Context(latency=contrary), latency_ms=3.0)
+
+
 def test_several_processes_cannot_solve_for_a_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     recipe = parse({"steps": [{"merge-tokens": {"latency_ms": 3.0}}]})
