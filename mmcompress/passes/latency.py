@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.manifest import Record
 from mmcompress.ops.budget import largest_within
 from mmcompress.passes.base import Context, Pass, Plan
 
@@ -42,7 +44,10 @@ def solved(
 
     def cost(share: float) -> float:
         trial, made = copy.deepcopy(bundle), at(share)
-        made.apply(trial, made.plan(trial, context))
+        plan = made.plan(trial, context)
+        made.apply(trial, plan)
+        # What is exported prepares its inputs by what its records say.
+        trial.history.append(Record(name, _given(made), plan.decisions))
         limit = min((took for key, took in tried.items() if float(key) > share), default=float("inf")) * NOISE
         found = round(milliseconds(trial, stages), 3)
         for _ in range(AGAIN - 1):
@@ -66,3 +71,9 @@ def solved(
             hint="allow more, or prune and quantize as well",
         )
     return Plan({**at(share).plan(bundle, context).decisions, TRIED: tried})
+
+
+def _given(made: Pass) -> dict[str, Any]:
+    """Return the parameters of a pass that are not as usual."""
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    return {field.name: value for field in fields if (value := getattr(made, field.name)) != field.default}

@@ -9,8 +9,10 @@ import pytest
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.compress import compress, follow
 from mmcompress.jobs.stopwatch import stopwatch
+from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.ops.budget import largest_within
 from mmcompress.ops.schedule import largest_merge, solve_left, tokens_after
 from mmcompress.passes import build
@@ -213,6 +215,22 @@ def test_a_machine_that_is_busy_now_and_then_is_asked_again_and_one_that_always_
         UsageError, match=r"cannot be solved: keep 0\.\d+ takes 9.\d+ ms, and with more tokens it took 5.00 ms"
     ):
         merged(tiny.bundle("clip"), Context(latency=contrary), latency_ms=3.0)
+
+
+def test_what_is_timed_prepares_prompts_with_as_few_tokens(tmp_path: Path) -> None:
+    """The exported trial is asked about as many image tokens as it hands on; else the prompt would stay as long as it was."""
+    asked: list[tuple[int, int]] = []
+
+    def counting(bundle: Bundle, stages: tuple[str, ...]) -> float:
+        if len(asked) < 3:
+            exported = export_onnx(bundle, tmp_path / str(len(asked)), batches=(1,)).artifact
+            answerer = artifact_answerer(exported, "onnxruntime", threads=1)
+            ids = answerer.asked([next(one for one in tiny.asked(4, turns=False) if one.picture)])["input_ids"]
+            asked.append((int((ids == bundle.model.config.image_token_id).sum()), round(10 * timer(bundle, stages))))
+        return timer(bundle, stages)
+
+    build("reduce-visual-tokens", {"latency_ms": 1.0}).plan(tiny.bundle("llava_clip"), Context(latency=counting))
+    assert asked == [(16, 16), (1, 1), (8, 8)]
 
 
 def test_several_processes_cannot_solve_for_a_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
