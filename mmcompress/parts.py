@@ -9,7 +9,10 @@ serves every family:
     inputs_embeds (B, T, C)     the same tokens as rows of the part that takes input_ids; at image tokens, rows of `image_embeds`
     attention_mask (B, P + T)   1 where there is a token; 0 in the padding, which lies on the left
     position_ids (B, …, T)      as the family gave them for the prompt, then one more than the largest so far
-    past_NAME (B, H, P, D)      what it gave out as present_NAME; empty at first
+    image_mask (B, T)           1 at image tokens
+    attention_mask_I (B, P_I + T_I)   where image tokens leave on the way: as attention_mask, of what is behind the I-th place.
+                                `asked` says how much of the prompt that is; each further token is one more
+    past_NAME (B, H, P, D)      what it gave out as present_NAME; empty at first. P_I behind the I-th place
     anything else               what an earlier part gave out under that name or `asked` made, the same in every call
 
     outputs of the writer
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from mmcompress.data import Sample
 
 BATCH, TOKENS, PAST = "batch", "tokens", "past"
+MASK = "attention_mask"
 """Names of dynamic axes. "past + tokens" is their sum; other names are axes of their own; "" is a fixed size."""
 
 Sizes = Mapping[str, int]

@@ -109,6 +109,20 @@ class Connector:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a language model is given of pictures."""
+
+    path: str
+    """The module that is called with input_ids."""
+    image_tokens: tuple[int, ...]
+    """The ids that stand for a picture's tokens."""
+    first: int = 0
+    """How many blocks are given something of the picture beside its tokens, or add to them: they need all."""
+    both_ways: bool = False
+    """Whether the prompt's tokens look at one another in both directions."""
+
+
+@dataclass(frozen=True)
 class Tower:
     """One modality's encoder, with its projection into the shared space."""
 
@@ -144,6 +158,8 @@ class Tower:
     """In a vision encoder before a language model, where the image tokens may become fewer."""
     why_no_connector: str = ""
     """In a vision encoder before a language model where that is None: why they may not, for a person."""
+    prompt: Prompt | None = None
+    """In a language model: where image tokens stand in what it is asked, and may leave on their way through the blocks."""
     why_no_stream: str = ""
     """Where `stream` is None: why tokens of this tower cannot be merged, for a person."""
 

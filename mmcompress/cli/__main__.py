@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "prune": "Remove heads, MLP neurons or blocks; one budget across the towers.",
     "merge": "Merge tokens inside a tower; stored in the checkpoint.",
     "reduce": "Give a language model fewer tokens of each picture; stored in the checkpoint.",
+    "drop": "Let image tokens leave a language model on their way through it; stored in the checkpoint.",
     "quantize": "Store and compute in 8 bits, per tower.",
     "distill": "Recover accuracy by training towards the original.",
     "compress": "Run a recipe: passes in order, gates at the end, resumable.",
@@ -36,7 +37,7 @@ COMMANDS: dict[str, str] = {
     "passes": "List the passes and their parameters.",
 }
 
-RESUMABLE = {"compress", "prune", "merge", "reduce", "quantize", "distill"}
+RESUMABLE = {"compress", "prune", "merge", "reduce", "drop", "quantize", "distill"}
 
 
 class Commands(click.Group):

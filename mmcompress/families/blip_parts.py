@@ -20,7 +20,8 @@ from transformers.cache_utils import EncoderDecoderCache
 from mmcompress.families.anatomy import example_tokens
 from mmcompress.families.answers import require_known_settings
 from mmcompress.families.blip_views import example_pictures
-from mmcompress.families.causal import HIDDEN, causal_mask, filled
+from mmcompress.families.caches import filled
+from mmcompress.ops.masks import HIDDEN, causal_mask
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
 
 QUESTION = "question"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcompress.families.causal import HIDDEN
+from mmcompress.ops.masks import HIDDEN
 from mmcompress.parts import BATCH, TOKENS, Part, Sizes
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.families.anatomy import example_pixels, example_tokens
-from mmcompress.families.causal import HIDDEN
+from mmcompress.ops.masks import HIDDEN
 from mmcompress.parts import BATCH, TOKENS, Part, Sizes
 
 PATCHES = "patches"

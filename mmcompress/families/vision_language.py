@@ -27,12 +27,13 @@ from mmcompress.families.answers import greedy, next_token_roots, quiet
 from mmcompress.families.language_models import language_tower, require_language, write_language_config
 from mmcompress.families.picture_questions import PictureQuestions
 from mmcompress.families.picture_rows import gathered, padded
-from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part
+from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part, left_masks
 from mmcompress.parts import Decoding, Part
+from mmcompress.surgery.dropping import asked_at, has_to_stay
 from mmcompress.surgery.ledger import putting_back
 from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import Choice, choice_of
-from mmcompress.views import Tower
+from mmcompress.views import Prompt, Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample
@@ -77,8 +78,26 @@ class VisionLanguage(PictureQuestions):
     def towers(self, model: Any) -> tuple[Tower, ...]:
         vision = self.vision_tower(model)
         asked = {block.index for block in vision.blocks if choice_of(model.get_submodule(block.attention.path))}
-        # The connector chooses tokens by what these blocks look at.
-        return replace(vision, needed=tuple(sorted(asked.union(vision.needed)))), language_tower(model, self.language)
+        language = language_tower(model, self.language)
+        return (
+            # The connector chooses tokens by what these blocks look at.
+            replace(vision, needed=tuple(sorted(asked.union(vision.needed)))),
+            replace(
+                language,
+                prompt=self._prompt(model),
+                needed=tuple(block.index for block in language.blocks if has_to_stay(model.get_submodule(block.path))),
+            ),
+        )
+
+    def _prompt(self, model: Any) -> Prompt:
+        """Return the view of what the language model is asked."""
+        ids = (model.config.image_token_id, getattr(model.config, "video_token_id", None))
+        return Prompt(
+            path="model",
+            image_tokens=tuple(token for token in ids if token is not None),
+            first=self.deep(model),
+            both_ways=self.both_ways,
+        )
 
     def check_config(self, config: Any) -> None:
         """Raise UsageError where the language model is none of those known."""
@@ -95,13 +114,14 @@ class VisionLanguage(PictureQuestions):
             choice = self._choice(model)
             with putting_back(choice.seen if choice else None):
                 return padded([tokens.flatten() for tokens in self.image_tokens(model, inputs)])
-        hidden = model.model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            mm_encoder_outputs=self._given(model, inputs),
-            use_cache=False,
-            **self.positions(model, inputs),
-        ).last_hidden_state
+        with asked_at(model.model, inputs["answer_positions"][:, 0]):
+            hidden = model.model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                mm_encoder_outputs=self._given(model, inputs),
+                use_cache=False,
+                **self.positions(model, inputs),
+            ).last_hidden_state
         places = inputs["answer_positions"][:, :, None].expand(-1, -1, hidden.shape[-1])
         return next_token_roots(model.lm_head(hidden.gather(1, places)), inputs["answer_mask"])
 
@@ -137,7 +157,8 @@ class VisionLanguage(PictureQuestions):
         marks = self.marks(model, ids, mask, mask, images)
         given = {"input_ids": ids, "attention_mask": mask, **images, **marks}
         given = {name: value.to(model.device) for name, value in given.items()}
-        with quiet():
+        ends = torch.full((len(ids),), ids.shape[1] - 1, device=model.device)
+        with quiet(), asked_at(model.model, ends):
             made = model.generate(
                 **self.generation_inputs(model, given), generation_config=greedy(model.generation_config, ANSWER_TOKENS)
             )
@@ -186,7 +207,7 @@ class VisionLanguage(PictureQuestions):
             images = {key: gathered(value, counts) for key, value in images.items()}
         seen = self.looked_at(model, images) if images else {}
         prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": marks.get("position_ids", places)}
-        return seen | prompt
+        return seen | prompt | left_masks(model, ids, mask)
 
     def looked_at(self, model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the vision graph's inputs, one row each picture or tile. Raises UsageError for pictures it cannot take."""

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.families.answers import require_known_settings
-from mmcompress.families.causal import causal_mask, filled
-from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
+from mmcompress.families.caches import filled
+from mmcompress.ops.masks import causal_mask, mask_both_ways
+from mmcompress.parts import BATCH, MASK, PAST, TOKENS, Decoding, Part, Sizes
+from mmcompress.surgery.dropping import dropping_of, given_rooms, rooms_for
 
 
 def vision_part(look: Callable[..., Tensor], example: Callable[[int], dict[str, Tensor]], tables: int = 0) -> Part:
@@ -70,23 +72,30 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
 
     `both_ways`: the tokens given together look at one another in both directions. `axes`: how many positions a token has; with
     more than one position_ids is (B, axes, T). `deep`: K.
+
+    Where image tokens leave on their way through the blocks, it also takes image_mask (B, T) and, for each place, a mask of what
+    blocks behind it hold and are given: attention_mask_1 (B, P_1 + T_1), as the text of `parts` says.
     """
     config = model.config.text_config
-    layers = len(model.get_submodule(language).layers)
+    dropping = dropping_of(model.model)
+    places = _places(model, language)
     past, present = (
-        tuple(f"{kind}_{what}_{layer}" for layer in range(layers) for what in ("key", "value"))
+        tuple(f"{kind}_{what}_{layer}" for layer in range(len(places)) for what in ("key", "value"))
         for kind in ("past", "present")
     )
+    stages = range(1, 1 + len(dropping.drops) if dropping else 1)
+    masks = ("image_mask", *(f"{MASK}_{stage}" for stage in stages)) if dropping else ()
 
-    def write(model: Any, rows: Tensor, mask: Tensor, positions: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+    def write(model: Any, rows: Tensor, mask: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        told, caches = more[: len(masks)], more[len(masks) :]
         cache, before = filled(caches), caches[0].shape[2]
         rows, *further = rows.chunk(1 + deep, dim=-1)
         if both_ways:
-            seen = torch.where(mask[:, None, None, :].bool(), 0.0, -10000.0).to(rows.dtype)
-            seen = seen.expand(-1, -1, rows.shape[1], -1)
+            seen = mask_both_ways(rows.shape[1], rows.dtype, mask)
         else:
             seen = causal_mask(before, rows.shape[1], rows.dtype, mask)
-        with _added(model.get_submodule(language).layers, further):
+        image, rooms = (told[0], told[1:]) if told else (None, ())
+        with _added(model.get_submodule(language).layers, further), given_rooms(dropping, image, rooms):
             hidden = model.get_submodule(language)(
                 inputs_embeds=rows,
                 attention_mask=seen,
@@ -112,13 +121,16 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
             rows = torch.cat([rows, further.to(model.dtype) * rows.std()], dim=-1)
             earlier = empty(batch)
             if before:
-                parts = (rows[:, :before], mask[:, :before], positions[..., :before])
+                held = _told(mask[:, :before], [sizes[f"{PAST}_{stage}"] for stage in stages], {}) if masks else {}
+                parts = (rows[:, :before], mask[:, :before], positions[..., :before], *held.values())
                 earlier = write(model, *parts, *earlier)[1:]
         made = {
             "inputs_embeds": rows[:, before:].float(),
             "attention_mask": mask,
             "position_ids": positions[..., before:],
         }
+        if masks:
+            made |= _told(mask[:, before:], [sizes[f"{TOKENS}_{stage}"] for stage in stages], held if before else {})
         return made | {name: value.float() for name, value in zip(past, earlier, strict=True)}
 
     def empty(batch: int) -> tuple[Tensor, ...]:
@@ -139,13 +151,67 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
             "attention_mask": (BATCH, f"{PAST} + {TOKENS}"),
             "position_ids": (BATCH, "", TOKENS) if axes > 1 else (BATCH, TOKENS),
         }
-        | dict.fromkeys(past, (BATCH, "", PAST)),
+        | dict.fromkeys(masks[:1], (BATCH, TOKENS))
+        | {f"{MASK}_{stage}": (BATCH, f"{PAST}_{stage} + {TOKENS}_{stage}") for stage in stages}
+        | {
+            name: (BATCH, "", f"{PAST}_{place}" if place else PAST)
+            for name, place in zip(past, _twice(places), strict=True)
+        },
         example,
-        traced={TOKENS: 3, PAST: 4},
-        corners=({TOKENS: 6, PAST: 0}, {TOKENS: 1, PAST: 6}, {TOKENS: 3, PAST: 5}),
+        traced=_sized({TOKENS: 9, PAST: 8}, stages) if masks else {TOKENS: 3, PAST: 4},
+        corners=tuple(
+            _sized(sizes, stages) for sizes in ({TOKENS: 6, PAST: 0}, {TOKENS: 1, PAST: 6}, {TOKENS: 3, PAST: 5})
+        ),
         most_tokens=limit,
         tower="language",
     )
+
+
+def left_masks(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return the masks of what is left of a prompt behind each place where image tokens leave; none where they do not.
+
+    `ids`, `mask`: (B, T), padded on the left.
+    """
+    dropping = dropping_of(model.model)
+    if dropping is None:
+        return {}
+    rooms = rooms_for(dropping, mask, (ids == model.config.image_token_id).long())
+    return {f"{MASK}_{stage}": room for stage, room in enumerate(rooms, 1)}
+
+
+def _places(model: Any, language: str) -> tuple[int, ...]:
+    """Return for each block of the language model how many places where tokens leave lie before it."""
+    dropping, count = dropping_of(model.model), len(model.get_submodule(language).layers)
+    return tuple(sum(drop.after <= layer for drop in dropping.drops) if dropping else 0 for layer in range(count))
+
+
+def _twice(places: tuple[int, ...]) -> list[int]:
+    """Return each block's for its keys and its values."""
+    return [place for place in places for _ in ("key", "value")]
+
+
+def _sized(sizes: Sizes, stages: range) -> Sizes:
+    """Return sizes with those behind each place: of several tokens one more leaves each time."""
+    made = dict(sizes)
+    for stage in stages:
+        for axis in (TOKENS, PAST):
+            made[f"{axis}_{stage}"] = max(min(sizes[axis], 2), sizes[axis] - stage)
+    return made
+
+
+def _told(mask: Tensor, left: list[int], before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return image_mask (B, T) and the masks behind each place for an example: all but the ends of `mask` (B, T) is a picture's.
+
+    `left`: how many slots each place has. `before`: the same of tokens that came earlier.
+    """
+    image = mask.clone()
+    image[:, 0] = image[:, -1] = 0
+    made = {"image_mask": image}
+    for stage, slots in enumerate(left, 1):
+        room = mask[:, mask.shape[1] - slots :].clone()
+        room[:, :1] = mask[:, :1] if slots > 1 else 1  # what was padding takes no slot
+        made[f"{MASK}_{stage}"] = torch.cat([before[f"{MASK}_{stage}"], room], dim=1) if before else room
+    return made
 
 
 @contextlib.contextmanager

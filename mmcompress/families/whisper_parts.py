@@ -18,7 +18,8 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from mmcompress.families.anatomy import example_tokens
 from mmcompress.families.answers import require_known_settings
-from mmcompress.families.causal import causal_mask, filled
+from mmcompress.families.caches import filled
+from mmcompress.ops.masks import causal_mask
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
 
 

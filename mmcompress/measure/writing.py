@@ -18,7 +18,7 @@ import numpy as np
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import TensorSpec
 from mmcompress.measure.runner import Array, Runner
-from mmcompress.parts import PAST, Decoding
+from mmcompress.parts import MASK, PAST, Decoding
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _State:
         self.steps: list[float] = []
         self.context: dict[str, Any] = {}
         self.cache: dict[str, Any] = {}
-        self.mask = asked.get("attention_mask")
+        self.masks = {name: mask for name, mask in asked.items() if name.startswith(MASK)}
         self.positions = asked.get("position_ids")
         wanted = frozenset[str]().union(*(stage.names for stage in (*writer.earlier, writer.last)))
         for stage in writer.earlier:
@@ -160,10 +160,12 @@ class _State:
         begun, last = time.perf_counter(), self.writer.last
         if not self.cache:
             self.cache = {spec.name: _empty(spec, len(ids)) for spec in last.inputs if spec.name.startswith("past_")}
-        elif self.mask is not None:
-            self.mask = np.concatenate([self.mask, np.ones_like(ids, dtype=self.mask.dtype)], axis=1)
-        given: dict[str, Any] = {**self.asked, **self.context, **self.cache}
-        given |= {"attention_mask": self.mask, "input_ids": ids}
+        else:
+            new = np.ones_like(ids)
+            self.masks = {name: np.concatenate([mask, new], axis=1) for name, mask in self.masks.items()}
+        given: dict[str, Any] = {**self.asked, **self.context, **self.cache, **self.masks, "input_ids": ids}
+        if "image_mask" in last.names:
+            given["image_mask"] = (ids == self.writer.decoding.image_token).astype(np.int64)
         if self.writer._embed is not None and "inputs_embeds" in last.names:
             given["inputs_embeds"] = self._embedded(self.writer._embed, ids)
         if self.positions is not None:
@@ -195,7 +197,7 @@ class _State:
 
 def _empty(spec: TensorSpec, batch: int) -> Array:
     """A past of no tokens."""
-    shape = [dim if isinstance(dim, int) else 0 if dim == PAST else batch for dim in spec.dims]
+    shape = [dim if isinstance(dim, int) else 0 if dim.startswith(PAST) else batch for dim in spec.dims]
     return np.zeros(shape, dtype=np.dtype(spec.dtype))
 
 

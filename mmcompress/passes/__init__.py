@@ -18,11 +18,12 @@ PASSES: dict[str, str] = {
     "prune": "mmcompress.passes.prune:Prune",
     "merge-tokens": "mmcompress.passes.merge_tokens:MergeTokens",
     "reduce-visual-tokens": "mmcompress.passes.reduce_visual_tokens:ReduceVisualTokens",
+    "drop-visual-tokens": "mmcompress.passes.drop_visual_tokens:DropVisualTokens",
     "quantize": "mmcompress.passes.quantize:Quantize",
     "distill": "mmcompress.passes.distill:Distill",
 }
 
-PREPARING = ("reduce-visual-tokens",)
+PREPARING = ("reduce-visual-tokens", "drop-visual-tokens")
 """Those that change what a model is given and not only what it computes: an exported model's inputs are prepared after them."""
 
 

@@ -22,9 +22,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmcompress.errors import UsageError
+from mmcompress.ops.masks import visible
 from mmcompress.ops.merging import PADDING_BIAS
 
 KEYS, CLASS_SCORES, SCORES = "mmc_keys", "mmc_class_scores", "mmc_scores"
+ASKED_BY_ONE, ASKED_BY_SOME = "mmc_asked_by_one", "mmc_asked_by_some"
 
 
 def attend_and_give_keys(
@@ -56,10 +58,70 @@ def attend_and_give_scores(
     return output, (asking @ given)[:, 0] / asking.sum(dim=-1)
 
 
+def attend_and_give_asked_by_one(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    asking: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return attention (B, N, H, D) and the weights one query gives to all keys, averaged over heads (B, S).
+
+    `asking`: (B, N), 1 at that query and 0 elsewhere. Heads may share keys.
+    """
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    row = asking[:, None].float()  # (B, 1, N)
+    seen = (row @ _seen(query, key, attention_mask).float()) > 0.5  # (B, 1, S)
+    asked = (row[:, None] @ query.float()).unflatten(1, (key.shape[1], -1))  # (B, key heads, queries of each, 1, D)
+    logits = asked @ key.float()[:, :, None].mT * _scale(query, kwargs)
+    weights = logits.masked_fill(~seen[:, None, None], PADDING_BIAS).softmax(dim=-1)
+    return output, weights.mean(dim=(1, 2))[:, 0]
+
+
+def attend_and_give_asked_by_some(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    asking: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return attention (B, N, H, D) and the weights queries give to all keys, averaged over heads and by shares (B, S).
+
+    `asking`: (B, N), the share of each query. Heads may share keys. One head at a time: all at once they are as large as a
+    prompt's attention in full.
+    """
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    hidden, row = ~_seen(query, key, attention_mask), asking[:, None].float()
+    heads, each = query.shape[1], query.shape[1] // key.shape[1]
+    total = torch.zeros((), device=query.device)
+    for head in range(heads):
+        logits = query[:, head].float() @ key[:, head // each].float().mT * _scale(query, kwargs)  # (B, N, S)
+        total = total + row @ logits.masked_fill(hidden, PADDING_BIAS).softmax(dim=-1)
+    return output, total[:, 0] / heads
+
+
+def _seen(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Return which keys each query may look at, (B or 1, N, S); without a mask those before it and itself."""
+    if mask is not None:
+        return visible(mask)[:, 0]
+    tokens, past = query.shape[2], key.shape[2] - query.shape[2]
+    rows, columns = torch.arange(tokens, device=key.device), torch.arange(past + tokens, device=key.device)
+    return (columns[None, :] <= rows[:, None] + past)[None]
+
+
+def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
+    return float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
+
+
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
     """Return softmax weights (B, H, rows, N) in float32. `mask`: (B, 1, 1 or rows, N), true or added to logits."""
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    logits = query.float() @ key.float().mT * scale
+    logits = query.float() @ key.float().mT * _scale(query, kwargs)
     if mask is not None:
         logits = logits.masked_fill(_hidden(mask), PADDING_BIAS) if mask.dtype == torch.bool else logits + mask.float()
     return logits.softmax(dim=-1)
@@ -74,6 +136,8 @@ for name, attend in {
     KEYS: attend_and_give_keys,
     CLASS_SCORES: attend_and_give_class_scores,
     SCORES: attend_and_give_scores,
+    ASKED_BY_ONE: attend_and_give_asked_by_one,
+    ASKED_BY_SOME: attend_and_give_asked_by_some,
 }.items():
     AttentionInterface.register(name, attend)
     # A name without a mask function makes transformers (5.x) leave out every mask, silently.
@@ -94,6 +158,15 @@ def give_scores(attention: nn.Module, class_token: bool) -> None:
     Raises UsageError for a module that does not choose its attention function by its config.
     """
     _attend_by(CLASS_SCORES if class_token else SCORES, [attention])
+
+
+def give_asked(attention: nn.Module, one: bool) -> None:
+    """Make an attention module, to be called with ``asking=`` (B, N), return (output, scores (B, S)).
+
+    Scores are how much each key is looked at by the queries asking: by `one`, or by some, each with its share. Raises UsageError
+    for a module that does not choose its attention function by its config.
+    """
+    _attend_by(ASKED_BY_ONE if one else ASKED_BY_SOME, [attention])
 
 
 def _attend_by(name: str, attentions: Iterable[nn.Module]) -> None:

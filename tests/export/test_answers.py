@@ -19,8 +19,8 @@ from mmcompress.export.parity import check_parity
 from mmcompress.export.tensorrt import export_tensorrt
 from mmcompress.export.trace import trace, traced
 from mmcompress.families.answers import greedy
-from mmcompress.families.causal import HIDDEN, causal_mask
 from mmcompress.measure.answerer import Answerer, artifact_answerer, bundle_answerer
+from mmcompress.ops.masks import HIDDEN, causal_mask
 from mmcompress.passes.base import Context, Plan
 from mmcompress.surgery.quantized import QUANTIZED
 from tests import tiny

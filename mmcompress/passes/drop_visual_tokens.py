@@ -1,0 +1,182 @@
+"""The pass `drop-visual-tokens`: image tokens leave a language model on their way through its blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.ops.dropping import counts_kept
+from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
+from mmcompress.passes.latency import SECONDS, solved
+from mmcompress.surgery.dropping import SCORED, Drop, Dropping, bind, dropping_of
+from mmcompress.views import Prompt, Tower
+
+AFTER = {"fastv": (2,), "pyramiddrop": (0.25, 0.5, 0.75), "sparsevlm": (2 / 32, 6 / 32, 15 / 32)}
+"""Where tokens leave, as the papers have it: behind so many blocks, or behind shares of the blocks."""
+FINEST = 1 / 64
+
+
+@dataclass(frozen=True)
+class DropVisualTokens:
+    """Let image tokens leave a language model on their way through its blocks, with no training.
+
+    What they had to say has then been read by the words of the question; the words choose which stay, so that it depends on what
+    is asked. The prompt's time and the cache of keys and values shrink from there on. Nothing is added to the weights; the places
+    are stored in the checkpoint and are part of its exported graph. Methods "random" and "grid" are the controls that the others
+    have to beat.
+    """
+
+    name: ClassVar[str] = "drop-visual-tokens"
+
+    keep: float | None = None
+    """Share of the image tokens that is left at the end. Default 0.5 when nothing else says how many."""
+    keep_tokens: int | None = None
+    """How many image tokens of a prompt are left at the end, instead of `keep`."""
+    latency_ms: float | None = None
+    """Milliseconds that the exported model may take to the first token of an answer on this machine's processor, instead of `keep`:
+    some shares are exported and timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
+    method: Literal["fastv", "pyramiddrop", "sparsevlm", "grid", "random"] = "fastv"
+    """Which tokens stay: those that the question's last token looks at, chosen once (fastv) or again and again (pyramiddrop),
+    those that the words look at that have to do with the picture (sparsevlm, without its recycled tokens), every n-th (grid), or
+    random ones (the control)."""
+    after: tuple[int, ...] = ()
+    """How many blocks the tokens have been through when they leave; several numbers let them leave in equal steps. Default: 2 for
+    fastv and the controls, a quarter, half and three quarters of the blocks for pyramiddrop, 2, 6 and 15 of 32 for sparsevlm."""
+
+    def __post_init__(self) -> None:
+        require_kept_share("drop-visual-tokens.keep", self.keep, "0.5 keeps half")
+        if self.keep_tokens is not None and self.keep_tokens < 1:
+            raise UsageError(
+                f"drop-visual-tokens.keep_tokens is {self.keep_tokens}; expected a number >= 1", hint="64 keeps 64"
+            )
+        require_milliseconds("drop-visual-tokens.latency_ms", self.latency_ms)
+        require_one("drop-visual-tokens", keep=self.keep, keep_tokens=self.keep_tokens, latency_ms=self.latency_ms)
+        if list(self.after) != sorted(set(self.after)):
+            raise UsageError(
+                f"drop-visual-tokens.after is {', '.join(map(str, self.after))}; expected numbers that grow",
+                hint="8,16,24 lets tokens leave three times",
+            )
+
+    def control(self, decisions: Mapping[str, Any] | None = None) -> DropVisualTokens | None:
+        """Return the pass that keeps as many tokens at random in the same places."""
+        if self.method == "random":
+            return None
+        if decisions is None:
+            return dataclasses.replace(self, method="random")
+        places = tuple(int(drop["after"]) for drop in decisions["drops"])
+        keep = None if self.keep_tokens else float(decisions["keep"])
+        return DropVisualTokens(keep=keep, keep_tokens=self.keep_tokens, method="random", after=places)
+
+    def streams(self) -> bool:
+        """Whether no weight is looked at: only a latency is that of the whole model."""
+        return self.latency_ms is None
+
+    def seconds(self, bundle: Bundle, work: Work) -> float:
+        """No sample is looked at; for a latency, some shares are exported and timed."""
+        return 0.0 if self.latency_ms is None else SECONDS
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuse models without a prompt of image tokens, places that are not there, and a second time."""
+        tower, prompt = self._language(bundle)
+        if dropping_of(bundle.module(prompt.path)):
+            raise UsageError(
+                "image tokens leave this model's blocks already",
+                hint="start from the checkpoint before that, with the smaller keep",
+            )
+        windows = [block.attention.window for block in tower.blocks if block.attention.window]
+        if windows:
+            raise UsageError(
+                f"blocks of this {bundle.family.name} model see {windows[0]} tokens each; with some gone they would see others",
+                hint="use reduce-visual-tokens, which gives it fewer from the start",
+            )
+        first, blocks = self._earliest(prompt), len(tower.blocks)
+        wrong = [after for after in self._after(tower) if not first <= after < blocks]
+        if wrong:
+            raise UsageError(
+                f"drop-visual-tokens.after is {wrong[0]}; with method {self.method} tokens can leave after {first} to {blocks - 1} "
+                f"of the {blocks} blocks",
+                hint=f"give --after {min(max(2, first), blocks - 1)}",
+            )
+        if self.keep_tokens is not None and len(self._after(tower)) > 1:
+            raise UsageError(
+                f"drop-visual-tokens.keep_tokens is {self.keep_tokens}, but tokens leave {len(self._after(tower))} times, and how "
+                "many stay each time depends on how many a prompt has",
+                hint="give keep, or one number after",
+            )
+
+    def plan(self, bundle: Bundle, context: Context) -> Plan:
+        """Settle where tokens leave and which share stays each time; for "random", the seed they are drawn from."""
+        tower, _ = self._language(bundle)
+        if self.latency_ms is not None:
+            return solved(self.name, self.latency_ms, ("prompt",), self._keeping, FINEST, bundle, context)
+        places = self._after(tower)
+        keep = 0.5 if self.keep is None else self.keep
+        each = keep ** (1 / len(places))
+        drops = [{"after": after, "keep": each, "most": self.keep_tokens or 0} for after in places]
+        decisions: dict[str, Any] = {"keep": keep, "drops": drops}
+        if self.method == "random":
+            decisions["seed"] = context.seed
+        return Plan(decisions)
+
+    def apply(self, bundle: Bundle, plan: Plan) -> None:
+        """Bind the blocks from the first place on; with nothing to leave out, leave the model alone."""
+        if plan.decisions["keep"] == 1 and not self.keep_tokens:
+            return
+        tower, prompt = self._language(bundle)
+        (attention,) = {block.attention.path.removeprefix(f"{block.path}.") for block in tower.blocks}
+        how = Dropping(
+            method=self.method,
+            drops=tuple(
+                Drop(int(drop["after"]), float(drop["keep"]), int(drop["most"])) for drop in plan.decisions["drops"]
+            ),
+            attention=attention,
+            seed=int(plan.decisions.get("seed", 0)),
+            both_ways=prompt.both_ways,
+        )
+        bind(
+            bundle.module(prompt.path), [bundle.module(block.path) for block in tower.blocks], prompt.image_tokens, how
+        )
+
+    def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
+        """Change nothing; report how many of an example's tokens are left behind each place."""
+        tower, prompt = self._language(bundle)
+        how = dropping_of(bundle.module(prompt.path))
+        ids = bundle.example_inputs(tower.name)["input_ids"]
+        count = torch.isin(ids, torch.tensor(prompt.image_tokens)).sum(dim=-1)
+        left, places = count, {}
+        for drop in how.drops if how else ():
+            left = counts_kept(left, drop.keep, drop.most)
+            places[str(drop.after)] = int(left)
+        return {"tokens": int(count), "tokens_kept_after": places, "keep": round(int(left) / int(count), 4)}
+
+    def _language(self, bundle: Bundle) -> tuple[Tower, Prompt]:
+        """Return the language model's tower and its prompt. Raises UsageError where there is none."""
+        for tower in bundle.towers():
+            if tower.prompt is not None:
+                return tower, tower.prompt
+        raise UsageError(
+            f"{bundle.family.name} models have no language model that is given image tokens among its words",
+            hint="mmc inspect shows what can be done",
+        )
+
+    def _earliest(self, prompt: Prompt) -> int:
+        return max(prompt.first, int(self.method in SCORED))
+
+    def _after(self, tower: Tower) -> tuple[int, ...]:
+        """Return how many blocks tokens have been through each time they leave."""
+        if self.after:
+            return self.after
+        assert tower.prompt is not None
+        blocks, earliest = len(tower.blocks), self._earliest(tower.prompt)
+        wanted = AFTER.get(self.method, AFTER["fastv"])
+        places = (int(place) if place >= 1 else round(place * blocks) for place in wanted)
+        return tuple(sorted({min(max(earliest, place), blocks - 1) for place in places}))
+
+    def _keeping(self, share: float) -> DropVisualTokens:
+        return dataclasses.replace(self, latency_ms=None, keep=share)

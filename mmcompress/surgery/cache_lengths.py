@@ -1,0 +1,52 @@
+"""Caches of keys and values whose blocks hold different numbers of tokens: how many, and which of them are padding.
+
+transformers counts by the first block (5.23), so that stays whole. What the others hold is noted beside the cache.
+
+Shapes: B batch, P past tokens, M new ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from mmcompress.errors import UsageError
+
+FILLED = "mmc_filled"
+"""Attribute of a cache: by place, which of the tokens that blocks behind it hold are none of padding, (B, P)."""
+
+
+def held_by(cache: Any, layer: int) -> int:
+    """Return P, how many tokens a block's cache holds. Raises UsageError for a cache of fixed size."""
+    if cache is None or len(cache.layers) <= layer:
+        return 0
+    held = cache.layers[layer]
+    if not isinstance(held, DynamicLayer):
+        raise UsageError(
+            f"dropping image tokens got a cache of {type(held).__name__}; expected one that grows with its tokens",
+            hint='leave out cache_implementation, or set it to "dynamic"',
+        )
+    if held.keys is None or held.keys.dim() < 4:
+        return 0
+    return held.keys.shape[-2]
+
+
+def remember(cache: Any, place: int, past: int, room: Tensor) -> Tensor:
+    """Return which of past tokens and slots (B, P + M) are none of padding, and note it beside the cache, if there is one.
+
+    `past`: P. `room`: (B, M). Raises UsageError where the cache was changed in between.
+    """
+    known: dict[int, Tensor] = getattr(cache, FILLED, {})
+    before = known.get(place, room[:, :0])
+    if before.shape != (len(room), past):
+        raise UsageError(
+            f"a cache of {past} tokens for {len(room)} rows was changed after tokens had left; noted are {tuple(before.shape)}",
+            hint="generate greedily, by sampling or with beams; start over where a cache is cut or its rows are chosen",
+        )
+    filled = torch.cat([before, room], dim=1)
+    if cache is not None:
+        setattr(cache, FILLED, {**known, place: filled})
+    return filled
