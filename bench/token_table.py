@@ -2,6 +2,7 @@
 
 - `encoder`: patches merged block by block in the DINOv2-S + MiniLM dual encoder; R@1 on the held-out vendor's drawings.
 - `connector`: fewer image tokens for the mini-VLM's language model; held-out questions, by slice.
+- `layers`: image tokens that leave the mini-VLM's language model on their way through its blocks; the same questions.
 - `audio`: states merged block by block in Whisper tiny.en; words of recordings full of speech.
 
 Each method is applied to the checkpoint without training and judged in torch, paired with the original (n and intervals) and with
@@ -37,7 +38,7 @@ from mmcompress.measure.cost import cost_of
 from mmcompress.measure.latency import compare
 from mmcompress.measure.machine import machine_facts
 from mmcompress.passes.base import Context
-from mmcompress.surgery import merging, reducing
+from mmcompress.surgery import dropping, merging, reducing
 
 RESULT = assets.RESULTS / "token_table.json"
 RANDOM = "random"
@@ -77,6 +78,10 @@ CONTESTS = {
     "connector": Contest(
         assets.mini_vlm, "reduce-visual-tokens", get_args(reducing.Method), (0.75, 0.5, 0.25, 0.1),
         "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "answer"),
+    ),
+    "layers": Contest(
+        assets.mini_vlm, "drop-visual-tokens", get_args(dropping.Method), (0.75, 0.5, 0.25, 0.1),
+        "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "token", "answer"),
     ),
     "audio": Contest(
         assets.whisper_tiny, "merge-tokens", MERGING, (0.75, 0.5, 0.4),

@@ -23,6 +23,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "prune": {"ratio": 0.0},
     "merge-tokens": {"keep": 1.0},
     "reduce-visual-tokens": {"keep": 1.0},
+    "drop-visual-tokens": {"keep": 1.0},
     "quantize": {"scheme": "W16A16"},
     "distill": {"steps": 0},
 }
@@ -38,21 +39,26 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "reduce": ("reduce-visual-tokens", {"keep": 0.3}),
     "reduce-visionzip": ("reduce-visual-tokens", {"keep": 0.3, "method": "visionzip"}),
     "reduce-random": ("reduce-visual-tokens", {"keep": 0.3, "method": "random"}),
+    "drop": ("drop-visual-tokens", {"keep": 0.5}),
+    "drop-sparsevlm": ("drop-visual-tokens", {"keep": 0.5, "method": "sparsevlm"}),
+    "drop-random": ("drop-visual-tokens", {"keep": 0.5, "method": "random"}),
     "w8a8-cpu": ("quantize", {"scheme": "W8A8", "target": "cpu"}),
     "w8a8-tensorrt": ("quantize", {"scheme": "W8A8", "target": "tensorrt"}),
     "w8a16": ("quantize", {"scheme": "W8A16"}),
     "distill": ("distill", {"steps": 2, "batch_size": 4}),
 }
 # One of each kind, in an order that works.
-CHAIN = ("prune-taylor", "merge", "reduce", "w8a8-cpu", "distill")
+CHAIN = ("prune-taylor", "merge", "reduce", "drop", "w8a8-cpu", "distill")
 EVERY = tiny.EVERY
 REDUCING = ("llava_dinov2", "llava_clip", "llava_siglip", "smolvlm", "idefics3", "paligemma")
+DROPPING = (*REDUCING, "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 UNMERGED = tuple(family for family in tiny.GENERATORS if family not in ("whisper", "llava_next", *REDUCING))
 # What is refused: by a pass's name or a case's, the families. `check` says why, and README's matrix shows it.
 REFUSED: dict[str, tuple[str, ...]] = {
     "merge-tokens": ("flava", "blip_retrieval", *tiny.HEARING, *UNMERGED, *tiny.JUDGES),
     "distill": ("vilt", *tiny.HEARING, *tiny.JUDGES),
     "reduce-visual-tokens": tuple(family for family in EVERY if family not in REDUCING),
+    "drop-visual-tokens": tuple(family for family in EVERY if family not in DROPPING),
     "reduce-visionzip": ("smolvlm", "idefics3"),
     "prune-blocks": ("clap", "blip_vqa"),
     "prune-uniform": ("clap",),

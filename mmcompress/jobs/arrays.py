@@ -18,15 +18,19 @@ def arrays_for(
 ) -> Arrays:
     """Return inputs (B, …) that fit `specs`: noise for floats, small ids and full masks for integers.
 
-    `sizes` are those of named axes; one that is not named has `tokens`. An axis may be a sum of others, "past + tokens".
+    `sizes` are those of named axes; one that is not named has `tokens`, or as "past_1" what "past" has. An axis may be a sum of
+    others, "past + tokens".
     """
     generator = np.random.default_rng(0)
     known = {"batch": batch, **(sizes or {})}
+
+    def size(name: str) -> int:
+        return known.get(name, known.get(name.partition("_")[0], tokens))
+
     arrays = {}
     for spec in specs:
         shape = [
-            dim if isinstance(dim, int) else sum(known.get(name, tokens) for name in dim.split(" + "))
-            for dim in spec.dims
+            dim if isinstance(dim, int) else sum(map(size, dim.split(" + "))) for dim in spec.dims
         ]
         if "float" in spec.dtype:
             arrays[spec.name] = generator.standard_normal(shape).astype(np.float32)

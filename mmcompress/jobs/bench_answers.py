@@ -175,14 +175,19 @@ class AnswerTarget(Target):
             if isinstance(dim, str) and dim != BATCH
         }
         prompt = len(start) if start else asked["input_ids"].shape[1]
-        if tower == TOKEN:
-            return {**found, TOKENS: 1, PAST: prompt + self.new_tokens // 2}
-        return {**found, TOKENS: prompt, PAST: 0}
+        # "past_1 + tokens_1": what is left of the prompt where image tokens leave on the way.
+        left = {dim.split(" + ")[1]: found.pop(dim) for dim in list(found) if dim.startswith(f"{PAST}_")}
+        if tower != TOKEN:
+            return {**found, **left, TOKENS: prompt, PAST: 0}
+        written = self.new_tokens // 2
+        held = {name.replace(TOKENS, PAST): size + written for name, size in left.items()}
+        return {**found, **held, TOKENS: 1, PAST: prompt + written}
 
     def _cache_bytes(self, batch: int) -> int:
         """Keys and values of a whole answer, what was seen or heard included."""
         prompt = self._sizes(PROMPT)
-        sizes = {**prompt, TOKENS: 1, PAST: prompt[TOKENS] + self.new_tokens}
+        held = {name.replace(TOKENS, PAST): size + self.new_tokens for name, size in prompt.items() if name.startswith(TOKENS)}
+        sizes = {**prompt, **held, TOKENS: 1}
         made = arrays_for([s for s in self._parts[self._writer] if len(s.dims) == 4], batch, sizes=sizes)
         return sum(array.nbytes for array in made.values())
 

@@ -10,6 +10,8 @@ Shapes: B batch, N tokens, M slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,15 +60,20 @@ def last_of(present: Tensor) -> Tensor:
     return (present & (behind == 0)).float()
 
 
-def scattered(image: Tensor, seed: int) -> Tensor:
+def drawn_factors(seed: int) -> tuple[int, ...]:
+    """Return what `scattered` draws by."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(1, PRIME, (4,), generator=generator).tolist())
+
+
+def scattered(image: Tensor, factors: Sequence[int]) -> Tensor:
     """Return scores (B, N) that look drawn at random for the image tokens of `image` (B, N), the same for each row; the control.
 
-    A cubic polynomial of a token's number, modulo a prime: integers, so that every runtime draws the same.
+    A polynomial of a token's number, modulo a prime: integers, so that every runtime draws the same.
     """
-    generator = torch.Generator().manual_seed(seed)
     number = (image.long().cumsum(dim=-1) - 1).clamp(min=0) % PRIME
     made = torch.zeros_like(number)
-    for factor in torch.randint(1, PRIME, (4,), generator=generator).tolist():
+    for factor in factors:
         made = (made * number + factor) % PRIME
     return made.float()
 
@@ -76,7 +83,7 @@ def evenly_spread(image: Tensor, kept: Tensor) -> Tensor:
     number = image.long().cumsum(dim=-1) - 1
     count = image.long().sum(dim=-1, keepdim=True).clamp(min=1)
     kept = kept[:, None]
-    return (((number + 1) * kept // count) > (number * kept // count)).float()
+    return (image & (((number + 1) * kept // count) > (number * kept // count))).float()
 
 
 def raters(tokens: Tensor, image: Tensor, words: Tensor) -> Tensor:

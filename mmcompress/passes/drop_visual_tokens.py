@@ -11,7 +11,7 @@ import torch
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.ops.dropping import counts_kept
+from mmcompress.ops.dropping import counts_kept, drawn_factors
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.passes.latency import SECONDS, solved
 from mmcompress.surgery.dropping import SCORED, Drop, Dropping, bind, dropping_of
@@ -111,7 +111,7 @@ class DropVisualTokens:
             )
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
-        """Settle where tokens leave and which share stays each time; for "random", the seed they are drawn from."""
+        """Settle where tokens leave and which share stays each time; for "random", draw."""
         tower, _ = self._language(bundle)
         if self.latency_ms is not None:
             return solved(self.name, self.latency_ms, ("prompt",), self._keeping, FINEST, bundle, context)
@@ -121,7 +121,7 @@ class DropVisualTokens:
         drops = [{"after": after, "keep": each, "most": self.keep_tokens or 0} for after in places]
         decisions: dict[str, Any] = {"keep": keep, "drops": drops}
         if self.method == "random":
-            decisions["seed"] = context.seed
+            decisions["drawn"] = list(drawn_factors(context.seed))
         return Plan(decisions)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
@@ -136,7 +136,7 @@ class DropVisualTokens:
                 Drop(int(drop["after"]), float(drop["keep"]), int(drop["most"])) for drop in plan.decisions["drops"]
             ),
             attention=attention,
-            seed=int(plan.decisions.get("seed", 0)),
+            drawn=tuple(plan.decisions.get("drawn", ())),
             both_ways=prompt.both_ways,
         )
         bind(

@@ -40,11 +40,11 @@ def remember(cache: Any, place: int, past: int, room: Tensor) -> Tensor:
     `past`: P. `room`: (B, M). Raises UsageError where the cache was changed in between.
     """
     known: dict[int, Tensor] = getattr(cache, FILLED, {})
-    before = known.get(place, room[:, :0])
+    before = known.get(place, room[:, :0])[:, :past]  # a cache may have been cut at its end
     if before.shape != (len(room), past):
         raise UsageError(
-            f"a cache of {past} tokens for {len(room)} rows was changed after tokens had left; noted are {tuple(before.shape)}",
-            hint="generate greedily, by sampling or with beams; start over where a cache is cut or its rows are chosen",
+            f"a cache holds {past} tokens for {len(room)} rows, and {before.shape[1]} for {len(before)} were put in",
+            hint="rows of a cache from which image tokens have left cannot be chosen; start over with the prompt",
         )
     filled = torch.cat([before, room], dim=1)
     if cache is not None:

@@ -85,7 +85,8 @@ class Dropping:
     drops: tuple[Drop, ...]
     attention: str
     """Name in each block of the child that attends."""
-    seed: int = 0
+    drawn: tuple[int, ...] = ()
+    """Factors that "random" draws by."""
     both_ways: bool = False
     """Whether the prompt's tokens look at one another in both directions."""
     place: int = -1
@@ -288,7 +289,8 @@ def _dropped(
 def _scores(own: Dropping, flow: Flow, room: Tensor) -> Tensor:
     """Return how much each token (B, T) should stay."""
     if own.method == "random":
-        return scattered(flow.image, own.seed + own.place)
+        # Each time others: the numbers that are left are small ones again.
+        return scattered(flow.image, (*own.drawn[own.place :], *own.drawn[: own.place]))
     if own.method == "grid":
         words = (flow.present & ~flow.image).sum(dim=-1)
         return evenly_spread(flow.image, room.sum(dim=-1) - words)

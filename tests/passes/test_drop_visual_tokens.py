@@ -1,0 +1,384 @@
+"""Image tokens that leave a language model on their way through it: in torch, in batches, with a cache, in exported graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from mmcompress import checkpoint
+from mmcompress.bundle import Bundle
+from mmcompress.data import Sample
+from mmcompress.errors import UsageError
+from mmcompress.export.onnx import export_onnx
+from mmcompress.manifest import Record
+from mmcompress.measure.answerer import artifact_answerer
+from mmcompress.passes import build
+from mmcompress.passes.base import Context
+from mmcompress.surgery.dropping import Method, dropping_of
+from mmcompress.surgery.ledger import watching
+from tests import tiny
+
+METHODS: tuple[Method, ...] = get_args(Method)
+FAMILIES = ("llava_clip", "llava_siglip", "llava_next", "smolvlm", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+every_case = pytest.mark.parametrize(
+    ("family", "method"), [(family, method) for family in FAMILIES for method in METHODS]
+)
+
+
+def dropping(family: str, **settings: Any) -> Bundle:
+    bundle = tiny.bundle(family)
+    made = build("drop-visual-tokens", settings)
+    made.check(bundle)
+    plan = made.plan(bundle, Context())
+    made.apply(bundle, plan)
+    bundle.history.append(Record("drop-visual-tokens", settings, plan.decisions))
+    return bundle
+
+
+def asked(family: str, **more: Any) -> list[Sample]:
+    """Five samples: one has no picture, one two, and one was asked something before."""
+    samples = list(tiny.asked(4, turns=family != "paligemma"))
+    return [*samples, replace(samples[0], key="two", further=(samples[1].picture,))]  # type: ignore[arg-type]
+
+
+@every_case
+def test_answers_depend_on_neither_batch_nor_cache(family: str, method: str) -> None:
+    bundle = dropping(family, keep=0.3, method=method)
+    facts = build("drop-visual-tokens", {"keep": 0.3, "method": method}).fit(bundle, Context())
+    assert min(facts["tokens_kept_after"].values()) < facts["tokens"]
+    samples = asked(family)
+    answers = bundle.generate(samples)
+    assert answers == [bundle.generate([sample])[0] for sample in samples]
+    bundle.model.generation_config.use_cache = False
+    assert bundle.generate(samples) == answers
+
+
+@every_case
+def test_forced_answers_do_not_depend_on_the_batch(family: str, method: str) -> None:
+    """Rows are padded on the right then, and the answer stands in them: the question still ends where it did."""
+    bundle = dropping(family, keep=0.3, method=method)
+    samples = [
+        replace(sample, texts=("what is this" + " how many" * number,)) for number, sample in enumerate(asked(family))
+    ]
+    inputs = bundle.prepare("language", samples)
+    with torch.no_grad():
+        together = bundle.encode("language", inputs)
+        for number, sample in enumerate(samples):
+            alone = bundle.encode("language", bundle.prepare("language", [sample]))[0]
+            torch.testing.assert_close(together[number, : len(alone)], alone, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llava_clip", "llava_siglip", "smolvlm"])
+def test_a_forced_answer_is_seen_as_token_after_token(family: str, method: str) -> None:
+    """All at once, told where the question ends, or with a cache."""
+    bundle = dropping(family, keep=0.3, method=method)
+    sample = replace(next(iter(tiny.asked(1, turns=False))), texts=("what is this how many",))
+    inputs = bundle.prepare("language", [sample])
+    ids, asked_last = inputs["input_ids"], int(inputs["answer_positions"][0, 0])
+    images = {key: inputs[key] for key in ("pixel_values", "pixel_attention_mask") if key in inputs}
+    with torch.no_grad():
+        wanted = bundle.encode("language", inputs).unflatten(1, (-1, bundle.model.config.text_config.vocab_size))[0]
+        made = bundle.model(input_ids=ids[:, : asked_last + 1], **images, use_cache=True)
+        for number, likely in enumerate(wanted):
+            step = made.logits[0, -1].softmax(dim=-1).sqrt()
+            torch.testing.assert_close(step, likely, atol=1e-5, rtol=1e-3)
+            made = bundle.model(
+                input_ids=ids[:, asked_last + 1 + number][:, None], past_key_values=made.past_key_values
+            )
+
+
+def test_dropping_equals_masking() -> None:
+    """Text goes on as if the blocks behind the place had hidden the image tokens that left, in the places all had."""
+    bundle, plain = dropping("llava_clip", keep=0.3, after=(1,)), tiny.bundle("llava_clip")
+    inputs = bundle.example_inputs("language", 2)
+    how = dropping_of(bundle.model.model)
+    assert how is not None
+    with watching(how.ledger) as seen:
+        made = states(bundle, inputs)
+    assert len(seen) == 1
+    stays = seen[0].sum(dim=1) > 0  # type: ignore[union-attr]
+    count = stays.shape[1]
+    assert stays.sum(dim=-1).tolist() == [16 + 5, 16 + 5]
+    hidden = torch.zeros(2, 1, count, count).masked_fill(~stays[:, None, None, :], -1e9)
+    hidden = hidden + torch.full((count, count), -1e9).triu(1)
+
+    def hide(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": hidden}
+
+    for block in plain.model.model.language_model.layers[1:]:
+        block.register_forward_pre_hook(hide, with_kwargs=True)
+    want = states(plain, inputs)
+    text = inputs["input_ids"] != plain.model.config.image_token_id
+    torch.testing.assert_close(made[text], want[text], atol=1e-5, rtol=1e-4)
+    # And those that left stand where they were, as they were then.
+    early = tiny.bundle("llava_clip")
+    early.model.model.language_model.layers = early.model.model.language_model.layers[:1]
+    early.model.config.text_config.num_hidden_layers = 1
+    torch.testing.assert_close(made[~stays], states(early, inputs)[~stays], atol=1e-5, rtol=1e-4)
+
+
+def states(bundle: Bundle, inputs: dict[str, Tensor]) -> Tensor:
+    """What the last block's output is made of (B, N, C)."""
+    with torch.no_grad():
+        given = {"image": bundle.family.ready_made(bundle.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
+        made: Tensor = bundle.model.model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], mm_encoder_outputs=given
+        ).last_hidden_state
+    return made
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_fastv_keeps_what_the_last_token_looks_at(after: int) -> None:
+    """Recomputed from the plain model's own attention weights, of grouped queries."""
+    plain = tiny.bundle("llava_clip")
+    inputs = plain.example_inputs("language", 2)
+    plain.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        given = {"image": plain.family.ready_made(plain.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
+        weights = plain.model.model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            mm_encoder_outputs=given,
+            output_attentions=True,
+        ).attentions[after - 1]
+    image = inputs["input_ids"] == plain.model.config.image_token_id
+    best = weights[:, :, -1].mean(dim=1).masked_fill(~image, -1).topk(5, dim=-1).indices
+    bundle = dropping("llava_clip", keep=0.3, after=(after,))
+    how = dropping_of(bundle.model.model)
+    assert how is not None
+    with watching(how.ledger) as seen:
+        states(bundle, inputs)
+    stays = (seen[0].sum(dim=1) > 0) & image  # type: ignore[union-attr]
+    assert [row.nonzero()[:, 0].tolist() for row in stays] == [sorted(row) for row in best.tolist()]
+
+
+def test_sparsevlm_asks_the_words_that_have_to_do_with_the_picture() -> None:
+    """Recomputed in full from the plain model's weights: raters by the rows as they come in, then the mean of what they look at."""
+    plain = tiny.bundle("llava_clip")
+    inputs = plain.example_inputs("language", 2)
+    image = inputs["input_ids"] == plain.model.config.image_token_id
+    plain.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        rows = plain.model.get_input_embeddings()(inputs["input_ids"])
+        rows[image] = inputs["image_tokens"].flatten(0, 1)
+        weights = plain.model.model(
+            inputs_embeds=rows, attention_mask=inputs["attention_mask"], output_attentions=True
+        ).attentions[0]
+    expected = []
+    for own, picture, seen in zip(rows, image, weights.mean(dim=1), strict=True):
+        shares = (own[picture] @ own[~picture].T).softmax(dim=-1).mean(dim=0)
+        raters = shares > shares.mean()
+        assert 0 < raters.sum() < len(raters)
+        score = seen[~picture][raters].mean(dim=0)[picture]
+        first = int(picture.nonzero()[0, 0])
+        expected.append(sorted((score.topk(5).indices + first).tolist()))
+    bundle = dropping("llava_clip", keep=0.3, method="sparsevlm", after=(1,))
+    how = dropping_of(bundle.model.model)
+    assert how is not None
+    with watching(how.ledger) as went:
+        states(bundle, inputs)
+    stays = (went[0].sum(dim=1) > 0) & image  # type: ignore[union-attr]
+    assert [row.nonzero()[:, 0].tolist() for row in stays] == expected
+
+
+def test_tokens_leave_again_and_again() -> None:
+    bundle = dropping("llava_clip", keep=0.25, method="pyramiddrop", after=(1, 2))
+    how = dropping_of(bundle.model.model)
+    assert how is not None
+    with watching(how.ledger) as seen:
+        states(bundle, bundle.example_inputs("language", 1))
+    assert [rows.shape[1:] for rows in seen if rows is not None] == [(16 + 8, 16 + 16), (16 + 4, 16 + 8)]
+
+
+def test_the_cache_holds_what_is_left() -> None:
+    bundle = dropping("llava_clip", keep=0.25, after=(2,))
+    inputs = bundle.example_inputs("language", 2)
+    given = {"image": bundle.family.ready_made(bundle.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
+    with torch.no_grad():
+        cache = bundle.model.model(
+            input_ids=inputs["input_ids"], mm_encoder_outputs=given, use_cache=True
+        ).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [32, 32, 20]
+
+
+@every_case
+def test_reload_is_bit_equal(family: str, method: str, tmp_path: Path) -> None:
+    bundle = dropping(family, keep=0.3, method=method)
+    assert not checkpoint.save(bundle, tmp_path / "out").plain_transformers
+    again = checkpoint.load(tmp_path / "out")
+    inputs = bundle.example_inputs("language", 2)
+    with torch.no_grad():
+        assert torch.equal(again.encode("language", inputs), bundle.encode("language", inputs))
+    samples = asked(family)
+    assert again.generate(samples) == bundle.generate(samples)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llava_clip", method) for method in METHODS]
+    + [("paligemma", "fastv"), ("smolvlm", "sparsevlm"), ("llava_next", "pyramiddrop"), ("qwen3_vl", "fastv")],
+)
+def test_exported_it_answers_the_same(family: str, method: str, tmp_path: Path) -> None:
+    bundle = dropping(family, keep=0.3, method=method)
+    samples = [replace(sample, picture=square(sample.picture)) for sample in tiny.asked(3, turns=False)]
+    want = bundle.generate(samples)
+    artifact = export_onnx(bundle, tmp_path / "out", batches=(2,)).artifact
+    operators = {node.op_type for node in onnx.load(artifact.path("language"), load_external_data=False).graph.node}
+    assert not operators & {"Loop", "NonZero", "If", "TopK"}
+    # Positions on three axes are put together by scattering, with all tokens too.
+    assert family == "qwen3_vl" or not operators & {"ScatterElements", "ScatterND"}
+    for runner in ("onnxruntime", "openvino"):
+        answerer = artifact_answerer(artifact, runner, threads=1)
+        assert answerer.generate(samples) == want
+        assert [answerer.generate([sample])[0] for sample in samples] == want
+        answerer.close()
+
+
+def square(picture: Any) -> Any:
+    return picture.resize((224, 224)) if picture else None
+
+
+def test_an_exported_cache_is_smaller(tmp_path: Path) -> None:
+    sample = next(iter(tiny.asked(1, turns=False)))
+    sizes = []
+    for bundle in (tiny.bundle("llava_clip"), dropping("llava_clip", keep=0.25, after=(1,))):
+        artifact = export_onnx(bundle, tmp_path / f"out{len(sizes)}", batches=(1,)).artifact
+        answerer = artifact_answerer(artifact, threads=1)
+        sizes.append(answerer.write([sample], 1).cache_bytes)
+        answerer.close()
+    # In two of three blocks twelve tokens fewer, keys and values of two heads of eight floats.
+    assert sizes[0] - sizes[1] == 2 * 12 * 2 * 2 * 8 * 4
+
+
+def test_beams_find_what_they_find_alone() -> None:
+    bundle = dropping("llava_clip", keep=0.3, after=(1,))
+    samples = asked("llava_clip")
+    bundle.model.generation_config.num_beams = 2
+    assert bundle.generate(samples) == [bundle.generate([sample])[0] for sample in samples]
+
+
+def test_a_cache_may_be_cut_but_its_rows_not_chosen() -> None:
+    bundle = dropping("llava_clip", keep=0.3, after=(1,))
+    inputs = bundle.example_inputs("language", 2)
+    given = {"image": bundle.family.ready_made(bundle.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
+    with torch.no_grad():
+        cache = bundle.model.model(
+            input_ids=inputs["input_ids"], mm_encoder_outputs=given, use_cache=True
+        ).past_key_values
+        once = bundle.model.model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache).last_hidden_state
+        cache.crop(-2)
+        assert torch.equal(
+            bundle.model.model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache).last_hidden_state, once
+        )
+        cache.batch_select_indices(torch.tensor([0]))
+        with pytest.raises(UsageError, match="for 1 rows, and 23 for 2 were put in"):
+            bundle.model.model(input_ids=inputs["input_ids"][:1, :1], past_key_values=cache)
+
+
+def test_a_cache_of_fixed_size_is_refused() -> None:
+    bundle = dropping("llava_clip", keep=0.3, after=(1,))
+    bundle.model.generation_config.cache_implementation = "static"
+    with pytest.raises(UsageError, match="a cache of Static"):
+        bundle.generate(asked("llava_clip"))
+
+
+def test_an_error_half_way_leaves_nothing_behind() -> None:
+    bundle = dropping("llava_clip", keep=0.3, after=(1,))
+    inputs = bundle.example_inputs("language", 2)
+    want = states(bundle, inputs)
+    last = bundle.model.model.language_model.layers[-1]
+    handle = last.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        states(bundle, inputs)
+    handle.remove()
+    assert torch.equal(states(bundle, inputs), want)
+
+
+def test_it_trains_and_refuses_gradient_checkpointing() -> None:
+    bundle = dropping("llava_clip", keep=0.3)
+    inputs = bundle.example_inputs("language", 2)
+    bundle.model.train()
+    bundle.encode("language", inputs).square().mean().backward()
+    gradients = [block.mlp.down_proj.weight.grad for block in bundle.model.model.language_model.layers]
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+    bundle.model.activation_checkpointing_enable()
+    with pytest.raises(UsageError, match="gradient checkpointing"):
+        bundle.encode("language", inputs)
+
+
+def test_blocks_that_others_rely_on_stay_when_blocks_are_pruned() -> None:
+    bundle = dropping("llava_clip", keep=0.3, after=(2,))
+    assert bundle.tower("language").needed == (1, 2)
+    prune = {
+        "ratio": 0.3,
+        "units": ["blocks"],
+        "score": "block-influence",
+        "towers": ["language"],
+        "compensate": "none",
+    }
+    made = build("prune", prune)
+    plan = made.plan(bundle, Context(data=tiny.data("llava_clip", 8), num_samples=8, batch_size=4))
+    made.apply(bundle, plan)
+    assert len(bundle.tower("language").blocks) == 2
+    samples = asked("llava_clip")
+    answers = bundle.generate(samples)
+    assert answers == [bundle.generate([sample])[0] for sample in samples]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("clip", {}, "no language model"),
+        ("whisper", {}, "no language model"),
+        ("llava_clip", {"after": (3,)}, "can leave after 1 to 2 of the 3 blocks"),
+        ("llava_clip", {"after": (0,)}, "can leave after 1 to 2 of the 3 blocks"),
+        ("qwen3_vl", {"after": (0,), "method": "random"}, "can leave after 1 to 2 of the 3 blocks"),
+        ("llava_clip", {"keep_tokens": 4, "after": (1, 2)}, "tokens leave 2 times"),
+    ],
+)
+def test_what_cannot_be_done_is_said(family: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as raised:
+        build("drop-visual-tokens", settings).check(tiny.bundle(family))
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"keep": 0.0}, "0 < keep <= 1"),
+        ({"keep_tokens": 0}, "a number >= 1"),
+        ({"keep": 0.5, "keep_tokens": 4}, "both keep and keep_tokens"),
+        ({"after": (2, 2)}, "numbers that grow"),
+        ({"latency_ms": 0.0}, "a number > 0"),
+    ],
+)
+def test_bad_parameters_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        build("drop-visual-tokens", settings)
+
+
+def test_a_second_time_is_refused() -> None:
+    with pytest.raises(UsageError, match="already"):
+        build("drop-visual-tokens", {"keep": 0.5}).check(dropping("llava_clip", keep=0.5))
+
+
+def test_a_number_of_tokens_holds_for_every_prompt() -> None:
+    bundle = dropping("llava_clip", keep_tokens=6, after=(1,))
+    how = dropping_of(bundle.model.model)
+    assert how is not None
+    samples = asked("llava_clip")
+    bundle.model.generation_config.max_new_tokens = 1
+    family: Any = bundle.family
+    for sample in samples:
+        ids = family.asked(bundle.model, bundle.processor, [sample])["input_ids"]
+        images = int((ids == bundle.model.config.image_token_id).sum())
+        with watching(how.ledger) as seen:
+            bundle.generate([sample])
+        assert seen[0].shape[1] == ids.shape[1] - images + min(images, 6)  # type: ignore[union-attr]
