@@ -62,8 +62,9 @@ def run_recipe(
     quiet: bool,
     verbose: int,
     explain: Sequence[Path] = (),
+    prompt: str = "",
 ) -> None:
-    """Run or plan `recipe` and print what came of it; `explain`: pictures whose tokens are drawn."""
+    """Run or plan `recipe` and print what came of it; `explain`: pictures whose tokens are drawn, asking `prompt`."""
     from mmcompress.cli import render
     from mmcompress.errors import GateFailed
     from mmcompress.jobs.compress import compress, follow
@@ -82,7 +83,14 @@ def run_recipe(
         return
     try:
         result = compress(
-            model, recipe, output, resume=resume, allow_pickle=allow_pickle, progress=terminal, explain=explain
+            model,
+            recipe,
+            output,
+            resume=resume,
+            allow_pickle=allow_pickle,
+            progress=terminal,
+            explain=explain,
+            question=prompt,
         )
     except GateFailed as failed:
         if failed.document and not as_json:

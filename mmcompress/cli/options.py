@@ -76,7 +76,10 @@ def data_options(taken: Sequence[str] = ()) -> Callable[[F], F]:
 
 
 def explain_option(function: F) -> F:
-    """The pictures whose patches are drawn."""
+    """The pictures whose patches are drawn, and what is asked about them."""
+    function = click.option(
+        "--prompt", default="", help="With --explain: the question that the model is asked about it."
+    )(function)
     return click.option(
         "--explain",
         multiple=True,

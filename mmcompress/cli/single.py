@@ -39,8 +39,8 @@ def single_pass(command: str, pass_name: str, examples: str, explains: bool = Fa
         recipe = one_step(step, given)
         from mmcompress.cli.compress import run_recipe
 
-        shown = given.get("explain", ())
-        run_recipe(model, recipe, output, explain=shown, **{key: given[key] for key in RUN_KEYS})
+        drawn = {key: given[key] for key in ("explain", "prompt") if explains}
+        run_recipe(model, recipe, output, **drawn, **{key: given[key] for key in RUN_KEYS})
 
     return run
 

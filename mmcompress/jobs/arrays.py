@@ -29,9 +29,7 @@ def arrays_for(
 
     arrays = {}
     for spec in specs:
-        shape = [
-            dim if isinstance(dim, int) else sum(map(size, dim.split(" + "))) for dim in spec.dims
-        ]
+        shape = [dim if isinstance(dim, int) else sum(map(size, dim.split(" + "))) for dim in spec.dims]
         if "float" in spec.dtype:
             arrays[spec.name] = generator.standard_normal(shape).astype(np.float32)
         elif "mask" in spec.name:

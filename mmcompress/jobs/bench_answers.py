@@ -186,7 +186,11 @@ class AnswerTarget(Target):
     def _cache_bytes(self, batch: int) -> int:
         """Keys and values of a whole answer, what was seen or heard included."""
         prompt = self._sizes(PROMPT)
-        held = {name.replace(TOKENS, PAST): size + self.new_tokens for name, size in prompt.items() if name.startswith(TOKENS)}
+        held = {
+            name.replace(TOKENS, PAST): size + self.new_tokens
+            for name, size in prompt.items()
+            if name.startswith(TOKENS)
+        }
         sizes = {**prompt, **held, TOKENS: 1}
         made = arrays_for([s for s in self._parts[self._writer] if len(s.dims) == 4], batch, sizes=sizes)
         return sum(array.nbytes for array in made.values())

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 
 import mmcompress
 from mmcompress import checkpoint, pipeline, streamed, weights
 from mmcompress.bundle import Bundle
-from mmcompress.data import Dataset, open_data
+from mmcompress.data import Dataset, Sample, open_data
 from mmcompress.errors import GateFailed, MmcError
 from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
@@ -78,8 +77,11 @@ def compress(
     allow_pickle: bool = False,
     progress: Progress | None = None,
     explain: Sequence[Path] = (),
+    question: str = "",
 ) -> Result:
     """Run `recipe` on `model` and write the result to `output`, with drawings of what became of the patches of `explain`.
+
+    `question` is what a language model is asked about those: what is left of their tokens may depend on it.
 
     Where tokens of pictures become fewer, the first evaluation samples are drawn too. Raises UsageError for a bad model, recipe,
     data or an existing output, and GateFailed when a gate fails; the refused result then lies beside `output`, named in the hint.
@@ -89,7 +91,7 @@ def compress(
     todo = pipeline.stages(recipe.steps)
     require_usable(recipe)
     require_alone(todo)
-    shown = token_pictures.named(explain)
+    shown = token_pictures.named(explain, question)
     if isinstance(model, str | Path) and streams(recipe, todo) and not allow_pickle and not shown:
         return _streamed(model, recipe, todo, output, progress)
     bundle = load_again(model, recipe.device, allow_pickle)
@@ -175,7 +177,7 @@ def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickl
     pipeline.run(load_again(model, recipe.device, allow_pickle), todo, context, place, leads=False)
 
 
-def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Image]) -> Result:
+def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Sample]) -> Result:
     """Export and time the artifact, judge it, and let it appear under `output`."""
     recipe, place = run.recipe, run.place
     final = place.directory / "final"

@@ -1,4 +1,5 @@
-"""Pictures of what became of an image's patches: which were merged, which went, block by block and behind the connector.
+"""Pictures of what became of an image's patches: which were merged, which went, block by block and behind the connector, and which
+were left on their way through a language model that was asked something.
 
 A patch that goes on by itself is shown as it is; patches that became one token are painted in their mean colour, with a line
 around them; a patch that is in no token any more is dark.
@@ -8,10 +9,11 @@ Shapes: N patches, M tokens left, rows and columns of patches.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mmcompress.bundle import Bundle
-from mmcompress.data import Dataset, Stored
+from mmcompress.data import Dataset, Sample, Stored
 from mmcompress.data.sample import seen
 from mmcompress.errors import MmcError, UsageError
 from mmcompress.progress import Progress
+from mmcompress.surgery.dropping import Dropping, dropping_of
 from mmcompress.surgery.ledger import watching
 from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import choice_of
@@ -37,6 +40,8 @@ TILES = 12
 """The most pictures on a page; of more blocks, some are left out."""
 COLUMNS = 4
 GAP, TITLE = 8, 20
+ASKED = 100
+"""Letters of a question that are shown."""
 GONE = 0.15
 """Brightness of patches that are in no token."""
 LINE = (255, 255, 255)
@@ -68,19 +73,21 @@ def reduces(bundle: Bundle) -> bool:
     if tower is None:
         return False
     chooses = tower.connector is not None and choice_of(bundle.module(tower.connector.path)) is not None
-    return chooses or ledger_of(bundle.module(tower.blocks[0].path)) is not None
+    merges = ledger_of(bundle.module(tower.blocks[0].path)) is not None
+    return chooses or merges or _dropping(bundle) is not None
 
 
-def named(paths: Sequence[Path]) -> dict[str, Image.Image]:
-    """Return pictures by the names of their files. Raises UsageError for what is no picture."""
-    made: dict[str, Image.Image] = {}
+def named(paths: Sequence[Path], question: str = "") -> dict[str, Sample]:
+    """Return pictures, with a question about them, by the names of their files. Raises UsageError for what is no picture."""
+    made: dict[str, Sample] = {}
     for path in paths:
-        made[_free(path.stem, made)] = seen(Stored.at(path))
+        name = _free(path.stem, made)
+        made[name] = Sample(name, picture=seen(Stored.at(path)), question=question)
     return made
 
 
 def draw_all(
-    bundle: Bundle, shown: Mapping[str, Image.Image], data: Dataset | None, folder: Path, progress: Progress
+    bundle: Bundle, shown: Mapping[str, Sample], data: Dataset | None, folder: Path, progress: Progress
 ) -> list[str]:
     """Draw `shown`, and the first pictures of `data` where patches become fewer; return the names of the files in `folder`.
 
@@ -93,28 +100,36 @@ def draw_all(
     names: list[str] = []
     try:
         wanted = dict(shown)
-        samples = ((one.key, one.picture) for one in data or () if one.picture is not None)
-        for key, picture in itertools.islice(samples, SAMPLES):
-            wanted[_free(re.sub(r"\W+", "-", key), wanted)] = seen(picture)
-        for name, image in wanted.items():
-            draw(bundle, image, folder / f"{PREFIX}{name}.png")
+        for sample in itertools.islice((one for one in data or () if one.picture is not None), SAMPLES):
+            wanted[_free(re.sub(r"\W+", "-", sample.key), wanted)] = sample
+        for name, sample in wanted.items():
+            draw(bundle, sample, folder / f"{PREFIX}{name}.png")
             names.append(f"{PREFIX}{name}.png")
     except (MmcError, OSError) as error:
         progress.say(f"patches are not drawn: {error}")
     return names
 
 
-def draw(bundle: Bundle, image: Image.Image, path: Path) -> None:
-    """Write what becomes of the patches of `image` to `path`. Raises UsageError where no tokens of pictures become fewer."""
+def draw(bundle: Bundle, sample: Sample, path: Path) -> None:
+    """Write what becomes of the patches of a sample's first image to `path`, where it counts with what is asked about it.
+
+    Raises UsageError where no tokens of pictures become fewer, and for a sample without an image.
+    """
     tower = _tower(bundle)
     if tower is None or not reduces(bundle):
         raise UsageError(
             "no tokens of a picture become fewer in this model",
-            hint="merge the vision tower's tokens, or use mmc reduce",
+            hint="merge the vision tower's tokens, or use mmc reduce or mmc drop",
         )
-    inputs = bundle.prepare(tower.name, [image])
+    sample = sample.showing(sample.pictures[:1])
+    inputs = bundle.prepare(tower.name, [sample.image])
     pixels = _shown(inputs["pixel_values"])
-    _page(pixels, _views(bundle, tower, inputs, pixels.shape[:2])).save(path)
+    views = _views(bundle, tower, inputs, pixels.shape[:2])
+    dropping = _dropping(bundle)
+    if dropping is not None:
+        views += _left_on_the_way(bundle, tower, dropping, sample)
+    asked = f"asked: {sample.question or 'nothing'}"[:ASKED] if dropping else ""
+    _page(pixels, _some(views), asked).save(path)
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
@@ -146,7 +161,54 @@ def _views(bundle: Bundle, tower: Tower, inputs: dict[str, Tensor], size: tuple[
         with watching(choice.seen) as steps:
             bundle.encode(tower.name, inputs)
         views += _steps(["behind the connector"], steps, 0, choice.tokens, choice.grid)
-    return _some(views)
+    return views
+
+
+def _dropping(bundle: Bundle) -> Dropping | None:
+    """Return how image tokens leave the language model, None where they do not."""
+    prompts = [tower.prompt for tower in bundle.towers() if tower.prompt is not None]
+    return dropping_of(bundle.module(prompts[0].path)) if prompts else None
+
+
+@torch.inference_mode()
+def _left_on_the_way(bundle: Bundle, tower: Tower, dropping: Dropping, sample: Sample) -> Iterator[View]:
+    """Yield the tokens behind each place where some leave the language model. Of several tiles, the first.
+
+    Raises UsageError where an image token stands for no patches of known places.
+    """
+    if tower.connector is None:
+        raise UsageError(
+            f"{bundle.family.name} puts a picture's tokens together in its own way, so what was left cannot be drawn",
+            hint="draw another model",
+        )
+    choice = choice_of(bundle.module(tower.connector.path))
+    of_patches = torch.eye(tower.connector.tokens)
+    language = next(tower for tower in bundle.towers() if tower.prompt is not None)
+    assert language.prompt is not None
+    inputs = bundle.prepare(language.name, [replace(sample, texts=sample.texts[:1] or ("",))])
+    with watching(dropping.ledger) as steps, contextlib.ExitStack() as stack:
+        handed = stack.enter_context(watching(choice.seen)) if choice else []
+        bundle.encode(language.name, inputs)
+    if handed and handed[0] is not None:
+        first = handed[0]
+        of_patches = (first if first.dim() == 2 else first[0]).cpu().float()
+    (image,) = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(language.prompt.image_tokens)).nonzero(
+        as_tuple=True
+    )
+    image = image[: len(of_patches)]
+    through = torch.eye(inputs["input_ids"].shape[1])
+    for drop, step in zip(dropping.drops, steps, strict=False):
+        assert step is not None, "tokens leave here"
+        through = step[0].cpu().float() @ through
+        rows = through[:, image]
+        into = rows[rows.any(dim=1)] @ of_patches
+        token_of = torch.where(into.any(dim=0), into.argmax(dim=0), -1).numpy()
+        title = (
+            f"after block {drop.after - 1}: {len(into)} of {len(image)}"
+            if drop.after
+            else f"{len(into)} of {len(image)}"
+        )
+        yield View(title, token_of, tower.connector.grid)
 
 
 def _steps(
@@ -196,19 +258,21 @@ def _shown(values: Tensor) -> Pixels:
     return ((picture - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).double().numpy()
 
 
-def _page(pixels: Pixels, views: Sequence[View]) -> Image.Image:
-    """Return the picture and the views, row by row."""
+def _page(pixels: Pixels, views: Sequence[View], asked: str = "") -> Image.Image:
+    """Return the picture and the views, row by row, with what was `asked` above them."""
     rows, columns = views[0].grid
     tiles = [(f"{rows * columns} patches", _painted(pixels, np.arange(rows * columns), views[0].grid))]
     tiles += [(view.title, _painted(pixels, view.token_of, view.grid)) for view in views]
     width, height = tiles[0][1].size
     columns = min(COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
-    page = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + TITLE + GAP) + GAP), "white")
+    above = TITLE if asked else 0
+    page = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + TITLE + GAP) + GAP + above), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
+    pen.text((GAP, GAP), asked, fill="black", font=font)
     for index, (title, tile) in enumerate(tiles):
         left = GAP + index % columns * (width + GAP)
-        top = GAP + index // columns * (height + TITLE + GAP)
+        top = above + GAP + index // columns * (height + TITLE + GAP)
         pen.text((left, top), title, fill="black", font=font)
         page.paste(tile, (left, top + TITLE))
     return page

@@ -12,14 +12,19 @@ import torch
 from PIL import Image
 
 from mmcompress.bundle import Bundle
+from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.jobs.compress import compress
 from mmcompress.jobs.report import write_report
-from mmcompress.jobs.token_pictures import GAP, GONE, TILE, TITLE, _painted, draw, reduces
+from mmcompress.jobs.token_pictures import GAP, GONE, TILE, TITLE, _dropping, _left_on_the_way, _painted, draw, reduces
 from mmcompress.passes import build
 from mmcompress.passes.base import Context
 from mmcompress.recipe import parse
 from tests import tiny
+
+
+def sample(question: str = "what is this ?") -> Sample:
+    return Sample("one", picture=tiny.images(1)[0], question=question)
 
 
 def run(family: str, **steps: dict[str, Any]) -> Bundle:
@@ -62,6 +67,12 @@ def places_of(path: Path) -> int:
         ("clip", {"merge_tokens": {"keep": 0.8, "every": 2}}, 3),
         ("llava_clip", {"reduce_visual_tokens": {"keep": 0.5}}, 2),
         ("smolvlm", {"merge_tokens": {"keep": 0.6}, "reduce_visual_tokens": {"keep": 0.5}}, 8),
+        ("llava_clip", {"drop_visual_tokens": {"keep": 0.5}}, 2),
+        (
+            "llava_clip",
+            {"reduce_visual_tokens": {"keep": 0.5}, "drop_visual_tokens": {"keep": 0.5, "after": (1, 2)}},
+            4,
+        ),
     ],
 )
 def test_there_is_a_tile_wherever_tokens_become_fewer(
@@ -70,16 +81,38 @@ def test_there_is_a_tile_wherever_tokens_become_fewer(
     bundle = run(family, **steps)
     assert reduces(bundle)
     before = bundle.encode("vision", bundle.example_inputs("vision", 1))
-    draw(bundle, tiny.images(1)[0], tmp_path / "tokens.png")
+    draw(bundle, sample(), tmp_path / "tokens.png")
     assert places_of(tmp_path / "tokens.png") == places
     assert torch.equal(bundle.encode("vision", bundle.example_inputs("vision", 1)), before)
+
+
+def test_what_is_left_on_the_way_is_what_the_prompt_kept() -> None:
+    """Three places behind one another: clusters of the connector, then those of their tokens that stay."""
+    bundle = run("llava_clip", reduce_visual_tokens={"keep": 0.5}, drop_visual_tokens={"keep": 0.25, "after": (1, 2)})
+    how, tower = _dropping(bundle), bundle.tower("vision")
+    assert how is not None
+    views = list(_left_on_the_way(bundle, tower, how, sample()))
+    assert [view.title for view in views] == ["after block 0: 4 of 8", "after block 1: 2 of 8"]
+    for view, tokens in zip(views, (4, 2), strict=True):
+        assert len(set(view.token_of[view.token_of >= 0].tolist())) == tokens
+    assert (views[0].token_of[views[1].token_of >= 0] >= 0).all()  # what is gone stays gone
+
+
+def test_a_question_decides_what_is_left() -> None:
+    bundle = run("llava_clip", drop_visual_tokens={"keep": 0.3, "after": (1,), "method": "sparsevlm"})
+    how, tower = _dropping(bundle), bundle.tower("vision")
+    assert how is not None
+    asked = [
+        next(_left_on_the_way(bundle, tower, how, sample(text))).token_of for text in ("what is", "how many", "this ?")
+    ]
+    assert len({tuple(one.tolist()) for one in asked}) > 1
 
 
 def test_what_merges_nothing_is_refused() -> None:
     assert not reduces(tiny.bundle("clip"))
     assert not reduces(tiny.bundle("whisper"))
     with pytest.raises(UsageError, match="no tokens of a picture become fewer in this model"):
-        draw(tiny.bundle("clip"), tiny.images(1)[0], Path("never.png"))
+        draw(tiny.bundle("clip"), sample(), Path("never.png"))
 
 
 def test_a_run_draws_what_it_was_shown_and_some_samples_and_the_report_shows_them(tmp_path: Path) -> None:
