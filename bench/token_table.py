@@ -38,7 +38,7 @@ from mmcompress.measure.cost import cost_of
 from mmcompress.measure.latency import compare
 from mmcompress.measure.machine import machine_facts
 from mmcompress.passes.base import Context
-from mmcompress.surgery import dropping, merging, reducing
+from mmcompress.surgery import merging, prompt_flow, reducing
 
 RESULT = assets.RESULTS / "token_table.json"
 RANDOM = "random"
@@ -80,7 +80,7 @@ CONTESTS = {
         "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "answer"),
     ),
     "layers": Contest(
-        assets.mini_vlm, "drop-visual-tokens", get_args(dropping.Method), (0.75, 0.5, 0.25, 0.1),
+        assets.mini_vlm, "drop-visual-tokens", get_args(prompt_flow.Method), (0.75, 0.5, 0.25, 0.1),
         "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "token", "answer"),
     ),
     "audio": Contest(

@@ -28,9 +28,10 @@ from mmcompress.data import Dataset, Sample, Stored
 from mmcompress.data.sample import seen
 from mmcompress.errors import MmcError, UsageError
 from mmcompress.progress import Progress
-from mmcompress.surgery.dropping import Dropping, dropping_of
+from mmcompress.surgery.dropping import dropping_of
 from mmcompress.surgery.ledger import watching
 from mmcompress.surgery.merging import ledger_of
+from mmcompress.surgery.prompt_flow import Dropping
 from mmcompress.surgery.reducing import choice_of
 from mmcompress.views import Tower
 

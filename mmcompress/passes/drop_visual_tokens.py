@@ -14,7 +14,8 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.dropping import counts_kept, drawn_factors
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.passes.latency import SECONDS, solved
-from mmcompress.surgery.dropping import SCORED, Drop, Dropping, bind, dropping_of
+from mmcompress.surgery.dropping import bind, dropping_of
+from mmcompress.surgery.prompt_flow import SCORED, Drop, Dropping
 from mmcompress.views import Prompt, Tower
 
 AFTER = {"fastv": (2,), "pyramiddrop": (0.25, 0.5, 0.75), "sparsevlm": (2 / 32, 6 / 32, 15 / 32)}
@@ -45,6 +46,9 @@ class DropVisualTokens:
     """Which tokens stay: those that the question's last token looks at, chosen once (fastv) or again and again (pyramiddrop),
     those that the words look at that have to do with the picture (sparsevlm, without its recycled tokens), every n-th (grid), or
     random ones (the control)."""
+    place: Literal["blocks", "cache"] = "blocks"
+    """What they leave: the blocks that follow, with their caches (blocks), or those caches alone, once the prompt has been read
+    (cache): reading it takes as long as before, and the answer is written with a smaller cache."""
     after: tuple[int, ...] = ()
     """How many blocks the tokens have been through when they leave; several numbers let them leave in equal steps. Default: 2 for
     fastv and the controls, a quarter, half and three quarters of the blocks for pyramiddrop, 2, 6 and 15 of 32 for sparsevlm."""
@@ -57,6 +61,11 @@ class DropVisualTokens:
             )
         require_milliseconds("drop-visual-tokens.latency_ms", self.latency_ms)
         require_one("drop-visual-tokens", keep=self.keep, keep_tokens=self.keep_tokens, latency_ms=self.latency_ms)
+        if self.place == "cache" and self.latency_ms is not None:
+            raise UsageError(
+                "drop-visual-tokens.latency_ms is the time to read a prompt, which place cache does not change",
+                hint="use place blocks, or give keep",
+            )
         if list(self.after) != sorted(set(self.after)):
             raise UsageError(
                 f"drop-visual-tokens.after is {', '.join(map(str, self.after))}; expected numbers that grow",
@@ -71,7 +80,9 @@ class DropVisualTokens:
             return dataclasses.replace(self, method="random")
         places = tuple(int(drop["after"]) for drop in decisions["drops"])
         keep = None if self.keep_tokens else float(decisions["keep"])
-        return DropVisualTokens(keep=keep, keep_tokens=self.keep_tokens, method="random", after=places)
+        return DropVisualTokens(
+            keep=keep, keep_tokens=self.keep_tokens, method="random", place=self.place, after=places
+        )
 
     def streams(self) -> bool:
         """Whether no weight is looked at: only a latency is that of the whole model."""
@@ -102,6 +113,11 @@ class DropVisualTokens:
                 f"drop-visual-tokens.after is {wrong[0]}; with method {self.method} tokens can leave after {first} to {blocks - 1} "
                 f"of the {blocks} blocks",
                 hint=f"give --after {min(max(2, first), blocks - 1)}",
+            )
+        if self.place == "cache" and len(self._after(tower)) > 1:
+            raise UsageError(
+                f"tokens leave the cache once, and with method {self.method} they would leave {len(self._after(tower))} times",
+                hint="use fastv, or give one number after",
             )
         if self.keep_tokens is not None and len(self._after(tower)) > 1:
             raise UsageError(
@@ -136,6 +152,7 @@ class DropVisualTokens:
                 Drop(int(drop["after"]), float(drop["keep"]), int(drop["most"])) for drop in plan.decisions["drops"]
             ),
             attention=attention,
+            in_cache=self.place == "cache",
             drawn=tuple(plan.decisions.get("drawn", ())),
             both_ways=prompt.both_ways,
         )

@@ -6,6 +6,9 @@ called with the tokens that are left, the positions those had from the start, an
 values hold no others. Behind the last block every token stands in its place again, those that left as they were then, so
 that whoever reads the output at some place finds what belongs there.
 
+Or they leave the caches alone, once the prompt has been read: then the prompt's tokens see all others in every block, and what
+follows sees those that are left.
+
 What the blocks of one call tell each other lies in a `PromptLedger`; what an answer's next call must know, beside the cache (see
 `cache_lengths`).
 
@@ -16,87 +19,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MethodType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmcompress.errors import UsageError
-from mmcompress.ops.dropping import counts_kept, evenly_spread, last_of, raters, room_for, scattered, slots_of
+from mmcompress.ops.dropping import counts_kept, room_for
 from mmcompress.ops.masks import as_added, causal_mask, visible
 from mmcompress.surgery.attention import give_asked
-from mmcompress.surgery.cache_lengths import held_by, remember
-from mmcompress.surgery.ledger import Ledger
+from mmcompress.surgery.prompt_flow import SCORED, Chosen, Dropping, Flow, chosen, opened
 
-Method = Literal["fastv", "pyramiddrop", "sparsevlm", "grid", "random"]
-SCORED: tuple[Method, ...] = ("fastv", "pyramiddrop", "sparsevlm")
-"""Methods that ask an attention."""
 ATTRIBUTE = "dropping"
-
-
-@dataclass(frozen=True)
-class Drop:
-    """One place where image tokens leave."""
-
-    after: int
-    """How many blocks they have been through."""
-    keep: float
-    """Share that stays, of those that came so far."""
-    most: int = 0
-    """With a number, at most so many stay instead."""
-
-
-class Flow(NamedTuple):
-    """What goes from block to block beside the tokens."""
-
-    present: Tensor
-    """(B, T) booleans: no padding."""
-    image: Tensor
-    """(B, T) booleans: a picture's."""
-    asking: Tensor
-    """(B, T): the shares of the tokens whose attention counts."""
-    given: dict[str, Any]
-    """What blocks are called with in place of what the model gives all of them; empty before the first place."""
-    scores: Tensor | None = None
-    """(B, P + T), of the attention before the next place."""
-    left: tuple[tuple[Tensor, Tensor], ...] = ()
-    """At each place so far: which token stood in which slot (B, M, T) and the tokens there were (B, T, C)."""
-
-
-class PromptLedger(Ledger):
-    """Where the model and its blocks leave what later ones need."""
-
-    image: Tensor | None = None
-    """(B, T) booleans; None where the model was given rows in place of token ids: then none is a picture's."""
-    asked: Tensor | None = None
-    """(B,), see `asked_at`."""
-    rooms: tuple[Tensor, ...] | None = None
-    """See `given_rooms`."""
-    flow: Flow | None = None
-
-
-@dataclass(frozen=True)
-class Dropping:
-    """What one block has to do."""
-
-    method: Method
-    drops: tuple[Drop, ...]
-    attention: str
-    """Name in each block of the child that attends."""
-    drawn: tuple[int, ...] = ()
-    """Factors that "random" draws by."""
-    both_ways: bool = False
-    """Whether the prompt's tokens look at one another in both directions."""
-    place: int = -1
-    """The latest place at or before this block; -1: it stands before the first."""
-    starts: bool = False
-    """Whether tokens leave right before it."""
-    first: bool = False
-    """Whether it is the first that has something to do."""
-    last: bool = False
-    ledger: PromptLedger = field(default_factory=PromptLedger)
 
 
 def bind(model: nn.Module, blocks: Sequence[nn.Module], images: Sequence[int], own: Dropping) -> None:
@@ -119,7 +55,7 @@ def bind(model: nn.Module, blocks: Sequence[nn.Module], images: Sequence[int], o
             setattr(attention, ATTRIBUTE, mine)
             attention.forward = MethodType(_attend, attention)
         setattr(block, ATTRIBUTE, mine)
-        block.forward = MethodType(_forward, block)
+        block.forward = MethodType(_forget if own.in_cache and place >= 0 else _leave, block)
     setattr(model, ATTRIBUTE, (own, tuple(images)))
     model.forward = MethodType(_note_images, model)
 
@@ -203,69 +139,56 @@ def _attend(self: Any, *args: Any, **kwargs: Any) -> Any:
     return made
 
 
-def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    own: Dropping = getattr(self, ATTRIBUTE)
-    if self.training and getattr(self, "gradient_checkpointing", False):
-        raise UsageError(
-            "a model that drops image tokens cannot be trained with gradient checkpointing",
-            hint="call model.gradient_checkpointing_disable(), or train before dropping",
-        )
-    if own.first:
-        own.ledger.flow = _opened(self, own, hidden_states, attention_mask, kwargs)
-    assert own.ledger.flow is not None, "the first block opens it"
-    if own.starts:
-        mask = own.ledger.flow.given.get("attention_mask", attention_mask)
-        hidden_states, own.ledger.flow = _dropped(self, own, hidden_states, own.ledger.flow, mask, kwargs)
-    given = {"attention_mask": attention_mask, **kwargs, **own.ledger.flow.given}
-    made: Tensor = type(self).forward(self, hidden_states, **given)
-    if own.last:
-        flow, own.ledger.flow = own.ledger.flow, None
-        if own.ledger.rooms is None:
-            for rows, before in reversed(flow.left):
-                stay = rows.sum(dim=1)[:, :, None].to(made.dtype)  # (B, T, 1)
-                made = rows.mT.to(made.dtype) @ made + (1 - stay) * before
+def _leave(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """Forward of a block: some tokens may leave before it, and behind the last one all stand in their places."""
+    own, flow = _begun(self, hidden_states, attention_mask, kwargs)
+    if own.starts and not own.in_cache:
+        mask = flow.given.get("attention_mask", attention_mask)
+        hidden_states, flow = _without(self, own, hidden_states, flow, mask, kwargs)
+    own.ledger.flow = flow
+    made: Tensor = type(self).forward(self, hidden_states, **{"attention_mask": attention_mask, **kwargs, **flow.given})
+    if own.last and own.ledger.rooms is None:
+        for rows, before in reversed(flow.left):
+            stay = rows.sum(dim=1)[:, :, None].to(made.dtype)  # (B, T, 1)
+            made = rows.mT.to(made.dtype) @ made + (1 - stay) * before
     return made
 
 
-def _opened(block: Any, own: Dropping, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Flow:
-    """Return what is known of the tokens (B, T, C) before any left."""
-    batch, count = tokens.shape[:2]
-    if mask is not None and mask.dim() != 4:
+def _forget(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """Forward of a block that computes with all tokens, and whose cache then holds those that are left."""
+    own, flow = _begun(self, hidden_states, attention_mask, kwargs)
+    cache = kwargs.get("past_key_values")
+    if own.starts:
+        flow = flow._replace(stays=chosen(self, own, flow, cache))
+    own.ledger.flow = flow
+    assert flow.stays is not None, "the place is before this block"
+    mask = _mask_beside(flow, flow.stays, attention_mask, hidden_states)
+    made: Tensor = type(self).forward(self, hidden_states, attention_mask=mask, **kwargs)
+    if cache is not None and (torch.compiler.is_exporting() or hidden_states.shape[1] > 1):
+        held = cache.layers[self.get_submodule(own.attention).layer_idx]
+        held.keys, held.values = (_cut(tensor, flow.stays) for tensor in (held.keys, held.values))
+    return made
+
+
+def _begun(block: Any, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[Dropping, Flow]:
+    """Return what a block has to do, and what is known when it begins. Raises UsageError for what it cannot do."""
+    own: Dropping = getattr(block, ATTRIBUTE)
+    if block.training and getattr(block, "gradient_checkpointing", False):
         raise UsageError(
-            f"dropping image tokens got a mask of {mask.dim()} dimensions; expected 4",
-            hint='set the attention implementation to "sdpa" or "eager"',
+            "a model that drops image tokens cannot be trained with gradient checkpointing",
+            hint="call model.activation_checkpointing_disable(), or train before dropping",
         )
-    present = torch.ones(batch, count, dtype=torch.bool, device=tokens.device)
-    if mask is not None:
-        # The last row looks at all that is there, whichever side the padding is on.
-        present = visible(mask)[:, 0, -1, -count:].expand(batch, -1)
-    image = own.ledger.image
-    image = torch.zeros_like(present) if image is None else image & present
-    asking = last_of(present)
-    if own.ledger.asked is not None:
-        past = held_by(kwargs.get("past_key_values"), block.get_submodule(own.attention).layer_idx)
-        places = torch.arange(count, device=tokens.device) + past
-        asking = (places == own.ledger.asked[:, None]).float()
-    if own.method == "sparsevlm":
-        until = asking.flip(-1).cumsum(dim=-1).flip(-1) > 0  # words of the question, not of an answer behind it
-        asking = raters(tokens.detach(), image, present & ~image & until)
-    return Flow(present, image, asking, {})
+    flow = opened(block, own, tokens, mask, kwargs) if own.first else own.ledger.flow
+    assert flow is not None, "the first block opens it"
+    own.ledger.flow = flow
+    return own, flow
 
 
-def _dropped(
+def _without(
     block: Any, own: Dropping, tokens: Tensor, flow: Flow, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Flow]:
     """Return the tokens (B, M, C) that are left, and what is known of them."""
-    cache = kwargs.get("past_key_values")
-    drop, past = own.drops[own.place], held_by(cache, block.get_submodule(own.attention).layer_idx)
-    if own.ledger.rooms is not None:
-        filled = own.ledger.rooms[own.place]
-        room = filled[:, past:]
-    else:
-        room = room_for(flow.present, flow.image, drop.keep, drop.most)
-        filled = remember(cache, own.place, past, room)
-    rows = slots_of(flow.present, flow.image, _scores(own, flow, room), room)
-    left = rows.to(tokens.dtype) @ tokens
+    rows, room, filled, past = chosen(block, own, flow, kwargs.get("past_key_values"))
     if own.both_ways and mask is not None:
         # Who sees whom is known only from the mask there was.
         among = (rows @ visible(mask)[:, 0, :, -tokens.shape[1] :].float() @ rows.mT) > 0.5  # (B, M, M)
@@ -280,20 +203,24 @@ def _dropped(
         "position_ids": None,
     }
     moved = (rows @ torch.stack([flow.image.float(), flow.asking], dim=-1)).unbind(dim=-1)
-    if own.ledger.watched is not None:
-        own.ledger.watched.append(rows)
-    after = Flow(room.bool(), moved[0] > 0.5, moved[1], given, left=(*flow.left, (rows, tokens)))
-    return left, after
+    left = (*flow.left, (rows, tokens))
+    return rows.to(tokens.dtype) @ tokens, Flow(room.bool(), moved[0] > 0.5, moved[1], given, left=left)
 
 
-def _scores(own: Dropping, flow: Flow, room: Tensor) -> Tensor:
-    """Return how much each token (B, T) should stay."""
-    if own.method == "random":
-        # Each time others: the numbers that are left are small ones again.
-        return scattered(flow.image, (*own.drawn[own.place :], *own.drawn[: own.place]))
-    if own.method == "grid":
-        words = (flow.present & ~flow.image).sum(dim=-1)
-        return evenly_spread(flow.image, room.sum(dim=-1) - words)
-    if flow.scores is None:
-        raise RuntimeError("the attention before this block gave no scores; its config was replaced after dropping")
-    return flow.scores[:, -flow.image.shape[1] :]
+def _mask_beside(flow: Flow, stays: Chosen, mask: Tensor | None, tokens: Tensor) -> Tensor:
+    """Return the mask (B, 1, T, P + T) of tokens that see each other as before, and of the past what is held.
+
+    Where an answer follows in the same row, its tokens do not see those that are gone by then.
+    """
+    count = tokens.shape[1]
+    among = visible(causal_mask(0, count, tokens.dtype, flow.present) if mask is None else mask)[:, 0, :, -count:]
+    if flow.answer is not None:
+        among = among & ~(flow.answer[:, :, None] & flow.image[:, None, :] & (stays.rows.sum(dim=1) == 0)[:, None, :])
+    earlier = stays.filled[:, None, : stays.past].bool().expand(-1, count, -1)
+    return as_added(torch.cat([earlier, among.expand(len(earlier), -1, -1)], dim=-1)[:, None], tokens.dtype)
+
+
+def _cut(held: Tensor, stays: Chosen) -> Tensor:
+    """Return keys or values (B, H, P + M, D) of those that are left, from all (B, H, P + T, D)."""
+    earlier, new = held[:, :, : stays.past], held[:, :, stays.past :]
+    return torch.cat([earlier, stays.rows[:, None].to(held.dtype) @ new], dim=2)

@@ -20,14 +20,22 @@ from mmcompress.manifest import Record
 from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.passes import build
 from mmcompress.passes.base import Context
-from mmcompress.surgery.dropping import Method, dropping_of
+from mmcompress.surgery.dropping import dropping_of
 from mmcompress.surgery.ledger import watching
+from mmcompress.surgery.prompt_flow import Method
 from tests import tiny
 
 METHODS: tuple[Method, ...] = get_args(Method)
+CASES: dict[str, dict[str, Any]] = {
+    **{method: {"method": method} for method in METHODS},
+    "fastv in the cache": {"method": "fastv", "place": "cache"},
+    "sparsevlm in the cache": {"method": "sparsevlm", "place": "cache", "after": (1,)},
+    "grid in the cache": {"method": "grid", "place": "cache", "after": (1,)},
+}
 FAMILIES = ("llava_clip", "llava_siglip", "llava_next", "smolvlm", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 every_case = pytest.mark.parametrize(
-    ("family", "method"), [(family, method) for family in FAMILIES for method in METHODS]
+    ("family", "settings"),
+    [pytest.param(family, settings, id=f"{family}-{name}") for family in FAMILIES for name, settings in CASES.items()],
 )
 
 
@@ -48,9 +56,9 @@ def asked(family: str, **more: Any) -> list[Sample]:
 
 
 @every_case
-def test_answers_depend_on_neither_batch_nor_cache(family: str, method: str) -> None:
-    bundle = dropping(family, keep=0.3, method=method)
-    facts = build("drop-visual-tokens", {"keep": 0.3, "method": method}).fit(bundle, Context())
+def test_answers_depend_on_neither_batch_nor_cache(family: str, settings: dict[str, Any]) -> None:
+    bundle = dropping(family, keep=0.3, **settings)
+    facts = build("drop-visual-tokens", {"keep": 0.3, **settings}).fit(bundle, Context())
     assert min(facts["tokens_kept_after"].values()) < facts["tokens"]
     samples = asked(family)
     answers = bundle.generate(samples)
@@ -60,9 +68,9 @@ def test_answers_depend_on_neither_batch_nor_cache(family: str, method: str) -> 
 
 
 @every_case
-def test_forced_answers_do_not_depend_on_the_batch(family: str, method: str) -> None:
+def test_forced_answers_do_not_depend_on_the_batch(family: str, settings: dict[str, Any]) -> None:
     """Rows are padded on the right then, and the answer stands in them: the question still ends where it did."""
-    bundle = dropping(family, keep=0.3, method=method)
+    bundle = dropping(family, keep=0.3, **settings)
     samples = [
         replace(sample, texts=("what is this" + " how many" * number,)) for number, sample in enumerate(asked(family))
     ]
@@ -74,11 +82,11 @@ def test_forced_answers_do_not_depend_on_the_batch(family: str, method: str) -> 
             torch.testing.assert_close(together[number, : len(alone)], alone, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("family", ["llava_clip", "llava_siglip", "smolvlm"])
-def test_a_forced_answer_is_seen_as_token_after_token(family: str, method: str) -> None:
+def test_a_forced_answer_is_seen_as_token_after_token(family: str, settings: dict[str, Any]) -> None:
     """All at once, told where the question ends, or with a cache."""
-    bundle = dropping(family, keep=0.3, method=method)
+    bundle = dropping(family, keep=0.3, **settings)
     sample = replace(next(iter(tiny.asked(1, turns=False))), texts=("what is this how many",))
     inputs = bundle.prepare("language", [sample])
     ids, asked_last = inputs["input_ids"], int(inputs["answer_positions"][0, 0])
@@ -197,8 +205,9 @@ def test_tokens_leave_again_and_again() -> None:
     assert [rows.shape[1:] for rows in seen if rows is not None] == [(16 + 8, 16 + 16), (16 + 4, 16 + 8)]
 
 
-def test_the_cache_holds_what_is_left() -> None:
-    bundle = dropping("llava_clip", keep=0.25, after=(2,))
+@pytest.mark.parametrize("place", ["blocks", "cache"])
+def test_the_cache_holds_what_is_left(place: str) -> None:
+    bundle = dropping("llava_clip", keep=0.25, after=(2,), place=place)
     inputs = bundle.example_inputs("language", 2)
     given = {"image": bundle.family.ready_made(bundle.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -209,8 +218,8 @@ def test_the_cache_holds_what_is_left() -> None:
 
 
 @every_case
-def test_reload_is_bit_equal(family: str, method: str, tmp_path: Path) -> None:
-    bundle = dropping(family, keep=0.3, method=method)
+def test_reload_is_bit_equal(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    bundle = dropping(family, keep=0.3, **settings)
     assert not checkpoint.save(bundle, tmp_path / "out").plain_transformers
     again = checkpoint.load(tmp_path / "out")
     inputs = bundle.example_inputs("language", 2)
@@ -221,12 +230,23 @@ def test_reload_is_bit_equal(family: str, method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "method"),
-    [("llava_clip", method) for method in METHODS]
-    + [("paligemma", "fastv"), ("smolvlm", "sparsevlm"), ("llava_next", "pyramiddrop"), ("qwen3_vl", "fastv")],
+    ("family", "settings"),
+    [
+        *(pytest.param("llava_clip", settings, id=name) for name, settings in CASES.items()),
+        *(
+            pytest.param(family, CASES[name], id=f"{family}-{name}")
+            for family, name in (
+                ("paligemma", "fastv"),
+                ("paligemma", "fastv in the cache"),
+                ("smolvlm", "sparsevlm"),
+                ("llava_next", "pyramiddrop"),
+                ("qwen3_vl", "fastv"),
+            )
+        ),
+    ],
 )
-def test_exported_it_answers_the_same(family: str, method: str, tmp_path: Path) -> None:
-    bundle = dropping(family, keep=0.3, method=method)
+def test_exported_it_answers_the_same(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    bundle = dropping(family, keep=0.3, **settings)
     samples = [replace(sample, picture=square(sample.picture)) for sample in tiny.asked(3, turns=False)]
     want = bundle.generate(samples)
     artifact = export_onnx(bundle, tmp_path / "out", batches=(2,)).artifact
@@ -289,6 +309,36 @@ def test_a_cache_of_fixed_size_is_refused() -> None:
         bundle.generate(asked("llava_clip"))
 
 
+def test_from_a_cache_alone_they_leave_once_the_prompt_is_read() -> None:
+    """Then the prompt is read as by the plain model, and what follows sees the rest: as if those keys were hidden."""
+    plain, bundle = tiny.bundle("llava_clip"), dropping("llava_clip", keep=0.3, after=(1,), place="cache")
+    inputs = bundle.example_inputs("language", 2)
+    how = dropping_of(bundle.model.model)
+    assert how is not None
+    made = []
+    with torch.no_grad():
+        for one in (plain, bundle):
+            given = {"image": one.family.ready_made(one.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
+            with watching(how.ledger) as seen:
+                made.append(one.model.model(input_ids=inputs["input_ids"], mm_encoder_outputs=given, use_cache=True))
+        torch.testing.assert_close(made[0].last_hidden_state, made[1].last_hidden_state, atol=1e-5, rtol=1e-4)
+        stays = seen[0].sum(dim=1) > 0  # type: ignore[union-attr]
+        hidden = torch.cat([torch.where(stays, 0.0, -1e9), torch.zeros(2, 1)], dim=1)[:, None, None]
+
+        def hide(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "attention_mask": hidden}
+
+        for block in plain.model.model.language_model.layers[1:]:
+            block.register_forward_pre_hook(hide, with_kwargs=True)
+        further = [
+            one.model.model(
+                input_ids=inputs["input_ids"][:, :1], past_key_values=before.past_key_values
+            ).last_hidden_state
+            for one, before in zip((plain, bundle), made, strict=True)
+        ]
+    torch.testing.assert_close(*further, atol=1e-5, rtol=1e-4)
+
+
 def test_an_error_half_way_leaves_nothing_behind() -> None:
     bundle = dropping("llava_clip", keep=0.3, after=(1,))
     inputs = bundle.example_inputs("language", 2)
@@ -341,6 +391,7 @@ def test_blocks_that_others_rely_on_stay_when_blocks_are_pruned() -> None:
         ("llava_clip", {"after": (0,)}, "can leave after 1 to 2 of the 3 blocks"),
         ("qwen3_vl", {"after": (0,), "method": "random"}, "can leave after 1 to 2 of the 3 blocks"),
         ("llava_clip", {"keep_tokens": 4, "after": (1, 2)}, "tokens leave 2 times"),
+        ("llava_clip", {"method": "pyramiddrop", "place": "cache"}, "leave the cache once"),
     ],
 )
 def test_what_cannot_be_done_is_said(family: str, settings: dict[str, Any], said: str) -> None:
@@ -357,6 +408,7 @@ def test_what_cannot_be_done_is_said(family: str, settings: dict[str, Any], said
         ({"keep": 0.5, "keep_tokens": 4}, "both keep and keep_tokens"),
         ({"after": (2, 2)}, "numbers that grow"),
         ({"latency_ms": 0.0}, "a number > 0"),
+        ({"latency_ms": 9.0, "place": "cache"}, "place cache does not change"),
     ],
 )
 def test_bad_parameters_are_refused(settings: dict[str, Any], said: str) -> None:

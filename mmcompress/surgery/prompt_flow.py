@@ -1,0 +1,158 @@
+"""What is known of a prompt's tokens while it goes through a language model, and which image tokens leave: see `dropping`.
+
+Shapes: B batch, T tokens, P past tokens, C channels, M tokens left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmcompress.errors import UsageError
+from mmcompress.ops.dropping import evenly_spread, last_of, raters, room_for, scattered, slots_of
+from mmcompress.ops.masks import visible
+from mmcompress.surgery.cache_lengths import held_by, remember
+from mmcompress.surgery.ledger import Ledger
+
+Method = Literal["fastv", "pyramiddrop", "sparsevlm", "grid", "random"]
+SCORED: tuple[Method, ...] = ("fastv", "pyramiddrop", "sparsevlm")
+"""Methods that ask an attention."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One place where image tokens leave."""
+
+    after: int
+    """How many blocks they have been through."""
+    keep: float
+    """Share that stays, of those that came so far."""
+    most: int = 0
+    """With a number, at most so many stay instead."""
+
+
+class Flow(NamedTuple):
+    """What goes from block to block beside the tokens."""
+
+    present: Tensor
+    """(B, T) booleans: no padding."""
+    image: Tensor
+    """(B, T) booleans: a picture's."""
+    asking: Tensor
+    """(B, T): the shares of the tokens whose attention counts."""
+    given: dict[str, Any] = {}
+    """What blocks are called with in place of what the model gives all of them; empty before the first place."""
+    scores: Tensor | None = None
+    """(B, P + T), of the attention before the next place."""
+    left: tuple[tuple[Tensor, Tensor], ...] = ()
+    """At each place so far: which token stood in which slot (B, M, T) and the tokens there were (B, T, C)."""
+    answer: Tensor | None = None
+    """(B, T) booleans: behind the end of the question, where one follows in the same row; see `asked_at`."""
+    stays: Chosen | None = None
+    """Where tokens leave caches alone: which ones are left."""
+
+
+class PromptLedger(Ledger):
+    """Where the model and its blocks leave what later ones need."""
+
+    image: Tensor | None = None
+    """(B, T) booleans; None where the model was given rows in place of token ids: then none is a picture's."""
+    asked: Tensor | None = None
+    """(B,), see `asked_at`."""
+    rooms: tuple[Tensor, ...] | None = None
+    """See `given_rooms`."""
+    flow: Flow | None = None
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """What one block has to do."""
+
+    method: Method
+    drops: tuple[Drop, ...]
+    attention: str
+    """Name in each block of the child that attends."""
+    drawn: tuple[int, ...] = ()
+    """Factors that "random" draws by."""
+    both_ways: bool = False
+    """Whether the prompt's tokens look at one another in both directions."""
+    place: int = -1
+    """The latest place at or before this block; -1: it stands before the first."""
+    starts: bool = False
+    """Whether tokens leave right before it."""
+    first: bool = False
+    """Whether it is the first that has something to do."""
+    last: bool = False
+    in_cache: bool = False
+    """Whether tokens leave the caches alone, of this block and those behind it, once the prompt has been read."""
+    ledger: PromptLedger = field(default_factory=PromptLedger)
+
+
+class Chosen(NamedTuple):
+    """What is left at one place."""
+
+    rows: Tensor
+    """(B, M, T): which token stands in which slot."""
+    room: Tensor
+    """(B, M), 1 where a token does."""
+    filled: Tensor
+    """(B, P + M): the same of those that blocks behind the place hold already, too."""
+    past: int
+    """P."""
+
+
+def opened(block: Any, own: Dropping, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Flow:
+    """Return what is known of the tokens (B, T, C) before any left."""
+    batch, count = tokens.shape[:2]
+    if mask is not None and mask.dim() != 4:
+        raise UsageError(
+            f"dropping image tokens got a mask of {mask.dim()} dimensions; expected 4",
+            hint='set the attention implementation to "sdpa" or "eager"',
+        )
+    present = torch.ones(batch, count, dtype=torch.bool, device=tokens.device)
+    if mask is not None:
+        # The last row looks at all that is there, whichever side the padding is on.
+        present = visible(mask)[:, 0, -1, -count:].expand(batch, -1)
+    image = own.ledger.image
+    image = torch.zeros_like(present) if image is None else image & present
+    asking, answer = last_of(present), None
+    if own.ledger.asked is not None:
+        past = held_by(kwargs.get("past_key_values"), block.get_submodule(own.attention).layer_idx)
+        places = torch.arange(count, device=tokens.device) + past
+        asking = (places == own.ledger.asked[:, None]).float()
+        answer = places > own.ledger.asked[:, None]
+    if own.method == "sparsevlm":
+        words = present & ~image
+        asking = raters(tokens.detach(), image, words if answer is None else words & ~answer)
+    return Flow(present, image, asking, answer=answer)
+
+
+def chosen(block: Any, own: Dropping, flow: Flow, cache: Any) -> Chosen:
+    """Return which tokens are left where `block` is the first without the others. Raises what `cache_lengths` raises."""
+    drop, past = own.drops[own.place], held_by(cache, block.get_submodule(own.attention).layer_idx)
+    if own.ledger.rooms is not None:
+        filled = own.ledger.rooms[own.place]
+        room = filled[:, past:]
+    else:
+        room = room_for(flow.present, flow.image, drop.keep, drop.most)
+        filled = remember(cache, own.place, past, room)
+    rows = slots_of(flow.present, flow.image, _scores(own, flow, room), room)
+    if own.ledger.watched is not None:
+        own.ledger.watched.append(rows)
+    return Chosen(rows, room, filled, past)
+
+
+def _scores(own: Dropping, flow: Flow, room: Tensor) -> Tensor:
+    """Return how much each token (B, T) should stay."""
+    if own.method == "random":
+        # Each time others: the numbers that are left are small ones again.
+        return scattered(flow.image, (*own.drawn[own.place :], *own.drawn[: own.place]))
+    if own.method == "grid":
+        words = (flow.present & ~flow.image).sum(dim=-1)
+        return evenly_spread(flow.image, room.sum(dim=-1) - words)
+    if flow.scores is None:
+        raise RuntimeError("the attention before this block gave no scores; its config was replaced after dropping")
+    return flow.scores[:, -flow.image.shape[1] :]
