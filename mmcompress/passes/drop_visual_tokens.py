@@ -52,6 +52,8 @@ class DropVisualTokens:
     after: tuple[int, ...] = ()
     """How many blocks the tokens have been through when they leave; several numbers let them leave in equal steps. Default: 2 for
     fastv and the controls, a quarter, half and three quarters of the blocks for pyramiddrop, 2, 6 and 15 of 32 for sparsevlm."""
+    tower: str = ""
+    """The tower they leave; by default the one that is given image tokens among its words."""
 
     def __post_init__(self) -> None:
         require_kept_share("drop-visual-tokens.keep", self.keep, "0.5 keeps half")
@@ -81,7 +83,7 @@ class DropVisualTokens:
         places = tuple(int(drop["after"]) for drop in decisions["drops"])
         keep = None if self.keep_tokens else float(decisions["keep"])
         return DropVisualTokens(
-            keep=keep, keep_tokens=self.keep_tokens, method="random", place=self.place, after=places
+            keep, self.keep_tokens, method="random", place=self.place, after=places, tower=self.tower
         )
 
     def streams(self) -> bool:
@@ -174,11 +176,12 @@ class DropVisualTokens:
 
     def _language(self, bundle: Bundle) -> tuple[Tower, Prompt]:
         """Return the language model's tower and its prompt. Raises UsageError where there is none."""
-        for tower in bundle.towers():
+        for tower in [bundle.tower(self.tower)] if self.tower else bundle.towers():
             if tower.prompt is not None:
                 return tower, tower.prompt
         raise UsageError(
-            f"{bundle.family.name} models have no language model that is given image tokens among its words",
+            f"{f'the {self.tower} tower' if self.tower else bundle.family.name + ' models'} cannot drop image tokens: that needs a "
+            "language model which is given them among its words",
             hint="mmc inspect shows what can be done",
         )
 

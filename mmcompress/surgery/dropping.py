@@ -217,7 +217,7 @@ def _mask_beside(flow: Flow, stays: Chosen, mask: Tensor | None, tokens: Tensor)
     if flow.answer is not None:
         among = among & ~(flow.answer[:, :, None] & flow.image[:, None, :] & (stays.rows.sum(dim=1) == 0)[:, None, :])
     earlier = stays.filled[:, None, : stays.past].bool().expand(-1, count, -1)
-    return as_added(torch.cat([earlier, among.expand(len(earlier), -1, -1)], dim=-1)[:, None], tokens.dtype)
+    return as_added(torch.cat([earlier, among.expand(earlier.shape[0], -1, -1)], dim=-1)[:, None], tokens.dtype)
 
 
 def _cut(held: Tensor, stays: Chosen) -> Tensor:

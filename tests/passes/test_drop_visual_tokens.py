@@ -385,8 +385,8 @@ def test_blocks_that_others_rely_on_stay_when_blocks_are_pruned() -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "said"),
     [
-        ("clip", {}, "no language model"),
-        ("whisper", {}, "no language model"),
+        ("clip", {}, "is given them among its words"),
+        ("whisper", {}, "is given them among its words"),
         ("llava_clip", {"after": (3,)}, "can leave after 1 to 2 of the 3 blocks"),
         ("llava_clip", {"after": (0,)}, "can leave after 1 to 2 of the 3 blocks"),
         ("qwen3_vl", {"after": (0,), "method": "random"}, "can leave after 1 to 2 of the 3 blocks"),
