@@ -51,6 +51,20 @@ def test_cuda_and_cpu_agree_on_the_same_checkpoint(family: str, tmp_path: Path) 
         )
 
 
+@pytest.mark.parametrize(
+    "settings", [{"method": "fastv"}, {"method": "sparsevlm"}, {"method": "grid", "place": "cache"}]
+)
+def test_prompts_lose_tokens_on_cuda_as_on_the_cpu(settings: dict[str, object]) -> None:
+    answers = []
+    for device in ("cpu", "cuda"):
+        bundle = tiny.bundle("llava_clip")
+        bundle.model.to(device)
+        step = Step("drop-visual-tokens", {"keep": 0.3, **settings, "after": [1]})
+        pipeline.run_stage(bundle, pipeline.Stage(1, step, passes.build(step.name, step.params)), Context())
+        answers.append(bundle.generate(list(tiny.asked(4))))
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_merging_keeps_half_precision(dtype: torch.dtype) -> None:
     bundle = tiny.bundle("clip")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.export.onnx import export_onnx
+from mmcompress.export.tensorrt_api import load_api
 from mmcompress.manifest import Record
 from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.passes import build
@@ -263,6 +265,41 @@ def test_exported_it_answers_the_same(family: str, settings: dict[str, Any], tmp
 
 def square(picture: Any) -> Any:
     return picture.resize((224, 224)) if picture else None
+
+
+@pytest.mark.skipif(
+    find_spec("tensorrt_rtx_bindings") is None, reason="tensorrt_rtx_bindings is not installed (extra rtx)"
+)
+@pytest.mark.parametrize(
+    "settings", [{"method": "pyramiddrop"}, {"method": "sparsevlm", "place": "cache", "after": (1,)}]
+)
+def test_tensorrt_rtx_parses_and_builds_the_language_part(settings: dict[str, Any], tmp_path: Path) -> None:
+    """For the prompt, whose past is empty, and for a further token."""
+    bundle = dropping("llava_clip", keep=0.5, **settings)
+    artifact = export_onnx(bundle, tmp_path / "out", batches=(1,)).artifact
+    trt = load_api("tensorrt_rtx").trt
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(artifact.path("language"))), parser.get_error(0).desc()
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    for tokens, past in (((1, 16, 64), (0, 0, 0)), ((1, 1, 1), (1, 16, 128))):
+        profile = builder.create_optimization_profile()
+        for spec in artifact.component("language").inputs:
+            sizes = [[size_of(dim, number, tokens, past) for dim in spec.dims] for number in range(3)]
+            profile.set_shape(spec.name, *sizes)
+        assert config.add_optimization_profile(profile) >= 0
+    assert builder.build_serialized_network(network, config) is not None
+
+
+def size_of(dim: int | str, number: int, tokens: tuple[int, ...], past: tuple[int, ...]) -> int:
+    if isinstance(dim, int):
+        return dim
+    kinds = {"batch": (1, 1, 2), "tokens": tokens, "past": past}
+    return sum(kinds[name.partition("_")[0]][number] for name in dim.split(" + "))
 
 
 def test_an_exported_cache_is_smaller(tmp_path: Path) -> None:
