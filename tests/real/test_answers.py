@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from bench import assets
-from mmcompress import checkpoint
+from mmcompress import checkpoint, passes
 from mmcompress.bundle import Bundle
 from mmcompress.data import Sample, open_data
 from mmcompress.export.artifact import open_artifact
 from mmcompress.export.onnx import export_onnx
+from mmcompress.manifest import Record
 from mmcompress.measure.answerer import artifact_answerer
+from mmcompress.passes.base import Context
 from tests import tiny
 from tests.built import built
 
@@ -28,6 +30,16 @@ def mini_vlm() -> tuple[Bundle, list[Sample]]:
     return checkpoint.load(built(assets.mini_vlm)), list(dataset)
 
 
+def dropping_vlm() -> tuple[Bundle, list[Sample]]:
+    """The same, a third of whose image tokens are left at the end of their way, chosen by the question."""
+    bundle, samples = mini_vlm()
+    made = passes.build("drop-visual-tokens", {"keep": 0.33, "method": "pyramiddrop"})
+    plan = made.plan(bundle, Context())
+    made.apply(bundle, plan)
+    bundle.history.append(Record(made.name, {"keep": 0.33, "method": "pyramiddrop"}, plan.decisions))
+    return bundle, samples
+
+
 def tiny_qwen() -> tuple[Bundle, list[Sample]]:
     """Random weights; its parts know one size of picture."""
     samples = tiny.data("qwen2_5_vl", COUNT)
@@ -36,7 +48,7 @@ def tiny_qwen() -> tuple[Bundle, list[Sample]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("made", [mini_vlm, tiny_qwen])
+@pytest.mark.parametrize("made", [mini_vlm, dropping_vlm, tiny_qwen])
 def test_exported_it_writes_what_torch_writes(made: Callable[[], tuple[Bundle, list[Sample]]], tmp_path: Path) -> None:
     bundle, samples = made()
     want = [text for start in range(0, COUNT, 10) for text in bundle.generate(samples[start : start + 10])]
