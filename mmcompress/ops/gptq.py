@@ -19,6 +19,8 @@ Shape alphabet: R rows (outputs), C columns (inputs), G groups.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,23 @@ DAMPING = 0.01
 BLOCK = 128
 
 
-def gptq(
-    weight: Tensor, moment: Tensor, scale: Tensor, zero_point: Tensor, levels: Levels = UINT4, damping: float = DAMPING
-) -> Grouped:
-    """Round `weight` (R, C) to the grids (R, G) so that outputs for inputs of second moment `moment` (C, C) change least."""
-    columns = weight.shape[1]
+@dataclass(frozen=True)
+class Compensation:
+    """Which column to round when, (C,), and how the later ones make up for it: U (C, C) in that order."""
+
+    order: Tensor
+    factor: Tensor
+
+
+def compensation(moment: Tensor, damping: float = DAMPING) -> Compensation:
+    """Return how columns make up for each other, for inputs of second moment `moment` (C, C); once for all layers they go to."""
     order = moment.diagonal().argsort(descending=True, stable=True)
-    factor = _factor(moment[order][:, order], damping).float()
+    return Compensation(order, _factor(moment[order][:, order], damping).float())
+
+
+def gptq(weight: Tensor, how: Compensation, scale: Tensor, zero_point: Tensor, levels: Levels = UINT4) -> Grouped:
+    """Round `weight` (R, C) to the grids (R, G) so that the output changes least."""
+    order, factor, columns = how.order, how.factor, weight.shape[1]
     left = weight.detach().float()[:, order]  # a copy: rounded and made up for in place
     group = (order // (columns // scale.shape[1])).tolist()
     steps, zeros = scale.float().unbind(1), zero_point.float().unbind(1)

@@ -3,8 +3,9 @@
     quantize      q = clamp(round(w / scale) + zero_point, 0, 15)
     dequantize    w' = (q - zero_point) * scale
 
-Fifteen steps are too few for a whole row: a group of 32 or so has a grid of its own (Yao et al. 2022, arXiv 2206.01861, section 3.1).
-The grid is asymmetric and contains 0, so that a pruned weight stays 0. Zero points are integers, which is what runtimes multiply with.
+Fifteen steps are too few for a whole row: a group of 32 or so has a grid of its own (Yao et al. 2022, arXiv 2206.01861, section
+3.1). The grid is asymmetric and contains 0, so that a pruned weight stays 0. Zero points are integers, which is what runtimes
+multiply with.
 
 Bytes hold the earlier of two codes in their lower half, as ONNX Runtime's MatMulNBits reads them; of an odd number of zero points
 the last fills its byte twice.
@@ -49,6 +50,11 @@ def group_size_for(columns: int, wanted: int) -> int:
     if wanted == 0:
         return columns if fitting else 0
     return wanted if columns % wanted == 0 else fitting
+
+
+def block_size_for(columns: int, size: int) -> int:
+    """Return the size of a runtime's blocks for groups of `size` columns: that, or what cuts a whole row evenly."""
+    return size if size in GROUP_SIZES else group_size_for(columns, GROUP_SIZES[0])
 
 
 def nearest_grid(weight: Tensor, size: int, levels: Levels = UINT4) -> tuple[Tensor, Tensor]:

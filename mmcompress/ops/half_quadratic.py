@@ -8,11 +8,14 @@ end up far off. The problem is split by an auxiliary error e, which takes up wha
     w'  <- the grid that fits  w - e  best, codes held; then every w at its nearest place
     beta <- 1.01 * beta
 
-Deliberate differences: weights are measured in steps of the covering grid, since beta knows no units: with weights as they come
-(errors of a few thousandths, beta 10) everything is shrunk to 0 and nothing forgiven. Then beta 5 left a fifth less of the squared
-error of SmolLM2's Linears in groups of 32 than rounding to nearest, and beta 3 to 10 did about the same. Zero points stay integers, since that is what runtimes multiply with, and with a zero point held to integers
-there is room in the scale, so that the fit is the least-squares scale followed by the mean zero point. And every group keeps the
-best grid it has met, the covering one included, so no group is worse than rounded to nearest by the norm itself.
+Deliberate differences:
+
+* Weights are measured in steps of the covering grid, since beta knows no units: with weights as they come (errors of a few
+  thousandths, beta 10) everything is shrunk to 0 and nothing forgiven. Beta 5 left a fifth less of the squared error of SmolLM2's
+  Linears in groups of 32 than rounding to nearest; 3 and 10 did about the same.
+* Zero points stay integers, since that is what runtimes multiply with. The scale is fitted instead, by least squares, then the mean
+  zero point.
+* Every group keeps the best grid it has met, the covering one included, so that none is worse than rounded to nearest by the norm.
 
 Shape alphabet: R rows, C columns, G groups.
 """

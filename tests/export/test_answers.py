@@ -22,7 +22,7 @@ from mmcompress.families.answers import greedy
 from mmcompress.families.causal import HIDDEN, causal_mask
 from mmcompress.measure.answerer import Answerer, artifact_answerer, bundle_answerer
 from mmcompress.passes.base import Context, Plan
-from mmcompress.surgery.quantized import QUANTIZED
+from mmcompress.surgery.quantized_base import Quantized
 from tests import tiny
 from tests.export.test_parity import edited, initializer_of
 
@@ -150,7 +150,7 @@ def test_quantized_it_answers_the_same_and_keeps_its_integers(tmp_path: Path, bu
     context = Context(data=tiny.spoken(8))
     made.apply(bundle, made.plan(bundle, context))
     report = export_onnx(bundle, tmp_path / "out", batches=(1, 2))
-    found = {m.weight_int8.data_ptr(): m.weight_int8.nbytes for m in bundle.model.modules() if isinstance(m, QUANTIZED)}
+    found = {m.weight_int8.data_ptr(): m.weight_int8.nbytes for m in bundle.model.modules() if isinstance(m, Quantized)}
     integers = sum(found.values())  # the table and the output layer tied to it are one
     assert sum(component.component.weights["INT8"] for component in report.components) == integers
     samples = list(tiny.spoken(5))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmcompress.ops.gptq import gptq, output_error
+from mmcompress.ops.gptq import compensation, gptq, output_error
 from mmcompress.ops.grouped import (
     Grouped,
     group_size_for,
@@ -67,7 +67,11 @@ def test_a_group_of_zeros_stays_zero() -> None:
     values = weight()
     values[:, :16] = 0
     moment = torch.eye(64)
-    for made in (nearest(values, 16), half_quadratic(values, 16), gptq(values, moment, *nearest_grid(values, 16))):
+    for made in (
+        nearest(values, 16),
+        half_quadratic(values, 16),
+        gptq(values, compensation(moment), *nearest_grid(values, 16)),
+    ):
         assert not made.dequantized()[:, :16].any()
         assert made.scale.isfinite().all()
         assert (made.scale > 0).all()
@@ -127,7 +131,7 @@ def test_gptq_by_hand() -> None:
     moment, values = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([[0.4, 0.45]])
     scale, zero_point, levels = integers()
     plain = on_grid(values, scale, zero_point, levels)
-    made = gptq(values, moment, scale, zero_point, levels, damping=0.0)
+    made = gptq(values, compensation(moment, damping=0.0), scale, zero_point, levels)
     assert plain.codes.tolist() == [[0, 0]]
     assert made.codes.tolist() == [[0, 1]]
     assert output_error(values, plain.codes, moment).item() == pytest.approx(1.085)
@@ -137,13 +141,13 @@ def test_gptq_by_hand() -> None:
 def test_the_largest_inputs_are_rounded_first() -> None:
     """Now the second column goes first: 0.45 to 0, which moves 0.4 by 0.45 * 1/2 to 0.625, and that goes to 1."""
     moment, values = torch.tensor([[2.0, 1.0], [1.0, 2.1]]), torch.tensor([[0.4, 0.45]])
-    assert gptq(values, moment, *integers(), damping=0.0).codes.tolist() == [[1, 0]]
+    assert gptq(values, compensation(moment, damping=0.0), *integers()).codes.tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("columns", [64, 192])
 def test_gptq_with_inputs_that_have_nothing_to_do_with_each_other_rounds_to_nearest(columns: int) -> None:
     values = weight(columns=columns)
-    made = gptq(values, 3.0 * torch.eye(columns), *nearest_grid(values, 16))
+    made = gptq(values, compensation(3.0 * torch.eye(columns)), *nearest_grid(values, 16))
     assert torch.equal(made.codes, nearest(values, 16).codes)
 
 
@@ -155,7 +159,7 @@ def test_gptq_lowers_the_error_of_the_output(columns: int, grid: object) -> None
     scale, zero_point = grid(values, 16)
     errors = [
         output_error(values, made.dequantized(), moment).sum().item()
-        for made in (on_grid(values, scale, zero_point), gptq(values, moment, scale, zero_point))
+        for made in (on_grid(values, scale, zero_point), gptq(values, compensation(moment), scale, zero_point))
     ]
     assert errors[1] < 0.6 * errors[0]
 
@@ -163,16 +167,20 @@ def test_gptq_lowers_the_error_of_the_output(columns: int, grid: object) -> None
 def test_gptq_takes_inputs_that_were_never_seen_and_moments_of_few_samples() -> None:
     values, inputs = weight(), torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     inputs[:, 7] = 0
-    made = gptq(values, inputs.T @ inputs / 5, *nearest_grid(values, 16))
+    made = gptq(values, compensation(inputs.T @ inputs / 5), *nearest_grid(values, 16))
     assert torch.equal(made.codes[:, 7], nearest(values, 16).codes[:, 7])
-    silent = gptq(values, torch.zeros(64, 64), *nearest_grid(values, 16))
+    silent = gptq(values, compensation(torch.zeros(64, 64)), *nearest_grid(values, 16))
     assert torch.equal(silent.codes, nearest(values, 16).codes)
 
 
 def test_the_weight_itself_is_left_alone() -> None:
     values = weight()
     before = values.clone()
-    for made in (nearest(values, 16), half_quadratic(values, 16), gptq(values, correlated(), *nearest_grid(values, 16))):
+    for made in (
+        nearest(values, 16),
+        half_quadratic(values, 16),
+        gptq(values, compensation(correlated()), *nearest_grid(values, 16)),
+    ):
         assert isinstance(made, Grouped)
         assert made.codes.dtype == UINT4.dtype
         assert int(made.codes.max()) <= 15
