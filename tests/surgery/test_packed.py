@@ -122,13 +122,12 @@ class Block(nn.Module):
         return made
 
 
-def exported(block: Block, path: Path) -> Any:
+def exported(block: nn.Module, path: Path, states: Tensor) -> Any:
     import onnx
     from onnxscript import optimizer
 
     from mmcompress.export.graph import simplify
 
-    states = x(3, 4, 96)
     program = torch.export.export(block.eval(), (states,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     made = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False, optimize=False)
     assert made is not None
@@ -147,7 +146,7 @@ def test_export_writes_the_stored_bytes_and_both_engines_agree(rounds_inputs: bo
     import openvino
 
     block = Block(rounds_inputs)
-    graph = exported(block, tmp_path / "block.onnx")
+    graph = exported(block, tmp_path / "block.onnx", x(3, 4, 96))
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
     layers = (block.one, block.two, block.three)
@@ -174,3 +173,13 @@ def test_export_writes_the_stored_bytes_and_both_engines_agree(rounds_inputs: bo
         torch.testing.assert_close(torch.from_numpy(found), want, rtol=off, atol=off)
         (other,) = compiled([states.numpy()]).values()
         torch.testing.assert_close(torch.from_numpy(other), want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize("size", [32, 1024])
+def test_a_weight_too_large_for_the_exporter_to_fold_is_a_constant_too(size: int, tmp_path: Path) -> None:
+    graph = exported(PackedLinear(nn.Linear(1024, 3000), size, nearest), tmp_path / "large.onnx", x(3, 2, 1024))
+    assert [node.op_type for node in graph.node] == ["MatMulNBits", "Add"]
+    blocks = 1024 // min(size, 128)
+    held = 3000 * 1024 // 2 + 3000 * blocks * 4 + 3000 * blocks // 2 + 3000 * 4
+    assert sum(len(tensor.raw_data) for tensor in graph.initializer) == held
