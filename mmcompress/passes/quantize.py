@@ -18,7 +18,7 @@ from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize_calibrate import calibrate, offers
 from mmcompress.passes.quantize_judge import Judge, judge_tower
-from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes, whole_ties
+from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes, told, whole_ties
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
@@ -248,7 +248,8 @@ class Quantize:
             if self.rounding == "gptq":
                 for path, buffers in quantize_moments.rounded(bundle, tower, sizes, context):
                     made.tensors.update({f"{path}.{name}": value for name, value in buffers.items()})
-            report["eight_bit"] = [path for path in paths if path not in sizes]
+            report["eight_bit"] = eight = [path for path in paths if path not in sizes]
+            context.progress.say(f"{tower.name}: {told(sizes, eight)}")
             made.decisions["groups"] |= sizes
         made.decisions["layers"] |= schemes
         made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in schemes}

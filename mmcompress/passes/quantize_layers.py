@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -43,6 +44,14 @@ def group_sizes(bundle: Bundle, tower: Tower, paths: Sequence[str], wanted: int)
         if isinstance(module, nn.Linear)
     }
     return {path: size for path, size in sizes.items() if size}
+
+
+def told(sizes: Mapping[str, int], eight_bit: Sequence[str]) -> str:
+    """Return which layers take 4 bits and which 8, for a person."""
+    counts = Counter(sizes.values()).most_common()
+    groups = ", ".join(f"{count} in groups of {size}" for size, count in counts)
+    others = f"; 8 bits: {', '.join(eight_bit[:3])}{f' and {len(eight_bit) - 3} more' if len(eight_bit) > 3 else ''}"
+    return f"{len(sizes)} Linears take 4 bits ({groups or 'none can'}){others if eight_bit else ''}"
 
 
 def whole_ties(paths: Sequence[str], tower: Tower) -> list[str]:

@@ -15,6 +15,7 @@ from mmcompress.ops.gptq import output_error
 from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize import Quantize
+from mmcompress.passes.quantize_layers import told
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear, TiedLinear
 from mmcompress.surgery.watch import Sums
@@ -95,6 +96,12 @@ def test_weights_alone_need_no_data(rounding: Any) -> None:
     bundle, plan = run(rounding=rounding)
     assert packed(bundle)
     assert plan.tensors == {}
+
+
+def test_what_takes_how_many_bits_is_said() -> None:
+    assert told({"a": 32, "b": 16, "c": 32}, []) == "3 Linears take 4 bits (2 in groups of 32, 1 in groups of 16)"
+    assert told({"a": 32}, ["table", "head"]) == "1 Linears take 4 bits (1 in groups of 32); 8 bits: table, head"
+    assert told({}, ["b", "c", "d", "e", "f"]) == "0 Linears take 4 bits (none can); 8 bits: b, c, d and 2 more"
 
 
 def test_gptq_needs_data_and_says_so() -> None:
