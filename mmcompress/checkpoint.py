@@ -37,7 +37,7 @@ from mmcompress.preprocessing import quiet, read_processor
 from mmcompress.room import require_room
 from mmcompress.staging import staging
 from mmcompress.surgery.deferred import empty
-from mmcompress.surgery.quantized import weights_unread
+from mmcompress.surgery.quantized_base import weights_unread
 from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

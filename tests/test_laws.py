@@ -45,6 +45,8 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-cpu": ("quantize", {"scheme": "W8A8", "target": "cpu"}),
     "w8a8-tensorrt": ("quantize", {"scheme": "W8A8", "target": "tensorrt"}),
     "w8a16": ("quantize", {"scheme": "W8A16"}),
+    "w4a16": ("quantize", {"scheme": "W4A16", "group_size": 16}),
+    "w4a16-gptq": ("quantize", {"scheme": "W4A16", "rounding": "gptq", "min_cosine": -1.0}),
     "distill": ("distill", {"steps": 2, "batch_size": 4}),
 }
 # One of each kind, in an order that works.

@@ -18,6 +18,7 @@ from mmcompress.surgery import quantized
 from tests import tiny
 
 ROUND: dict[str, Any] = {"quantize": {"scheme": "W8A16"}}
+FOUR_BITS: dict[str, Any] = {"quantize": {"scheme": "W4A16", "group_size": 16}}
 RECIPE = {"steps": [ROUND]}
 CUT: dict[str, Any] = {"prune": {"ratio": 0.05, "score": "magnitude", "compensate": "none", "multiple": 1}}
 SHORTEN: dict[str, Any] = {"prune": {"ratio": 0.1, "score": "random", "units": ["blocks"]}}
@@ -28,6 +29,7 @@ RUNS: list[tuple[str, list[dict[str, Any]]]] = [
     *((name, [CUT, ROUND]) for name in ("qwen2_5_vl", "clap", "blip", "whisper", "clip")),
     ("llava_dinov2", [SHORTEN, CUT, CUT]),
     ("qwen2_5_vl", [SHORTEN, ROUND]),
+    *((name, [FOUR_BITS]) for name in ("llava_dinov2", "qwen2_5_vl", "whisper")),
     ("clip", [MERGE, CUT, ROUND]),
     ("siglip", [MERGE]),
     (
@@ -161,6 +163,9 @@ def test_a_checkpoint_that_lacks_a_tensor_leaves_nothing(tmp_path: Path) -> None
         ("quantize", {"scheme": "W8A16"}, True),
         ("quantize", {"scheme": "w8a16", "vision_scheme": "W16A16"}, True),
         ("quantize", {"scheme": "W8A16", "vision_scheme": "W8A8"}, False),
+        ("quantize", {"scheme": "W4A16", "vision_scheme": "W8A16"}, True),
+        ("quantize", {"scheme": "W4A16", "rounding": "gptq"}, False),
+        ("quantize", {"scheme": "W8A16", "rounding": "gptq"}, True),
         ("prune", {"score": "magnitude"}, False),
         ("prune", {"score": "magnitude", "compensate": "none"}, True),
         ("prune", {"score": "magnitude", "compensate": "none", "crosscheck": True}, False),

@@ -8,5 +8,6 @@ command = single_pass(
     "quantize",
     "quantize",
     """  mmc quantize MODEL -o OUT --scheme W8A8 --data pairs/
-  mmc quantize MODEL -o OUT --scheme W8A8 --text-scheme W8A16 --target tensorrt --data pairs/""",
+  mmc quantize MODEL -o OUT --scheme W8A8 --text-scheme W8A16 --target tensorrt --data pairs/
+  mmc quantize VLM -o OUT --scheme W8A16 --language-scheme W4A16 --rounding gptq --data questions/""",
 )

@@ -38,6 +38,21 @@ def transpose_constants(model: ir.Model) -> int:
     return count
 
 
+def reshape_constants(model: ir.Model) -> int:
+    """Reshape and repeat constants now, those that the exporter leaves because they are large: packed weights and their scales."""
+    count = 0
+    for node in nodes(model, "Reshape", "Expand"):
+        whole, shape = constant(node.inputs[0]), node.outputs[0].shape
+        if whole is None or shape is None or not shape.is_static():
+            continue
+        sizes = [int(size) for size in shape]  # type: ignore[arg-type]
+        turned = whole.reshape(sizes) if node.op_type == "Reshape" else np.broadcast_to(whole, sizes).copy()
+        made = initializer(model, turned, f"{name(node.inputs[0])}_shaped")
+        ir.convenience.replace_all_uses_with(node.outputs[0], made)
+        count += 1
+    return count
+
+
 def share_tables(model: ir.Model) -> int:
     """Look rows up as columns of the transposed table where an output layer holds the same integers: tied, they are stored once."""
     count = 0

@@ -25,6 +25,7 @@ from mmcompress.export.constants import (
     initializer,
     name,
     nodes,
+    reshape_constants,
     share_tables,
     split_constants,
     transpose_constants,
@@ -41,6 +42,7 @@ def simplify(model: ir.Model) -> dict[str, int]:
         for rewrite in (
             split_constants,
             transpose_constants,
+            reshape_constants,
             share_tables,
             drop_open_masks,
             fold_channel_scales,

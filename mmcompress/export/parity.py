@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mmcompress.errors import GateFailed
-from mmcompress.export.rounding import check_grids, no_rounding, unrounded
+from mmcompress.export.rounding import check_grids, no_rounding, rounds, unrounded
 from mmcompress.export.running import open_graph, run_torch, run_torch_blocks
 from mmcompress.export.trace import Traced
 from mmcompress.parts import BATCH, PAST, TOKENS
@@ -91,11 +91,11 @@ def check_parity(
     """
     inputs = list(corners(module, batches))
     strict = TOLERANCES[precision]
-    operators = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
-    if "QuantizeLinear" not in operators and precision != "bfloat16":
+    rounded = rounds(onnx.load(path, load_external_data=False))
+    if not rounded and precision != "bfloat16":
         return _compare_all(module, path, inputs, strict)
     graph = onnx.load(path)
-    if "QuantizeLinear" not in operators:
+    if not rounded:
         return _compare_all(module, graph, inputs, strict)
     check_grids(module, graph)
     with no_rounding(module):

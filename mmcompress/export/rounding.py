@@ -3,7 +3,8 @@
 Two correct engines disagree on a quantized network: a value within 1e-6 of the middle between two integers goes up in one
 and down in the other, that step is as large as the quantization error itself, and it spreads through the layers behind
 it. So a quantized graph is checked in three parts: everything but the rounding to float accuracy, the rounding's own
-parameters for equality, and the whole within a loose cosine.
+parameters for equality, and the whole within a loose cosine. Products that round their inputs at run time (MatMulNBits) have no
+such parameters: they are told not to for the first part.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from mmcompress.errors import GateFailed
 from mmcompress.export.running import run_torch
 from mmcompress.export.trace import Traced
 from mmcompress.parts import BATCH
+from mmcompress.surgery.rounding_operators import FLOAT_INPUTS, ROUNDED_INPUTS
 
 Grid = tuple[float, int]
 """(scale, zero point)."""
 
 
 def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which activations pass QuantizeLinear and DequantizeLinear unchanged; weights stay integers."""
+    """Return a copy in which activations pass QuantizeLinear, DequantizeLinear and MatMulNBits unrounded; weights stay integers."""
     made = onnx.ModelProto()
     made.CopyFrom(graph)
     source = {node.output[0]: node.input[0] for node in made.graph.node if node.op_type == "QuantizeLinear"}
@@ -38,6 +40,8 @@ def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
         node for node in made.graph.node if node.op_type != "QuantizeLinear" and not (set(node.output) & set(passed))
     ]
     for node in kept:
+        if node.op_type == "MatMulNBits":
+            level(node).i = FLOAT_INPUTS
         for index, name in enumerate(node.input):
             while name in passed:
                 name = passed[name]
@@ -45,6 +49,19 @@ def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
     del made.graph.node[:]
     made.graph.node.extend(kept)
     return made
+
+
+def rounds(graph: onnx.ModelProto) -> bool:
+    """Return whether activations are rounded anywhere, by the graph itself or by a product that may."""
+    return any(
+        node.op_type == "QuantizeLinear" or (node.op_type == "MatMulNBits" and level(node).i == ROUNDED_INPUTS)
+        for node in graph.graph.node
+    )
+
+
+def level(node: onnx.NodeProto) -> onnx.AttributeProto:
+    """Return the attribute of a MatMulNBits that says how exact it is."""
+    return next(attribute for attribute in node.attribute if attribute.name == "accuracy_level")
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 A session that cannot use the provider it was asked for quietly takes the CPU. Here that is an error: the session's
 providers are compared with the request, and on CUDA no matrix product may have been placed on the CPU. TF32 is off, and
-so is the quantization of activations that meet weight-only int8 linears, so that a file runs as stored. Idle worker
-threads stop spinning after each run: in interleaved rounds they would otherwise take cores from whoever is measured
-next (about 20 ms of processor time after every run, measured on two cores).
+so is the quantization of activations that meet weight-only int8 linears, so that a file runs as stored; a file whose 4-bit
+products ask for it gets it for all of them. Idle worker threads stop spinning after each run: in interleaved rounds they would
+otherwise take cores from whoever is measured next (about 20 ms of processor time after every run, measured on two cores).
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmcompress.errors import MissingError, UsageError
-from mmcompress.measure.onnx_graph import external_files, read_graph
+from mmcompress.measure.onnx_graph import every_node, external_files, read_graph
 from mmcompress.measure.onnx_rules import NO_RULE, RULES
 from mmcompress.measure.runner import Array, Arrays, Declared, Step, fitted, stored_precision_only
+
+if TYPE_CHECKING:
+    import onnx
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALL = {"cpu": "pip install 'mmcompress[cpu]'", "cuda": "pip install 'mmcompress[cuda]'"}
@@ -124,7 +127,7 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OnnxRuntim
     except ImportError as error:
         raise MissingError("onnxruntime is not installed", hint=_INSTALL[device]) from error
     path, provider = Path(artifact), _PROVIDERS[device]
-    read_graph(path)
+    rounds = _may_round_inputs(read_graph(path))
     external_files(path)
     if provider not in onnxruntime.get_available_providers():
         raise MissingError(f"this onnxruntime was built without {provider}", hint=_INSTALL[device])
@@ -132,8 +135,8 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OnnxRuntim
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # By default (1.32) a linear with int8 weights and float inputs rounds its inputs to int8 at run time; 1 is float32.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # By default (1.32) a linear with int8 weights and float inputs rounds its inputs to int8 at run time (4); 1 is float32.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4" if rounds else "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     requested: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":
@@ -164,6 +167,15 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OnnxRuntim
             hint="quantize with --target cuda and export that, or run it on the CPU",
         )
     return OnnxRuntimeRunner(session, threads, device, on_cpu)
+
+
+def _may_round_inputs(model: onnx.ModelProto) -> bool:
+    """Whether the file asks for it, in its 4-bit products: its 8-bit ones are then multiplied in the same way."""
+    return any(
+        node.op_type == "MatMulNBits" and attribute.name == "accuracy_level" and attribute.i == 4
+        for node in every_node(model.graph)
+        for attribute in node.attribute
+    )
 
 
 def _placed_on_cpu(session: Any) -> dict[str, int]:

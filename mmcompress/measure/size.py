@@ -16,6 +16,7 @@ from mmcompress.errors import UsageError
 from mmcompress.measure.macs import MacCount, macs
 from mmcompress.measure.onnx_graph import external_files, onnx_initializer_dtypes, onnx_op_histogram
 from mmcompress.measure.onnx_recount import onnx_macs
+from mmcompress.surgery.packed import PackedLinear
 
 __all__ = [
     "ArtifactSize",
@@ -89,8 +90,9 @@ class ParameterCount:
     """Numbers held by a module, tied tensors once.
 
     `elements` counts every parameter and every persistent buffer of at least two dimensions, because a quantized layer
-    keeps its weights in buffers; `trainable` only parameters that take gradients. `bytes` is what all of it, scales and
-    small buffers included, takes at its present dtypes; `by_dtype` splits that.
+    keeps its weights in buffers; of packed weights each number they hold, and neither their scales nor zero points.
+    `trainable` counts only parameters that take gradients. `bytes` is what all of it, scales and small buffers included,
+    takes at its present dtypes; `by_dtype` splits that.
     """
 
     elements: int
@@ -107,10 +109,12 @@ def parameters(module: torch.nn.Module) -> ParameterCount:
     stored = module.state_dict(keep_vars=True)
     unique = {id(tensor): tensor for tensor in stored.values() if isinstance(tensor, torch.Tensor)}.values()
     by_dtype: Counter[str] = Counter()
-    elements = trainable = 0
+    packed = [layer for layer in module.modules() if isinstance(layer, PackedLinear)]
+    held = {id(buffer) for layer in packed for buffer in layer.buffers(recurse=False)}
+    elements, trainable = sum(layer.weight_shape.numel() for layer in packed), 0
     for tensor in unique:
         by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
-        if isinstance(tensor, torch.nn.Parameter) or tensor.dim() >= 2:
+        if isinstance(tensor, torch.nn.Parameter) or (tensor.dim() >= 2 and id(tensor) not in held):
             elements += tensor.numel()
         trainable += tensor.numel() if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad else 0
     return ParameterCount(elements, trainable, sum(by_dtype.values()), dict(sorted(by_dtype.items())))

@@ -30,6 +30,8 @@ class Levels:
 
 UINT8 = Levels(0, 255, torch.uint8, symmetric=False)
 INT8 = Levels(-128, 127, torch.int8, symmetric=True)
+UINT4 = Levels(0, 15, torch.uint8, symmetric=False)
+"""Stored two to a byte: see `ops.grouped`."""
 WEIGHT_INT8 = Levels(-127, 127, torch.int8, symmetric=True)
 WEIGHT_INT7 = Levels(-63, 63, torch.int8, symmetric=True)
 """Half the range: the sum of two u8*s8 products then fits the 16 bits that x86 CPUs without VNNI or AMX accumulate in."""

@@ -1,45 +1,48 @@
-"""The pass `quantize`: 8-bit weights, and 8-bit activations where the scheme says so."""
+"""The pass `quantize`: weights of 8 or 4 bits, and 8-bit activations where the scheme says so."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeGuard
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError, closest
-from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8, Levels
+from mmcompress.ops.grouped import GROUP_SIZES, nearest
+from mmcompress.ops.half_quadratic import half_quadratic
+from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
+from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan, Work
-from mmcompress.passes.quantize_calibrate import Grid, Judge, calibrate, groups_of, offers
-from mmcompress.progress import track
+from mmcompress.passes.quantize_calibrate import calibrate, offers
+from mmcompress.passes.quantize_judge import Judge, judge_tower
+from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes, told, whole_ties
+from mmcompress.passes.quantize_make import Maker
 from mmcompress.surgery.freeing import give_back_freed
-from mmcompress.surgery.quantized import QUANTIZED, can_quantize, drop_ties, quantized
+from mmcompress.surgery.quantized import drop_ties
+from mmcompress.surgery.quantized_base import Quantized
 from mmcompress.views import Tower
 
-SCHEMES = {"W8A8": (True, True), "W8A16": (True, False), "W16A16": (False, False)}
-"""Name -> (weights in 8 bits, activations in 8 bits)."""
-
-SMALL_TABLE = 0.01
-"""Embedding tables below this share of a tower's bytes stay float: they save nothing and cost a multiplication."""
+SCHEMES = ("W8A8", "W8A16", "W4A16", "W16A16")
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store weights as 8-bit integers and, with W8A8, compute with 8-bit activations, per tower.
+    """Store weights as 8-bit or 4-bit integers and, with W8A8, compute with 8-bit activations, per tower.
 
-    Weights get one scale per output channel, activations one per tensor, from calibration samples. What stays float is decided by
-    measurement: every group of layers is quantized alone and the change of the embeddings recorded; groups are given back to
-    float, worst first, until the tower keeps `min_cosine`.
+    8-bit weights get one scale per output channel, activations one per tensor, from calibration samples. 4-bit weights, of Linears
+    alone, get a scale and a zero point for each group of inputs; everything else takes 8 bits there. What stays more precise is
+    decided by measurement: every group of layers is quantized alone and the change of the embeddings recorded; groups are given
+    back, worst first, until the tower keeps `min_cosine`: from 4 bits to 8, then to float.
     """
 
     name: ClassVar[str] = "quantize"
 
     scheme: str = "W8A8"
-    """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster) or W16A16 (off)."""
+    """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster), W4A16 (4-bit weights
+    of Linears: smallest, and fastest where tokens come one by one) or W16A16 (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
@@ -60,13 +63,20 @@ class Quantize:
     transformers keep what matters in a few huge values, which clipping destroys."""
     percentile: float = 99.99
     """For observer percentile: the percent of values inside the range."""
+    group_size: int = 32
+    """For W4A16: how many neighbouring inputs share a scale (16, 32, 64 or 128; 0: all of a row). Where it does not divide them,
+    the largest that does; Linears that none divides take 8 bits."""
+    rounding: Literal["nearest", "hqq", "gptq"] = "hqq"
+    """For W4A16: to the nearest place of a grid that covers a group; of the grid that suits most of its weights (HQQ); or so that
+    outputs change least on the calibration samples (GPTQ, on HQQ's grids; it needs data). 8-bit weights go to the nearest."""
     embeddings: bool = True
     """Quantize large embedding tables too, one scale per row. A table that shares its weight with a Linear shares its integers with
     it: both are quantized, or neither."""
     keep_float: tuple[str, ...] = ()
     """Layers to leave alone, as path patterns such as "vision_model.encoder.layer.0.*"."""
     min_cosine: float = 0.99
-    """Give groups of layers back to float until a tower's embeddings keep this mean cosine to the unquantized model's."""
+    """Give groups of layers back (to 8 bits, then to float) until a tower's embeddings keep this mean cosine to the unquantized
+    model's."""
     sensitivity_samples: int = 16
     """Samples for measuring sensitivity, each run once per group of layers; 0 skips the measurement (and `min_cosine`)."""
     smooth: float = 0.75
@@ -93,6 +103,16 @@ class Quantize:
             raise UsageError(
                 f"quantize.smooth is {self.smooth:g}; expected 0 <= smooth <= 1", hint="0.5 to 0.85 are usual"
             )
+        if self.group_size not in (0, *GROUP_SIZES):
+            raise UsageError(
+                f"quantize.group_size is {self.group_size}; expected 0 or one of {', '.join(map(str, sorted(GROUP_SIZES)))}",
+                hint="32 is usual; larger groups are a little smaller and faster, and less accurate",
+            )
+        if self._uses("W4A16") and self.target == "tensorrt":
+            raise UsageError(
+                "quantize.scheme W4A16 does not go to tensorrt, which cannot read its 4-bit layers",
+                hint="use W8A8 or W8A16, or another target",
+            )
         if self.sensitivity_samples < 0:
             raise UsageError(
                 f"quantize.sensitivity_samples is {self.sensitivity_samples}; expected 0 or more",
@@ -104,17 +124,23 @@ class Quantize:
 
     def streams(self) -> bool:
         """Whether weights alone are rounded: each layer's by itself."""
-        return all(scheme.upper() in ("W8A16", "W16A16") for scheme in (self.scheme, *self._own_schemes.values()))
+        return not self._uses("W8A8") and not (self._uses("W4A16") and self.rounding == "gptq")
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """Two looks at the samples for the ranges; then each part of a block is judged, in rounded arithmetic."""
+        """Looks at the samples for ranges or moments; then each part of a block is judged, in rounded arithmetic."""
         towers = [tower for tower in bundle.towers() if self._scheme(tower.name) != "W16A16"]
         if not towers:
             return 0.0
-        ranges = 2 * work.samples if any(self._scheme(tower.name) == "W8A8" for tower in towers) else 0
+        looks = 0
+        for tower in towers:
+            scheme = self._scheme(tower.name)
+            if scheme == "W4A16" and self.rounding == "gptq":
+                sizes = group_sizes(bundle, tower, self._candidates(bundle, tower), self.group_size)
+                looks = max(looks, quantize_moments.looks(bundle, tower, sizes))
+            looks = max(looks, 2 if scheme == "W8A8" else 0)
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
         judged = 2 * (parts + 3) * min(self.sensitivity_samples, work.samples)
-        return (ranges + judged) * work.forward
+        return (looks * work.samples + judged) * work.forward
 
     def check(self, bundle: Bundle) -> None:
         """Refuse schemes for towers that are not there, towers quantized already, broken ties, and patterns that match nothing."""
@@ -133,7 +159,7 @@ class Quantize:
             done = [
                 path
                 for path, module in bundle.model.named_modules()
-                if tower.owns(path) and isinstance(module, QUANTIZED)
+                if tower.owns(path) and isinstance(module, Quantized)
             ]
             if done:
                 raise UsageError(
@@ -154,38 +180,23 @@ class Quantize:
                 )
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
-        """Choose layers, calibrate, measure sensitivity; the grids of the inputs travel as tensors."""
-        layers: dict[str, str] = {}
-        tied: dict[str, str] = {}
-        report: dict[str, Any] = {}
-        tensors: dict[str, Tensor] = {}
+        """Choose layers, calibrate, measure sensitivity; what was computed of samples travels as tensors."""
+        made = Plan({"target": self.target, "layers": {}, "groups": {}, "tied": {}, "towers": {}})
         for tower in bundle.towers():
             scheme = self._scheme(tower.name)
-            if scheme == "W16A16":
-                continue
-            chosen, report[tower.name] = self._plan_tower(bundle, tower, scheme == "W8A8", context, tensors)
-            if not chosen:
-                raise UsageError(
-                    f"no layer of the {tower.name} tower can be quantized within min_cosine {self.min_cosine:g}",
-                    hint="lower min_cosine, use scheme W8A16, or keep_float fewer layers",
-                )
-            layers |= chosen
-            tied |= {linear: table for table, linear in tower.tied if linear in chosen}
-        return Plan({"target": self.target, "layers": layers, "tied": tied, "towers": report}, tensors)
+            if scheme != "W16A16":
+                self._plan_tower(bundle, tower, scheme, context, made)
+        if not made.decisions["groups"]:
+            del made.decisions["groups"]
+        return made
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Replace the layers one by one; each float weight is released before the next is rounded."""
         layers, tied = plan.decisions["layers"], plan.decisions.get("tied", {})
         # A table, then at once the Linear that shares its weight.
         for path in sorted(layers, key=lambda path: (tied.get(path, path), path in tied)):
-            module, scheme = bundle.layer(path), layers[path]
-            gain = plan.tensors.get(f"{path}.gain")
-            if gain is None and path not in tied and self._smooths(module, scheme):
-                gain = torch.ones(module.in_features, device="meta")
-            table = bundle.module(tied[path]) if path in tied else None
-            made = quantized(module, self._inputs if scheme == "W8A8" else None, self._weights, gain, table)
-            if f"{path}.scale" in plan.tensors:
-                made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
+            module = bundle.layer(path)
+            made = self._maker.made(module, path, plan, bundle.module(tied[path]) if path in tied else None)
             del module  # where layers are written as they are made, its floats are gone before a file is
             bundle.replace(path, made)
             give_back_freed()
@@ -193,23 +204,25 @@ class Quantize:
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the bytes each tower now takes, recounted."""
-        return {"bytes": {tower.name: _bytes(bundle, tower) for tower in bundle.towers()}}
+        return {"bytes": {tower.name: bytes_of(bundle, tower) for tower in bundle.towers()}}
 
     @property
-    def _inputs(self) -> Levels:
-        return UINT8 if self.target == "cpu" else INT8
-
-    @property
-    def _weights(self) -> Levels:
-        return WEIGHT_INT7 if self.reduce_range else WEIGHT_INT8
-
-    def _smooths(self, module: nn.Module, scheme: str) -> TypeGuard[nn.Linear]:
-        return self.smooth > 0 and scheme == "W8A8" and isinstance(module, nn.Linear)
+    def _maker(self) -> Maker:
+        return Maker(
+            inputs=UINT8 if self.target == "cpu" else INT8,
+            weights=WEIGHT_INT7 if self.reduce_range else WEIGHT_INT8,
+            smooth=self.smooth > 0,
+            rounding=nearest if self.rounding == "nearest" else half_quadratic,
+            rounds_inputs=self.target == "cpu",
+        )
 
     def _scheme(self, tower: str) -> str:
         if self.towers and tower not in self.towers:
             return "W16A16"
         return self._own_schemes.get(tower, self.scheme).upper()
+
+    def _uses(self, scheme: str) -> bool:
+        return scheme in (given.upper() for given in (self.scheme, *self._own_schemes.values()))
 
     @property
     def _own_schemes(self) -> dict[str, str]:
@@ -218,104 +231,50 @@ class Quantize:
         return {name.removesuffix("_scheme"): scheme for name, scheme in given.items() if scheme is not None}
 
     def _candidates(self, bundle: Bundle, tower: Tower) -> list[str]:
-        total = sum(p.nbytes for name, p in bundle.model.named_parameters() if tower.owns(name))
-        tables = {table for table, _ in tower.tied}
-        found = []
-        for path, module in bundle.model.named_modules():
-            if not tower.owns(path) or path in tower.uncalled or not can_quantize(module):
-                continue
-            if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.keep_float):
-                continue
-            small = isinstance(module, nn.Embedding) and module.weight.nbytes < SMALL_TABLE * total
-            if isinstance(module, nn.Embedding) and (not self.embeddings or (small and path not in tables)):
-                continue
-            found.append(path)
-        return _whole_ties(found, tower)
+        return candidates(bundle, tower, self.embeddings, self.keep_float)
 
-    def _plan_tower(
-        self, bundle: Bundle, tower: Tower, activations: bool, context: Context, tensors: dict[str, Tensor]
-    ) -> tuple[dict[str, str], dict[str, Any]]:
-        """Return {path: scheme of the layer} and what to report; adds what `apply` sets to `tensors`."""
+    def _plan_tower(self, bundle: Bundle, tower: Tower, scheme: str, context: Context, made: Plan) -> None:
+        """Add to `made` which layers of a tower become what, what `apply` sets, and what to report."""
         paths = self._candidates(bundle, tower)
-        report: dict[str, Any] = {"scheme": self._scheme(tower.name), "bytes_before": _bytes(bundle, tower)}
-        linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
-        grids: dict[str, Grid] = {}
-        if activations:
-            grids = calibrate(
-                bundle,
-                tower,
-                linears,
-                self._inputs,
-                context,
-                method=self.observer,
-                percentile=self.percentile,
-                smooth=self.smooth,
+        report: dict[str, Any] = {"scheme": scheme, "bytes_before": bytes_of(bundle, tower)}
+        if scheme == "W8A8":
+            called = self._calibrate(bundle, tower, paths, context, made.tensors)
+            schemes = {path: "W8A8" if f"{path}.scale" in made.tensors else "W8A16" for path in called}
+        else:
+            schemes = dict.fromkeys(paths, "W8A16")
+        if scheme == "W4A16":
+            sizes = group_sizes(bundle, tower, paths, self.group_size)
+            schemes |= dict.fromkeys(sizes, scheme)
+            if self.rounding == "gptq":
+                for path, buffers in quantize_moments.rounded(bundle, tower, sizes, context):
+                    made.tensors.update({f"{path}.{name}": value for name, value in buffers.items()})
+            report["eight_bit"] = eight = [path for path in paths if path not in sizes]
+            context.progress.say(f"{tower.name}: {told(sizes, eight)}")
+            made.decisions["groups"] |= sizes
+        made.decisions["layers"] |= schemes
+        made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in schemes}
+        if schemes and self.sensitivity_samples and offers(bundle, context, tower.name, self.sensitivity_samples):
+            judge = Judge(bundle, tower.name, context, self.sensitivity_samples)
+            report |= judge_tower(judge, tower, list(schemes), made, self._maker, self.min_cosine)
+        if not any(path in made.decisions["layers"] for path in schemes):
+            raise UsageError(
+                f"no layer of the {tower.name} tower can be quantized within min_cosine {self.min_cosine:g}",
+                hint="lower min_cosine, use scheme W8A16, or keep_float fewer layers",
             )
-            # Read by their owner without being called: their input cannot be rounded, nor their weight replaced safely.
-            paths = _whole_ties([path for path in paths if path in grids or path not in linears], tower)
-        schemes = {path: "W8A8" if path in grids else "W8A16" for path in paths}
-        for path in [path for path in paths if path in grids]:
-            grid = grids[path]
+        made.decisions["towers"][tower.name] = report
+
+    def _calibrate(
+        self, bundle: Bundle, tower: Tower, paths: list[str], context: Context, tensors: dict[str, Tensor]
+    ) -> list[str]:
+        """Add the grids of the layers' inputs to `tensors`; return `paths` without the layers that are never called.
+
+        Their owner reads them: their input cannot be rounded, nor their weight replaced safely.
+        """
+        linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
+        settings: dict[str, Any] = {"method": self.observer, "percentile": self.percentile, "smooth": self.smooth}
+        grids = calibrate(bundle, tower, linears, self._maker.inputs, context, **settings)
+        for path, grid in grids.items():
             tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
             if grid.gain is not None:
                 tensors[f"{path}.gain"] = grid.gain
-        if paths and self.sensitivity_samples and offers(bundle, context, tower.name, self.sensitivity_samples):
-            tables = {linear: table for table, linear in tower.tied}
-            made: dict[str, nn.Module] = {}
-            for path in sorted(paths, key=tables.__contains__):
-                made[path] = self._made(bundle, path, grids.get(path), made.get(tables.get(path, "")))
-            report |= self._judge(bundle, tower, made, context)
-            for path in report["kept_float"]:
-                schemes.pop(path)
-        return schemes, report
-
-    def _made(self, bundle: Bundle, path: str, grid: Grid | None, table: nn.Module | None) -> nn.Module:
-        """Return the quantized layer as `apply` will make it."""
-        if grid is None:
-            return quantized(bundle.module(path), None, self._weights, None, table)
-        made = quantized(bundle.module(path), self._inputs, self._weights, grid.gain, table)
-        made.set_input_grid(grid.scale, grid.zero_point)
-        return made
-
-    def _judge(self, bundle: Bundle, tower: Tower, made: dict[str, nn.Module], context: Context) -> dict[str, Any]:
-        """Measure each group alone and all together; give groups back to float, worst first, until `min_cosine` holds."""
-        judge = Judge(bundle, tower.name, context, self.sensitivity_samples)
-        groups = groups_of(tower, list(made))
-        alone = {
-            name: judge.cosine({path: made[path] for path in paths})
-            for name, paths in track(groups.items(), context.progress, f"{tower.name} sensitivity", len(groups))
-        }
-        kept: list[str] = []
-        left = dict(made)
-        reached = judge.cosine(left)
-        everything = reached
-        for name in sorted(groups, key=lambda name: alone[name]):
-            if reached >= self.min_cosine:
-                break
-            kept.extend(groups[name])
-            left = {path: module for path, module in left.items() if path not in groups[name]}
-            reached = judge.cosine(left)
-        if kept:
-            context.progress.say(
-                f"{tower.name}: cosine {everything:.4f} with everything quantized, below {self.min_cosine:g}; "
-                f"{len(kept)} of {len(made)} layers stay float, cosine {reached:.4f}"
-            )
-        return {
-            "cosine": round(reached, 6),
-            "cosine_all_quantized": round(everything, 6),
-            "sensitivity": {name: round(1 - value, 7) for name, value in alone.items()},
-            "kept_float": kept,
-            "judged_on": {"samples": judge.samples, "runs": judge.runs},
-        }
-
-
-def _bytes(bundle: Bundle, tower: Tower) -> int:
-    """Return what a tower's tensors take, shared ones once."""
-    state = bundle.model.state_dict(keep_vars=True)
-    return sum(value.nbytes for value in {id(v): v for name, v in state.items() if tower.owns(name)}.values())
-
-
-def _whole_ties(paths: Sequence[str], tower: Tower) -> list[str]:
-    """Return `paths` without the layers that share their weight with one that is not among them."""
-    halves = {path for pair in tower.tied if not set(pair) <= set(paths) for path in pair}
-    return [path for path in paths if path not in halves]
+        return whole_ties([path for path in paths if path in grids or path not in linears], tower)

@@ -1,9 +1,7 @@
-"""What `quantize` learns from data: the grid of every layer's input, and how much each group of layers costs in accuracy.
+"""What `quantize` learns from data about the layers' inputs: their grids.
 
 Calibration is one run of the float model over the samples, with an observer on every layer to be quantized (a second run where
-ranges are to be clipped after smoothing). Sensitivity is measured, not assumed: each group of layers (a block's attention, its
-cross-attention, its MLP, a projection, an embedding table with the Linear that shares its weight) is swapped in alone, and what
-the tower makes of a few samples is compared with what the float model does. That takes one run of a few samples per group.
+ranges are to be clipped after smoothing).
 
 Shape alphabet: T tokens, C channels.
 """
@@ -11,12 +9,10 @@ Shape alphabet: T tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
@@ -39,12 +35,14 @@ class Grid:
     gain: Tensor | None = None
 
 
-def batches(bundle: Bundle, tower: str, context: Context, samples: int, label: str) -> Iterator[Inputs]:
+def batches(
+    bundle: Bundle, tower: str, context: Context, samples: int, label: str, what: str = "quantizing the activations"
+) -> Iterator[Inputs]:
     """Yield prepared inputs of up to `samples` samples that have something for this tower.
 
-    Raises UsageError when there is no data, or nothing in it for this tower.
+    Raises UsageError when there is no data, or nothing in it for this tower: `what` is what needs them.
     """
-    data = context.require_data(f"quantizing the activations of the {tower} tower").subset(samples, context.seed)
+    data = context.require_data(f"{what} of the {tower} tower").subset(samples, context.seed)
     found = False
     for start in track(range(0, len(data), context.batch_size), context.progress, f"{tower} {label}"):
         items: list[object] = []
@@ -85,7 +83,7 @@ def calibrate(
     """
     modules = {path: bundle.module(path) for path in paths}
     ranges = {path: ChannelRange() for path in paths}
-    _watch(bundle, tower, modules, lambda path, tokens: ranges[path].watch(tokens), context, "calibration")
+    watch(bundle, tower, modules, lambda path, tokens: ranges[path].watch(tokens), context, "calibration")
     called = {path: modules[path] for path in paths if ranges[path].seen}
     for path in called:
         if not (ranges[path].lowest.isfinite().all() and ranges[path].highest.isfinite().all()):
@@ -100,7 +98,7 @@ def calibrate(
         def record(path: str, tokens: Tensor) -> None:
             observers[path].watch(tokens * gains[path] if path in gains else tokens)
 
-        _watch(bundle, tower, called, record, context, "clipping")
+        watch(bundle, tower, called, record, context, "clipping")
         return {path: Grid(*observers[path].scale(levels), gains.get(path)) for path in called}
     grids = {}
     for path in called:
@@ -111,19 +109,20 @@ def calibrate(
     return grids
 
 
-def _watch(
+def watch(
     bundle: Bundle,
     tower: Tower,
     modules: Mapping[str, nn.Module],
     record: Callable[[str, Tensor], None],
     context: Context,
     label: str,
+    what: str = "quantizing the activations",
 ) -> None:
     """Run the calibration samples and call `record(path, tokens (T, C))` with what each module is given."""
     elsewhere = _reads_encoder(tower)
-    with evaluating(bundle.model), torch.inference_mode(), watch_inputs(modules, record, elsewhere) as watch:
-        for inputs in batches(bundle, tower.name, context, context.num_samples, label):
-            watch.mask = padding_mask(inputs)
+    with evaluating(bundle.model), torch.inference_mode(), watch_inputs(modules, record, elsewhere) as seen:
+        for inputs in batches(bundle, tower.name, context, context.num_samples, label, what):
+            seen.mask = padding_mask(inputs)
             bundle.encode(tower.name, inputs)
 
 
@@ -134,13 +133,10 @@ def _gains(
 
     A Linear that shares its weight with an embedding table has none.
     """
-    shared = [group for block in tower.blocks for group in (block.attention.writers, block.mlp.writers)]
-    shared += [_reads_encoder(tower)]
     tied = {linear for _, linear in tower.tied}
-    alone = [(path,) for path in modules if path not in tied and not any(path in group for group in shared)]
     gains = {}
-    for group in (*shared, *alone):
-        linears = {path: module for path in group if isinstance(module := modules.get(path), nn.Linear)}
+    for group in readers_of_one_input(tower, [path for path in modules if path not in tied]):
+        linears = {path: module for path in group if isinstance(module := modules[path], nn.Linear)}
         if linears:
             largest = torch.stack([linear.weight.detach().abs().amax(0).float() for linear in linears.values()]).amax(0)
             gain = 1 / smoothing(ranges[next(iter(linears))].largest(), largest, smooth)
@@ -148,65 +144,15 @@ def _gains(
     return gains
 
 
+def readers_of_one_input(tower: Tower, paths: Sequence[str]) -> list[list[str]]:
+    """Return `paths` such that those which are given one and the same input stand together."""
+    known = [group for block in tower.blocks for group in (block.attention.writers, block.mlp.writers)]
+    known += [_reads_encoder(tower)]
+    shared = [[path for path in group if path in paths] for group in known]
+    alone = [[path] for path in paths if not any(path in group for group in known)]
+    return [group for group in (*shared, *alone) if group]
+
+
 def _reads_encoder(tower: Tower) -> tuple[str, ...]:
     """Return the key and value Linears of all cross-attentions: one and the same input, of other tokens than the tower's."""
     return tuple(path for block in tower.blocks if block.cross for path in block.cross.writers[1:])
-
-
-def groups_of(tower: Tower, paths: Sequence[str]) -> dict[str, list[str]]:
-    """Return the layers that are judged together: per block its attention, its cross-attention and its MLP, else each layer alone.
-
-    A Linear that shares its weight with an embedding table is judged with it.
-    """
-    tables = {linear: table for table, linear in tower.tied}
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        name = tables.get(path, path)
-        for block in tower.blocks:
-            if path in (*block.attention.writers, block.attention.reader):
-                name = f"{block.path}.attention"
-            elif block.cross and path in (*block.cross.writers, block.cross.reader):
-                name = f"{block.path}.cross"
-            elif path in (*block.mlp.writers, block.mlp.reader):
-                name = f"{block.path}.mlp"
-        groups.setdefault(name, []).append(path)
-    return groups
-
-
-@contextmanager
-def swapped(bundle: Bundle, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put `modules` in place inside, and everything back as it was afterwards."""
-    before = {path: bundle.module(path) for path in modules}
-    try:
-        for path, module in modules.items():
-            bundle.replace(path, module)
-        yield
-    finally:
-        for path, module in before.items():
-            bundle.replace(path, module)
-
-
-class Judge:
-    """Compares what a tower makes of a few samples with what the float model does."""
-
-    def __init__(self, bundle: Bundle, tower: str, context: Context, samples: int) -> None:
-        self.bundle, self.tower = bundle, tower
-        self.inputs = list(batches(bundle, tower, context, samples, "sensitivity"))
-        self.samples = sum(len(next(iter(inputs.values()))) for inputs in self.inputs)
-        self.wanted = [self._rows(inputs) for inputs in self.inputs]
-        self.runs = 1
-
-    def cosine(self, modules: Mapping[str, nn.Module]) -> float:
-        """Return the mean cosine between the float model's rows and those with `modules` swapped in."""
-        self.runs += 1
-        cosines: list[Tensor] = []
-        with swapped(self.bundle, modules):
-            # Batch by batch: rows may be long (a vocabulary for each token) and as long as the longest of their batch.
-            for inputs, wanted in zip(self.inputs, self.wanted, strict=True):
-                pairs = zip(self._rows(inputs), wanted, strict=True)
-                cosines += [functional.cosine_similarity(one.double(), other.double(), dim=0) for one, other in pairs]
-        return torch.stack(cosines).mean().item()
-
-    def _rows(self, inputs: Inputs) -> Tensor:
-        with evaluating(self.bundle.model), torch.inference_mode():
-            return self.bundle.encode(self.tower, inputs)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mmcompress.surgery.quantized import weights_unread
+from mmcompress.surgery.quantized_base import weights_unread
 from mmcompress.surgery.watch import meter
 
 Shape = Sequence[int]

@@ -22,10 +22,6 @@ Scales follow the model's dtype (`.half()`, `.bfloat16()`); the rounding itself 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,34 +34,14 @@ from mmcompress.ops.rounding import (
     fake_quantize,
     quantize,
 )
+from mmcompress.surgery.quantized_base import Quantized, chunks
 from mmcompress.surgery.rounding_operators import levels_of
 
-ROUNDED_AT_ONCE = 2**23
-"""Numbers of a weight that are rounded together: 32 MiB, and as much again a few times over."""
 
-
-_UNREAD: ContextVar[bool] = ContextVar("unread", default=False)
-
-
-@contextmanager
-def weights_unread() -> Iterator[None]:
-    """While active, `weight` of quantized layers has a shape and zeros that take no memory: for loading, and for counting.
-
-    transformers fills every weight it knows before it looks which were loaded (5.23): made of integers, each would become floats
-    for nothing, which took three quarters of the time of loading and as much memory again.
-    """
-    token = _UNREAD.set(True)
-    try:
-        yield
-    finally:
-        _UNREAD.reset(token)
-
-
-class _Quantized(nn.Module):
+class _Int8(Quantized):
     """What the three layers share: the stored integers and, for W8A8, the grid of the input."""
 
     weight_int8: Tensor
-    weight_scale: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     input_gain: Tensor | None
@@ -88,14 +64,11 @@ class _Quantized(nn.Module):
         self.register_buffer("input_gain", None)
 
     @property
-    def weight(self) -> Tensor:
-        """The weight as floats, as it multiplies the rounded input. Not a parameter; models ask layers for its dtype and shape."""
-        if _UNREAD.get():
-            zeros = torch.zeros((), dtype=self.weight_scale.dtype, device=self.weight_scale.device)
-            shaped = zeros.expand(self.weight_int8.shape)
-            shaped._is_hf_initialized = True  # type: ignore[attr-defined]
-            return shaped
-        return dequantize(self.weight_int8, self.weight_scale, axis=0)
+    def weight_shape(self) -> torch.Size:
+        return self.weight_int8.shape
+
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        return dequantize(self.weight_int8[start:stop], self.weight_scale[start:stop], axis=0)
 
     def set_input_grid(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set what calibration found for the layer's input."""
@@ -116,19 +89,17 @@ class _Quantized(nn.Module):
 
 
 def _rounded_rows(weight: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Return the integers of `weight` and its scales (C,), some rows at a time: a word table takes a gigabyte as it is."""
-    step = max(1, ROUNDED_AT_ONCE // max(1, weight[0].numel()))
+    """Return the integers of `weight` and its scales (C,), some rows at a time."""
     codes = torch.empty(weight.shape, dtype=levels.dtype, device=weight.device)
     scales = []
-    for start in range(0, len(weight), step):
-        rows = weight[start : start + step]
-        scale, zero_point = choose_scale(rows, levels, axis=0)
-        codes[start : start + step] = quantize(rows, scale, zero_point, levels, axis=0)
+    for rows in chunks(weight):
+        scale, zero_point = choose_scale(weight[rows], levels, axis=0)
+        codes[rows] = quantize(weight[rows], scale, zero_point, levels, axis=0)
         scales.append(scale)
     return codes, torch.cat(scales)
 
 
-class QuantizedLinear(_Quantized):
+class QuantizedLinear(_Int8):
     """nn.Linear with int8 weights; inputs (..., in) -> (..., out)."""
 
     def __init__(
@@ -147,13 +118,13 @@ class QuantizedLinear(_Quantized):
         if torch.compiler.is_exporting():
             y = x @ torch.ops.mmcompress.int8_matrix(self.weight_int8, self.weight_scale)
             return y if self.bias is None else y + self.bias
-        return functional.linear(x, self.weight, self.bias)
+        return self._linear(x, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._grid_name()}"
 
 
-class QuantizedConv2d(_Quantized):
+class QuantizedConv2d(_Int8):
     """nn.Conv2d with int8 weights: (B, in, h, w) -> (B, out, h', w'). Zero padding only, as patch embeddings use."""
 
     def __init__(self, conv: nn.Conv2d, inputs: Levels | None, levels: Levels = WEIGHT_INT8) -> None:
@@ -174,7 +145,7 @@ class QuantizedConv2d(_Quantized):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {self._grid_name()}"
 
 
-class QuantizedEmbedding(_Quantized):
+class QuantizedEmbedding(_Int8):
     """nn.Embedding with int8 rows: only the rows looked up become floats. ids (...) -> (..., C)."""
 
     def __init__(self, embedding: nn.Embedding, levels: Levels = WEIGHT_INT8) -> None:
@@ -214,9 +185,6 @@ class TiedLinear(QuantizedLinear):
     def weight_scale(self) -> Tensor:  # type: ignore[override]
         """The table's: (out,)."""
         return self.table.weight_scale
-
-
-QUANTIZED = (QuantizedLinear, QuantizedConv2d, QuantizedEmbedding)
 
 
 def quantized(

@@ -22,7 +22,8 @@ from mmcompress.families.answers import greedy
 from mmcompress.measure.answerer import Answerer, artifact_answerer, bundle_answerer
 from mmcompress.ops.masks import HIDDEN, causal_mask
 from mmcompress.passes.base import Context, Plan
-from mmcompress.surgery.quantized import QUANTIZED
+from mmcompress.surgery.packed import PackedLinear
+from mmcompress.surgery.quantized_base import Quantized
 from tests import tiny
 from tests.export.test_parity import edited, initializer_of
 
@@ -150,9 +151,29 @@ def test_quantized_it_answers_the_same_and_keeps_its_integers(tmp_path: Path, bu
     context = Context(data=tiny.spoken(8))
     made.apply(bundle, made.plan(bundle, context))
     report = export_onnx(bundle, tmp_path / "out", batches=(1, 2))
-    found = {m.weight_int8.data_ptr(): m.weight_int8.nbytes for m in bundle.model.modules() if isinstance(m, QUANTIZED)}
+    found = {m.weight_int8.data_ptr(): m.weight_int8.nbytes for m in bundle.model.modules() if isinstance(m, Quantized)}
     integers = sum(found.values())  # the table and the output layer tied to it are one
     assert sum(component.component.weights["INT8"] for component in report.components) == integers
+    samples = list(tiny.spoken(5))
+    for runner in RUNNERS:
+        assert artifact_answerer(report.artifact, runner, threads=1).generate(samples) == bundle.generate(samples)
+
+
+@pytest.mark.parametrize("target", ["cpu", "openvino"])
+def test_in_4_bits_it_answers_the_same_and_keeps_its_bytes(tmp_path: Path, bundle: Bundle, target: str) -> None:
+    made = passes.build("quantize", {"scheme": "W4A16", "group_size": 16, "target": target})
+    made.apply(bundle, made.plan(bundle, Context()))
+    report = export_onnx(bundle, tmp_path / "out", batches=(1, 2))
+    layers = [module for module in bundle.model.modules() if isinstance(module, PackedLinear)]
+    promised = sum(layer.weight_int4.nbytes + layer.weight_zero_point.nbytes for layer in layers)
+    stored = [component.component.weights for component in report.components]
+    # Cross-attention's keys and values lie with the encoder: each layer is in one of the parts.
+    assert sum(weights["UINT8"] for weights in stored) == promised
+    assert sum(component.component.nodes["MatMulNBits"] for component in report.components) == len(layers)
+    for component in report.components:
+        exact = [row for row in component.parity if not row.rounding or target == "openvino"]
+        assert max(row.relative for row in exact) <= 1e-4
+        assert any(row.rounding for row in component.parity)
     samples = list(tiny.spoken(5))
     for runner in RUNNERS:
         assert artifact_answerer(report.artifact, runner, threads=1).generate(samples) == bundle.generate(samples)

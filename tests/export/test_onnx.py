@@ -11,7 +11,8 @@ from mmcompress.export import onnx as exporting
 from mmcompress.export.artifact import is_artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
 from mmcompress.measure.embedder import ArtifactEmbedder
-from mmcompress.surgery.quantized import QUANTIZED, quantized
+from mmcompress.surgery.quantized import quantized
+from mmcompress.surgery.quantized_base import Quantized
 from tests import tiny
 from tests.export.conftest import quantize_tower
 
@@ -62,7 +63,7 @@ def test_files_say_where_they_come_from_and_nothing_about_this_machine(clip_expo
 
 def test_integers_stay_integers(unsigned, unsigned_export):
     component = unsigned_export.artifact.component("vision")
-    layers = [module for module in unsigned.model.modules() if isinstance(module, QUANTIZED)]
+    layers = [module for module in unsigned.model.modules() if isinstance(module, Quantized)]
     assert component.quantized == len(layers) == 18 + 1
     assert component.weights["INT8"] == sum(layer.weight_int8.nbytes for layer in layers)
     # q, k and v share one QuantizeLinear only where their grids are equal; here every layer has its own.

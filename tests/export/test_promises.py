@@ -37,6 +37,13 @@ def test_copied_weights_are_refused() -> None:
         check_promise(graph(floats(FLOATS), floats(more), INTEGERS), PROMISED, "vision")
 
 
+def test_codes_of_4_bits_with_a_byte_each_are_refused() -> None:
+    packed = Promise(bytes=FLOATS, quantized=1, quantized_bytes=FLOATS)
+    check_promise(graph(np.zeros((100, FLOATS // 100), np.uint8)), packed, "language")
+    with pytest.raises(GateFailed, match=f"holds {2 * FLOATS} bytes of weights; the model has {FLOATS}"):
+        check_promise(graph(np.zeros((100, FLOATS // 50), np.uint8)), packed, "language")
+
+
 def test_unpacked_integers_are_refused() -> None:
     with pytest.raises(GateFailed, match="holds 0 bytes of integer weights; the model has 500"):
         check_promise(graph(floats(FLOATS), floats(500)), PROMISED, "vision")

@@ -14,8 +14,10 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.rounding import UINT8, smoothing
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize import Quantize
-from mmcompress.passes.quantize_calibrate import calibrate, groups_of
-from mmcompress.surgery.quantized import QUANTIZED, QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from mmcompress.passes.quantize_calibrate import calibrate
+from mmcompress.passes.quantize_judge import groups_of
+from mmcompress.surgery.quantized import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from mmcompress.surgery.quantized_base import Quantized
 from tests import tiny
 
 FAMILY = "dual_encoder_dinov2"
@@ -36,7 +38,7 @@ def run(family: str = FAMILY, **params: Any) -> tuple[Bundle, Plan]:
 
 def layers(bundle: Bundle, tower: str) -> dict[str, Any]:
     owner = bundle.tower(tower)
-    return {p: m for p, m in bundle.model.named_modules() if owner.owns(p) and isinstance(m, QUANTIZED)}
+    return {p: m for p, m in bundle.model.named_modules() if owner.owns(p) and isinstance(m, Quantized)}
 
 
 def test_schemes_are_per_tower() -> None:
@@ -241,7 +243,7 @@ def test_activations_need_data_of_their_kind() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"scheme": "W3A9"}, "quantize.scheme is 'W3A9'; known schemes: W8A8, W8A16, W16A16"),
+        ({"scheme": "W3A9"}, "quantize.scheme is 'W3A9'; known schemes: W8A8, W8A16, W4A16, W16A16"),
         ({"vision_scheme": "int8"}, "quantize.vision_scheme is 'int8'"),
         ({"percentile": 0.0}, "expected 0 < percentile <= 100"),
         ({"min_cosine": 1.0}, "expected -1 <= min_cosine < 1"),

@@ -18,11 +18,13 @@ from mmcompress.errors import UsageError
 from mmcompress.manifest import Record
 from mmcompress.measure.cost import cost_of
 from mmcompress.ops.rounding import UINT8
-from mmcompress.passes import quantize
+from mmcompress.passes import quantize_layers
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize import Quantize
-from mmcompress.passes.quantize_calibrate import Judge, calibrate, groups_of
-from mmcompress.surgery.quantized import QUANTIZED, QuantizedEmbedding, TiedLinear
+from mmcompress.passes.quantize_calibrate import calibrate
+from mmcompress.passes.quantize_judge import Judge, groups_of
+from mmcompress.surgery.quantized import QuantizedEmbedding, TiedLinear
+from mmcompress.surgery.quantized_base import Quantized
 from tests.passes import decoding
 from tests.passes.decoding import LAST, TABLE
 
@@ -41,7 +43,7 @@ def run(bundle: Bundle | None = None, **params: Any) -> tuple[Bundle, Plan]:
 
 def int8_paths(bundle: Bundle, tower: str = "decoder") -> set[str]:
     owner = bundle.tower(tower)
-    return {path for path, m in bundle.model.named_modules() if owner.owns(path) and isinstance(m, QUANTIZED)}
+    return {path for path, m in bundle.model.named_modules() if owner.owns(path) and isinstance(m, Quantized)}
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A16"])
@@ -135,7 +137,7 @@ def test_a_tie_that_is_none_is_refused() -> None:
 
 
 def test_a_small_table_is_quantized_where_its_linear_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "SMALL_TABLE", 2.0)
+    monkeypatch.setattr(quantize_layers, "SMALL_TABLE", 2.0)
     bundle, plan = run(scheme="W8A16", min_cosine=-1.0)
     assert {TABLE, LAST} < set(plan.decisions["layers"])
     assert not isinstance(bundle.module("model.encoder.embed_positions"), QuantizedEmbedding)

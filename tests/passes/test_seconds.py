@@ -25,6 +25,8 @@ WORK = Work(samples=10, dataset=100, forward=0.5)
         # Three blocks in the deeper tower: 2 * (2 * 3 + 3) judgements of the 10 samples there are.
         ("quantize", {}, (2 * 10 + 2 * 9 * 10) * 0.5),
         ("quantize", {"scheme": "W8A16", "sensitivity_samples": 4}, 2 * 9 * 4 * 0.5),
+        ("quantize", {"scheme": "W4A16", "sensitivity_samples": 0}, 0),
+        ("quantize", {"scheme": "W4A16", "rounding": "gptq", "sensitivity_samples": 0}, 1 * 10 * 0.5),
         ("quantize", {"sensitivity_samples": 0}, 2 * 10 * 0.5),
         ("quantize", {"scheme": "W16A16"}, 0),
         ("quantize", {"scheme": "W16A16", "text_scheme": "W8A8"}, (2 * 10 + 2 * 7 * 10) * 0.5),  # two blocks

@@ -1,0 +1,91 @@
+"""GPTQ: rounding one column of a weight after the other, each error made up for by the columns still to come.
+
+With the second moment H = E[x x'] of a layer's inputs, rounding row w to q costs  (w - q) H (w - q)'  in its output. Columns are
+rounded in order; what column j was moved by is taken from the later ones so that the output changes least (Frantar et al. 2022,
+arXiv 2210.17323, equations 2 to 4 and algorithm 1):
+
+    U = upper Cholesky factor of inverse(H + damping * mean(diagonal H) * I)
+    q_j = nearest(w_j)        w_k <- w_k - (w_j - q_j) * U_jk / U_jj        for k > j
+
+Columns with the largest inputs go first (the paper's "act-order"), while there are others left to make up for them. The grids are
+those of neighbouring columns and fixed beforehand, so nothing has to be permuted when the layer runs. Updates of columns beyond a
+block of 128 wait until the block is done.
+
+Deliberate differences: a column whose input was always 0 is rounded to nearest and not to 0, since calibration may just not have
+met it; and the factor is computed in float64, with ten times the damping where that is still not enough.
+
+Shape alphabet: R rows (outputs), C columns (inputs), G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmcompress.ops.grouped import Grouped
+from mmcompress.ops.rounding import UINT4, Levels
+
+DAMPING = 0.01
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """Which column to round when, (C,), and how the later ones make up for it: U (C, C) in that order."""
+
+    order: Tensor
+    factor: Tensor
+
+
+def compensation(moment: Tensor, damping: float = DAMPING) -> Compensation:
+    """Return how columns make up for each other, for inputs of second moment `moment` (C, C); once for all layers they go to."""
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    return Compensation(order, _factor(moment[order][:, order], damping).float())
+
+
+def gptq(weight: Tensor, how: Compensation, scale: Tensor, zero_point: Tensor, levels: Levels = UINT4) -> Grouped:
+    """Round `weight` (R, C) to the grids (R, G) so that the output changes least."""
+    order, factor, columns = how.order, how.factor, weight.shape[1]
+    left = weight.detach().float()[:, order]  # a copy: rounded and made up for in place
+    group = (order // (columns // scale.shape[1])).tolist()
+    steps, zeros = scale.float().unbind(1), zero_point.float().unbind(1)
+    codes = torch.empty_like(left)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = left.new_empty(len(left), stop - start)
+        for column in range(start, stop):
+            step, zero = steps[group[column]], zeros[group[column]]
+            code = (left[:, column] / step).round_().add_(zero).clamp_(levels.low, levels.high)
+            codes[:, column] = code
+            error = (left[:, column] - (code - zero) * step) / factor[column, column]
+            left[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)
+            errors[:, column - start] = error
+        left[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    return Grouped(codes[:, order.argsort()].to(levels.dtype), scale, zero_point)
+
+
+def output_error(weight: Tensor, rounded: Tensor, moment: Tensor) -> Tensor:
+    """Return (w - q) H (w - q)' of each row: (R,)."""
+    difference = weight.double() - rounded.double()
+    return ((difference @ moment.double()) * difference).sum(1)
+
+
+def _factor(moment: Tensor, damping: float) -> Tensor:
+    """Return U (C, C) in float64, upper triangular, with U'U the inverse of the damped moment."""
+    wide = moment.double()
+    diagonal = wide.diagonal()
+    silent = diagonal <= 0
+    unit = diagonal.mean() if not bool(silent.all()) else torch.ones((), dtype=wide.dtype)
+    for _ in range(8):
+        damped = wide.clone()
+        damped.diagonal().add_(damping * unit).add_(silent * unit)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper
+        damping = max(10 * damping, DAMPING)
+    raise AssertionError("a second moment that no damping makes positive definite is none")

@@ -1,0 +1,177 @@
+"""How much each group of layers costs in accuracy once it is quantized, and which are to be left more precise.
+
+Sensitivity is measured, not assumed: each group of layers (a block's attention, its cross-attention, its MLP, a projection, an
+embedding table with the Linear that shares its weight) is swapped in alone, and what the tower makes of a few samples is compared
+with what the float model does. That takes one run of a few samples per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmcompress.bundle import Bundle
+from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.quantize_calibrate import Inputs, batches
+from mmcompress.passes.quantize_make import Maker
+from mmcompress.progress import track
+from mmcompress.surgery.watch import evaluating
+from mmcompress.views import Tower
+
+
+def groups_of(tower: Tower, paths: Sequence[str]) -> dict[str, list[str]]:
+    """Return the layers that are judged together: per block its attention, its cross-attention and its MLP, else each layer alone.
+
+    A Linear that shares its weight with an embedding table is judged with it.
+    """
+    tables = {linear: table for table, linear in tower.tied}
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        name = tables.get(path, path)
+        for block in tower.blocks:
+            if path in (*block.attention.writers, block.attention.reader):
+                name = f"{block.path}.attention"
+            elif block.cross and path in (*block.cross.writers, block.cross.reader):
+                name = f"{block.path}.cross"
+            elif path in (*block.mlp.writers, block.mlp.reader):
+                name = f"{block.path}.mlp"
+        groups.setdefault(name, []).append(path)
+    return groups
+
+
+@contextmanager
+def swapped(bundle: Bundle, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` in place inside, and everything back as it was afterwards."""
+    before = {path: bundle.module(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            bundle.replace(path, module)
+        yield
+    finally:
+        for path, module in before.items():
+            bundle.replace(path, module)
+
+
+class Judge:
+    """Compares what a tower makes of a few samples with what the float model does."""
+
+    def __init__(self, bundle: Bundle, tower: str, context: Context, samples: int) -> None:
+        self.bundle, self.tower, self.progress = bundle, tower, context.progress
+        self.inputs = list(batches(bundle, tower, context, samples, "sensitivity"))
+        self.samples = sum(len(next(iter(inputs.values()))) for inputs in self.inputs)
+        self.wanted = [self._rows(inputs) for inputs in self.inputs]
+        self.runs = 1
+
+    def cosine(self, modules: Mapping[str, nn.Module]) -> float:
+        """Return the mean cosine between the float model's rows and those with `modules` swapped in."""
+        self.runs += 1
+        cosines: list[Tensor] = []
+        with swapped(self.bundle, modules):
+            # Batch by batch: rows may be long (a vocabulary for each token) and as long as the longest of their batch.
+            for inputs, wanted in zip(self.inputs, self.wanted, strict=True):
+                pairs = zip(self._rows(inputs), wanted, strict=True)
+                cosines += [functional.cosine_similarity(one.double(), other.double(), dim=0) for one, other in pairs]
+        return torch.stack(cosines).mean().item()
+
+    def _rows(self, inputs: Inputs) -> Tensor:
+        with evaluating(self.bundle.model), torch.inference_mode():
+            return self.bundle.encode(self.tower, inputs)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What `settle` came to."""
+
+    made: dict[str, nn.Module]
+    """The layers that stay quantized."""
+    cosine: float
+    before: float
+    """The cosine with every layer as it came."""
+    alone: dict[str, float]
+    """Group -> the cosine with it alone quantized."""
+    given_back: list[str]
+
+
+def settle(
+    judge: Judge,
+    groups: Mapping[str, Sequence[str]],
+    made: Mapping[str, nn.Module],
+    instead: Callable[[str], nn.Module | None],
+    least: float,
+) -> Settled:
+    """Measure each of `groups` alone and all of `made` together; give groups back, worst first, until the cosine is `least`.
+
+    What takes the place of a layer that is given back is `instead`, None for the float layer.
+    """
+    alone = {
+        name: judge.cosine({path: made[path] for path in paths})
+        for name, paths in track(groups.items(), judge.progress, f"{judge.tower} sensitivity", len(groups))
+    }
+    left, given_back = dict(made), list[str]()
+    before = reached = judge.cosine(left)
+    for name in sorted(groups, key=lambda name: alone[name]):
+        if reached >= least:
+            break
+        for path in groups[name]:
+            del left[path]
+            other = instead(path)
+            if other is not None:
+                left[path] = other
+        given_back.extend(groups[name])
+        reached = judge.cosine(left)
+    return Settled(left, reached, before, alone, given_back)
+
+
+def judge_tower(
+    judge: Judge, tower: Tower, paths: Sequence[str], plan: Plan, maker: Maker, min_cosine: float
+) -> dict[str, Any]:
+    """Give groups back, of 4 bits to 8, then to float, until the tower keeps `min_cosine`: in `plan`. Return what to report."""
+    bundle, layers, sizes = judge.bundle, plan.decisions["layers"], plan.decisions["groups"]
+    tables = {linear: table for table, linear in tower.tied}
+    made: dict[str, nn.Module] = {}
+    for path in sorted(paths, key=tables.__contains__):
+        made[path] = maker.made(bundle.module(path), path, plan, made.get(tables.get(path, "")))
+    groups = groups_of(tower, list(made))
+    report: dict[str, Any] = {}
+    everything = None
+    if sizes.keys() & made.keys():
+
+        def eight_bits(path: str) -> nn.Module:
+            if sizes.pop(path, 0):
+                layers[path] = "W8A16"
+            return maker.made(bundle.module(path), path, plan)
+
+        packed = {name: own for name, own in groups.items() if sizes.keys() & set(own)}
+        found = settle(judge, packed, made, eight_bits, min_cosine)
+        made, everything = found.made, found.before
+        report = {"given_8_bits": found.given_back, "sensitivity": found.alone}
+        _say(judge, f"{len(found.given_back)} of {len(made)} layers take 8 bits", found, min_cosine)
+    if everything is None or found.cosine < min_cosine:
+        found = settle(judge, groups, made, lambda path: None, min_cosine)
+        everything = found.before if everything is None else everything
+        report["sensitivity"] = report.get("sensitivity", {}) | found.alone
+        report["kept_float"] = found.given_back
+        _say(judge, f"{len(found.given_back)} of {len(made)} layers stay float", found, min_cosine)
+    for path in report.setdefault("kept_float", []):
+        del layers[path]
+        plan.decisions["tied"].pop(path, None)
+    return report | {
+        "cosine": round(found.cosine, 6),
+        "cosine_all_quantized": round(everything, 6),
+        "sensitivity": {name: round(1 - value, 7) for name, value in report["sensitivity"].items()},
+        "judged_on": {"samples": judge.samples, "runs": judge.runs},
+    }
+
+
+def _say(judge: Judge, what: str, found: Settled, least: float) -> None:
+    if found.given_back:
+        judge.progress.say(
+            f"{judge.tower}: cosine {found.before:.4f} with everything quantized, below {least:g}; "
+            f"{what}, cosine {found.cosine:.4f}"
+        )

@@ -1,0 +1,66 @@
+"""Which layers of a tower can be quantized at all, in how large groups, and what a tower takes."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from mmcompress.bundle import Bundle
+from mmcompress.ops.grouped import group_size_for
+from mmcompress.surgery.quantized import can_quantize
+from mmcompress.views import Tower
+
+SMALL_TABLE = 0.01
+"""Embedding tables below this share of a tower's bytes stay float: they save nothing and cost a multiplication."""
+
+
+def candidates(bundle: Bundle, tower: Tower, embeddings: bool, keep_float: Sequence[str]) -> list[str]:
+    """Return the paths of the layers of `tower` to be quantized: those that can be, but the ones named by the patterns."""
+    total = sum(p.nbytes for name, p in bundle.model.named_parameters() if tower.owns(name))
+    tables = {table for table, _ in tower.tied}
+    found = []
+    for path, module in bundle.model.named_modules():
+        if not tower.owns(path) or path in tower.uncalled or not can_quantize(module):
+            continue
+        if any(fnmatch.fnmatchcase(path, pattern) for pattern in keep_float):
+            continue
+        small = isinstance(module, nn.Embedding) and module.weight.nbytes < SMALL_TABLE * total
+        if isinstance(module, nn.Embedding) and (not embeddings or (small and path not in tables)):
+            continue
+        found.append(path)
+    return whole_ties(found, tower)
+
+
+def group_sizes(bundle: Bundle, tower: Tower, paths: Sequence[str], wanted: int) -> dict[str, int]:
+    """Return the size of groups for those of `paths` that can have 4 bits: Linears of their own weight, evenly cut."""
+    tied = {linear for _, linear in tower.tied}
+    linears = {path: bundle.module(path) for path in paths if path not in tied}
+    sizes = {
+        path: group_size_for(module.in_features, wanted)
+        for path, module in linears.items()
+        if isinstance(module, nn.Linear)
+    }
+    return {path: size for path, size in sizes.items() if size}
+
+
+def told(sizes: Mapping[str, int], eight_bit: Sequence[str]) -> str:
+    """Return which layers take 4 bits and which 8, for a person."""
+    counts = Counter(sizes.values()).most_common()
+    groups = ", ".join(f"{count} in groups of {size}" for size, count in counts)
+    others = f"; 8 bits: {', '.join(eight_bit[:3])}{f' and {len(eight_bit) - 3} more' if len(eight_bit) > 3 else ''}"
+    return f"{len(sizes)} Linears take 4 bits ({groups or 'none can'}){others if eight_bit else ''}"
+
+
+def whole_ties(paths: Sequence[str], tower: Tower) -> list[str]:
+    """Return `paths` without the layers that share their weight with one that is not among them."""
+    halves = {path for pair in tower.tied if not set(pair) <= set(paths) for path in pair}
+    return [path for path in paths if path not in halves]
+
+
+def bytes_of(bundle: Bundle, tower: Tower) -> int:
+    """Return what a tower's tensors take, shared ones once."""
+    state = bundle.model.state_dict(keep_vars=True)
+    return sum(value.nbytes for value in {id(v): v for name, v in state.items() if tower.owns(name)}.values())

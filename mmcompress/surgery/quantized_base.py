@@ -1,0 +1,77 @@
+"""What all quantized layers share: a weight that is made of integers when it is asked for, and takes their place only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+AT_ONCE = 2**23
+"""Numbers of a weight that are rounded, or floats, together: 32 MiB, and as much again a few times over."""
+
+
+_UNREAD: ContextVar[bool] = ContextVar("unread", default=False)
+
+
+@contextmanager
+def weights_unread() -> Iterator[None]:
+    """While active, `weight` of quantized layers has a shape and zeros that take no memory: for loading, and for counting.
+
+    transformers fills every weight it knows before it looks which were loaded (5.23): made of integers, each would become floats
+    for nothing, which took three quarters of the time of loading and as much memory again.
+    """
+    token = _UNREAD.set(True)
+    try:
+        yield
+    finally:
+        _UNREAD.reset(token)
+
+
+class Quantized(nn.Module):
+    """A layer whose weight is stored as integers: (C, …), a scale for each of its C rows or several."""
+
+    weight_scale: Tensor
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of `weight`, for free."""
+        raise NotImplementedError
+
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        """Return some rows of `weight` as floats, in the dtype of the scales."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats, as it multiplies the rounded input. Not a parameter; models ask layers for its dtype and shape."""
+        if _UNREAD.get():
+            zeros = torch.zeros((), dtype=self.weight_scale.dtype, device=self.weight_scale.device)
+            shaped = zeros.expand(self.weight_shape)
+            shaped._is_hf_initialized = True  # type: ignore[attr-defined]
+            return shaped
+        return self.weight_rows(0, self.weight_shape[0])
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x weight' + bias; only `AT_ONCE` numbers of the weight are floats at a time."""
+        rows, columns = self.weight_shape
+        step = max(1, AT_ONCE // columns)
+        if step >= rows or _UNREAD.get():
+            return functional.linear(x, self.weight, bias)
+        parts = []
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            parts.append(
+                functional.linear(x, self.weight_rows(start, stop), None if bias is None else bias[start:stop])
+            )
+        return torch.cat(parts, dim=-1)
+
+
+def chunks(weight: Tensor) -> Iterator[slice]:
+    """Yield slices of rows of `weight` that have about `AT_ONCE` numbers: a word table takes a gigabyte as it is."""
+    step = max(1, AT_ONCE // max(1, weight[0].numel()))
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
