@@ -34,8 +34,8 @@ class Quantize:
 
     8-bit weights get one scale per output channel, activations one per tensor, from calibration samples. 4-bit weights, of Linears
     alone, get a scale and a zero point for each group of inputs; everything else takes 8 bits there. What stays more precise is
-    decided by measurement: every group of layers is quantized alone and the change of the embeddings recorded; groups are given
-    back, worst first, until the tower keeps `min_cosine`: from 4 bits to 8, then to float.
+    decided by measurement: where a tower's embeddings change by more than `min_cosine` allows, every group of layers is quantized
+    alone, and groups are given back, worst first, until it holds: from 4 bits to 8, then to float.
     """
 
     name: ClassVar[str] = "quantize"
@@ -78,7 +78,10 @@ class Quantize:
     """Give groups of layers back (to 8 bits, then to float) until a tower's embeddings keep this mean cosine to the unquantized
     model's."""
     sensitivity_samples: int = 16
-    """Samples for measuring sensitivity, each run once per group of layers; 0 skips the measurement (and `min_cosine`)."""
+    """Samples on which a tower is judged, and each group of its layers where some have to be given back; 0 judges nothing (and
+    leaves `min_cosine` unheeded)."""
+    sensitivity: bool = False
+    """Judge every group of layers alone even where none has to be given back: the report then shows what costs how much."""
     smooth: float = 0.75
     """For W8A8: how much of the spread between an activation's channels moves into the weights (SmoothQuant); 0 is off."""
     reduce_range: bool = False
@@ -127,7 +130,7 @@ class Quantize:
         return not self._uses("W8A8") and not (self._uses("W4A16") and self.rounding == "gptq")
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """Looks at the samples for ranges or moments; then each part of a block is judged, in rounded arithmetic."""
+        """Looks at the samples for ranges or moments; then a tower is judged, or each part of its blocks, in rounded arithmetic."""
         towers = [tower for tower in bundle.towers() if self._scheme(tower.name) != "W16A16"]
         if not towers:
             return 0.0
@@ -139,7 +142,7 @@ class Quantize:
                 looks = max(looks, quantize_moments.looks(bundle, tower, sizes))
             looks = max(looks, 2 if scheme == "W8A8" else 0)
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
-        judged = 2 * (parts + 3) * min(self.sensitivity_samples, work.samples)
+        judged = 2 * (parts + 3 if self.sensitivity else 2) * min(self.sensitivity_samples, work.samples)
         return (looks * work.samples + judged) * work.forward
 
     def check(self, bundle: Bundle) -> None:
@@ -255,7 +258,7 @@ class Quantize:
         made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in schemes}
         if schemes and self.sensitivity_samples and offers(bundle, context, tower.name, self.sensitivity_samples):
             judge = Judge(bundle, tower.name, context, self.sensitivity_samples)
-            report |= judge_tower(judge, tower, list(schemes), made, self._maker, self.min_cosine)
+            report |= judge_tower(judge, tower, list(schemes), made, self._maker, self.min_cosine, self.sensitivity)
         if not any(path in made.decisions["layers"] for path in schemes):
             raise UsageError(
                 f"no layer of the {tower.name} tower can be quantized within min_cosine {self.min_cosine:g}",

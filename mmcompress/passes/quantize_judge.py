@@ -1,8 +1,9 @@
 """How much each group of layers costs in accuracy once it is quantized, and which are to be left more precise.
 
-Sensitivity is measured, not assumed: each group of layers (a block's attention, its cross-attention, its MLP, a projection, an
-embedding table with the Linear that shares its weight) is swapped in alone, and what the tower makes of a few samples is compared
-with what the float model does. That takes one run of a few samples per group.
+All layers are judged together first: where the tower keeps what it has to, nothing else needs to be known, and is only looked for
+when it is asked for. Sensitivity is measured, not assumed: each group of layers (a block's attention, its cross-attention, its MLP,
+a projection, an embedding table with the Linear that shares its weight) is swapped in alone, and what the tower makes of a few
+samples is compared with what the float model does. That takes one run of a few samples per group.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Settled:
     before: float
     """The cosine with every layer as it came."""
     alone: dict[str, float]
-    """Group -> the cosine with it alone quantized."""
+    """Group -> the cosine with it alone quantized; empty where that was not needed."""
     given_back: list[str]
 
 
@@ -104,18 +105,22 @@ def settle(
     made: Mapping[str, nn.Module],
     instead: Callable[[str], nn.Module | None],
     least: float,
+    every: bool,
 ) -> Settled:
-    """Measure each of `groups` alone and all of `made` together; give groups back, worst first, until the cosine is `least`.
+    """Measure all of `made` together; give groups back, worst first, until the cosine is `least`.
 
-    What takes the place of a layer that is given back is `instead`, None for the float layer.
+    Each of `groups` is measured alone where one has to go back or `every` asks for it. What takes the place of a layer that is
+    given back is `instead`, None for the float layer.
     """
-    alone = {
-        name: judge.cosine({path: made[path] for path in paths})
-        for name, paths in track(groups.items(), judge.progress, f"{judge.tower} sensitivity", len(groups))
-    }
     left, given_back = dict(made), list[str]()
     before = reached = judge.cosine(left)
-    for name in sorted(groups, key=lambda name: alone[name]):
+    alone: dict[str, float] = {}
+    if every or before < least:
+        alone = {
+            name: judge.cosine({path: made[path] for path in paths})
+            for name, paths in track(groups.items(), judge.progress, f"{judge.tower} sensitivity", len(groups))
+        }
+    for name in sorted(alone, key=lambda name: alone[name]):
         if reached >= least:
             break
         for path in groups[name]:
@@ -129,9 +134,12 @@ def settle(
 
 
 def judge_tower(
-    judge: Judge, tower: Tower, paths: Sequence[str], plan: Plan, maker: Maker, min_cosine: float
+    judge: Judge, tower: Tower, paths: Sequence[str], plan: Plan, maker: Maker, min_cosine: float, every: bool
 ) -> dict[str, Any]:
-    """Give groups back, of 4 bits to 8, then to float, until the tower keeps `min_cosine`: in `plan`. Return what to report."""
+    """Give groups back, of 4 bits to 8, then to float, until the tower keeps `min_cosine`: in `plan`. Return what to report.
+
+    `every`: see `settle`.
+    """
     bundle, layers, sizes = judge.bundle, plan.decisions["layers"], plan.decisions["groups"]
     tables = {linear: table for table, linear in tower.tied}
     made: dict[str, nn.Module] = {}
@@ -148,12 +156,12 @@ def judge_tower(
             return maker.made(bundle.module(path), path, plan)
 
         packed = {name: own for name, own in groups.items() if sizes.keys() & set(own)}
-        found = settle(judge, packed, made, eight_bits, min_cosine)
+        found = settle(judge, packed, made, eight_bits, min_cosine, every)
         made, everything = found.made, found.before
         report = {"given_8_bits": found.given_back, "sensitivity": found.alone}
         _say(judge, f"{len(found.given_back)} of {len(made)} layers take 8 bits", found, min_cosine)
     if everything is None or found.cosine < min_cosine:
-        found = settle(judge, groups, made, lambda path: None, min_cosine)
+        found = settle(judge, groups, made, lambda path: None, min_cosine, every)
         everything = found.before if everything is None else everything
         report["sensitivity"] = report.get("sensitivity", {}) | found.alone
         report["kept_float"] = found.given_back

@@ -157,7 +157,7 @@ def test_smoothing_lowers_the_error_where_channels_differ() -> None:
 
 
 def test_sensitivity_names_every_group_and_what_all_cost() -> None:
-    _, plan = run(towers=("vision",), min_cosine=-1.0)
+    _, plan = run(towers=("vision",), min_cosine=-1.0, sensitivity=True)
     report = plan.decisions["towers"]["vision"]
     blocks = [f"vision_model.encoder.layer.{i}.{part}" for i in range(3) for part in ("attention", "mlp")]
     assert {*blocks, "visual_projection"} < set(report["sensitivity"])
@@ -167,8 +167,15 @@ def test_sensitivity_names_every_group_and_what_all_cost() -> None:
     assert max(report["sensitivity"].values()) <= (1 - report["cosine"]) * 1.5
 
 
+def test_groups_are_judged_alone_only_where_one_has_to_go_back() -> None:
+    _, plan = run(towers=("vision",), min_cosine=-1.0)
+    report = plan.decisions["towers"]["vision"]
+    assert (report["sensitivity"], report["kept_float"]) == ({}, [])
+    assert report["judged_on"] == {"samples": 8, "runs": 2}
+
+
 def test_the_worst_groups_go_back_to_float_until_the_limit_holds() -> None:
-    _, everything = run(towers=("vision",), min_cosine=-1.0)
+    _, everything = run(towers=("vision",), min_cosine=-1.0, sensitivity=True)
     free = everything.decisions["towers"]["vision"]
     limit = (1 + free["cosine"]) / 2
     bundle, plan = run(towers=("vision",), min_cosine=limit)

@@ -167,7 +167,7 @@ def test_a_limit_gives_both_back(tmp_path: Path) -> None:
             bundle.module(TABLE).weight[:, 0] = 40.0  # type: ignore[index]
         return bundle
 
-    _, everything = run(spoiled(), scheme="W8A16", min_cosine=-1.0, towers=("decoder",))
+    _, everything = run(spoiled(), scheme="W8A16", min_cosine=-1.0, towers=("decoder",), sensitivity=True)
     free = everything.decisions["towers"]["decoder"]
     assert max(free["sensitivity"], key=lambda name: free["sensitivity"][name]) == TABLE
     assert LAST not in free["sensitivity"]

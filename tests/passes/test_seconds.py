@@ -22,14 +22,15 @@ WORK = Work(samples=10, dataset=100, forward=0.5)
         ("prune", {"score": "random", "compensate": "none"}, 0),
         ("prune", {"score": "block-influence", "units": ["blocks"]}, 1 * 10 * 0.5),
         ("merge-tokens", {"keep": 0.5}, 0),
-        # Three blocks in the deeper tower: 2 * (2 * 3 + 3) judgements of the 10 samples there are.
-        ("quantize", {}, (2 * 10 + 2 * 9 * 10) * 0.5),
-        ("quantize", {"scheme": "W8A16", "sensitivity_samples": 4}, 2 * 9 * 4 * 0.5),
+        # Three blocks in the deeper tower, two in the other: 2 * (2 * 3 + 3) judgements of the 10 samples there are.
+        ("quantize", {"sensitivity": True}, (2 * 10 + 2 * 9 * 10) * 0.5),
+        ("quantize", {}, (2 * 10 + 2 * 2 * 10) * 0.5),
+        ("quantize", {"scheme": "W8A16", "sensitivity_samples": 4, "sensitivity": True}, 2 * 9 * 4 * 0.5),
         ("quantize", {"scheme": "W4A16", "sensitivity_samples": 0}, 0),
         ("quantize", {"scheme": "W4A16", "rounding": "gptq", "sensitivity_samples": 0}, 1 * 10 * 0.5),
         ("quantize", {"sensitivity_samples": 0}, 2 * 10 * 0.5),
         ("quantize", {"scheme": "W16A16"}, 0),
-        ("quantize", {"scheme": "W16A16", "text_scheme": "W8A8"}, (2 * 10 + 2 * 7 * 10) * 0.5),  # two blocks
+        ("quantize", {"scheme": "W16A16", "text_scheme": "W8A8", "sensitivity": True}, (2 * 10 + 2 * 7 * 10) * 0.5),
         ("distill", {"epochs": 2}, (3 * 200 + 100) * 0.5),
         ("distill", {"steps": 4, "batch_size": 8, "accumulate": 2}, (3 * 64 + 100) * 0.5),
         ("distill", {"epochs": 2, "max_minutes": 1}, 60 + 100 * 0.5),
