@@ -30,7 +30,7 @@ PRECISIONS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"
 @click.option(
     "--precision",
     type=click.Choice(tuple(PRECISIONS)),
-    help="Of weights and arithmetic; 8-bit layers stay 8-bit.  [default: float32 for onnx, float16 for tensorrt]",
+    help="Of weights and arithmetic; integers stay integers.  [default: float32 for onnx, float16 for tensorrt]",
 )
 @click.option("--opset", type=click.IntRange(1), help="ONNX opset.  [default: the oldest that can say it]")
 @click.option(
@@ -180,7 +180,7 @@ def show(artifact: Artifact, engines: EngineReport | None) -> None:
 
     render.table(
         f"ONNX, {artifact.precision}, opset {artifact.opset}",
-        ["tower", "file", "MiB", "INT8 MiB", "8-bit matrices", "nodes", "most frequent"],
+        ["tower", "file", "MiB", "integer MiB", "integer matrices", "nodes", "most frequent"],
         [
             [
                 c.name,

@@ -49,9 +49,11 @@ def weights(model: ir.Model) -> dict[str, int]:
 
 
 def quantized_matrices(model: ir.Model) -> int:
-    """Return how many integer weight matrices the graph holds."""
+    """Return how many integer weight matrices the graph holds; packed zero points are none."""
+    zero_points = {node.inputs[3] for node in model.graph if node.op_type == "MatMulNBits" and len(node.inputs) > 3}
     return sum(
-        value.const_value is not None
+        value not in zero_points
+        and value.const_value is not None
         and value.const_value.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
         and len(value.const_value.shape) >= 2
         for value in model.graph.initializers.values()

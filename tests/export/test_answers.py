@@ -19,10 +19,13 @@ from mmcompress.export.parity import check_parity
 from mmcompress.export.tensorrt import export_tensorrt
 from mmcompress.export.trace import trace, traced
 from mmcompress.families.answers import greedy
+from mmcompress.measure import run_onnxruntime
 from mmcompress.measure.answerer import Answerer, artifact_answerer, bundle_answerer
+from mmcompress.measure.onnx_graph import read_graph
 from mmcompress.ops.masks import HIDDEN, causal_mask
 from mmcompress.passes.base import Context, Plan
 from mmcompress.surgery.packed import PackedLinear
+from mmcompress.surgery.quantized import QuantizedEmbedding, QuantizedLinear
 from mmcompress.surgery.quantized_base import Quantized
 from tests import tiny
 from tests.export.test_parity import edited, initializer_of
@@ -169,11 +172,17 @@ def test_in_4_bits_it_answers_the_same_and_keeps_its_bytes(tmp_path: Path, bundl
     stored = [component.component.weights for component in report.components]
     # Cross-attention's keys and values lie with the encoder: each layer is in one of the parts.
     assert sum(weights["UINT8"] for weights in stored) == promised
+    eight_bits = [m for m in bundle.model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    tables = {module.weight_int8.data_ptr() for module in eight_bits}
+    assert sum(part.component.quantized for part in report.components) == len(layers) + len(tables)
     assert sum(component.component.nodes["MatMulNBits"] for component in report.components) == len(layers)
     for component in report.components:
         exact = [row for row in component.parity if not row.rounding or target == "openvino"]
         assert max(row.relative for row in exact) <= 1e-4
         assert any(row.rounding for row in component.parity)
+        graph = read_graph(tmp_path / "out" / component.component.file)
+        packed = any(node.op_type == "MatMulNBits" for node in graph.graph.node)
+        assert run_onnxruntime._may_round_inputs(graph) == (packed and target == "cpu")
     samples = list(tiny.spoken(5))
     for runner in RUNNERS:
         assert artifact_answerer(report.artifact, runner, threads=1).generate(samples) == bundle.generate(samples)
