@@ -1,7 +1,8 @@
 """A small transformer over a picture's tokens: what scores them for a connector, and what makes lost ones up while it learns.
 
 It works at a width of its own, whatever that of the tokens: a Linear leads in, another leads out. Tokens know their places by a
-table, which begins as sines of row and column. Plain Linears throughout, so that what is done to other layers can be done to these.
+table, which begins as sines of row and column, so that neighbours are alike, and noise, so that they can be told apart. Plain
+Linears throughout, so that what is done to other layers can be done to these.
 
 Shapes: R pictures, N tokens, C channels, W width, H heads, D head width.
 """
@@ -42,7 +43,7 @@ class TokenTransformer(nn.Module):
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:
-        """Give the layers the values they have before training, from the generator of the CPU alone; places are as made."""
+        """Give the parameters the values they have before training, from the generator of the CPU alone."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 # Inputs of size 1 give outputs of size 1.
@@ -50,6 +51,8 @@ class TokenTransformer(nn.Module):
                 module.weight.copy_(drawn)
                 module.bias.zero_()
         self.leave.weight.mul_(HARDLY)
+        # By the sines alone, neighbours are too much alike for one of them to be kept and the other not.
+        self.places.add_(torch.randn(self.places.shape, generator=generator))
 
 
 class _Block(nn.Module):
