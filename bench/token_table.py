@@ -5,7 +5,8 @@
 - `layers`: image tokens that leave the mini-VLM's language model on their way through its blocks; the same questions.
 - `audio`: states merged block by block in Whisper tiny.en; words of recordings full of speech.
 
-Each method is applied to the checkpoint without training and judged in torch, paired with the original (n and intervals) and with
+Each method is applied to the checkpoint, whose own weights are not trained (a selector learns from the training pictures), and
+judged in torch, paired with the original (n and intervals) and with
 random selections of as many tokens (several seeds). MACs are counted anew. Parts are exported and timed in one interleaved run
 per share: in onnxruntime and OpenVINO, each beside the original in the same engine.
 
@@ -68,6 +69,8 @@ class Contest:
     batches: tuple[int, ...] = (1,)
     schedule: str = ""
     """Of the pass, where it is not the usual one."""
+    training: Callable[[], Dataset] | None = None
+    """What a method learns from that has to."""
 
 
 CONTESTS = {
@@ -78,6 +81,7 @@ CONTESTS = {
     "connector": Contest(
         assets.mini_vlm, "reduce-visual-tokens", get_args(reducing.Method), (0.75, 0.5, 0.25, 0.1),
         "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "answer"),
+        training=lambda: open_data(str(assets.vqa("training"))),
     ),
     "layers": Contest(
         assets.mini_vlm, "drop-visual-tokens", get_args(prompt_flow.Method), (0.75, 0.5, 0.25, 0.1),
@@ -97,7 +101,9 @@ def reduced(contest: Contest, method: str, keep: float, seed: int = 0) -> Bundle
     shape = {"schedule": contest.schedule} if contest.schedule else {}
     made = passes.build(contest.name, {"method": method, "keep": keep, **shape, **OWN.get(method, {})})
     made.check(bundle)
-    made.apply(bundle, made.plan(bundle, Context(seed=seed)))
+    context = Context(data=contest.training() if contest.training else None, seed=seed)
+    made.apply(bundle, made.plan(bundle, context))
+    made.fit(bundle, context)
     return bundle
 
 

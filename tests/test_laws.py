@@ -38,6 +38,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "merge-random": ("merge-tokens", {"keep": 0.6, "method": "random"}),
     "reduce": ("reduce-visual-tokens", {"keep": 0.3}),
     "reduce-visionzip": ("reduce-visual-tokens", {"keep": 0.3, "method": "visionzip"}),
+    "reduce-selector": ("reduce-visual-tokens", {"keep": 0.3, "method": "selector", "selector_epochs": 2}),
     "reduce-random": ("reduce-visual-tokens", {"keep": 0.3, "method": "random"}),
     "drop": ("drop-visual-tokens", {"keep": 0.5}),
     "drop-sparsevlm": ("drop-visual-tokens", {"keep": 0.5, "method": "sparsevlm"}),

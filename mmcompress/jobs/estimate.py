@@ -69,8 +69,8 @@ def estimate(
     steps: list[dict[str, Any]] = []
     for stage in todo:
         # A control is planned, applied, fitted and measured like the step itself.
-        twice = 2 if recipe.control and evaluation and stage.made.control() is not None else 1
-        seconds = twice * (stage.made.seconds(bundle, work) + measured)
+        control = stage.made.control() if recipe.control and evaluation else None
+        seconds = sum(each.seconds(bundle, work) + measured for each in (stage.made, control) if each is not None)
         steps.append({"step": stage.step.name, "params": dict(stage.step.params), "seconds": round(seconds)})
     exported = 2 * len(bundle.towers()) * EXPORTED if recipe.export.to else 0.0
     size, free = cost_of(bundle).bytes, available()

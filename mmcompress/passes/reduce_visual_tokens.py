@@ -15,18 +15,21 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.token_choice import drawn
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.passes.latency import SECONDS, solved
+from mmcompress.passes.selector_train import NEED, channels_given_out, seconds_a_picture, trained
 from mmcompress.surgery.merging import ledger_of
-from mmcompress.surgery.reducing import SCORED, Choice, bind_connector, bind_scorer, choice_of, handed_on
+from mmcompress.surgery.reducing import LEARNED, SCORED, Choice, bind_connector, bind_scorer, choice_of, handed_on
+from mmcompress.surgery.selector import HEAD_WIDTH, TokenTransformer
 from mmcompress.views import Connector, Tower
 
 
 @dataclass(frozen=True)
 class ReduceVisualTokens:
-    """Hand fewer tokens of each picture to the language model, with no training.
+    """Hand fewer tokens of each picture to the language model, which is not trained for it.
 
     They become fewer behind the connector: the prompt, the time to the first token and the cache of keys and values shrink with
-    them, the vision encoder stays as it is. Nothing is added to the weights; the choice is stored in the checkpoint and is part of
-    its exported graph. Method "random" is the control that the others have to beat.
+    them, the vision encoder stays as it is. The choice is stored in the checkpoint and is part of its exported graph. Nothing is
+    added to the weights, except by method "selector": a small network that learns from pictures alone which tokens the others can
+    stand in for. Method "random" is the control that the others have to beat.
     """
 
     name: ClassVar[str] = "reduce-visual-tokens"
@@ -39,14 +42,32 @@ class ReduceVisualTokens:
     """Milliseconds that the exported model may take to the first token of an answer on this machine's processor, instead of `keep`:
     some shares are exported and timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
     method: Literal[
-        "divprune", "clusters", "visionzip", "prumerge", "attention", "lftr", "tome", "pool", "grid", "random"
+        "divprune",
+        "clusters",
+        "visionzip",
+        "prumerge",
+        "attention",
+        "lftr",
+        "tome",
+        "selector",
+        "pool",
+        "grid",
+        "random",
     ] = "clusters"
     """Which tokens are kept: the most different ones (divprune), means of clusters, those the encoder looks at and means of the
     rest (visionzip, prumerge), those alone (attention), those least like all others (lftr, our reading of that paper's abstract),
-    means of similar pairs (tome), means of neighbours (pool, the largest grid within what is asked for), every n-th (grid), or
-    random ones (the control)."""
+    means of similar pairs (tome), those that a small network learned to keep from pictures alone (selector; needs data), means of
+    neighbours (pool, the largest grid within what is asked for), every n-th (grid), or random ones (the control)."""
     tower: str = ""
     """The tower whose tokens they are; by default the one that looks at pictures for a language model."""
+    selector_epochs: int = 10
+    """For method selector: how often it learns from each picture."""
+    selector_pictures: int = 2000
+    """For method selector: how many pictures of the data it learns from at most."""
+    selector_width: int = 64
+    """For method selector: channels inside its blocks, whatever those of the tokens; a multiple of 16."""
+    selector_layers: int = 3
+    """For method selector: its blocks."""
 
     def __post_init__(self) -> None:
         require_kept_share("reduce-visual-tokens.keep", self.keep, "0.25 keeps a quarter")
@@ -57,6 +78,17 @@ class ReduceVisualTokens:
             )
         require_one(self.name, keep=self.keep, keep_tokens=self.keep_tokens, latency_ms=self.latency_ms)
         require_milliseconds("reduce-visual-tokens.latency_ms", self.latency_ms)
+        for key in ("selector_epochs", "selector_pictures", "selector_layers"):
+            if getattr(self, key) < 1:
+                raise UsageError(
+                    f"reduce-visual-tokens.{key} is {getattr(self, key)}; expected a number >= 1",
+                    hint=f"leave it out for {getattr(ReduceVisualTokens, key)}",
+                )
+        if self.selector_width < HEAD_WIDTH or self.selector_width % HEAD_WIDTH:
+            raise UsageError(
+                f"reduce-visual-tokens.selector_width is {self.selector_width}; expected a multiple of {HEAD_WIDTH}",
+                hint="64 and 128 are usual",
+            )
 
     def control(self, decisions: Mapping[str, Any] | None = None) -> ReduceVisualTokens | None:
         """Return the pass that keeps as many tokens at random."""
@@ -67,12 +99,18 @@ class ReduceVisualTokens:
         return ReduceVisualTokens(keep_tokens=int(decisions["kept"]), method="random", tower=self.tower)
 
     def streams(self) -> bool:
-        """Whether no weight is looked at: only a latency is that of the whole model."""
-        return self.latency_ms is None
+        """Whether no weight is looked at: only a latency is that of the whole model, and features are made by it."""
+        return self.latency_ms is None and self.method != LEARNED
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """No sample is looked at; for a latency, some shares are exported and timed."""
-        return 0.0 if self.latency_ms is None else SECONDS
+        """For a latency, some shares are exported and timed; a selector sees each picture once, then learns from its features."""
+        timed = 0.0 if self.latency_ms is None else SECONDS
+        if self.method != LEARNED:
+            return timed
+        connector = self._connector(bundle)
+        selector = TokenTransformer(grid=connector.grid, **self._shape(bundle))
+        learned = self.selector_epochs * seconds_a_picture(selector, connector.tokens)
+        return timed + min(work.dataset, self.selector_pictures) * (work.forward + learned)
 
     def check(self, bundle: Bundle) -> None:
         """Refuse models whose image tokens cannot become fewer, more tokens than there are, and a second reduction."""
@@ -100,7 +138,7 @@ class ReduceVisualTokens:
             )
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
-        """Settle how many tokens are kept and, for "random", draw them (from the run's seed)."""
+        """Settle how many tokens are kept, for "random" draw them (from the run's seed), for "selector" settle its shape."""
         connector = self._connector(bundle)
         if self.latency_ms is not None:
             stages = (self._tower(bundle).name, "prompt")
@@ -112,10 +150,16 @@ class ReduceVisualTokens:
         if self.method == "random" and kept < connector.tokens:
             generator = torch.Generator().manual_seed(context.seed)
             decisions["drawn"] = drawn(connector.tokens, kept, generator).tolist()
+        if self.method == LEARNED and kept < connector.tokens:
+            context.require_data(NEED)
+            decisions["selector"] = self._shape(bundle)
         return Plan(decisions)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
-        """Bind the connector's forward, and that of the attention it asks; with nothing to leave out, leave the model alone."""
+        """Bind the connector's forward, and that of the attention it asks; with nothing to leave out, leave the model alone.
+
+        A selector joins the connector untrained.
+        """
         connector = self._connector(bundle)
         kept = int(plan.decisions["kept"])
         if kept == connector.tokens:
@@ -130,15 +174,28 @@ class ReduceVisualTokens:
             drawn=tuple(plan.decisions.get("drawn", ())),
             leading=connector.leading,
         )
-        bind_connector(bundle.module(connector.path), choice)
+        shape = plan.decisions.get("selector")
+        with bundle.device:
+            selector = TokenTransformer(grid=connector.grid, **shape) if shape else None
+        bind_connector(bundle.module(connector.path), choice, selector)
         if self.method in SCORED:
             bind_scorer(bundle.module(connector.scorer), choice)
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
-        """Change nothing; report the tokens of a picture before and after."""
+        """Train the selector, if there is one; report the tokens of a picture before and after."""
         connector = self._connector(bundle)
-        kept = handed_on(bundle.module(connector.path), connector.tokens)
-        return {"tokens": connector.tokens, "tokens_kept": kept, "keep": round(kept / connector.tokens, 4)}
+        module = bundle.module(connector.path)
+        kept = handed_on(module, connector.tokens)
+        facts: dict[str, Any] = {
+            "tokens": connector.tokens,
+            "tokens_kept": kept,
+            "keep": round(kept / connector.tokens, 4),
+        }
+        if self.method == LEARNED and kept < connector.tokens:
+            facts["selector"] = trained(
+                bundle, self._tower(bundle), context, self.selector_pictures, self.selector_epochs
+            )
+        return facts
 
     def _connector(self, bundle: Bundle) -> Connector:
         """Return the connector of the tower meant. Raises what `_tower` raises."""
@@ -158,6 +215,11 @@ class ReduceVisualTokens:
             f"{'; '.join(reasons) or 'nothing is handed from here to a language model'}",
             hint="mmc inspect shows what can be done",
         )
+
+    def _shape(self, bundle: Bundle) -> dict[str, int]:
+        """Return what shape a selector of this model's tokens has."""
+        channels = channels_given_out(bundle, self._tower(bundle))
+        return {"channels": channels, "outputs": 1, "width": self.selector_width, "layers": self.selector_layers}
 
     def _keeping(self, share: float) -> ReduceVisualTokens:
         return dataclasses.replace(self, latency_ms=None, keep=share)

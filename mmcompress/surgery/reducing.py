@@ -2,7 +2,8 @@
 
 `bind_connector` gives the connector instance a `forward` of its own: what its class computes, then an assignment (see
 `ops.token_choice`) and its means. `bind_scorer` does the same to one attention of the encoder, which leaves scores of its tokens
-for the connector in a `Seen` that both share. Classes stay as they were, no module is added, and no name in the state dict changes.
+for the connector in a `Seen` that both share. Classes stay as they were, and no name in the state dict changes. A learned selector
+is the one module that is added, to the connector, and reads what that gives out: the tokens the language model would be given.
 
 Shapes: R pictures or tiles, N tokens before, M after, C channels, H heads, D head width.
 """
@@ -18,12 +19,17 @@ from torch import Tensor, nn
 
 from mmcompress.errors import UsageError
 from mmcompress.ops import token_choice
+from mmcompress.ops.token_autoencoder import normalised
 from mmcompress.surgery.attention import give_scores
 from mmcompress.surgery.ledger import Ledger
 
-Method = Literal["divprune", "clusters", "visionzip", "prumerge", "attention", "lftr", "tome", "pool", "grid", "random"]
+Method = Literal[
+    "divprune", "clusters", "visionzip", "prumerge", "attention", "lftr", "tome", "selector", "pool", "grid", "random"
+]
 SCORED: tuple[Method, ...] = ("visionzip", "prumerge", "attention")
 """Methods that ask what the encoder looked at."""
+LEARNED: Method = "selector"
+"""The method that asks a module of its own."""
 ATTRIBUTE = "choice"
 
 
@@ -56,9 +62,11 @@ class Choice:
         return self.method not in ("pool", "grid", "random")
 
 
-def bind_connector(connector: nn.Module, choice: Choice) -> None:
-    """Make `connector` hand on `choice.kept` tokens of each picture."""
+def bind_connector(connector: nn.Module, choice: Choice, selector: nn.Module | None = None) -> None:
+    """Make `connector` hand on `choice.kept` tokens of each picture; `selector`, for the method that is learned, joins it."""
     setattr(connector, ATTRIBUTE, choice)
+    if selector is not None:
+        connector.add_module(LEARNED, selector)
     connector.forward = MethodType(_forward, connector)
 
 
@@ -72,6 +80,11 @@ def bind_scorer(attention: nn.Module, choice: Choice) -> None:
 def choice_of(module: nn.Module) -> Choice | None:
     """Return what a connector, or the attention it asks, was bound with; None where it was not."""
     return getattr(module, ATTRIBUTE, None)
+
+
+def selector_of(connector: nn.Module) -> nn.Module:
+    """Return the module that scores the tokens (R, N, C), normalised: (R, N, 1)."""
+    return connector.get_submodule(LEARNED)
 
 
 def handed_on(connector: nn.Module, otherwise: int) -> int:
@@ -88,14 +101,22 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
             f"the image tokens were chosen of {choice.tokens} a picture, but here are {tokens.shape[1]}",
             hint="give pictures of the model's own size",
         )
-    scores, choice.seen.scores = choice.seen.scores, None
-    rows = assignment(choice, tokens, None if scores is None else scores[:, choice.leading :])
+    rows = assignment(choice, tokens, _scores(self, choice, tokens))
     if choice.seen.watched is not None:
         choice.seen.watched.append(rows)
     made = rows.to(tokens.dtype) @ tokens
     if choice.seen.put_back:
         return token_choice.places(rows, tokens.detach()).to(tokens.dtype) @ made
     return made
+
+
+def _scores(connector: nn.Module, choice: Choice, tokens: Tensor) -> Tensor | None:
+    """Return what a learned selector, or the encoder, says of the tokens (R, N); None where nobody is asked."""
+    if choice.method == LEARNED:
+        scored: Tensor = selector_of(connector)(normalised(tokens.detach()))[..., 0]
+        return scored
+    scores, choice.seen.scores = choice.seen.scores, None
+    return None if scores is None else scores[:, choice.leading :]
 
 
 def assignment(choice: Choice, tokens: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -116,9 +137,9 @@ def assignment(choice: Choice, tokens: Tensor, scores: Tensor | None = None) -> 
             return token_choice.evenly(choice.tokens, choice.kept).to(tokens.device)
         case "random":
             return token_choice.standing_at(torch.tensor(choice.drawn), choice.tokens).to(tokens.device)
-    assert scores is not None, "the scorer runs before the connector"
+    assert scores is not None, "the scorer runs before the tokens are chosen"
     scores = scores.detach()
-    if choice.method == "attention":
+    if choice.method in ("attention", LEARNED):
         return token_choice.best_scored(scores, choice.kept)
     if choice.method == "visionzip":
         return token_choice.dominant_and_contextual(scores, features, choice.kept)

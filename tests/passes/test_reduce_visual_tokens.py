@@ -23,7 +23,7 @@ from mmcompress.recipe import Step
 from mmcompress.surgery.reducing import Method
 from tests import tiny
 
-ANY: tuple[Method, ...] = ("divprune", "clusters", "lftr", "tome", "pool", "grid", "random")
+ANY: tuple[Method, ...] = ("divprune", "clusters", "lftr", "tome", "selector", "pool", "grid", "random")
 ASKING: tuple[Method, ...] = ("visionzip", "prumerge", "attention")
 CASES = [
     *(
@@ -36,12 +36,17 @@ CASES = [
 every_case = pytest.mark.parametrize(("family", "method"), CASES)
 
 
+def context(family: str) -> Context:
+    return Context(data=tiny.data(family, 8), seed=5)
+
+
 def reduced(family: str, **settings: Any) -> Bundle:
     bundle = tiny.bundle(family)
     made = build("reduce-visual-tokens", settings)
     made.check(bundle)
-    plan = made.plan(bundle, Context())
+    plan = made.plan(bundle, context(family))
     made.apply(bundle, plan)
+    made.fit(bundle, context(family))
     bundle.history.append(Record("reduce-visual-tokens", settings, plan.decisions))
     return bundle
 
@@ -56,7 +61,7 @@ def image_tokens(bundle: Bundle, samples: list[Sample]) -> list[int]:
 @every_case
 def test_prompts_shrink_and_answers_do_not_depend_on_the_batch(family: str, method: str) -> None:
     before, bundle = tiny.bundle(family), reduced(family, keep=0.3, method=method)
-    facts = build("reduce-visual-tokens", {"keep": 0.3, "method": method}).fit(bundle, Context())
+    facts = build("reduce-visual-tokens", {"keep": 0.3, "method": method}).fit(bundle, context(family))
     assert facts["tokens_kept"] < facts["tokens"]
     samples = list(tiny.asked(4, turns=family != "paligemma"))  # one has no picture, one was asked something before
     samples.append(replace(samples[0], key="two", further=(samples[1].picture,)))  # type: ignore[arg-type]
@@ -70,12 +75,7 @@ def test_prompts_shrink_and_answers_do_not_depend_on_the_batch(family: str, meth
 
 @every_case
 def test_reload_is_bit_equal(family: str, method: str, tmp_path: Path) -> None:
-    settings = {"keep": 0.3, "method": method}
-    bundle = tiny.bundle(family)
-    made = build("reduce-visual-tokens", settings)
-    plan = made.plan(bundle, Context(seed=5))
-    made.apply(bundle, plan)
-    bundle.history.append(Record("reduce-visual-tokens", settings, plan.decisions))
+    bundle = reduced(family, keep=0.3, method=method)
     assert not checkpoint.save(bundle, tmp_path / "out").plain_transformers
     again = checkpoint.load(tmp_path / "out")
     inputs = bundle.example_inputs("vision", 2)
