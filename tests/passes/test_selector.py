@@ -16,6 +16,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, Memory
 from mmcompress.errors import UsageError
 from mmcompress.measure.cost import cost_of
+from mmcompress.ops.token_autoencoder import normalised
 from mmcompress.ops.token_choice import best_scored
 from mmcompress.passes import build, selector_train
 from mmcompress.passes.base import Context, Work
@@ -174,6 +175,22 @@ def test_tokens_go_on_as_they_are_in_order() -> None:
         places = (every[None] == some[:, None]).all(dim=-1).float().argmax(dim=1)
         assert torch.equal(every[places], some)
         assert (places.diff() > 0).all()
+
+
+def test_tokens_are_scored_as_they_were_learned_from() -> None:
+    """Normalised: a connector that gives out all tokens a hundred times as long hands on the same ones."""
+    bundle, plain = selecting(), tiny.bundle("llava_clip")
+    inputs = bundle.example_inputs("vision", 2)
+    with torch.no_grad():
+        full = torch.stack(plain.family.image_tokens(plain.model, inputs))  # type: ignore[attr-defined]
+        fewer = torch.stack(bundle.family.image_tokens(bundle.model, inputs))  # type: ignore[attr-defined]
+        scores = selector_of(bundle.module(PROJECTOR))(normalised(full))[..., 0]
+        torch.testing.assert_close(fewer, best_scored(scores, 5) @ full)
+        last = bundle.module(PROJECTOR).linear_2
+        last.weight.mul_(100)
+        last.bias.mul_(100)
+        longer = torch.stack(bundle.family.image_tokens(bundle.model, inputs))  # type: ignore[attr-defined]
+    torch.testing.assert_close(longer, 100 * fewer)
 
 
 def test_the_seed_decides() -> None:
