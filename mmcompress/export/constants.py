@@ -39,9 +39,14 @@ def transpose_constants(model: ir.Model) -> int:
 
 
 def reshape_constants(model: ir.Model) -> int:
-    """Reshape and repeat constants now, those that the exporter leaves because they are large: packed weights and their scales."""
+    """Reshape and repeat packed weights and their scales now: the exporter leaves large constants as they are.
+
+    No others: what a mask or a table of positions is repeated to can be far larger than itself.
+    """
     count = 0
     for node in nodes(model, "Reshape", "Expand"):
+        if any(use.node.op_type != "MatMulNBits" for use in node.outputs[0].uses()):
+            continue
         whole, shape = constant(node.inputs[0]), node.outputs[0].shape
         if whole is None or shape is None or not shape.is_static():
             continue
