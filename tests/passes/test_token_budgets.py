@@ -262,8 +262,8 @@ def test_a_run_times_the_exported_tower(tmp_path: Path) -> None:
     result = compress(tiny.bundle("clip"), parse(recipe), tmp_path / "out")
     assert result.manifest.records[0].plan["merged"] == [0, 0, 0]
     recipe["steps"] = [{"merge-tokens": {"latency_ms": 1e-6}}]
-    with pytest.raises(
-        UsageError, match=r"latency_ms is 1e-06, but with the fewest tokens \(keep 0.320\) vision take 0\.\d+ ms"
-    ):
+    # So small a tower may take longer to merge than merging saves, and then that is what is told.
+    told = r"latency_ms (is 1e-06, but with the fewest tokens \(keep 0.320\) vision take|cannot be solved: keep 0.320 takes) \d+"
+    with pytest.raises(UsageError, match=told):
         compress(tiny.bundle("clip"), parse(recipe), tmp_path / "none")
     assert not (tmp_path / "none").exists()
