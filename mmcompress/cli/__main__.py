@@ -23,7 +23,7 @@ COMMANDS: dict[str, str] = {
     "merge": "Merge tokens inside a tower; stored in the checkpoint.",
     "reduce": "Give a language model fewer tokens of each picture; stored in the checkpoint.",
     "drop": "Let image tokens leave a language model on their way through it; stored in the checkpoint.",
-    "quantize": "Store and compute in 8 bits, per tower.",
+    "quantize": "Store weights in 8 or 4 bits, and compute in 8, per tower.",
     "distill": "Recover accuracy by training towards the original.",
     "compress": "Run a recipe: passes in order, gates at the end, resumable.",
     "export": "Write ONNX or TensorRT files per tower, checked for parity.",

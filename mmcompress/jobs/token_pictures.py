@@ -13,20 +13,18 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, Sample, Stored
 from mmcompress.data.sample import seen
 from mmcompress.errors import MmcError, UsageError
+from mmcompress.jobs.token_painting import ASKED, TILES, View, grid_of, page_of, pixels_of
 from mmcompress.progress import Progress
 from mmcompress.surgery.dropping import dropping_of
 from mmcompress.surgery.ledger import watching
@@ -35,37 +33,12 @@ from mmcompress.surgery.prompt_flow import Dropping
 from mmcompress.surgery.reducing import choice_of
 from mmcompress.views import Tower
 
-TILE = 224
-"""Pixels of each picture's longer side."""
-TILES = 12
-"""The most pictures on a page; of more blocks, some are left out."""
-COLUMNS = 4
-GAP, TITLE = 8, 20
-ASKED = 100
-"""Letters of a question that are shown."""
-GONE = 0.15
-"""Brightness of patches that are in no token."""
-LINE = (255, 255, 255)
-
 PREFIX = "tokens-"
 """Of the files' names."""
 LONGEST = 80
 """Letters of a name."""
 SAMPLES = 3
 """Pictures of the evaluation data that are drawn."""
-
-Pixels = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class View:
-    """The tokens at one place of the model."""
-
-    title: str
-    token_of: NDArray[np.int64]
-    """(N,): the token each patch is in, -1 for none."""
-    grid: tuple[int, int]
-    """Rows and columns of patches."""
 
 
 def reduces(bundle: Bundle) -> bool:
@@ -124,13 +97,13 @@ def draw(bundle: Bundle, sample: Sample, path: Path) -> None:
         )
     sample = sample.showing(sample.pictures[:1])
     inputs = bundle.prepare(tower.name, [sample.image])
-    pixels = _shown(inputs["pixel_values"])
+    pixels = pixels_of(inputs["pixel_values"])
     views = _views(bundle, tower, inputs, pixels.shape[:2])
     dropping = _dropping(bundle)
     if dropping is not None:
         views += _left_on_the_way(bundle, tower, dropping, sample)
     asked = f"asked: {sample.question or 'nothing'}"[:ASKED] if dropping else ""
-    _page(pixels, _some(views), asked).save(path)
+    page_of(pixels, _some(views), asked).save(path)
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
@@ -156,7 +129,7 @@ def _views(bundle: Bundle, tower: Tower, inputs: dict[str, Tensor], size: tuple[
             bundle.encode(tower.name, inputs)
         patches = tower.stream.tokens - tower.stream.protected
         names = [f"block {block.index}" for block in tower.blocks]
-        views += _steps(names, steps, tower.stream.protected, tower.stream.tokens, _grid(patches, size))
+        views += _steps(names, steps, tower.stream.protected, tower.stream.tokens, grid_of(patches, size))
     choice = choice_of(bundle.module(tower.connector.path)) if tower.connector else None
     if choice is not None:
         with watching(choice.seen) as steps:
@@ -233,76 +206,3 @@ def _some(views: list[View]) -> list[View]:
     if len(views) <= room:
         return views
     return [views[round((index + 1) * len(views) / room) - 1] for index in range(room)]
-
-
-def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Return rows and columns of square patches. Raises UsageError where they fill no rectangle of this shape."""
-    height, width = size
-    rows = max(1, round((patches * height / width) ** 0.5))
-    if patches % rows:
-        raise UsageError(
-            f"{patches} patches do not fill a picture of {width} x {height} pixels",
-            hint="draw a model of square patches",
-        )
-    return rows, patches // rows
-
-
-def _shown(values: Tensor) -> Pixels:
-    """Return the first picture or tile as (height, width, 3) of 0 to 1, as the model is given it: its range is what there is."""
-    picture = values.detach().float().cpu().reshape(-1, *values.shape[-3:])[0]
-    if picture.shape[0] != 3:
-        raise UsageError(
-            f"the model is given patches of {tuple(values.shape)} instead of a picture, so none can be drawn",
-            hint="draw another model",
-        )
-    low, high = picture.min(), picture.max()
-    return ((picture - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).double().numpy()
-
-
-def _page(pixels: Pixels, views: Sequence[View], asked: str = "") -> Image.Image:
-    """Return the picture and the views, row by row, with what was `asked` above them."""
-    rows, columns = views[0].grid
-    tiles = [(f"{rows * columns} patches", _painted(pixels, np.arange(rows * columns), views[0].grid))]
-    tiles += [(view.title, _painted(pixels, view.token_of, view.grid)) for view in views]
-    width, height = tiles[0][1].size
-    columns = min(COLUMNS, len(tiles))
-    rows = -(-len(tiles) // columns)
-    above = TITLE if asked else 0
-    page = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + TITLE + GAP) + GAP + above), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
-    pen.text((GAP, GAP), asked, fill="black", font=font)
-    for index, (title, tile) in enumerate(tiles):
-        left = GAP + index % columns * (width + GAP)
-        top = above + GAP + index // columns * (height + TITLE + GAP)
-        pen.text((left, top), title, fill="black", font=font)
-        page.paste(tile, (left, top + TITLE))
-    return page
-
-
-def _painted(pixels: Pixels, token_of: NDArray[np.int64], grid: tuple[int, int]) -> Image.Image:
-    """Return the picture with the patches of each token in one colour."""
-    rows, columns = grid
-    side = max(2, TILE // max(grid))
-    large = Image.fromarray((pixels * 255).astype(np.uint8)).resize(
-        (columns * side, rows * side), Image.Resampling.BICUBIC
-    )
-    made = np.asarray(large, np.float64).reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).copy()
-    patches = made.reshape(rows * columns, side, side, 3)
-    members = np.bincount(token_of[token_of >= 0], minlength=1)
-    for token in np.flatnonzero(members > 1):
-        patches[token_of == token] = patches[token_of == token].mean(axis=(0, 1, 2))
-    patches[token_of < 0] *= GONE
-    merged = ((token_of >= 0) & (members[token_of] > 1)).reshape(grid)
-    where = token_of.reshape(grid)
-    cells = patches.reshape(rows, columns, side, side, 3)
-    # A line on the side of every merged patch where the next one belongs to another token.
-    for across in (False, True):
-        now, then = (where[:, :-1], where[:, 1:]) if across else (where[:-1], where[1:])
-        either = merged[:, :-1] | merged[:, 1:] if across else merged[:-1] | merged[1:]
-        for row, column in np.argwhere((now != then) & either):
-            if across:
-                cells[row, column, :, -1] = LINE
-            else:
-                cells[row, column, -1] = LINE
-    whole = cells.transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 3)
-    return Image.fromarray(whole.round().clip(0, 255).astype(np.uint8))

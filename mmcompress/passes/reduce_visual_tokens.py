@@ -84,6 +84,13 @@ class ReduceVisualTokens:
                     f"reduce-visual-tokens.{key} is {getattr(self, key)}; expected a number >= 1",
                     hint=f"leave it out for {getattr(ReduceVisualTokens, key)}",
                 )
+        plain = {field.name: field.default for field in dataclasses.fields(self)}
+        unused = [key for key in plain if key.startswith("selector_") and getattr(self, key) != plain[key]]
+        if unused and self.method != LEARNED:
+            raise UsageError(
+                f"reduce-visual-tokens.{unused[0]} is for method {LEARNED}, and {self.method} is asked for",
+                hint=f"leave it out, or give --method {LEARNED}",
+            )
         if self.selector_width < HEAD_WIDTH or self.selector_width % HEAD_WIDTH:
             raise UsageError(
                 f"reduce-visual-tokens.selector_width is {self.selector_width}; expected a multiple of {HEAD_WIDTH}",
@@ -95,7 +102,7 @@ class ReduceVisualTokens:
         if self.method == "random":
             return None
         if self.latency_ms is None or decisions is None:
-            return dataclasses.replace(self, method="random")
+            return ReduceVisualTokens(self.keep, self.keep_tokens, self.latency_ms, method="random", tower=self.tower)
         return ReduceVisualTokens(keep_tokens=int(decisions["kept"]), method="random", tower=self.tower)
 
     def streams(self) -> bool:

@@ -12,7 +12,8 @@ With ``output_attentions=True`` these modules report the keys or scores.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,99 +30,102 @@ KEYS, CLASS_SCORES, SCORES = "mmc_keys", "mmc_class_scores", "mmc_scores"
 ASKED_BY_ONE, ASKED_BY_SOME = "mmc_asked_by_one", "mmc_asked_by_some"
 
 
-def attend_and_give_keys(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """Return scaled dot-product attention (B, N, H, D) and the keys averaged over heads (B, N, D)."""
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return output, key.mean(dim=1)
+Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
-def attend_and_give_class_scores(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """Return attention (B, N, H, D) and the weights the first token, a class token, gives to all, averaged over heads (B, N)."""
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    mask = None if attention_mask is None else attention_mask[:, :, :1]  # transformers may give a row for each query
-    return output, _weights(query[:, :, :1], key, mask, kwargs).squeeze(2).mean(dim=1)
+@dataclass(frozen=True)
+class Looked:
+    """What an attention computes with."""
+
+    query: Tensor
+    """(B, H, N, D)"""
+    key: Tensor
+    """(B, heads of keys, S, D); as many heads as queries have, or fewer that several share."""
+    mask: Tensor | None
+    scale: float
+    asking: Tensor | None
+    """(B, N): what the caller says of its queries."""
 
 
-def attend_and_give_scores(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """Return attention (B, N, H, D) and the weight each token is given, averaged over queries and heads (B, N)."""
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    given = _weights(query, key, attention_mask, kwargs).mean(dim=1)  # (B, N, N)
-    if attention_mask is None:
-        return output, given.mean(dim=1)
-    asking = 1 - _hidden(attention_mask[:, :, :1]).to(given.dtype)[:, 0]  # (B, 1, N): padding asks nothing
-    return output, (asking @ given)[:, 0] / asking.sum(dim=-1)
+def giving(evidence: Callable[[Looked], Tensor]) -> Attend:
+    """Return an attention function for transformers that gives (B, N, H, D) and, where weights would be, the `evidence`."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        asking: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        scale = float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        return output, evidence(Looked(query, key, attention_mask, scale, asking))
+
+    return attend
 
 
-def attend_and_give_asked_by_one(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    asking: Tensor,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Return attention (B, N, H, D) and the weights one query gives to all keys, averaged over heads (B, S).
+def keys_of(looked: Looked) -> Tensor:
+    """Return the keys averaged over heads (B, S, D)."""
+    return looked.key.mean(dim=1)
 
-    `asking`: (B, N), 1 at that query and 0 elsewhere. Heads may share keys.
-    """
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    row = asking[:, None].float()  # (B, 1, N)
-    seen = (row @ _seen(query, key, attention_mask).float()) > 0.5  # (B, 1, S)
-    asked = (row[:, None] @ query.float()).unflatten(1, (key.shape[1], -1))  # (B, key heads, queries of each, 1, D)
-    logits = asked @ key.float()[:, :, None].mT * _scale(query, kwargs)
+
+def class_scores(looked: Looked) -> Tensor:
+    """Return the weights the first token, a class token, gives to all, averaged over heads (B, S)."""
+    mask = None if looked.mask is None else looked.mask[:, :, :1]  # transformers may give a row for each query
+    return _weights(looked.query[:, :, :1], looked.key, mask, looked.scale).squeeze(2).mean(dim=1)
+
+
+def scores(looked: Looked) -> Tensor:
+    """Return the weight each token is given, averaged over queries and heads (B, S)."""
+    given = _weights(looked.query, looked.key, looked.mask, looked.scale).mean(dim=1)  # (B, N, S)
+    if looked.mask is None:
+        return given.mean(dim=1)
+    asking = 1 - _hidden(looked.mask[:, :, :1]).to(given.dtype)[:, 0]  # (B, 1, N): padding asks nothing
+    return (asking @ given)[:, 0] / asking.sum(dim=-1)
+
+
+def scores_by_one(looked: Looked) -> Tensor:
+    """Return the weights one query gives to all keys, averaged over heads (B, S); `asking` is 1 at it and 0 elsewhere."""
+    assert looked.asking is not None, "give_asked says that it has to be given"
+    row, key = looked.asking[:, None].float(), looked.key.float()  # (B, 1, N)
+    seen = (row @ _seen(looked).float()) > 0.5  # (B, 1, S)
+    asked = (row[:, None] @ looked.query.float()).unflatten(
+        1, (key.shape[1], -1)
+    )  # (B, key heads, queries of each, 1, D)
+    logits = asked @ key[:, :, None].mT * looked.scale
     weights = logits.masked_fill(~seen[:, None, None], PADDING_BIAS).softmax(dim=-1)
-    return output, weights.mean(dim=(1, 2))[:, 0]
+    return weights.mean(dim=(1, 2))[:, 0]
 
 
-def attend_and_give_asked_by_some(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    asking: Tensor,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Return attention (B, N, H, D) and the weights queries give to all keys, averaged over heads and by shares (B, S).
+def scores_by_some(looked: Looked) -> Tensor:
+    """Return the weights queries give to all keys, averaged over heads and by the shares `asking` (B, S).
 
-    `asking`: (B, N), the share of each query. Heads may share keys. One head at a time: all at once they are as large as a
-    prompt's attention in full.
+    One head at a time: all at once they are as large as a prompt's attention in full.
     """
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    hidden, row = ~_seen(query, key, attention_mask), asking[:, None].float()
-    heads, each = query.shape[1], query.shape[1] // key.shape[1]
-    total = torch.zeros((), device=query.device)
+    assert looked.asking is not None, "give_asked says that it has to be given"
+    hidden, row, key = ~_seen(looked), looked.asking[:, None].float(), looked.key.float()
+    heads, each = looked.query.shape[1], looked.query.shape[1] // key.shape[1]
+    total = torch.zeros((), device=key.device)
     for head in range(heads):
-        logits = query[:, head].float() @ key[:, head // each].float().mT * _scale(query, kwargs)  # (B, N, S)
+        logits = looked.query[:, head].float() @ key[:, head // each].mT * looked.scale  # (B, N, S)
         total = total + row @ logits.masked_fill(hidden, PADDING_BIAS).softmax(dim=-1)
-    return output, total[:, 0] / heads
+    return total[:, 0] / heads
 
 
-def _seen(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+def _seen(looked: Looked) -> Tensor:
     """Return which keys each query may look at, (B or 1, N, S); without a mask those before it and itself."""
-    if mask is not None:
-        return visible(mask)[:, 0]
-    tokens, past = query.shape[2], key.shape[2] - query.shape[2]
-    rows, columns = torch.arange(tokens, device=key.device), torch.arange(past + tokens, device=key.device)
+    if looked.mask is not None:
+        return visible(looked.mask)[:, 0]
+    tokens, past = looked.query.shape[2], looked.key.shape[2] - looked.query.shape[2]
+    rows, columns = (torch.arange(count, device=looked.key.device) for count in (tokens, past + tokens))
     return (columns[None, :] <= rows[:, None] + past)[None]
 
 
-def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
-    return float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
-
-
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """Return softmax weights (B, H, rows, N) in float32. `mask`: (B, 1, 1 or rows, N), true or added to logits."""
-    logits = query.float() @ key.float().mT * _scale(query, kwargs)
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return softmax weights (B, H, rows, S) in float32. `mask`: (B, 1, 1 or rows, S), true or added to logits."""
+    logits = query.float() @ key.float().mT * scale
     if mask is not None:
         logits = logits.masked_fill(_hidden(mask), PADDING_BIAS) if mask.dtype == torch.bool else logits + mask.float()
     return logits.softmax(dim=-1)
@@ -132,14 +136,14 @@ def _hidden(mask: Tensor) -> Tensor:
     return ~mask if mask.dtype == torch.bool else mask <= PADDING_BIAS
 
 
-for name, attend in {
-    KEYS: attend_and_give_keys,
-    CLASS_SCORES: attend_and_give_class_scores,
-    SCORES: attend_and_give_scores,
-    ASKED_BY_ONE: attend_and_give_asked_by_one,
-    ASKED_BY_SOME: attend_and_give_asked_by_some,
+for name, evidence in {
+    KEYS: keys_of,
+    CLASS_SCORES: class_scores,
+    SCORES: scores,
+    ASKED_BY_ONE: scores_by_one,
+    ASKED_BY_SOME: scores_by_some,
 }.items():
-    AttentionInterface.register(name, attend)
+    AttentionInterface.register(name, giving(evidence))
     # A name without a mask function makes transformers (5.x) leave out every mask, silently.
     AttentionMaskInterface.register(name, sdpa_mask)
 

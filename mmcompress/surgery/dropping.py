@@ -178,6 +178,12 @@ def _begun(block: Any, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, An
             "a model that drops image tokens cannot be trained with gradient checkpointing",
             hint="call model.activation_checkpointing_disable(), or train before dropping",
         )
+    way = getattr(block.get_submodule(own.attention).config, "_attn_implementation", None) or ""
+    if way.startswith(("flash", "flex")):
+        raise UsageError(
+            f"a model that drops image tokens computes attention by {way}, which takes no mask for each token",
+            hint='set the attention implementation to "sdpa" or "eager"',
+        )
     flow = opened(block, own, tokens, mask, kwargs) if own.first else own.ledger.flow
     assert flow is not None, "the first block opens it"
     own.ledger.flow = flow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,19 +32,19 @@ def weights_unread() -> Iterator[None]:
         _UNREAD.reset(token)
 
 
-class Quantized(nn.Module):
+class Quantized(nn.Module, ABC):
     """A layer whose weight is stored as integers: (C, …), a scale for each of its C rows or several."""
 
     weight_scale: Tensor
 
     @property
+    @abstractmethod
     def weight_shape(self) -> torch.Size:
         """The shape of `weight`, for free."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """Return some rows of `weight` as floats, in the dtype of the scales."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:

@@ -16,7 +16,8 @@ from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.jobs.compress import compress
 from mmcompress.jobs.report import write_report
-from mmcompress.jobs.token_pictures import GAP, GONE, TILE, TITLE, _dropping, _left_on_the_way, _painted, draw, reduces
+from mmcompress.jobs.token_painting import GAP, GONE, TILE, TITLE, painted
+from mmcompress.jobs.token_pictures import _dropping, _left_on_the_way, draw, reduces
 from mmcompress.passes import build
 from mmcompress.passes.base import Context
 from mmcompress.recipe import parse
@@ -40,16 +41,16 @@ def test_patches_of_one_token_have_its_mean_colour_and_those_in_none_are_dark() 
     """Four patches of one colour each: the first two become one, the third stays, the last goes."""
     colours = np.array([[[1.0, 0, 0], [0, 1.0, 0]], [[0, 0, 1.0], [1.0, 1.0, 1.0]]])
     pixels = colours.repeat(8, axis=0).repeat(8, axis=1)
-    painted = np.asarray(_painted(pixels, np.array([0, 0, 1, -1]), (2, 2)), float) / 255
+    made = np.asarray(painted(pixels, np.array([0, 0, 1, -1]), (2, 2)), float) / 255
     side = TILE // 2
-    middles = painted[side // 2 :: side, side // 2 :: side]
+    middles = made[side // 2 :: side, side // 2 :: side]
     assert np.allclose(middles[0, 0], middles[0, 1])
     assert np.allclose(middles[0, 0], [0.5, 0.5, 0], atol=0.05)
     assert np.allclose(middles[1, 0], [0, 0, 1], atol=0.05)
     assert np.allclose(middles[1, 1], GONE, atol=0.02)
     # A line between the merged ones and what is below, none between themselves.
-    assert np.all(painted[side - 1, side // 2] == 1)
-    assert not np.all(painted[side // 2, side - 1] == 1)
+    assert np.all(made[side - 1, side // 2] == 1)
+    assert not np.all(made[side // 2, side - 1] == 1)
 
 
 def places_of(path: Path) -> int:

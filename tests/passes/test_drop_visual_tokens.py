@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
-from mmcompress.data import Sample
+from mmcompress.data import Sample, Video
 from mmcompress.errors import UsageError
 from mmcompress.export.onnx import export_onnx
 from mmcompress.export.tensorrt_api import load_api
@@ -26,6 +26,7 @@ from mmcompress.surgery.dropping import dropping_of
 from mmcompress.surgery.ledger import watching
 from mmcompress.surgery.prompt_flow import Method
 from tests import tiny
+from tests.export.test_tensorrt import rtx
 
 METHODS: tuple[Method, ...] = get_args(Method)
 CASES: dict[str, dict[str, Any]] = {
@@ -134,13 +135,18 @@ def test_dropping_equals_masking() -> None:
     torch.testing.assert_close(made[~stays], states(early, inputs)[~stays], atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def read(bundle: Bundle, inputs: dict[str, Tensor], **more: Any) -> Any:
+    """What the model gives out that has read an example's prompt."""
+    given = {"image": bundle.family.ready_made(bundle.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
+    return bundle.model.model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], mm_encoder_outputs=given, **more
+    )
+
+
 def states(bundle: Bundle, inputs: dict[str, Tensor]) -> Tensor:
     """What the last block's output is made of (B, N, C)."""
-    with torch.no_grad():
-        given = {"image": bundle.family.ready_made(bundle.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
-        made: Tensor = bundle.model.model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], mm_encoder_outputs=given
-        ).last_hidden_state
+    made: Tensor = read(bundle, inputs).last_hidden_state
     return made
 
 
@@ -150,14 +156,7 @@ def test_fastv_keeps_what_the_last_token_looks_at(after: int) -> None:
     plain = tiny.bundle("llava_clip")
     inputs = plain.example_inputs("language", 2)
     plain.model.set_attn_implementation("eager")
-    with torch.no_grad():
-        given = {"image": plain.family.ready_made(plain.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
-        weights = plain.model.model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            mm_encoder_outputs=given,
-            output_attentions=True,
-        ).attentions[after - 1]
+    weights = read(plain, inputs, output_attentions=True).attentions[after - 1]
     image = inputs["input_ids"] == plain.model.config.image_token_id
     best = weights[:, :, -1].mean(dim=1).masked_fill(~image, -1).topk(5, dim=-1).indices
     bundle = dropping("llava_clip", keep=0.3, after=(after,))
@@ -210,12 +209,7 @@ def test_tokens_leave_again_and_again() -> None:
 @pytest.mark.parametrize("place", ["blocks", "cache"])
 def test_the_cache_holds_what_is_left(place: str) -> None:
     bundle = dropping("llava_clip", keep=0.25, after=(2,), place=place)
-    inputs = bundle.example_inputs("language", 2)
-    given = {"image": bundle.family.ready_made(bundle.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
-    with torch.no_grad():
-        cache = bundle.model.model(
-            input_ids=inputs["input_ids"], mm_encoder_outputs=given, use_cache=True
-        ).past_key_values
+    cache = read(bundle, bundle.example_inputs("language", 2), use_cache=True).past_key_values
     assert [layer.keys.shape[2] for layer in cache.layers] == [32, 32, 20]
 
 
@@ -267,9 +261,7 @@ def square(picture: Any) -> Any:
     return picture.resize((224, 224)) if picture else None
 
 
-@pytest.mark.skipif(
-    find_spec("tensorrt_rtx_bindings") is None, reason="tensorrt_rtx_bindings is not installed (extra rtx)"
-)
+@rtx
 @pytest.mark.parametrize(
     "settings", [{"method": "pyramiddrop"}, {"method": "sparsevlm", "place": "cache", "after": (1,)}]
 )
@@ -324,11 +316,8 @@ def test_beams_find_what_they_find_alone() -> None:
 def test_a_cache_may_be_cut_but_its_rows_not_chosen() -> None:
     bundle = dropping("llava_clip", keep=0.3, after=(1,))
     inputs = bundle.example_inputs("language", 2)
-    given = {"image": bundle.family.ready_made(bundle.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
+    cache = read(bundle, inputs, use_cache=True).past_key_values
     with torch.no_grad():
-        cache = bundle.model.model(
-            input_ids=inputs["input_ids"], mm_encoder_outputs=given, use_cache=True
-        ).past_key_values
         once = bundle.model.model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache).last_hidden_state
         cache.crop(-2)
         assert torch.equal(
@@ -337,6 +326,33 @@ def test_a_cache_may_be_cut_but_its_rows_not_chosen() -> None:
         cache.batch_select_indices(torch.tensor([0]))
         with pytest.raises(UsageError, match="for 1 rows, and 23 for 2 were put in"):
             bundle.model.model(input_ids=inputs["input_ids"][:1, :1], past_key_values=cache)
+
+
+def test_attention_that_takes_no_masks_is_refused() -> None:
+    bundle = dropping("llava_clip", keep=0.3)
+    attention = bundle.model.model.language_model.layers[-1].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UsageError, match="computes attention by flash_attention_2"):
+        bundle.generate(asked("llava_clip"))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_frames_of_a_video_leave_too(family: str) -> None:
+    bundle = dropping(family, keep=0.3)
+    sample = next(iter(tiny.asked(1, turns=False)))
+    frames = tuple(picture.resize((56, 56)) for picture in tiny.images(4))
+    shown = [sample, replace(sample, key="video").showing((), Video(frames, 2.0))]
+    answers = bundle.generate(shown)
+    assert answers == [bundle.generate([one])[0] for one in shown]
+    how = dropping_of(bundle.model.model)
+    assert how is not None
+    inputs = bundle.prepare("language", [replace(shown[1], texts=("what",))])
+    image = torch.isin(inputs["input_ids"], torch.tensor(bundle.tower("language").prompt.image_tokens))  # type: ignore[union-attr]
+    with watching(how.ledger) as seen, torch.no_grad():
+        bundle.encode("language", inputs)
+    assert image.sum() == 8  # two layers of frames of four tokens
+    assert ((seen[0].sum(dim=1) > 0) & image).sum() == 2  # type: ignore[union-attr]
 
 
 def test_a_cache_of_fixed_size_is_refused() -> None:
@@ -355,9 +371,8 @@ def test_from_a_cache_alone_they_leave_once_the_prompt_is_read() -> None:
     made = []
     with torch.no_grad():
         for one in (plain, bundle):
-            given = {"image": one.family.ready_made(one.model, inputs["image_tokens"])}  # type: ignore[attr-defined]
             with watching(how.ledger) as seen:
-                made.append(one.model.model(input_ids=inputs["input_ids"], mm_encoder_outputs=given, use_cache=True))
+                made.append(read(one, inputs, use_cache=True))
         torch.testing.assert_close(made[0].last_hidden_state, made[1].last_hidden_state, atol=1e-5, rtol=1e-4)
         stays = seen[0].sum(dim=1) > 0  # type: ignore[union-attr]
         hidden = torch.cat([torch.where(stays, 0.0, -1e9), torch.zeros(2, 1)], dim=1)[:, None, None]

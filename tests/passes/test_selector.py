@@ -249,11 +249,15 @@ def test_multiply_adds_by_hand() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"selector_epochs": 0}, "selector_epochs is 0; expected a number >= 1"),
-        ({"selector_pictures": 0}, "selector_pictures is 0; expected a number >= 1"),
-        ({"selector_layers": 0}, "selector_layers is 0; expected a number >= 1"),
-        ({"selector_width": 20}, "selector_width is 20; expected a multiple of 16"),
-        ({"selector_width": 0}, "selector_width is 0; expected a multiple of 16"),
+        ({"method": "selector", "selector_epochs": 0}, "selector_epochs is 0; expected a number >= 1"),
+        (
+            {"method": "clusters", "selector_epochs": 3},
+            "selector_epochs is for method selector, and clusters is asked for",
+        ),
+        ({"method": "selector", "selector_pictures": 0}, "selector_pictures is 0; expected a number >= 1"),
+        ({"method": "selector", "selector_layers": 0}, "selector_layers is 0; expected a number >= 1"),
+        ({"method": "selector", "selector_width": 20}, "selector_width is 20; expected a multiple of 16"),
+        ({"method": "selector", "selector_width": 0}, "selector_width is 0; expected a multiple of 16"),
     ],
 )
 def test_parameters_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

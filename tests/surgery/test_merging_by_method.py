@@ -14,7 +14,7 @@ from mmcompress.ops.fusing import fused, neighbours
 from mmcompress.ops.matching import bipartite_soft_matching
 from mmcompress.passes import schema
 from mmcompress.surgery import merging, reducing
-from mmcompress.surgery.attention import attend_and_give_class_scores, attend_and_give_scores
+from mmcompress.surgery.attention import Looked, class_scores, scores
 from mmcompress.surgery.merging import Method, Reduction, TokenLedger, bind_block
 from tests import tiny
 
@@ -99,16 +99,15 @@ def test_two_blocks_are_what_the_method_says(method: Any) -> None:
 @pytest.mark.parametrize("kind", ["true", "added"])
 def test_padding_is_not_looked_at_and_asks_nothing(kind: str, rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 6, 4, generator=generator) for _ in range(3))
+    query, key = (torch.randn(2, 3, 6, 4, generator=generator) for _ in range(2))
     seen = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()[:, None, None, :].expand(-1, -1, rows, -1)
     mask = seen if kind == "true" else torch.where(seen, 0.0, -30000.0)
-    module = nn.Module()
-    module.is_causal = False  # type: ignore[assignment]
+    looked = Looked(query, key, mask, scale=0.5, asking=None)
     for sample, count in ((0, 6), (1, 4)):
         weights = (query[sample, :, :count] @ key[sample, :, :count].mT / 2).softmax(dim=-1).mean(dim=0)
-        _, given = attend_and_give_scores(module, query, key, value, mask, scaling=0.5)
+        given = scores(looked)
         torch.testing.assert_close(given[sample, :count], weights.mean(dim=0))
-        _, of_class = attend_and_give_class_scores(module, query, key, value, mask, scaling=0.5)
+        of_class = class_scores(looked)
         torch.testing.assert_close(of_class[sample, :count], weights[0])
         assert not given[sample, count:].any()
         assert not of_class[sample, count:].any()
