@@ -15,6 +15,7 @@ TITLES = {
     "encoder": "Patches merged in the DINOv2-S + MiniLM dual encoder (65 tokens), R@1 image → text",
     "connector": "Fewer of a picture's 256 tokens for the mini-VLM's language model, right answers",
     "layers": "Image tokens that leave the mini-VLM's language model on its way (256 tokens), right answers",
+    "early": "Image tokens that leave the mini-VLM's language model after the first of its blocks (256 tokens), right answers",
     "audio": "States merged in Whisper tiny.en, word accuracy of recordings full of speech",
 }
 MARKS = {"WORSE": "¹", "no better": "²"}

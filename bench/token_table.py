@@ -3,6 +3,7 @@
 - `encoder`: patches merged block by block in the DINOv2-S + MiniLM dual encoder; R@1 on the held-out vendor's drawings.
 - `connector`: fewer image tokens for the mini-VLM's language model; held-out questions, by slice.
 - `layers`: image tokens that leave the mini-VLM's language model on their way through its blocks; the same questions.
+- `early`: the same, all of them after its first block.
 - `audio`: states merged block by block in Whisper tiny.en; words of recordings full of speech.
 
 Each method is applied to the checkpoint, whose own weights are not trained (a selector learns from the training pictures), and
@@ -20,8 +21,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -67,8 +68,8 @@ class Contest:
     stages: tuple[str, ...]
     """What is timed."""
     batches: tuple[int, ...] = (1,)
-    schedule: str = ""
-    """Of the pass, where it is not the usual one."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the pass, where they are not the usual ones."""
     training: Callable[[], Dataset] | None = None
     """What a method learns from that has to."""
 
@@ -87,10 +88,15 @@ CONTESTS = {
         assets.mini_vlm, "drop-visual-tokens", get_args(prompt_flow.Method), (0.75, 0.5, 0.25, 0.1),
         "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "token", "answer"),
     ),
+    "early": Contest(
+        assets.mini_vlm, "drop-visual-tokens", get_args(prompt_flow.Method), (0.5, 0.25),
+        "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "token", "answer"),
+        options={"after": (1,)},
+    ),
     "audio": Contest(
         assets.whisper_tiny, "merge-tokens", MERGING, (0.75, 0.5, 0.4),
         "transcription", lambda: open_data(str(assets.full_recordings())), 0, "audio",
-        ("audio", "token", "answer"), schedule="decreasing",
+        ("audio", "token", "answer"), options={"schedule": "decreasing"},
     ),
 }  # fmt: skip
 
@@ -98,8 +104,7 @@ CONTESTS = {
 def reduced(contest: Contest, method: str, keep: float, seed: int = 0) -> Bundle:
     """The contest's model with fewer tokens."""
     bundle = checkpoint.load(contest.model())
-    shape = {"schedule": contest.schedule} if contest.schedule else {}
-    made = passes.build(contest.name, {"method": method, "keep": keep, **shape, **OWN.get(method, {})})
+    made = passes.build(contest.name, {"method": method, "keep": keep, **contest.options, **OWN.get(method, {})})
     made.check(bundle)
     context = Context(data=contest.training() if contest.training else None, seed=seed)
     made.apply(bundle, made.plan(bundle, context))
