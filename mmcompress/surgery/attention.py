@@ -107,11 +107,12 @@ def scores_by_some(looked: Looked) -> Tensor:
     assert looked.asking is not None, "give_asked says that it has to be given"
     hidden, row, key = ~_seen(looked), looked.asking[:, None].float(), looked.key.float()
     heads, each = looked.query.shape[1], looked.query.shape[1] // key.shape[1]
-    total = torch.zeros((), device=key.device)
+    given = []
     for head in range(heads):
         logits = looked.query[:, head].float() @ key[:, head // each].mT * looked.scale  # (B, N, S)
-        total = total + row @ logits.masked_fill(hidden, PADDING_BIAS).softmax(dim=-1)
-    return total[:, 0] / heads
+        given.append(row @ logits.masked_fill(hidden, PADDING_BIAS).softmax(dim=-1))
+    # Side by side, not added one by one: OpenVINO (2026.4) makes one kernel of such a sum, and runs out of registers at 6 heads.
+    return torch.cat(given, dim=1).mean(dim=1)
 
 
 def _seen(looked: Looked) -> Tensor:
