@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bench import assets
-from mmcompress import checkpoint, passes
+from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
 from mmcompress.errors import UsageError
@@ -40,6 +40,7 @@ from mmcompress.measure.cost import cost_of
 from mmcompress.measure.latency import compare
 from mmcompress.measure.machine import machine_facts
 from mmcompress.passes.base import Context
+from mmcompress.recipe import Step
 from mmcompress.surgery import merging, prompt_flow, reducing
 
 RESULT = assets.RESULTS / "token_table.json"
@@ -104,11 +105,9 @@ CONTESTS = {
 def reduced(contest: Contest, method: str, keep: float, seed: int = 0) -> Bundle:
     """The contest's model with fewer tokens."""
     bundle = checkpoint.load(contest.model())
-    made = passes.build(contest.name, {"method": method, "keep": keep, **contest.options, **OWN.get(method, {})})
-    made.check(bundle)
-    context = Context(data=contest.training() if contest.training else None, seed=seed)
-    made.apply(bundle, made.plan(bundle, context))
-    made.fit(bundle, context)
+    step = Step(contest.name, {"method": method, "keep": keep, **contest.options, **OWN.get(method, {})})
+    (stage,) = pipeline.stages((step,))
+    pipeline.run_stage(bundle, stage, Context(data=contest.training() if contest.training else None, seed=seed))
     return bundle
 
 
