@@ -1,7 +1,8 @@
 """Fewer tokens and a short training with them, on two real models: what is lost, and how much faster the exported files are.
 
 - `vision`: recipe `dual-encoder-tokens` on DINOv2-S + MiniLM: the vision tower in onnxruntime and OpenVINO, R@1 of all held-out
-  drawings measured on the exported files. The same with int8 weights and activations stands beside it.
+  drawings measured on the exported files. The same with int8 weights and activations stands beside it, and recipe
+  `dual-encoder-small`, which prunes as well.
 - `answers`: recipe `vlm-tokens` on the mini-VLM: a quarter of a picture's tokens, time to the first token, held-out questions by
   slice. Beside it stands the same reduction without training.
 
@@ -37,6 +38,7 @@ from mmcompress.recipe import Recipe
 RESULT = assets.RESULTS / "token_edge.json"
 QUESTIONS = 600
 DISTILLED = "fewer tokens distilled"
+SMALL = "pruned too, distilled and int8"
 
 
 def trained_and_not(file: str, calibration: Path, evaluation: str) -> dict[str, Recipe]:
@@ -59,6 +61,11 @@ def vision(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     recipes = trained_and_not("dual-encoder-tokens.yaml", assets.training_pairs(), "demo:test")
     sides = build(work, assets.dual_encoder(), recipes)
     with_int8(work, sides, recipes[DISTILLED])
+    small = recipe.read(
+        RECIPES / "dual-encoder-small.yaml",
+        [f"data.calibration={assets.training_pairs()}", "data.evaluation=demo:test"],
+    )
+    sides |= build(work, assets.dual_encoder(), {SMALL: small})
     found: dict[str, Evaluation] = {}
     for name, side in sides.items():
         embedder = ArtifactEmbedder(open_artifact(side.exported), runner="openvino", threads=options.threads)
@@ -69,6 +76,7 @@ def vision(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "accuracy": {name: score(one) for name, one in found.items()},
         **timed_towers(work, sides, options),
         "steps": recipes[DISTILLED].to_dict()["steps"],
+        "steps of the smallest": small.to_dict()["steps"],
     }
 
 
