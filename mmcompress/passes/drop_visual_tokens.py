@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.ops.budget import largest_within
 from mmcompress.ops.dropping import counts_kept, drawn_factors
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.passes.latency import SECONDS, solved
+from mmcompress.passes.merge_schedule import CLOSE, block_macs
 from mmcompress.surgery.dropping import bind, dropping_of
 from mmcompress.surgery.prompt_flow import SCORED, Drop, Dropping
 from mmcompress.views import Prompt, Tower
@@ -39,6 +42,8 @@ class DropVisualTokens:
     """Share of the image tokens that is left at the end. Default 0.5 when nothing else says how many."""
     keep_tokens: int | None = None
     """How many image tokens of a prompt are left at the end, instead of `keep`."""
+    macs: float | None = None
+    """Share of the blocks' multiply-adds that reading the model's example prompt keeps, its words included, instead of `keep`."""
     latency_ms: float | None = None
     """Milliseconds that the exported model may take to the first token of an answer on this machine's processor, instead of `keep`:
     some shares are exported and timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
@@ -62,10 +67,13 @@ class DropVisualTokens:
                 f"drop-visual-tokens.keep_tokens is {self.keep_tokens}; expected a number >= 1", hint="64 keeps 64"
             )
         require_milliseconds("drop-visual-tokens.latency_ms", self.latency_ms)
-        require_one("drop-visual-tokens", keep=self.keep, keep_tokens=self.keep_tokens, latency_ms=self.latency_ms)
-        if self.place == "cache" and self.latency_ms is not None:
+        require_kept_share("drop-visual-tokens.macs", self.macs, "0.5 keeps half of the blocks' multiply-adds")
+        amounts = {"keep": self.keep, "keep_tokens": self.keep_tokens, "macs": self.macs, "latency_ms": self.latency_ms}
+        require_one("drop-visual-tokens", **amounts)
+        if self.place == "cache" and (self.latency_ms is not None or self.macs is not None):
+            what = "macs is the work" if self.latency_ms is None else "latency_ms is the time"
             raise UsageError(
-                "drop-visual-tokens.latency_ms is the time to read a prompt, which place cache does not change",
+                f"drop-visual-tokens.{what} to read a prompt, which place cache does not change",
                 hint="use place blocks, or give keep",
             )
         if list(self.after) != sorted(set(self.after)):
@@ -82,9 +90,7 @@ class DropVisualTokens:
             return dataclasses.replace(self, method="random")
         places = tuple(int(drop["after"]) for drop in decisions["drops"])
         keep = None if self.keep_tokens else float(decisions["keep"])
-        return DropVisualTokens(
-            keep, self.keep_tokens, method="random", place=self.place, after=places, tower=self.tower
-        )
+        return dataclasses.replace(self, keep=keep, macs=None, latency_ms=None, method="random", after=places)
 
     def streams(self) -> bool:
         """Whether no weight is looked at: only a latency is that of the whole model."""
@@ -135,6 +141,8 @@ class DropVisualTokens:
             return solved(self.name, self.latency_ms, ("prompt",), self._keeping, FINEST, bundle, context)
         places = self._after(tower)
         keep = 0.5 if self.keep is None else self.keep
+        if self.macs is not None:
+            keep = self._within_macs(self.macs, bundle, tower)
         each = keep ** (1 / len(places))
         drops = [{"after": after, "keep": each, "most": self.keep_tokens or 0} for after in places]
         decisions: dict[str, Any] = {"keep": keep, "drops": drops}
@@ -166,8 +174,7 @@ class DropVisualTokens:
         """Change nothing; report how many of an example's tokens are left behind each place."""
         tower, prompt = self._language(bundle)
         how = dropping_of(bundle.module(prompt.path))
-        ids = bundle.example_inputs(tower.name)["input_ids"]
-        count = torch.isin(ids, torch.tensor(prompt.image_tokens)).sum(dim=-1)
+        count, _ = self._example(bundle, tower)
         left, places = count, {}
         for drop in how.drops if how else ():
             left = counts_kept(left, drop.keep, drop.most)
@@ -197,6 +204,37 @@ class DropVisualTokens:
         wanted = AFTER.get(self.method, AFTER["fastv"])
         places = (int(place) if place >= 1 else round(place * blocks) for place in wanted)
         return tuple(sorted({min(max(earliest, place), blocks - 1) for place in places}))
+
+    def _example(self, bundle: Bundle, tower: Tower) -> tuple[Tensor, int]:
+        """Return how many image tokens (1,), and how many others, the example prompt has."""
+        assert tower.prompt is not None, "_language says so"
+        ids = bundle.example_inputs(tower.name)["input_ids"]
+        images = torch.isin(ids, torch.tensor(tower.prompt.image_tokens)).sum(dim=-1)
+        return images, ids.shape[-1] - int(images)
+
+    def _within_macs(self, share: float, bundle: Bundle, tower: Tower) -> float:
+        """Return the largest share of image tokens with which the blocks keep this share of their multiply-adds."""
+        images, words = self._example(bundle, tower)
+        places = self._after(tower)
+        every = int(images) + words
+        whole = block_macs(bundle, tower, [(every, every)] * len(tower.blocks))
+
+        def kept(keep: float) -> float:
+            left, counts = images, []
+            for index in range(len(tower.blocks)):
+                left = counts_kept(left, keep ** (1 / len(places))) if index in places else left
+                counts.append(int(left) + words)
+            return block_macs(bundle, tower, [(count, count) for count in counts]) / whole
+
+        least = 1 / int(images)
+        found = largest_within(kept, share, least, CLOSE)
+        if found is None:
+            limit = kept(least)
+            raise UsageError(
+                f"drop-visual-tokens.macs {share:g} is too small: with one image token left, {limit:.3f} are",
+                hint=f"use macs >= {limit + 0.0005:.3f}, or let tokens leave earlier",
+            )
+        return found
 
     def _keeping(self, share: float) -> DropVisualTokens:
         return dataclasses.replace(self, latency_ms=None, keep=share)

@@ -67,7 +67,7 @@ def macs_kept(bundle: Bundle, tower: Tower, merged: Sequence[int]) -> float:
     tokens = _stream(tower).tokens
     behind = [tokens] * (len(tower.blocks) - len(merged))
     pairs = [*itertools.pairwise([tokens, *tokens_after(merged, tokens)]), *zip(behind, behind, strict=True)]
-    return _macs(bundle, tower, pairs) / _macs(bundle, tower, [(tokens, tokens)] * len(tower.blocks))
+    return block_macs(bundle, tower, pairs) / block_macs(bundle, tower, [(tokens, tokens)] * len(tower.blocks))
 
 
 def _within_macs(settings: MergeTokens, bundle: Bundle, tower: Tower, share: float) -> list[int]:
@@ -96,7 +96,7 @@ def _stream(tower: Tower) -> TokenStream:
     return tower.stream
 
 
-def _macs(bundle: Bundle, tower: Tower, tokens: Sequence[tuple[int, int]]) -> int:
+def block_macs(bundle: Bundle, tower: Tower, tokens: Sequence[tuple[int, int]]) -> int:
     """Return the multiply-adds of the blocks' Linears and attention, given the tokens before and after each one's attention."""
     total = 0
     for block, (before, after) in zip(tower.blocks, tokens, strict=True):

@@ -208,9 +208,10 @@ def _without(
         "position_embeddings": tuple(rows.to(turn.dtype) @ turn for turn in turns),
         "position_ids": None,
     }
-    moved = (rows @ torch.stack([flow.image.float(), flow.asking], dim=-1)).unbind(dim=-1)
+    # Not matmuls, which have no values while multiply-adds are counted: how many leave next depends on how many there are.
+    image, asking = ((rows * of[:, None]).sum(dim=-1) for of in (flow.image.float(), flow.asking))
     left = (*flow.left, (rows, tokens))
-    return rows.to(tokens.dtype) @ tokens, Flow(room.bool(), moved[0] > 0.5, moved[1], given, left=left)
+    return rows.to(tokens.dtype) @ tokens, Flow(room.bool(), image > 0.5, asking, given, left=left)
 
 
 def _mask_beside(flow: Flow, stays: Chosen, mask: Tensor | None, tokens: Tensor) -> Tensor:

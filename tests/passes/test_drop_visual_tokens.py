@@ -22,6 +22,7 @@ from mmcompress.manifest import Record
 from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.passes import build
 from mmcompress.passes.base import Context
+from mmcompress.surgery.counting import macs_within
 from mmcompress.surgery.dropping import dropping_of
 from mmcompress.surgery.ledger import watching
 from mmcompress.surgery.prompt_flow import Method
@@ -461,6 +462,9 @@ def test_what_cannot_be_done_is_said(family: str, settings: dict[str, Any], said
         ({"after": (2, 2)}, "numbers that grow"),
         ({"latency_ms": 0.0}, "a number > 0"),
         ({"latency_ms": 9.0, "place": "cache"}, "place cache does not change"),
+        ({"macs": 0.5, "place": "cache"}, "place cache does not change"),
+        ({"macs": 0.5, "keep": 0.5}, "both keep and macs"),
+        ({"macs": 1.5}, "0 < macs <= 1"),
     ],
 )
 def test_bad_parameters_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -471,6 +475,28 @@ def test_bad_parameters_are_refused(settings: dict[str, Any], said: str) -> None
 def test_a_second_time_is_refused() -> None:
     with pytest.raises(UsageError, match="already"):
         build("drop-visual-tokens", {"keep": 0.5}).check(dropping("llava_clip", keep=0.5))
+
+
+@pytest.mark.parametrize(("family", "after"), [("llava_clip", (1,)), ("llava_clip", (1, 2)), ("qwen2_vl", (2,))])
+def test_multiply_adds_are_kept_to_when_counted_anew(family: str, after: tuple[int, ...]) -> None:
+    whole = counted(tiny.bundle(family))
+    for share in (0.95, 0.8):
+        kept = counted(dropping(family, macs=share, after=after, method="random")) / whole
+        # One token more in every block, and it would be too much.
+        assert kept <= share < kept + 0.1
+
+
+def counted(bundle: Bundle) -> int:
+    """What attentions and MLPs of the language model multiply in their example's prompt."""
+    tower = bundle.tower("language")
+    paths = [path for block in tower.blocks for path in (block.attention.path, block.mlp.path)]
+    inputs = bundle.example_inputs("language")
+    return macs_within([bundle.module(path) for path in paths], lambda: bundle.encode("language", inputs))
+
+
+def test_too_few_multiply_adds_are_refused() -> None:
+    with pytest.raises(UsageError, match="macs 0.2 is too small: with one image token left"):
+        dropping("llava_clip", macs=0.2, after=(2,))
 
 
 def test_a_number_of_tokens_holds_for_every_prompt() -> None:
