@@ -11,11 +11,13 @@ Matching costs the same however many tokens it merges, so where blocks are cheap
 faster: `every` = 3 merges in the first, fourth, … block only, or in every third from the block `first` on.
 
 Sources: ToMe, arXiv 2210.09461, section 4 (constant and decreasing schedules; R cut at half). Unlike ToMe, a solved schedule
-may differ by one token from block to block, so that the share is met exactly.
+may differ by one token from block to block, so that the share is met exactly. EViT, arXiv 2202.07800, section 3.4: training begins
+with all tokens and comes down to the schedule along half a cosine (`annealed`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -50,6 +52,11 @@ def capped(schedule: Sequence[int], tokens: int, protected: int) -> list[int]:
         made.append(min(wanted, largest_merge(tokens, protected)))
         tokens -= made[-1]
     return made
+
+
+def annealed(merged: int, progress: float) -> int:
+    """Return how many of its R merges a block makes when `progress` (0..1) of the annealing is over: none at first, then all."""
+    return int(merged * 0.5 * (1 - math.cos(math.pi * min(1.0, progress))) + 0.5)
 
 
 def tokens_after(schedule: Sequence[int], tokens: int) -> list[int]:

@@ -22,7 +22,7 @@ from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.distill_answers import BATCH as ANSWERS
 from mmcompress.passes.distill_job import trainable
 from mmcompress.passes.distill_pairs import BATCH as PAIRS
-from mmcompress.passes.distill_run import distill, read_job
+from mmcompress.passes.distill_run import distill, merging_ledgers, read_job
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Distill:
     """Decay of the weights of linear and convolution layers; norms, biases and embedding tables have none."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; it falls as half a cosine afterwards."""
+    anneal: float = 0.0
+    """Of a student that merges tokens: share of the steps in which it comes down from all its tokens to the merges it was made
+    with, along half a cosine; 0: it merges them all from the first step."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: no limit."""
     ema: float = 0.0
@@ -108,6 +111,10 @@ class Distill:
         for name in ("warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"distill.{name} is {getattr(self, name)}; expected 0 <= {name} < 1")
+        if not 0 <= self.anneal <= 1:
+            raise UsageError(
+                f"distill.anneal is {self.anneal}; expected 0 <= anneal <= 1", hint="0.5 anneals in half of the steps"
+            )
         if not any(getattr(self, name) or getattr(self, name) is None for name in (*weights, *of_answers)):
             raise UsageError("all losses of distill have weight 0", hint="remove feature: 0 to get the default")
 
@@ -152,6 +159,8 @@ class Distill:
         if self.neutral:
             return Plan({"steps": 0})
         job = read_job(self, bundle, context)
+        if self.anneal:
+            merging_ledgers(bundle, job.towers)
         for remark in job.remarks:
             context.progress.say(remark)
         return Plan(job.decisions(bundle))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_state import State
 from mmcompress.passes.distill_targets import digest
 from mmcompress.passes.distill_train import Schedule, Trainer
+from mmcompress.surgery.ledger import annealing
+from mmcompress.surgery.merging import TokenLedger, drops, ledger_of
 
 if TYPE_CHECKING:
     from mmcompress.passes.distill import Distill
@@ -69,10 +71,13 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
         schedule = Schedule(
             steps=job.steps, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
             warmup=settings.warmup, clip=settings.clip, ema=settings.ema, save_minutes=settings.save_minutes,
+            anneal=settings.anneal,
             seconds=settings.max_minutes and settings.max_minutes * 60 - (time.monotonic() - started),
         )  # fmt: skip
         parameters = reached(bundle, job.towers, trainable(bundle, job.towers, settings.train))
-        state = Trainer(bundle, parameters, lesson, schedule, ranks, context.progress).run(state)
+        ledgers = merging_ledgers(bundle, job.towers) if settings.anneal else []
+        with annealing(ledgers) as to:
+            state = Trainer(bundle, parameters, lesson, schedule, ranks, context.progress, to).run(state)
         after = lesson.examine()
         bundle.model.to(home)
     if after["loss"] > before["loss"]:
@@ -93,6 +98,23 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
         "seconds_per_step": round(state.seconds / max(1, state.step), 4),
         "curve": curve(state.losses),
     }
+
+
+def merging_ledgers(bundle: Bundle, towers: Sequence[str]) -> list[TokenLedger]:
+    """Return what the blocks of the towers that merge tokens share. Raises UsageError where there is nothing to anneal."""
+    blocks = {name: [bundle.module(block.path) for block in bundle.tower(name).blocks] for name in towers}
+    found = [ledgers for name in towers if (ledgers := [own for block in blocks[name] if (own := ledger_of(block))])]
+    if not found:
+        raise UsageError(
+            f"distill.anneal is for a student that merges tokens; {' and '.join(towers)} of this one do not",
+            hint="leave anneal out, or merge-tokens first",
+        )
+    if any(drops(block) for name in towers for block in blocks[name]):
+        raise UsageError(
+            "distill.anneal cannot bring back tokens that are dropped at fixed places (method random)",
+            hint="leave anneal out",
+        )
+    return [ledgers[0] for ledgers in found]
 
 
 def curve(losses: list[float]) -> list[list[float]]:

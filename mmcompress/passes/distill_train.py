@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,6 +41,8 @@ class Schedule:
     clip: float
     ema: float
     save_minutes: float
+    anneal: float = 0.0
+    """Share of the steps in which a student that merges tokens comes to merge them all."""
     seconds: float | None = None
     """Time left for training; fewer steps are made where `steps` would take longer."""
 
@@ -106,6 +108,8 @@ class Trainer:
     schedule: Schedule
     ranks: Ranks
     progress: Progress
+    annealed: Callable[[float], None]
+    """Says how much of the annealing is over."""
 
     def run(self, state: State) -> State:
         """Train from `state` to the end. Raises UsageError when the loss stops being a number."""
@@ -131,6 +135,7 @@ class Trainer:
         try:
             for batch in self.lesson.batches(state.step, state.steps):
                 before = time.monotonic()
+                self._anneal(state.step, state.steps)
                 loss = self.lesson.gradients(batch, state.step)
                 if not math.isfinite(loss):
                     raise UsageError(
@@ -160,11 +165,16 @@ class Trainer:
         finally:
             self.progress.finish()
 
+    def _anneal(self, step: int, steps: int) -> None:
+        if self.schedule.anneal:
+            self.annealed(step / (self.schedule.anneal * steps))
+
     def _affordable_steps(self) -> int:
         """Return the steps to make: as many as planned, fewer where the time limit asks for it (measured, then fixed)."""
         if self.schedule.seconds is None:
             return self.schedule.steps
         started = warm = time.monotonic()
+        self._anneal(0, 1)  # the slowest step
         for timed in range(TIMED_STEPS):
             self.lesson.gradients(self.lesson.batch(0), step=0)
             for parameter in self.parameters.values():

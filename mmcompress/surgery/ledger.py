@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 from torch import Tensor
@@ -18,6 +18,9 @@ class Ledger(threading.local):
 
     watched: list[Tensor | None] | None = None
     """While it is a list, every bound module appends what went where in it; see `watching`."""
+
+    progress = 1.0
+    """How much of an annealing is over; see `annealing`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
@@ -37,6 +40,23 @@ def putting_back(ledger: Ledger | None) -> Iterator[None]:
         yield
     finally:
         ledger.put_back = before
+
+
+@contextlib.contextmanager
+def annealing(ledgers: Sequence[Ledger]) -> Iterator[Callable[[float], None]]:
+    """Yield what sets how much of an annealing is over, 0 to 1: the blocks of `ledgers` then merge as `ops.schedule.annealed` says.
+
+    Afterwards they merge as many tokens as they were bound to.
+    """
+
+    def to(progress: float) -> None:
+        for ledger in ledgers:
+            ledger.progress = progress
+
+    try:
+        yield to
+    finally:
+        to(1.0)
 
 
 @contextlib.contextmanager

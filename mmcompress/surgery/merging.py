@@ -15,7 +15,7 @@ Shapes: B batch, N tokens before, M tokens after, C channels, D key width, H hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from mmcompress.ops.complete_matching import energy_matching, guided_matching
 from mmcompress.ops.fusing import fused, neighbours
 from mmcompress.ops.matching import bipartite_soft_matching
 from mmcompress.ops.merging import log_size_bias, merge, unmerge
+from mmcompress.ops.schedule import annealed
 from mmcompress.ops.selection import restoring
 from mmcompress.ops.token_choice import standing_at
 from mmcompress.surgery.attention import give_keys, give_scores
@@ -115,6 +116,12 @@ def is_reduced(module: nn.Module) -> bool:
     return hasattr(module, ATTRIBUTE)
 
 
+def drops(block: nn.Module) -> bool:
+    """Whether a block drops tokens at fixed places."""
+    own: Reduction | None = getattr(block, ATTRIBUTE, None)
+    return own is not None and bool(own.kept)
+
+
 def tokens_left(block: nn.Module, otherwise: int) -> int:
     """Return how many tokens a block passes on at the model's own input size, `otherwise` where it is not bound."""
     own: Reduction | None = getattr(block, ATTRIBUTE, None)
@@ -123,7 +130,7 @@ def tokens_left(block: nn.Module, otherwise: int) -> int:
     return len(own.kept) if own.kept else own.tokens - own.merged
 
 
-def ledger_of(block: nn.Module) -> Ledger | None:
+def ledger_of(block: nn.Module) -> TokenLedger | None:
     """Return what the blocks of a reduced tower share, by any of them; None where it is not bound."""
     own: Reduction | None = getattr(block, ATTRIBUTE, None)
     return None if own is None else own.ledger
@@ -132,6 +139,8 @@ def ledger_of(block: nn.Module) -> Ledger | None:
 def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     own: Reduction = self.reduction
     ledger = own.ledger
+    if ledger.progress < 1:
+        own = replace(own, merged=annealed(own.merged, ledger.progress))
     if own.first or ledger.flow is None:
         ledger.flow = Flow(sizes=_sizes(attention_mask, hidden_states))
         ledger.padded = ledger.flow.sizes is not None
