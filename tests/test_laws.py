@@ -35,6 +35,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "prune-random": ("prune", {"ratio": 0.3, "score": "random", "compensate": "none"}),
     "merge": ("merge-tokens", {"keep": 0.6}),
     "merge-evit": ("merge-tokens", {"keep": 0.6, "method": "evit"}),
+    "merge-vcc": ("merge-tokens", {"keep": 0.6, "method": "vcc"}),
     "merge-random": ("merge-tokens", {"keep": 0.6, "method": "random"}),
     "reduce": ("reduce-visual-tokens", {"keep": 0.3}),
     "reduce-visionzip": ("reduce-visual-tokens", {"keep": 0.3, "method": "visionzip"}),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmcompress.ops.ranks import rank
+from mmcompress.ops.ranks import FAR, directions, earlier, rank
 
 PRIME = 32749
 """The square of it fits 32 bits, in which some runtimes compute integers."""
@@ -76,6 +76,20 @@ def scattered(image: Tensor, factors: Sequence[int]) -> Tensor:
     for factor in factors:
         made = (made * number + factor) % PRIME
     return made.float()
+
+
+def unlike_earlier(tokens: Tensor, image: Tensor) -> Tensor:
+    """Return scores (B, N), better the less an image token is like the one before it that it is most like, by the cosine.
+
+    The first token is best. What a video's frame repeats of an earlier one comes last, as do a picture's even regions.
+    `tokens`: (B, N, C); `image`: (B, N) booleans, of all pictures and frames of the prompt.
+
+    Source: LFTR, arXiv 2501.17391, whose code is not public; our reading of its abstract, with both its halves in one comparison:
+    over time (what frames share) and in space (what neighbours share).
+    """
+    unit = directions(tokens)
+    compared = image[:, None, :] & earlier(tokens.shape[1], tokens.device)
+    return -(unit @ unit.mT).masked_fill(~compared, -FAR).amax(dim=-1)
 
 
 def evenly_spread(image: Tensor, kept: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from mmcompress.passes.base import Context, Plan, Work, require_kept_share, requ
 from mmcompress.passes.latency import SECONDS, solved
 from mmcompress.passes.merge_schedule import CLOSE, block_macs
 from mmcompress.surgery.dropping import bind, dropping_of
-from mmcompress.surgery.prompt_flow import SCORED, Drop, Dropping
+from mmcompress.surgery.prompt_flow import Drop, Dropping
 from mmcompress.views import Prompt, Tower
 
-AFTER = {"fastv": (2,), "pyramiddrop": (0.25, 0.5, 0.75), "sparsevlm": (2 / 32, 6 / 32, 15 / 32)}
+AFTER = {"fastv": (2,), "pyramiddrop": (0.25, 0.5, 0.75), "sparsevlm": (2 / 32, 6 / 32, 15 / 32), "lftr": (1,)}
 """Where tokens leave, as the papers have it: behind so many blocks, or behind shares of the blocks."""
 FINEST = 1 / 64
 
@@ -47,16 +47,17 @@ class DropVisualTokens:
     latency_ms: float | None = None
     """Milliseconds that the exported model may take to the first token of an answer on this machine's processor, instead of `keep`:
     some shares are exported and timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
-    method: Literal["fastv", "pyramiddrop", "sparsevlm", "grid", "random"] = "fastv"
+    method: Literal["fastv", "pyramiddrop", "sparsevlm", "lftr", "grid", "random"] = "fastv"
     """Which tokens stay: those that the question's last token looks at, chosen once (fastv) or again and again (pyramiddrop),
-    those that the words look at that have to do with the picture (sparsevlm, without its recycled tokens), every n-th (grid), or
-    random ones (the control)."""
+    those that the words look at that have to do with the picture (sparsevlm, without its recycled tokens), those least like any
+    before them, in the same frame or an earlier one (lftr), every n-th (grid), or random ones (the control)."""
     place: Literal["blocks", "cache"] = "blocks"
     """What they leave: the blocks that follow, with their caches (blocks), or those caches alone, once the prompt has been read
     (cache): reading it takes as long as before, and the answer is written with a smaller cache."""
     after: tuple[int, ...] = ()
     """How many blocks the tokens have been through when they leave; several numbers let them leave in equal steps. Default: 2 for
-    fastv and the controls, a quarter, half and three quarters of the blocks for pyramiddrop, 2, 6 and 15 of 32 for sparsevlm."""
+    fastv and the controls, 1 for lftr, a quarter, half and three quarters of the blocks for pyramiddrop, 2, 6 and 15 of 32 for
+    sparsevlm."""
     tower: str = ""
     """The tower they leave; by default the one that is given image tokens among its words."""
 
@@ -114,13 +115,13 @@ class DropVisualTokens:
                 f"blocks of this {bundle.family.name} model see {windows[0]} tokens each; with some gone they would see others",
                 hint="use reduce-visual-tokens, which gives it fewer from the start",
             )
-        first, blocks = self._earliest(prompt), len(tower.blocks)
+        first, blocks = _earliest(prompt), len(tower.blocks)
         wrong = [after for after in self._after(tower) if not first <= after < blocks]
         if wrong:
             raise UsageError(
-                f"drop-visual-tokens.after is {wrong[0]}; with method {self.method} tokens can leave after {first} to {blocks - 1} "
-                f"of the {blocks} blocks",
-                hint=f"give --after {min(max(2, first), blocks - 1)}",
+                f"drop-visual-tokens.after is {wrong[0]}; in this {bundle.family.name} model tokens can leave after "
+                f"{first} to {blocks - 1} of the {blocks} blocks",
+                hint=f"give --after {min(max(2, first), blocks - 1)}; reduce-visual-tokens works before the first block",
             )
         if self.place == "cache" and len(self._after(tower)) > 1:
             raise UsageError(
@@ -192,15 +193,12 @@ class DropVisualTokens:
             hint="mmc inspect shows what can be done",
         )
 
-    def _earliest(self, prompt: Prompt) -> int:
-        return max(prompt.first, int(self.method in SCORED))
-
     def _after(self, tower: Tower) -> tuple[int, ...]:
         """Return how many blocks tokens have been through each time they leave."""
         if self.after:
             return self.after
         assert tower.prompt is not None
-        blocks, earliest = len(tower.blocks), self._earliest(tower.prompt)
+        blocks, earliest = len(tower.blocks), _earliest(tower.prompt)
         wanted = AFTER.get(self.method, AFTER["fastv"])
         places = (int(place) if place >= 1 else round(place * blocks) for place in wanted)
         return tuple(sorted({min(max(earliest, place), blocks - 1) for place in places}))
@@ -238,3 +236,8 @@ class DropVisualTokens:
 
     def _keeping(self, share: float) -> DropVisualTokens:
         return dataclasses.replace(self, latency_ms=None, keep=share)
+
+
+def _earliest(prompt: Prompt) -> int:
+    """Return how many blocks must see all tokens: at least one, by whose cache transformers counts (see `cache_lengths`)."""
+    return max(prompt.first, 1)

@@ -54,9 +54,10 @@ class MergeTokens:
     towers; accuracy is a little lower."""
     first: int = 0
     """Merge from this block on, counted from 0. What the class token looks at (evit) says little in the first blocks."""
-    method: Literal["tome", "pitome", "crossget", "evit", "pool", "random"] = "tome"
+    method: Literal["tome", "pitome", "crossget", "evit", "vcc", "pool", "random"] = "tome"
     """Merge similar tokens of even and odd places (tome), those most like many others (pitome), those of little to do with the
-    class token (crossget), what it looks at least into one (evit), neighbours (pool), or drop random ones (the control)."""
+    class token (crossget), what it looks at least into one (evit), neighbours it looks at least (vcc), any neighbours
+    (pool), or drop random ones (the control)."""
     tower: str = ""
     """The tower whose tokens are merged; by default the only one where they can be."""
     proportional: bool | None = None

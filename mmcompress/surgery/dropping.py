@@ -159,7 +159,7 @@ def _forget(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = No
     own, flow = _begun(self, hidden_states, attention_mask, kwargs)
     cache = kwargs.get("past_key_values")
     if own.starts:
-        flow = flow._replace(stays=chosen(self, own, flow, cache))
+        flow = flow._replace(stays=chosen(self, own, flow, hidden_states, cache))
     own.ledger.flow = flow
     assert flow.stays is not None, "the place is before this block"
     mask = _mask_beside(flow, flow.stays, attention_mask, hidden_states)
@@ -194,7 +194,7 @@ def _without(
     block: Any, own: Dropping, tokens: Tensor, flow: Flow, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Flow]:
     """Return the tokens (B, M, C) that are left, and what is known of them."""
-    rows, room, filled, past = chosen(block, own, flow, kwargs.get("past_key_values"))
+    rows, room, filled, past = chosen(block, own, flow, tokens, kwargs.get("past_key_values"))
     if own.both_ways and mask is not None:
         # Who sees whom is known only from the mask there was.
         among = (rows @ visible(mask)[:, 0, :, -tokens.shape[1] :].float() @ rows.mT) > 0.5  # (B, M, M)

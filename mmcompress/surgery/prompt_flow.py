@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mmcompress.errors import UsageError
-from mmcompress.ops.dropping import evenly_spread, last_of, raters, room_for, scattered, slots_of
+from mmcompress.ops.dropping import evenly_spread, last_of, raters, room_for, scattered, slots_of, unlike_earlier
 from mmcompress.ops.masks import visible
 from mmcompress.surgery.cache_lengths import held_by, remember
 from mmcompress.surgery.ledger import Ledger
 
-Method = Literal["fastv", "pyramiddrop", "sparsevlm", "grid", "random"]
+Method = Literal["fastv", "pyramiddrop", "sparsevlm", "lftr", "grid", "random"]
 SCORED: tuple[Method, ...] = ("fastv", "pyramiddrop", "sparsevlm")
 """Methods that ask an attention."""
 
@@ -130,8 +130,8 @@ def opened(block: Any, own: Dropping, tokens: Tensor, mask: Tensor | None, kwarg
     return Flow(present, image, asking, answer=answer)
 
 
-def chosen(block: Any, own: Dropping, flow: Flow, cache: Any) -> Chosen:
-    """Return which tokens are left where `block` is the first without the others. Raises what `cache_lengths` raises."""
+def chosen(block: Any, own: Dropping, flow: Flow, tokens: Tensor, cache: Any) -> Chosen:
+    """Return which of `tokens` (B, T, C) are left where `block` is the first without others. Raises what `cache_lengths` raises."""
     drop, past = own.drops[own.place], held_by(cache, block.get_submodule(own.attention).layer_idx)
     if own.ledger.rooms is not None:
         filled = own.ledger.rooms[own.place]
@@ -139,13 +139,13 @@ def chosen(block: Any, own: Dropping, flow: Flow, cache: Any) -> Chosen:
     else:
         room = room_for(flow.present, flow.image, drop.keep, drop.most)
         filled = remember(cache, own.place, past, room)
-    rows = slots_of(flow.present, flow.image, _scores(own, flow, room), room)
+    rows = slots_of(flow.present, flow.image, _scores(own, flow, tokens, room), room)
     if own.ledger.watched is not None:
         own.ledger.watched.append(rows)
     return Chosen(rows, room, filled, past)
 
 
-def _scores(own: Dropping, flow: Flow, room: Tensor) -> Tensor:
+def _scores(own: Dropping, flow: Flow, tokens: Tensor, room: Tensor) -> Tensor:
     """Return how much each token (B, T) should stay."""
     if own.method == "random":
         # Each time others: the numbers that are left are small ones again.
@@ -153,6 +153,8 @@ def _scores(own: Dropping, flow: Flow, room: Tensor) -> Tensor:
     if own.method == "grid":
         words = (flow.present & ~flow.image).sum(dim=-1)
         return evenly_spread(flow.image, room.sum(dim=-1) - words)
+    if own.method == "lftr":
+        return unlike_earlier(tokens.detach(), flow.image)
     if flow.scores is None:
         raise RuntimeError("the attention before this block gave no scores; its config was replaced after dropping")
     return flow.scores[:, -flow.image.shape[1] :]

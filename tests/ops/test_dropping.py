@@ -14,6 +14,7 @@ from mmcompress.ops.dropping import (
     room_for,
     scattered,
     slots_of,
+    unlike_earlier,
 )
 from mmcompress.ops.masks import HIDDEN, as_added, causal_mask, mask_both_ways, visible
 
@@ -82,6 +83,25 @@ def test_the_control_draws_the_same_for_each_row_and_another_with_another_seed()
     best = drawn[0] > drawn[0].quantile(0.75)
     assert abs(int(best[:2000].sum()) - int(best[2000:].sum())) < 110
     assert drawn.max() < 2**15
+
+
+def test_what_an_earlier_token_said_leaves_first() -> None:
+    # A text token between, which is nobody's earlier one; 0.6 and 0.8 are cosines.
+    tokens = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.0, 3.0], [4.0, 0.0]]])
+    image = torch.tensor([[1, 0, 1, 1, 1]]).bool()
+    scores = unlike_earlier(tokens, image)
+    assert scores[0].argmax() == 0
+    torch.testing.assert_close(scores[0, 2:], torch.tensor([-0.6, -0.8, -1.0]))
+
+
+def test_of_equal_frames_one_stays() -> None:
+    torch.manual_seed(0)
+    frame = torch.randn(1, 5, 8)
+    tokens, image = torch.cat([torch.randn(1, 2, 8), *[frame] * 3], dim=1), torch.arange(17)[None] >= 2
+    present = torch.ones(1, 17, dtype=torch.bool)
+    room = room_for(present, image, 1 / 3)
+    rows = slots_of(present, image, unlike_earlier(tokens, image), room)
+    assert rows[0].argmax(dim=-1).tolist() == list(range(7))
 
 
 def test_even_distances_take_as_many_as_are_kept() -> None:

@@ -442,6 +442,7 @@ def test_blocks_that_others_rely_on_stay_when_blocks_are_pruned() -> None:
         ("whisper", {}, "is given them among its words"),
         ("llava_clip", {"after": (3,)}, "can leave after 1 to 2 of the 3 blocks"),
         ("llava_clip", {"after": (0,)}, "can leave after 1 to 2 of the 3 blocks"),
+        ("llava_clip", {"after": (0,), "method": "random"}, "can leave after 1 to 2 of the 3 blocks"),
         ("qwen3_vl", {"after": (0,), "method": "random"}, "can leave after 1 to 2 of the 3 blocks"),
         ("llava_clip", {"keep_tokens": 4, "after": (1, 2)}, "tokens leave 2 times"),
         ("llava_clip", {"method": "pyramiddrop", "place": "cache"}, "leave the cache once"),
