@@ -40,6 +40,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "reduce": ("reduce-visual-tokens", {"keep": 0.3}),
     "reduce-visionzip": ("reduce-visual-tokens", {"keep": 0.3, "method": "visionzip"}),
     "reduce-selector": ("reduce-visual-tokens", {"keep": 0.3, "method": "selector", "selector_epochs": 2}),
+    "reduce-relevance": ("reduce-visual-tokens", {"keep": 0.3, "method": "relevance"}),
     "reduce-random": ("reduce-visual-tokens", {"keep": 0.3, "method": "random"}),
     "drop": ("drop-visual-tokens", {"keep": 0.5}),
     "drop-sparsevlm": ("drop-visual-tokens", {"keep": 0.5, "method": "sparsevlm"}),

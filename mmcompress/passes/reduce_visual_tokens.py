@@ -16,10 +16,13 @@ from mmcompress.ops.token_choice import drawn
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.passes.latency import SECONDS, solved
 from mmcompress.passes.selector_train import NEED, channels_given_out, seconds_a_picture, trained
+from mmcompress.passes.token_relevance import relevance_by_place, require_answers
 from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import LEARNED, SCORED, Choice, bind_connector, bind_scorer, choice_of, handed_on
 from mmcompress.surgery.selector import HEAD_WIDTH, TokenTransformer
 from mmcompress.views import Connector, Tower
+
+RELEVANCE = "relevance"
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,16 @@ class ReduceVisualTokens:
         "lftr",
         "tome",
         "selector",
+        "relevance",
         "pool",
         "grid",
         "random",
     ] = "clusters"
     """Which tokens are kept: the most different ones (divprune), means of clusters, those the encoder looks at and means of the
     rest (visionzip, prumerge), those alone (attention), those least like all others (lftr, our reading of that paper's abstract),
-    means of similar pairs (tome), those that a small network learned to keep from pictures alone (selector; needs data), means of
-    neighbours (pool, the largest grid within what is asked for), every n-th (grid), or random ones (the control)."""
+    means of similar pairs (tome), those that a small network learned to keep from pictures alone (selector; needs data), those at
+    the places that answers had to do with (relevance, Chefer's; needs questions with pictures and answers), means of neighbours
+    (pool, the largest grid within what is asked for), every n-th (grid), or random ones (the control)."""
     tower: str = ""
     """The tower whose tokens they are; by default the one that looks at pictures for a language model."""
     selector_epochs: int = 10
@@ -107,11 +112,13 @@ class ReduceVisualTokens:
 
     def streams(self) -> bool:
         """Whether no weight is looked at: only a latency is that of the whole model, and features are made by it."""
-        return self.latency_ms is None and self.method != LEARNED
+        return self.latency_ms is None and self.method not in (LEARNED, RELEVANCE)
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """For a latency, some shares are exported and timed; a selector sees each picture once, then learns from its features."""
         timed = 0.0 if self.latency_ms is None else SECONDS
+        if self.method == RELEVANCE:
+            return timed + 4 * work.samples * work.forward
         if self.method != LEARNED:
             return timed
         connector = self._connector(bundle)
@@ -132,6 +139,8 @@ class ReduceVisualTokens:
                 f"reduce-visual-tokens.keep_tokens is {self.keep_tokens}, but a picture has {connector.tokens} tokens",
                 hint=f"keep fewer than {connector.tokens}",
             )
+        if self.method == RELEVANCE:
+            require_answers(bundle)
         if self.method in SCORED and not connector.scorer:
             raise UsageError(
                 f"method {self.method} asks what the encoder looked at, and {bundle.family.name} cannot tell for its image tokens",
@@ -157,6 +166,9 @@ class ReduceVisualTokens:
         if self.method == "random" and kept < connector.tokens:
             generator = torch.Generator().manual_seed(context.seed)
             decisions["drawn"] = drawn(connector.tokens, kept, generator).tolist()
+        if self.method == RELEVANCE and kept < connector.tokens:
+            relevance = relevance_by_place(bundle, connector.tokens, context)
+            decisions["drawn"] = sorted(relevance.argsort(descending=True, stable=True)[:kept].tolist())
         if self.method == LEARNED and kept < connector.tokens:
             context.require_data(NEED)
             decisions["selector"] = self._shape(bundle)

@@ -11,8 +11,9 @@ With ``output_attentions=True`` these modules report the keys or scores.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from mmcompress.ops.masks import visible
 from mmcompress.ops.merging import PADDING_BIAS
 
 KEYS, CLASS_SCORES, SCORES = "mmc_keys", "mmc_class_scores", "mmc_scores"
-ASKED_BY_ONE, ASKED_BY_SOME = "mmc_asked_by_one", "mmc_asked_by_some"
+ASKED_BY_ONE, ASKED_BY_SOME, WEIGHTS = "mmc_asked_by_one", "mmc_asked_by_some", "mmc_weights"
 
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
@@ -172,6 +173,47 @@ def give_asked(attention: nn.Module, one: bool) -> None:
     for a module that does not choose its attention function by its config.
     """
     _attend_by(ASKED_BY_ONE if one else ASKED_BY_SOME, [attention])
+
+
+@contextlib.contextmanager
+def telling_weights(attentions: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """While it is open, each call of `attentions` adds its weights (B, H, N, S) to a list; outputs have gradients to them.
+
+    Raises UsageError for a module that does not choose its attention function by its config.
+    """
+    before = [getattr(attention, "config", None) for attention in attentions]
+    found: list[Tensor] = []
+    _attend_by(WEIGHTS, attentions)
+    hooks = [attention.register_forward_hook(lambda _, __, made: found.append(made[1])) for attention in attentions]
+    try:
+        yield found
+    finally:
+        for attention, config, hook in zip(attentions, before, hooks, strict=True):
+            attention.config = config  # type: ignore[assignment]
+            hook.remove()
+
+
+def _attend_by_weights(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attend step by step: (B, N, H, D) and the weights (B, H, N, S), of which the first is a function."""
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    seen = _seen(Looked(query, key, attention_mask, 1.0, None))[:, None]  # (B or 1, 1, N, S)
+    logits = query.float() @ key.float().mT * (scaling or query.shape[-1] ** -0.5)
+    weights = logits.masked_fill(~seen, PADDING_BIAS).softmax(dim=-1)
+    if torch.is_grad_enabled() and not weights.requires_grad:
+        weights.requires_grad_()  # parameters need no gradient of their own
+    return (weights.to(value.dtype) @ value).transpose(1, 2), weights
+
+
+AttentionInterface.register(WEIGHTS, _attend_by_weights)
+AttentionMaskInterface.register(WEIGHTS, sdpa_mask)
 
 
 def _attend_by(name: str, attentions: Iterable[nn.Module]) -> None:

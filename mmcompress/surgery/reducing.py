@@ -24,7 +24,18 @@ from mmcompress.surgery.attention import give_scores
 from mmcompress.surgery.ledger import Ledger
 
 Method = Literal[
-    "divprune", "clusters", "visionzip", "prumerge", "attention", "lftr", "tome", "selector", "pool", "grid", "random"
+    "divprune",
+    "clusters",
+    "visionzip",
+    "prumerge",
+    "attention",
+    "lftr",
+    "tome",
+    "selector",
+    "relevance",
+    "pool",
+    "grid",
+    "random",
 ]
 SCORED: tuple[Method, ...] = ("visionzip", "prumerge", "attention")
 """Methods that ask what the encoder looked at."""
@@ -52,14 +63,14 @@ class Choice:
     small: tuple[int, int] = (0, 0)
     """Rows and columns that "pool" leaves."""
     drawn: tuple[int, ...] = ()
-    """The tokens "random" keeps."""
+    """The places that "random" and "relevance" keep."""
     leading: int = 0
     seen: Seen = field(default_factory=Seen)
 
     @property
     def compares(self) -> bool:
         """Whether the tokens say which of them go on, and not their places alone."""
-        return self.method not in ("pool", "grid", "random")
+        return self.method not in ("relevance", "pool", "grid", "random")
 
 
 def bind_connector(connector: nn.Module, choice: Choice, selector: nn.Module | None = None) -> None:
@@ -135,7 +146,7 @@ def assignment(choice: Choice, tokens: Tensor, scores: Tensor | None = None) -> 
             return token_choice.pooled(choice.grid, choice.small).to(tokens.device)
         case "grid":
             return token_choice.evenly(choice.tokens, choice.kept).to(tokens.device)
-        case "random":
+        case "random" | "relevance":
             return token_choice.standing_at(torch.tensor(choice.drawn), choice.tokens).to(tokens.device)
     assert scores is not None, "the scorer runs before the tokens are chosen"
     scores = scores.detach()

@@ -23,7 +23,7 @@ from mmcompress.recipe import Step
 from mmcompress.surgery.reducing import Method
 from tests import tiny
 
-ANY: tuple[Method, ...] = ("divprune", "clusters", "lftr", "tome", "selector", "pool", "grid", "random")
+ANY: tuple[Method, ...] = ("divprune", "clusters", "lftr", "tome", "selector", "relevance", "pool", "grid", "random")
 ASKING: tuple[Method, ...] = ("visionzip", "prumerge", "attention")
 CASES = [
     *(
