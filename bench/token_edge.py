@@ -50,7 +50,8 @@ def trained_and_not(file: str, calibration: Path, evaluation: str) -> dict[str, 
 def with_int8(work: Path, sides: dict[str, Side], of: Recipe) -> None:
     """Add the distilled side with int8 weights and activations."""
     made = replace(of, steps=recipe.parse(INT8).steps, gates=recipe.Gates())
-    folder = compressed(work, sides[DISTILLED].checkpoint, "and int8", made)
+    before = sides[DISTILLED].checkpoint
+    folder = compressed(work, before, f"{before.name} and int8", made)
     sides["distilled and int8"] = Side(folder, folder.with_name(f"{folder.name}-onnx"))
     if not sides["distilled and int8"].exported.exists():
         export_onnx(checkpoint.load(folder), sides["distilled and int8"].exported, batches=(1, 2))

@@ -194,7 +194,7 @@ def _without(
     block: Any, own: Dropping, tokens: Tensor, flow: Flow, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Flow]:
     """Return the tokens (B, M, C) that are left, and what is known of them."""
-    rows, room, filled, past = chosen(block, own, flow, tokens, kwargs.get("past_key_values"))
+    rows, room, filled, past, made = chosen(block, own, flow, tokens, kwargs.get("past_key_values"))
     if own.both_ways and mask is not None:
         # Who sees whom is known only from the mask there was.
         among = (rows @ visible(mask)[:, 0, :, -tokens.shape[1] :].float() @ rows.mT) > 0.5  # (B, M, M)
@@ -211,7 +211,8 @@ def _without(
     # Not matmuls, which have no values while multiply-adds are counted: how many leave next depends on how many there are.
     image, asking = ((rows * of[:, None]).sum(dim=-1) for of in (flow.image.float(), flow.asking))
     left = (*flow.left, (rows, tokens))
-    return rows.to(tokens.dtype) @ tokens, Flow(room.bool(), image > 0.5, asking, given, left=left)
+    moved = rows if made is None else rows @ made
+    return moved.to(tokens.dtype) @ tokens, Flow(room.bool(), image > 0.5, asking, given, left=left)
 
 
 def _mask_beside(flow: Flow, stays: Chosen, mask: Tensor | None, tokens: Tensor) -> Tensor:

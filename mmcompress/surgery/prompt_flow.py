@@ -14,6 +14,7 @@ from torch import Tensor
 from mmcompress.errors import UsageError
 from mmcompress.ops.dropping import evenly_spread, last_of, raters, room_for, scattered, slots_of, unlike_earlier
 from mmcompress.ops.masks import visible
+from mmcompress.ops.recycling import recycled
 from mmcompress.surgery.cache_lengths import held_by, remember
 from mmcompress.surgery.ledger import Ledger
 
@@ -77,6 +78,8 @@ class Dropping:
     """Name in each block of the child that attends."""
     drawn: tuple[int, ...] = ()
     """Factors that "random" draws by."""
+    recycles: bool = False
+    """Whether the best of what leaves comes back as a few means; see `ops.recycling`."""
     both_ways: bool = False
     """Whether the prompt's tokens look at one another in both directions."""
     place: int = -1
@@ -102,6 +105,8 @@ class Chosen(NamedTuple):
     """(B, P + M): the same of those that blocks behind the place hold already, too."""
     past: int
     """P."""
+    made: Tensor | None = None
+    """(B, T, T), of what each token is made, where some stay as means of others."""
 
 
 def opened(block: Any, own: Dropping, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Flow:
@@ -139,10 +144,13 @@ def chosen(block: Any, own: Dropping, flow: Flow, tokens: Tensor, cache: Any) ->
     else:
         room = room_for(flow.present, flow.image, drop.keep, drop.most)
         filled = remember(cache, own.place, past, room)
-    rows = slots_of(flow.present, flow.image, _scores(own, flow, tokens, room), room)
+    scores, made = _scores(own, flow, tokens, room), None
+    if own.recycles:
+        scores, made = recycled(tokens.detach(), flow.image, scores, _images_kept(flow, room))
+    rows = slots_of(flow.present, flow.image, scores, room)
     if own.ledger.watched is not None:
         own.ledger.watched.append(rows)
-    return Chosen(rows, room, filled, past)
+    return Chosen(rows, room, filled, past, made)
 
 
 def _scores(own: Dropping, flow: Flow, tokens: Tensor, room: Tensor) -> Tensor:
@@ -151,10 +159,14 @@ def _scores(own: Dropping, flow: Flow, tokens: Tensor, room: Tensor) -> Tensor:
         # Each time others: the numbers that are left are small ones again.
         return scattered(flow.image, (*own.drawn[own.place :], *own.drawn[: own.place]))
     if own.method == "grid":
-        words = (flow.present & ~flow.image).sum(dim=-1)
-        return evenly_spread(flow.image, room.sum(dim=-1) - words)
+        return evenly_spread(flow.image, _images_kept(flow, room))
     if own.method == "lftr":
         return unlike_earlier(tokens.detach(), flow.image)
     if flow.scores is None:
         raise RuntimeError("the attention before this block gave no scores; its config was replaced after dropping")
     return flow.scores[:, -flow.image.shape[1] :]
+
+
+def _images_kept(flow: Flow, room: Tensor) -> Tensor:
+    """Return how many image tokens (B,) the slots `room` (B, M) have place for."""
+    return room.sum(dim=-1) - (flow.present & ~flow.image).sum(dim=-1)

@@ -32,6 +32,7 @@ from tests.export.test_tensorrt import rtx
 METHODS: tuple[Method, ...] = get_args(Method)
 CASES: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
+    "sparsevlm without recycling": {"method": "sparsevlm", "recycle": False},
     "fastv in the cache": {"method": "fastv", "place": "cache"},
     "sparsevlm in the cache": {"method": "sparsevlm", "place": "cache", "after": (1,)},
     "grid in the cache": {"method": "grid", "place": "cache", "after": (1,)},
@@ -189,13 +190,45 @@ def test_sparsevlm_asks_the_words_that_have_to_do_with_the_picture() -> None:
         score = seen[~picture][raters].mean(dim=0)[picture]
         first = int(picture.nonzero()[0, 0])
         expected.append(sorted((score.topk(5).indices + first).tolist()))
-    bundle = dropping("llava_clip", keep=0.3, method="sparsevlm", after=(1,))
+    bundle = dropping("llava_clip", keep=0.3, method="sparsevlm", after=(1,), recycle=False)
     how = dropping_of(bundle.model.model)
     assert how is not None
     with watching(how.ledger) as went:
         states(bundle, inputs)
     stays = (went[0].sum(dim=1) > 0) & image  # type: ignore[union-attr]
     assert [row.nonzero()[:, 0].tolist() for row in stays] == expected
+
+
+def test_what_sparsevlm_recycles_is_the_mean_of_what_leaves() -> None:
+    """With 16 tokens of which 5 stay, 3 of the 11 that leave come back as one: which are the best four is as without."""
+    inputs = tiny.bundle("llava_clip").example_inputs("language")
+    entered: dict[bool, torch.Tensor] = {}
+    stays: dict[bool, torch.Tensor] = {}
+    for recycle in (True, False):
+        bundle = dropping("llava_clip", keep=0.3, method="sparsevlm", after=(1,), recycle=recycle)
+        how = dropping_of(bundle.model.model)
+        assert how is not None
+        block = bundle.module(bundle.tower("language").blocks[1].path)
+        block.input_layernorm.register_forward_pre_hook(lambda _, given, own=recycle: entered.update({own: given[0]}))  # type: ignore[operator, union-attr]
+        with watching(how.ledger) as went:
+            states(bundle, inputs)
+        stays[recycle] = went[0]  # type: ignore[assignment]
+    assert stays[True].shape == stays[False].shape
+    assert (stays[True].sum(dim=1) * stays[False].sum(dim=1)).sum() >= stays[True].shape[
+        1
+    ] - 1  # the centre may be the fifth best
+    own = [[tuple(row.tolist()) for row in entered[recycle][0]] for recycle in (True, False)]
+    assert len(set(own[0]) & set(own[1])) == stays[True].shape[1] - 1
+    assert not set(own[0]) <= {*own[1], *before_dropping(inputs)}
+
+
+def before_dropping(inputs: dict[str, torch.Tensor]) -> set[tuple[float, ...]]:
+    """Every token as it comes out of the first block."""
+    plain = tiny.bundle("llava_clip")
+    made: list[torch.Tensor] = []
+    plain.module(plain.tower("language").blocks[0].path).register_forward_hook(lambda _, __, out: made.append(out))
+    states(plain, inputs)
+    return {tuple(row.tolist()) for row in made[0][0]}
 
 
 def test_tokens_leave_again_and_again() -> None:

@@ -73,7 +73,9 @@ def by_eager(bundle: Bundle, tokens: int) -> torch.Tensor:
     for weights in kept:
         known = known + (weights * weights.grad)[0].clamp(min=0).mean(dim=0) @ known
     image = inputs["input_ids"][0] == bundle.model.config.image_token_id
-    rows = torch.stack([known[inputs["answer_positions"][0, place]][image] for place, _ in answered]).mean(dim=0).detach()
+    rows = (
+        torch.stack([known[inputs["answer_positions"][0, place]][image] for place, _ in answered]).mean(dim=0).detach()
+    )
     rows = rows.unflatten(0, (-1, tokens)).mean(dim=0)
     return rows / rows.sum()
 
