@@ -43,7 +43,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "reduce-relevance": ("reduce-visual-tokens", {"keep": 0.3, "method": "relevance"}),
     "reduce-random": ("reduce-visual-tokens", {"keep": 0.3, "method": "random"}),
     "drop": ("drop-visual-tokens", {"keep": 0.5}),
-    "drop-sparsevlm": ("drop-visual-tokens", {"keep": 0.5, "method": "sparsevlm"}),
+    "drop-sparsevlm": ("drop-visual-tokens", {"keep": 0.5, "method": "sparsevlm", "recycle": True}),
     "drop-random": ("drop-visual-tokens", {"keep": 0.5, "method": "random"}),
     "w8a8-cpu": ("quantize", {"scheme": "W8A8", "target": "cpu"}),
     "w8a8-tensorrt": ("quantize", {"scheme": "W8A8", "target": "tensorrt"}),

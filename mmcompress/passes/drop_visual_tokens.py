@@ -49,7 +49,7 @@ class DropVisualTokens:
     some shares are exported and timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
     method: Literal["fastv", "pyramiddrop", "sparsevlm", "lftr", "grid", "random"] = "fastv"
     """Which tokens stay: those that the question's last token looks at, chosen once (fastv) or again and again (pyramiddrop),
-    those that the words look at that have to do with the picture (sparsevlm; see `recycle`), those least like any
+    those that the words look at that have to do with the picture (sparsevlm; see --recycle), those least like any
     before them, in the same frame or an earlier one (lftr), every n-th (grid), or random ones (the control)."""
     place: Literal["blocks", "cache"] = "blocks"
     """What they leave: the blocks that follow, with their caches (blocks), or those caches alone, once the prompt has been read
@@ -58,9 +58,8 @@ class DropVisualTokens:
     """How many blocks the tokens have been through when they leave; several numbers let them leave in equal steps. Default: 2 for
     fastv and the controls, 1 for lftr, a quarter, half and three quarters of the blocks for pyramiddrop, 2, 6 and 15 of 32 for
     sparsevlm."""
-    recycle: bool = True
-    """For sparsevlm: of the tokens that leave, the best 3 in 10 come back as means of about ten, which count among those kept. Not
-    with place cache."""
+    recycle: bool = False
+    """For sparsevlm: of the tokens that leave, the best 3 in 10 come back as means of about ten, which count among those kept."""
     tower: str = ""
     """The tower they leave; by default the one that is given image tokens among its words."""
 
@@ -80,6 +79,11 @@ class DropVisualTokens:
                 f"drop-visual-tokens.{what} to read a prompt, which place cache does not change",
                 hint="use place blocks, or give keep",
             )
+        if self.recycle and (self.method != "sparsevlm" or self.place == "cache"):
+            raise UsageError(
+                "drop-visual-tokens.recycle is for method sparsevlm, where tokens leave the blocks",
+                hint="leave it out, or give --method sparsevlm",
+            )
         if list(self.after) != sorted(set(self.after)):
             raise UsageError(
                 f"drop-visual-tokens.after is {', '.join(map(str, self.after))}; expected numbers that grow",
@@ -91,10 +95,12 @@ class DropVisualTokens:
         if self.method == "random":
             return None
         if decisions is None:
-            return dataclasses.replace(self, method="random")
+            return dataclasses.replace(self, method="random", recycle=False)
         places = tuple(int(drop["after"]) for drop in decisions["drops"])
         keep = None if self.keep_tokens else float(decisions["keep"])
-        return dataclasses.replace(self, keep=keep, macs=None, latency_ms=None, method="random", after=places)
+        return dataclasses.replace(
+            self, keep=keep, macs=None, latency_ms=None, method="random", recycle=False, after=places
+        )
 
     def streams(self) -> bool:
         """Whether no weight is looked at: only a latency is that of the whole model."""
@@ -150,7 +156,7 @@ class DropVisualTokens:
         each = keep ** (1 / len(places))
         drops = [{"after": after, "keep": each, "most": self.keep_tokens or 0} for after in places]
         decisions: dict[str, Any] = {"keep": keep, "drops": drops}
-        if self._recycles:
+        if self.recycle:
             decisions["recycle"] = True
         if self.method == "random":
             decisions["drawn"] = list(drawn_factors(context.seed))
@@ -239,10 +245,6 @@ class DropVisualTokens:
                 hint=f"use macs >= {limit + 0.0005:.3f}, or let tokens leave earlier",
             )
         return found
-
-    @property
-    def _recycles(self) -> bool:
-        return self.method == "sparsevlm" and self.recycle and self.place == "blocks"
 
     def _keeping(self, share: float) -> DropVisualTokens:
         return dataclasses.replace(self, latency_ms=None, keep=share)

@@ -32,7 +32,7 @@ from tests.export.test_tensorrt import rtx
 METHODS: tuple[Method, ...] = get_args(Method)
 CASES: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
-    "sparsevlm without recycling": {"method": "sparsevlm", "recycle": False},
+    "sparsevlm recycling": {"method": "sparsevlm", "recycle": True},
     "fastv in the cache": {"method": "fastv", "place": "cache"},
     "sparsevlm in the cache": {"method": "sparsevlm", "place": "cache", "after": (1,)},
     "grid in the cache": {"method": "grid", "place": "cache", "after": (1,)},
@@ -190,7 +190,7 @@ def test_sparsevlm_asks_the_words_that_have_to_do_with_the_picture() -> None:
         score = seen[~picture][raters].mean(dim=0)[picture]
         first = int(picture.nonzero()[0, 0])
         expected.append(sorted((score.topk(5).indices + first).tolist()))
-    bundle = dropping("llava_clip", keep=0.3, method="sparsevlm", after=(1,), recycle=False)
+    bundle = dropping("llava_clip", keep=0.3, method="sparsevlm", after=(1,))
     how = dropping_of(bundle.model.model)
     assert how is not None
     with watching(how.ledger) as went:
@@ -297,7 +297,12 @@ def square(picture: Any) -> Any:
 
 @rtx
 @pytest.mark.parametrize(
-    "settings", [{"method": "pyramiddrop"}, {"method": "sparsevlm", "place": "cache", "after": (1,)}]
+    "settings",
+    [
+        {"method": "pyramiddrop"},
+        {"method": "sparsevlm", "recycle": True},
+        {"method": "sparsevlm", "place": "cache", "after": (1,)},
+    ],
 )
 def test_tensorrt_rtx_parses_and_builds_the_language_part(settings: dict[str, Any], tmp_path: Path) -> None:
     """For the prompt, whose past is empty, and for a further token."""
@@ -499,6 +504,8 @@ def test_what_cannot_be_done_is_said(family: str, settings: dict[str, Any], said
         ({"macs": 0.5, "place": "cache"}, "place cache does not change"),
         ({"macs": 0.5, "keep": 0.5}, "both keep and macs"),
         ({"macs": 1.5}, "0 < macs <= 1"),
+        ({"recycle": True}, "recycle is for method sparsevlm"),
+        ({"recycle": True, "method": "sparsevlm", "place": "cache"}, "recycle is for method sparsevlm"),
     ],
 )
 def test_bad_parameters_are_refused(settings: dict[str, Any], said: str) -> None:
