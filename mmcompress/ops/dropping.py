@@ -92,6 +92,23 @@ def unlike_earlier(tokens: Tensor, image: Tensor) -> Tensor:
     return -(unit @ unit.mT).masked_fill(~compared, -FAR).amax(dim=-1)
 
 
+def recovered(tokens: Tensor, image: Tensor, words: Tensor, kept: Tensor) -> Tensor:
+    """Return scores (B, N): half of the `kept` (B,) image tokens are those that stand out most, the others those nearest to the words.
+
+    A token stands out that is least like the mean of all image tokens; near is a large cosine to the mean of the words. `tokens`:
+    (B, N, C); `image`, `words`: (B, N) booleans.
+
+    Source: Recoverable Compression, arXiv 2409.01179, sections 3.2 and 3.3. Deliberate differences: pictures and words are compared
+    in the language model's own states, where the paper runs the text tower that was trained with the encoder, and asks the
+    encoder's class token what stands out; numbers are given, where the paper counts outliers.
+    """
+    unit = directions(tokens)
+    common, asked = (directions(which[:, None, :].to(unit.dtype) @ unit) for which in (image, words))  # (B, 1, C)
+    apart, near = (-(unit @ common.mT)[..., 0], (unit @ asked.mT)[..., 0])
+    first = image & (rank(apart.masked_fill(~image, -FAR)) < ((kept + 1) // 2)[:, None])
+    return torch.where(first, FAR, near)
+
+
 def evenly_spread(image: Tensor, kept: Tensor) -> Tensor:
     """Return scores (B, N): 1 for `kept` (B,) of the image tokens of `image` (B, N), at equal distances, 0 for the others."""
     number = image.long().cumsum(dim=-1) - 1

@@ -21,7 +21,14 @@ from mmcompress.surgery.dropping import bind, dropping_of
 from mmcompress.surgery.prompt_flow import Drop, Dropping
 from mmcompress.views import Prompt, Tower
 
-AFTER = {"fastv": (2,), "pyramiddrop": (0.25, 0.5, 0.75), "sparsevlm": (2 / 32, 6 / 32, 15 / 32), "lftr": (1,)}
+AFTER = {
+    "fastv": (2,),
+    "pyramiddrop": (0.25, 0.5, 0.75),
+    "sparsevlm": (2 / 32, 6 / 32, 15 / 32),
+    "recoverable": (1,),
+    "lftr": (1,),
+}
+RECYCLING = ("sparsevlm", "recoverable")
 """Where tokens leave, as the papers have it: behind so many blocks, or behind shares of the blocks."""
 FINEST = 1 / 64
 
@@ -47,19 +54,21 @@ class DropVisualTokens:
     latency_ms: float | None = None
     """Milliseconds that the exported model may take to the first token of an answer on this machine's processor, instead of `keep`:
     some shares are exported and timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
-    method: Literal["fastv", "pyramiddrop", "sparsevlm", "lftr", "grid", "random"] = "fastv"
+    method: Literal["fastv", "pyramiddrop", "sparsevlm", "recoverable", "lftr", "grid", "random"] = "fastv"
     """Which tokens stay: those that the question's last token looks at, chosen once (fastv) or again and again (pyramiddrop),
-    those that the words look at that have to do with the picture (sparsevlm; see --recycle), those least like any
-    before them, in the same frame or an earlier one (lftr), every n-th (grid), or random ones (the control)."""
+    those that the words look at that have to do with the picture (sparsevlm), those that stand out and those nearest to the
+    question's words, half each (recoverable), those least like any before them, in the same frame or an earlier one (lftr), every
+    n-th (grid), or random ones (the control). The papers of sparsevlm and recoverable also `recycle`."""
     place: Literal["blocks", "cache"] = "blocks"
     """What they leave: the blocks that follow, with their caches (blocks), or those caches alone, once the prompt has been read
     (cache): reading it takes as long as before, and the answer is written with a smaller cache."""
     after: tuple[int, ...] = ()
     """How many blocks the tokens have been through when they leave; several numbers let them leave in equal steps. Default: 2 for
-    fastv and the controls, 1 for lftr, a quarter, half and three quarters of the blocks for pyramiddrop, 2, 6 and 15 of 32 for
-    sparsevlm."""
+    fastv and the controls, 1 for recoverable and lftr, a quarter, half and three quarters of the blocks for pyramiddrop, 2, 6 and
+    15 of 32 for sparsevlm."""
     recycle: bool = False
-    """For sparsevlm: of the tokens that leave, the best 3 in 10 come back as means of about ten, which count among those kept."""
+    """For sparsevlm and recoverable: of the tokens that leave, the best 3 in 10 come back as means of about ten, which count among
+    those kept."""
     tower: str = ""
     """The tower they leave; by default the one that is given image tokens among its words."""
 
@@ -79,10 +88,10 @@ class DropVisualTokens:
                 f"drop-visual-tokens.{what} to read a prompt, which place cache does not change",
                 hint="use place blocks, or give keep",
             )
-        if self.recycle and (self.method != "sparsevlm" or self.place == "cache"):
+        if self.recycle and (self.method not in RECYCLING or self.place == "cache"):
             raise UsageError(
-                "drop-visual-tokens.recycle is for method sparsevlm, where tokens leave the blocks",
-                hint="leave it out, or give --method sparsevlm",
+                f"drop-visual-tokens.recycle is for methods {' and '.join(RECYCLING)}, where tokens leave the blocks",
+                hint=f"leave it out, or give --method {RECYCLING[0]}",
             )
         if list(self.after) != sorted(set(self.after)):
             raise UsageError(

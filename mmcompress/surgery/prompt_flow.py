@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from mmcompress.errors import UsageError
-from mmcompress.ops.dropping import evenly_spread, last_of, raters, room_for, scattered, slots_of, unlike_earlier
+from mmcompress.ops.dropping import (
+    evenly_spread,
+    last_of,
+    raters,
+    recovered,
+    room_for,
+    scattered,
+    slots_of,
+    unlike_earlier,
+)
 from mmcompress.ops.masks import visible
 from mmcompress.ops.recycling import recycled
 from mmcompress.surgery.cache_lengths import held_by, remember
 from mmcompress.surgery.ledger import Ledger
 
-Method = Literal["fastv", "pyramiddrop", "sparsevlm", "lftr", "grid", "random"]
+Method = Literal["fastv", "pyramiddrop", "sparsevlm", "recoverable", "lftr", "grid", "random"]
 SCORED: tuple[Method, ...] = ("fastv", "pyramiddrop", "sparsevlm")
 """Methods that ask an attention."""
 
@@ -160,6 +169,10 @@ def _scores(own: Dropping, flow: Flow, tokens: Tensor, room: Tensor) -> Tensor:
         return scattered(flow.image, (*own.drawn[own.place :], *own.drawn[: own.place]))
     if own.method == "grid":
         return evenly_spread(flow.image, _images_kept(flow, room))
+    if own.method == "recoverable":
+        words = flow.present & ~flow.image
+        words = words if flow.answer is None else words & ~flow.answer
+        return recovered(tokens.detach(), flow.image, words, _images_kept(flow, room))
     if own.method == "lftr":
         return unlike_earlier(tokens.detach(), flow.image)
     if flow.scores is None:

@@ -11,6 +11,7 @@ from mmcompress.ops.dropping import (
     evenly_spread,
     last_of,
     raters,
+    recovered,
     room_for,
     scattered,
     slots_of,
@@ -92,6 +93,21 @@ def test_what_an_earlier_token_said_leaves_first() -> None:
     scores = unlike_earlier(tokens, image)
     assert scores[0].argmax() == 0
     torch.testing.assert_close(scores[0, 2:], torch.tensor([-0.6, -0.8, -1.0]))
+
+
+def test_half_stands_out_and_half_is_near_the_words() -> None:
+    # A word at 0 degrees, image tokens at 90, 95, 100, 200 and 30: their mean lies near 100, from which 200 is farthest, then 30.
+    angles = torch.tensor([[0.0, 90, 95, 100, 200, 30]]).deg2rad()
+    tokens = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    image, words = torch.tensor([[0, 1, 1, 1, 1, 1]]).bool(), torch.tensor([[1, 0, 0, 0, 0, 0]]).bool()
+
+    def best(kept: int) -> list[int]:
+        scores = recovered(tokens, image, words, torch.tensor([kept])).masked_fill(~image, -9.0)
+        return sorted(scores[0].topk(kept).indices.tolist())
+
+    assert best(1) == [4]
+    assert best(2) == [4, 5]  # the second is nearest to the word
+    assert best(3) == [1, 4, 5]  # two stand out, and then 90 degrees is nearest
 
 
 def test_of_equal_frames_one_stays() -> None:

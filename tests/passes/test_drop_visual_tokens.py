@@ -33,6 +33,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 CASES: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
     "sparsevlm recycling": {"method": "sparsevlm", "recycle": True},
+    "recoverable recycling": {"method": "recoverable", "recycle": True},
     "fastv in the cache": {"method": "fastv", "place": "cache"},
     "sparsevlm in the cache": {"method": "sparsevlm", "place": "cache", "after": (1,)},
     "grid in the cache": {"method": "grid", "place": "cache", "after": (1,)},
@@ -504,8 +505,8 @@ def test_what_cannot_be_done_is_said(family: str, settings: dict[str, Any], said
         ({"macs": 0.5, "place": "cache"}, "place cache does not change"),
         ({"macs": 0.5, "keep": 0.5}, "both keep and macs"),
         ({"macs": 1.5}, "0 < macs <= 1"),
-        ({"recycle": True}, "recycle is for method sparsevlm"),
-        ({"recycle": True, "method": "sparsevlm", "place": "cache"}, "recycle is for method sparsevlm"),
+        ({"recycle": True}, "recycle is for methods sparsevlm and"),
+        ({"recycle": True, "method": "sparsevlm", "place": "cache"}, "where tokens leave the blocks"),
     ],
 )
 def test_bad_parameters_are_refused(settings: dict[str, Any], said: str) -> None:
