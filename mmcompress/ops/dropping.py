@@ -93,7 +93,7 @@ def unlike_earlier(tokens: Tensor, image: Tensor) -> Tensor:
 
 
 def recovered(tokens: Tensor, image: Tensor, words: Tensor, kept: Tensor) -> Tensor:
-    """Return scores (B, N): half of the `kept` (B,) image tokens are those that stand out most, the others those nearest to the words.
+    """Return scores (B, N): half of the `kept` (B,) image tokens are those that stand out most, the others those nearest to words.
 
     A token stands out that is least like the mean of all image tokens; near is a large cosine to the mean of the words. `tokens`:
     (B, N, C); `image`, `words`: (B, N) booleans.
