@@ -208,11 +208,20 @@ def _without(
         "position_embeddings": tuple(rows.to(turn.dtype) @ turn for turn in turns),
         "position_ids": None,
     }
-    # Not matmuls, which have no values while multiply-adds are counted: how many leave next depends on how many there are.
-    image, asking = ((rows * of[:, None]).sum(dim=-1) for of in (flow.image.float(), flow.asking))
     left = (*flow.left, (rows, tokens))
+    answer = None if flow.answer is None else _moved(flow.answer, rows) > 0.5
     moved = rows if made is None else rows @ made
-    return moved.to(tokens.dtype) @ tokens, Flow(room.bool(), image > 0.5, asking, given, left=left)
+    return moved.to(tokens.dtype) @ tokens, Flow(
+        room.bool(), _moved(flow.image, rows) > 0.5, _moved(flow.asking, rows), given, left=left, answer=answer
+    )
+
+
+def _moved(known: Tensor, rows: Tensor) -> Tensor:
+    """Return what is `known` of tokens (B, T) of those that are left (B, M).
+
+    Not by a matmul, which has no values while multiply-adds are counted: how many leave next depends on how many there are.
+    """
+    return (rows * known[:, None]).sum(dim=-1)
 
 
 def _mask_beside(flow: Flow, stays: Chosen, mask: Tensor | None, tokens: Tensor) -> Tensor:

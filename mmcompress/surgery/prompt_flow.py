@@ -64,6 +64,12 @@ class Flow(NamedTuple):
     stays: Chosen | None = None
     """Where tokens leave caches alone: which ones are left."""
 
+    @property
+    def words(self) -> Tensor:
+        """(B, T) booleans: the prompt's text."""
+        found = self.present & ~self.image
+        return found if self.answer is None else found & ~self.answer
+
 
 class PromptLedger(Ledger):
     """Where the model and its blocks leave what later ones need."""
@@ -138,10 +144,8 @@ def opened(block: Any, own: Dropping, tokens: Tensor, mask: Tensor | None, kwarg
         places = torch.arange(count, device=tokens.device) + past
         asking = (places == own.ledger.asked[:, None]).float()
         answer = places > own.ledger.asked[:, None]
-    if own.method == "sparsevlm":
-        words = present & ~image
-        asking = raters(tokens.detach(), image, words if answer is None else words & ~answer)
-    return Flow(present, image, asking, answer=answer)
+    flow = Flow(present, image, asking, answer=answer)
+    return flow._replace(asking=raters(tokens.detach(), image, flow.words)) if own.method == "sparsevlm" else flow
 
 
 def chosen(block: Any, own: Dropping, flow: Flow, tokens: Tensor, cache: Any) -> Chosen:
@@ -170,9 +174,7 @@ def _scores(own: Dropping, flow: Flow, tokens: Tensor, room: Tensor) -> Tensor:
     if own.method == "grid":
         return evenly_spread(flow.image, _images_kept(flow, room))
     if own.method == "recoverable":
-        words = flow.present & ~flow.image
-        words = words if flow.answer is None else words & ~flow.answer
-        return recovered(tokens.detach(), flow.image, words, _images_kept(flow, room))
+        return recovered(tokens.detach(), flow.image, flow.words, _images_kept(flow, room))
     if own.method == "lftr":
         return unlike_earlier(tokens.detach(), flow.image)
     if flow.scores is None:

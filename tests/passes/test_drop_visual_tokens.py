@@ -200,6 +200,28 @@ def test_sparsevlm_asks_the_words_that_have_to_do_with_the_picture() -> None:
     assert [row.nonzero()[:, 0].tolist() for row in stays] == expected
 
 
+@pytest.mark.parametrize("after", [(1,), (1, 2)])
+@pytest.mark.parametrize("method", ["fastv", "sparsevlm", "recoverable"])
+def test_what_stays_does_not_depend_on_the_answer_behind_it(method: str, after: tuple[int, ...]) -> None:
+    bundle = dropping("llava_clip", keep=0.3, method=method, after=after)
+    for sample in asked("llava_clip"):
+        short, long = (stays_before(bundle, replace(sample, texts=(text,))) for text in ("two", "nobody knows " * 40))
+        assert short == long
+
+
+def stays_before(bundle: Bundle, sample: Sample) -> list[int]:
+    """The places of what is left of a question, whatever answer stands behind it."""
+    how = dropping_of(bundle.model.model)
+    assert how is not None
+    inputs = bundle.prepare("language", [sample])
+    with watching(how.ledger) as went, torch.no_grad():
+        bundle.encode("language", inputs)
+    places = torch.arange(inputs["input_ids"].shape[1])
+    for step in went:
+        places = (step[0] @ places.float()).long()  # type: ignore[index]
+    return [place for place in places.tolist() if place < int(inputs["answer_positions"][0, 0])]
+
+
 def test_what_sparsevlm_recycles_is_the_mean_of_what_leaves() -> None:
     """With 16 tokens of which 5 stay, 3 of the 11 that leave come back as one: which are the best four is as without."""
     inputs = tiny.bundle("llava_clip").example_inputs("language")
