@@ -98,7 +98,8 @@ def token_edge() -> str:
 def _trained_vision(found: dict[str, Any]) -> str:
     heads = [(row["runner"], row["batch"]) for row in found["sides"]["original"]]
     lines = [
-        "**Half of the token work in the DINOv2-S + MiniLM dual encoder** (recipe `dual-encoder-tokens`; pruned too: `dual-encoder-small`), vision tower; ms and "
+        "**Half of the token work in the DINOv2-S + MiniLM dual encoder** (recipe `dual-encoder-tokens`; pruned too: "
+        "`dual-encoder-small`), vision tower, quantized for OpenVINO; ms and "
         f"how many times faster than fp32 onnxruntime [95%]; {machine(found)} (`{found['command']}`)",
         "",
         "| | R@1 image → text [95%] | points | "
