@@ -194,7 +194,7 @@ def _without(
     block: Any, own: Dropping, tokens: Tensor, flow: Flow, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Flow]:
     """Return the tokens (B, M, C) that are left, and what is known of them."""
-    rows, room, filled, past, made = chosen(block, own, flow, tokens, kwargs.get("past_key_values"))
+    rows, shares, room, filled, past = chosen(block, own, flow, tokens, kwargs.get("past_key_values"))
     if own.both_ways and mask is not None:
         # Who sees whom is known only from the mask there was.
         among = (rows @ visible(mask)[:, 0, :, -tokens.shape[1] :].float() @ rows.mT) > 0.5  # (B, M, M)
@@ -210,8 +210,7 @@ def _without(
     }
     left = (*flow.left, (rows, tokens))
     answer = None if flow.answer is None else _moved(flow.answer, rows) > 0.5
-    moved = rows if made is None else rows @ made
-    return moved.to(tokens.dtype) @ tokens, Flow(
+    return shares.to(tokens.dtype) @ tokens, Flow(
         room.bool(), _moved(flow.image, rows) > 0.5, _moved(flow.asking, rows), given, left=left, answer=answer
     )
 

@@ -114,14 +114,14 @@ class Chosen(NamedTuple):
 
     rows: Tensor
     """(B, M, T): which token stands in which slot."""
+    shares: Tensor
+    """(B, M, T): of which tokens it is made; the same but for means of several."""
     room: Tensor
     """(B, M), 1 where a token does."""
     filled: Tensor
     """(B, P + M): the same of those that blocks behind the place hold already, too."""
     past: int
     """P."""
-    made: Tensor | None = None
-    """(B, T, T), of what each token is made, where some stay as means of others."""
 
 
 def opened(block: Any, own: Dropping, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Flow:
@@ -157,13 +157,16 @@ def chosen(block: Any, own: Dropping, flow: Flow, tokens: Tensor, cache: Any) ->
     else:
         room = room_for(flow.present, flow.image, drop.keep, drop.most)
         filled = remember(cache, own.place, past, room)
-    scores, made = _scores(own, flow, tokens, room), None
+    scores = _scores(own, flow, tokens, room)
     if own.recycles:
         scores, made = recycled(tokens.detach(), flow.image, scores, _images_kept(flow, room))
-    rows = slots_of(flow.present, flow.image, scores, room)
+        rows = slots_of(flow.present, flow.image, scores, room)
+        shares = rows @ made
+    else:
+        rows = shares = slots_of(flow.present, flow.image, scores, room)
     if own.ledger.watched is not None:
-        own.ledger.watched.append(rows)
-    return Chosen(rows, room, filled, past, made)
+        own.ledger.watched.append(shares)
+    return Chosen(rows, shares, room, filled, past)
 
 
 def _scores(own: Dropping, flow: Flow, tokens: Tensor, room: Tensor) -> Tensor:
