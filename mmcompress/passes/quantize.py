@@ -42,7 +42,7 @@ class Quantize:
 
     scheme: str = "W8A8"
     """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster), W4A16 (4-bit weights
-    of Linears: smallest, and fastest where tokens come one by one) or W16A16 (off)."""
+    of Linears: smallest, and in onnxruntime fastest where tokens come one by one) or W16A16 (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None

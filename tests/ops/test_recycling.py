@@ -82,6 +82,15 @@ def test_clusters_are_those_of_the_nearest_centre() -> None:
     assert made[0, two].nonzero()[:, 0].tolist() == list(range(9, 13))
 
 
+def test_centres_that_are_alike_each_have_a_token() -> None:
+    """39 equal tokens of which 5 stay: 10 are clustered into two; the second centre has itself at least."""
+    stays, made = recycled(
+        torch.ones(1, 39, 2), torch.ones(1, 39, dtype=torch.bool), torch.zeros(1, 39), torch.tensor([5])
+    )
+    assert stays.sum() == 5
+    torch.testing.assert_close(made.sum(dim=-1), torch.ones(1, 39))
+
+
 @pytest.mark.parametrize("kept", [1, 2, 24])
 def test_as_many_stay_as_were_asked_for(kept: int) -> None:
     tokens, image, scores = case()
