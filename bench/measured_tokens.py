@@ -16,6 +16,7 @@ TITLES = {
     "connector": "Fewer of a picture's 256 tokens for the mini-VLM's language model, right answers",
     "layers": "Image tokens that leave the mini-VLM's language model on its way (256 tokens), right answers",
     "early": "Image tokens that leave the mini-VLM's language model after the first of its blocks (256 tokens), right answers",
+    "skipping": "Image tokens that skip the feed-forwards of the mini-VLM's language model after its first block, right answers",
     "audio": "States merged in Whisper tiny.en, word accuracy of recordings full of speech",
 }
 MARKS = {"WORSE": "¹", "no better": "²"}

@@ -4,6 +4,7 @@
 - `connector`: fewer image tokens for the mini-VLM's language model; held-out questions, by slice.
 - `layers`: image tokens that leave the mini-VLM's language model on their way through its blocks; the same questions.
 - `early`: the same, all of them after its first block.
+- `skipping`: there they leave its feed-forwards alone, and its caches once the prompt has been read.
 - `audio`: states merged block by block in Whisper tiny.en; words of recordings full of speech.
 
 Each method is applied to the checkpoint, whose own weights are not trained (a selector learns from the training pictures), and
@@ -93,6 +94,11 @@ CONTESTS = {
         assets.mini_vlm, "drop-visual-tokens", get_args(prompt_flow.Method), (0.5, 0.25),
         "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "token", "answer"),
         options={"after": (1,)},
+    ),
+    "skipping": Contest(
+        assets.mini_vlm, "drop-visual-tokens", get_args(prompt_flow.Method), (0.5, 0.25),
+        "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "token", "answer"),
+        options={"after": (1,), "place": "mlp"},
     ),
     "audio": Contest(
         assets.whisper_tiny, "merge-tokens", MERGING, (0.75, 0.5, 0.4),

@@ -59,9 +59,10 @@ class DropVisualTokens:
     those that the words look at that have to do with the picture (sparsevlm), those that stand out and those nearest to the
     question's words, half each (recoverable), those least like any before them, in the same frame or an earlier one (lftr), every
     n-th (grid), or random ones (the control). The papers of sparsevlm and recoverable also `recycle`."""
-    place: Literal["blocks", "cache"] = "blocks"
-    """What they leave: the blocks that follow, with their caches (blocks), or those caches alone, once the prompt has been read
-    (cache): reading it takes as long as before, and the answer is written with a smaller cache."""
+    place: Literal["blocks", "mlp", "cache"] = "blocks"
+    """What they leave: the blocks that follow, with their caches (blocks); the feed-forwards of those blocks, and once the prompt
+    has been read their caches (mlp, Skip-Vision): words can look at all tokens until then; or those caches alone (cache): reading
+    takes as long as before, and the answer is written with a smaller cache."""
     after: tuple[int, ...] = ()
     """How many blocks the tokens have been through when they leave; several numbers let them leave in equal steps. Default: 2 for
     fastv and the controls, 1 for recoverable and lftr, a quarter, half and three quarters of the blocks for pyramiddrop, 2, 6 and
@@ -88,7 +89,7 @@ class DropVisualTokens:
                 f"drop-visual-tokens.{what} to read a prompt, which place cache does not change",
                 hint="use place blocks, or give keep",
             )
-        if self.recycle and (self.method not in RECYCLING or self.place == "cache"):
+        if self.recycle and (self.method not in RECYCLING or self.place != "blocks"):
             raise UsageError(
                 f"drop-visual-tokens.recycle is for methods {' and '.join(RECYCLING)}, where tokens leave the blocks",
                 hint=f"leave it out, or give --method {RECYCLING[0]}",
@@ -141,9 +142,10 @@ class DropVisualTokens:
                 f"{first} to {blocks - 1} of the {blocks} blocks",
                 hint=f"give --after {min(max(2, first), blocks - 1)}; reduce-visual-tokens works before the first block",
             )
-        if self.place == "cache" and len(self._after(tower)) > 1:
+        if self.place != "blocks" and len(self._after(tower)) > 1:
             raise UsageError(
-                f"tokens leave the cache once, and with method {self.method} they would leave {len(self._after(tower))} times",
+                f"tokens leave the {self.place} once, and with method {self.method} they would leave "
+                f"{len(self._after(tower))} times",
                 hint="use fastv, or give one number after",
             )
         if self.keep_tokens is not None and len(self._after(tower)) > 1:
@@ -176,14 +178,16 @@ class DropVisualTokens:
         if plan.decisions["keep"] == 1 and not self.keep_tokens:
             return
         tower, prompt = self._language(bundle)
-        (attention,) = {block.attention.path.removeprefix(f"{block.path}.") for block in tower.blocks}
+        block = tower.blocks[0]
+        attention, mlp = (path.removeprefix(f"{block.path}.") for path in (block.attention.path, block.mlp.path))
         how = Dropping(
             method=self.method,
             drops=tuple(
                 Drop(int(drop["after"]), float(drop["keep"]), int(drop["most"])) for drop in plan.decisions["drops"]
             ),
             attention=attention,
-            in_cache=self.place == "cache",
+            mlp=mlp if self.place == "mlp" else "",
+            in_cache=self.place != "blocks",
             drawn=tuple(plan.decisions.get("drawn", ())),
             recycles=bool(plan.decisions.get("recycle", False)),
             both_ways=prompt.both_ways,
@@ -243,7 +247,8 @@ class DropVisualTokens:
             for index in range(len(tower.blocks)):
                 left = counts_kept(left, keep ** (1 / len(places))) if index in places else left
                 counts.append(int(left) + words)
-            return block_macs(bundle, tower, [(count, count) for count in counts]) / whole
+            looking = [every if self.place == "mlp" else count for count in counts]
+            return block_macs(bundle, tower, list(zip(looking, counts, strict=True))) / whole
 
         least = 1 / int(images)
         found = largest_within(kept, share, least, CLOSE)

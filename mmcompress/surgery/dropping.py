@@ -7,7 +7,9 @@ values hold no others. Behind the last block every token stands in its place aga
 that whoever reads the output at some place finds what belongs there.
 
 Or they leave the caches alone, once the prompt has been read: then the prompt's tokens see all others in every block, and what
-follows sees those that are left.
+follows sees those that are left. Before that they may skip the feed-forwards of those blocks, which add nothing to them then, and
+cost nothing. Source: Skip-Vision, arXiv 2503.21817 (Skip-FFN and Skip-KV). Deliberate difference: a score says which tokens
+skip, where the paper trains with a coarse picture beside a fine one that skips.
 
 What the blocks of one call tell each other lies in a `PromptLedger`; what an answer's next call must know, beside the cache (see
 `cache_lengths`).
@@ -33,6 +35,8 @@ from mmcompress.surgery.attention import give_asked
 from mmcompress.surgery.prompt_flow import SCORED, Chosen, Dropping, Flow, chosen, opened
 
 ATTRIBUTE = "dropping"
+SKIPPING = "skipping"
+"""Attribute of a feed-forward that some tokens skip."""
 
 
 def bind(model: nn.Module, blocks: Sequence[nn.Module], images: Sequence[int], own: Dropping) -> None:
@@ -56,6 +60,10 @@ def bind(model: nn.Module, blocks: Sequence[nn.Module], images: Sequence[int], o
             attention.forward = MethodType(_attend, attention)
         setattr(block, ATTRIBUTE, mine)
         block.forward = MethodType(_forget if own.in_cache and place >= 0 else _leave, block)
+        if own.mlp and place >= 0:
+            feed = block.get_submodule(own.mlp)
+            setattr(feed, SKIPPING, mine)
+            feed.forward = MethodType(_skip, feed)
     setattr(model, ATTRIBUTE, (own, tuple(images)))
     model.forward = MethodType(_note_images, model)
 
@@ -167,6 +175,17 @@ def _forget(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = No
     if cache is not None and (torch.compiler.is_exporting() or hidden_states.shape[1] > 1):
         held = cache.layers[self.get_submodule(own.attention).layer_idx]
         held.keys, held.values = (_cut(tensor, flow.stays) for tensor in (held.keys, held.values))
+    return made
+
+
+def _skip(self: Any, hidden_states: Tensor) -> Tensor:
+    """Forward of a feed-forward (B, T, C) that is given those alone that are left, and says 0 of the others."""
+    own: Dropping = getattr(self, SKIPPING)
+    flow = own.ledger.flow
+    assert flow is not None, "the first block opens it"
+    assert flow.stays is not None, "the place is before this block"
+    rows = flow.stays.rows.to(hidden_states.dtype)
+    made: Tensor = rows.mT @ type(self).forward(self, rows @ hidden_states)
     return made
 
 

@@ -91,6 +91,8 @@ class Dropping:
     drops: tuple[Drop, ...]
     attention: str
     """Name in each block of the child that attends."""
+    mlp: str = ""
+    """Name in each block of the child that those which leave the caches skip while the prompt is read; empty: they skip none."""
     drawn: tuple[int, ...] = ()
     """Factors that "random" draws by."""
     recycles: bool = False

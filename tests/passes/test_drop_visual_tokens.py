@@ -20,6 +20,7 @@ from mmcompress.export.onnx import export_onnx
 from mmcompress.export.tensorrt_api import load_api
 from mmcompress.manifest import Record
 from mmcompress.measure.answerer import artifact_answerer
+from mmcompress.measure.cost import cost_of
 from mmcompress.passes import build
 from mmcompress.passes.base import Context
 from mmcompress.surgery.counting import macs_within
@@ -37,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fastv in the cache": {"method": "fastv", "place": "cache"},
     "sparsevlm in the cache": {"method": "sparsevlm", "place": "cache", "after": (1,)},
     "grid in the cache": {"method": "grid", "place": "cache", "after": (1,)},
+    "fastv skipping": {"method": "fastv", "place": "mlp", "after": (1,)},
+    "lftr skipping": {"method": "lftr", "place": "mlp"},
 }
 FAMILIES = ("llava_clip", "llava_siglip", "llava_next", "smolvlm", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 every_case = pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def test_tokens_leave_again_and_again() -> None:
     assert [rows.shape[1:] for rows in seen if rows is not None] == [(16 + 8, 16 + 16), (16 + 4, 16 + 8)]
 
 
-@pytest.mark.parametrize("place", ["blocks", "cache"])
+@pytest.mark.parametrize("place", ["blocks", "mlp", "cache"])
 def test_the_cache_holds_what_is_left(place: str) -> None:
     bundle = dropping("llava_clip", keep=0.25, after=(2,), place=place)
     cache = read(bundle, bundle.example_inputs("language", 2), use_cache=True).past_key_values
@@ -294,6 +297,8 @@ def test_reload_is_bit_equal(family: str, settings: dict[str, Any], tmp_path: Pa
             for family, name in (
                 ("paligemma", "fastv"),
                 ("paligemma", "fastv in the cache"),
+                ("paligemma", "fastv skipping"),
+                ("qwen2_vl", "lftr skipping"),
                 ("smolvlm", "sparsevlm"),
                 ("llava_next", "pyramiddrop"),
                 ("qwen3_vl", "fastv"),
@@ -328,6 +333,7 @@ def square(picture: Any) -> Any:
         {"method": "pyramiddrop"},
         {"method": "sparsevlm", "recycle": True},
         {"method": "sparsevlm", "place": "cache", "after": (1,)},
+        {"method": "fastv", "place": "mlp", "after": (1,)},
     ],
 )
 def test_tensorrt_rtx_parses_and_builds_the_language_part(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -456,6 +462,50 @@ def test_from_a_cache_alone_they_leave_once_the_prompt_is_read() -> None:
     torch.testing.assert_close(*further, atol=1e-5, rtol=1e-4)
 
 
+def test_who_skips_a_feed_forward_has_its_attention_alone() -> None:
+    """As if it said 0 of them; what it computes, and what it learns from, are the others."""
+    plain, bundle = tiny.bundle("llava_clip"), dropping("llava_clip", keep=0.3, after=(1,), place="mlp")
+    inputs = bundle.example_inputs("language", 2)
+    how = dropping_of(bundle.model.model)
+    assert how is not None
+    given: list[torch.Size] = []
+    for block in bundle.model.model.language_model.layers:
+        block.mlp.gate_proj.register_forward_hook(lambda _module, args, _made: given.append(args[0].shape))
+    with watching(how.ledger) as seen:
+        made = states(bundle, inputs)
+    assert [shape[1] for shape in given] == [32, 21, 21]
+    stays = seen[0].sum(dim=1)[..., None]  # type: ignore[union-attr]
+    for block in plain.model.model.language_model.layers[1:]:
+        block.mlp.register_forward_hook(lambda _module, _args, said: said * stays)
+    torch.testing.assert_close(made, states(plain, inputs), atol=1e-5, rtol=1e-4)
+
+
+def test_without_feed_forwards_nothing_is_skipped() -> None:
+    plain, bundle = tiny.bundle("llava_clip"), dropping("llava_clip", keep=0.3, after=(1,), place="mlp")
+    inputs = bundle.example_inputs("language", 2)
+    for one in (plain, bundle):
+        for block in one.model.model.language_model.layers:
+            block.mlp.down_proj.weight.data.zero_()
+    torch.testing.assert_close(states(bundle, inputs), states(plain, inputs), atol=1e-5, rtol=1e-4)
+
+
+def test_skipped_multiply_adds_are_not_counted() -> None:
+    """Attention still sees all; a share of the blocks' multiply-adds is met by the tokens that feed-forwards are given."""
+    bundles = {
+        "all": tiny.bundle("llava_clip"),
+        "mlp": dropping("llava_clip", macs=0.9, after=(1,), place="mlp"),
+        "blocks": dropping("llava_clip", macs=0.9, after=(1,)),
+    }
+    images = {
+        name: build("drop-visual-tokens", {"keep": 0.5}).fit(bundle, Context())["tokens_kept_after"]
+        for name, bundle in bundles.items()
+        if name != "all"
+    }
+    assert images["mlp"]["1"] < images["blocks"]["1"]
+    counted = {name: cost_of(bundle).towers["language"].macs for name, bundle in bundles.items()}
+    assert counted["mlp"] < counted["all"]
+
+
 def test_an_error_half_way_leaves_nothing_behind() -> None:
     bundle = dropping("llava_clip", keep=0.3, after=(1,))
     inputs = bundle.example_inputs("language", 2)
@@ -510,6 +560,7 @@ def test_blocks_that_others_rely_on_stay_when_blocks_are_pruned() -> None:
         ("qwen3_vl", {"after": (0,), "method": "random"}, "can leave after 1 to 2 of the 3 blocks"),
         ("llava_clip", {"keep_tokens": 4, "after": (1, 2)}, "tokens leave 2 times"),
         ("llava_clip", {"method": "pyramiddrop", "place": "cache"}, "leave the cache once"),
+        ("llava_clip", {"method": "pyramiddrop", "place": "mlp"}, "leave the mlp once"),
     ],
 )
 def test_what_cannot_be_done_is_said(family: str, settings: dict[str, Any], said: str) -> None:
