@@ -93,6 +93,14 @@ class TokenStream:
 
 
 @dataclass(frozen=True)
+class Line:
+    """An encoder's tokens that stand in a line, as many as a sample has, and all look at one another."""
+
+    protected: int
+    """Leading tokens that say what the others mean: the class token."""
+
+
+@dataclass(frozen=True)
 class Connector:
     """What makes a language model's image tokens of a vision encoder's, each picture or tile by itself."""
 
@@ -150,6 +158,8 @@ class Tower:
     embeddings: tuple[str, ...] = ()
     """Paths of the nn.Embedding tables and the patch embedding."""
     stream: TokenStream | None = None
+    line: Line | None = None
+    """In an encoder of texts or sounds whose blocks take (tokens, mask) in any number."""
     uncalled: tuple[str, ...] = ()
     """Paths of Linears whose weight their owner reads without calling them: they cannot be quantized."""
     tied: tuple[tuple[str, str], ...] = ()

@@ -22,6 +22,7 @@ from tests import tiny
 NEUTRAL: dict[str, dict[str, Any]] = {
     "prune": {"ratio": 0.0},
     "merge-tokens": {"keep": 1.0},
+    "coarsen-tokens": {"keep": 1.0},
     "reduce-visual-tokens": {"keep": 1.0},
     "drop-visual-tokens": {"keep": 1.0},
     "quantize": {"scheme": "W16A16"},
@@ -35,7 +36,8 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "prune-random": ("prune", {"ratio": 0.3, "score": "random", "compensate": "none"}),
     "merge": ("merge-tokens", {"keep": 0.6}),
     "merge-evit": ("merge-tokens", {"keep": 0.6, "method": "evit"}),
-    "merge-vcc": ("merge-tokens", {"keep": 0.6, "method": "vcc"}),
+    "coarsen": ("coarsen-tokens", {"keep": 0.4, "run": 4, "first": 1}),
+    "coarsen-random": ("coarsen-tokens", {"keep": 0.4, "run": 4, "first": 1, "method": "random"}),
     "merge-random": ("merge-tokens", {"keep": 0.6, "method": "random"}),
     "reduce": ("reduce-visual-tokens", {"keep": 0.3}),
     "reduce-visionzip": ("reduce-visual-tokens", {"keep": 0.3, "method": "visionzip"}),
@@ -55,12 +57,14 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
 # One of each kind, in an order that works.
 CHAIN = ("prune-taylor", "merge", "reduce", "drop", "w8a8-cpu", "distill")
 EVERY = tiny.EVERY
+COARSENING = ("dual_encoder_vit", "dual_encoder_dinov2", "altclip", "chinese_clip", "clap", "whisper")
 REDUCING = ("llava_dinov2", "llava_clip", "llava_siglip", "smolvlm", "idefics3", "paligemma")
 DROPPING = (*REDUCING, "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 UNMERGED = tuple(family for family in tiny.GENERATORS if family not in ("whisper", "llava_next", *REDUCING))
 # What is refused: by a pass's name or a case's, the families. `check` says why, and README's matrix shows it.
 REFUSED: dict[str, tuple[str, ...]] = {
     "merge-tokens": ("flava", "blip_retrieval", *tiny.HEARING, *UNMERGED, *tiny.JUDGES),
+    "coarsen-tokens": tuple(family for family in EVERY if family not in COARSENING),
     "distill": ("vilt", *tiny.HEARING, *tiny.JUDGES),
     "reduce-visual-tokens": tuple(family for family in EVERY if family not in REDUCING),
     "drop-visual-tokens": tuple(family for family in EVERY if family not in DROPPING),

@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show towers, parameters, MACs, tokens, bytes, and which passes apply.",
     "prune": "Remove heads, MLP neurons or blocks; one budget across the towers.",
     "merge": "Merge tokens inside a tower; stored in the checkpoint.",
+    "coarsen": "Let an encoder compute with runs of a long text's tokens as one; stored in the checkpoint.",
     "reduce": "Give a language model fewer tokens of each picture; stored in the checkpoint.",
     "drop": "Let image tokens leave a language model on their way through it; stored in the checkpoint.",
     "quantize": "Store weights in 8 or 4 bits, and compute in 8, per tower.",
@@ -37,7 +38,7 @@ COMMANDS: dict[str, str] = {
     "passes": "List the passes and their parameters.",
 }
 
-RESUMABLE = {"compress", "prune", "merge", "reduce", "drop", "quantize", "distill"}
+RESUMABLE = {"compress", "prune", "merge", "coarsen", "reduce", "drop", "quantize", "distill"}
 
 
 class Commands(click.Group):

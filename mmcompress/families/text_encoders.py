@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mmcompress.families.anatomy import BERT_BLOCK, BlockNames, read_blocks
-from mmcompress.views import Tower
+from mmcompress.surgery.coarsening import openers
+from mmcompress.views import Line, Tower
 
 POST_NORM = "BERT blocks normalise after the residual; merging inside them is not implemented"
 
@@ -19,15 +20,18 @@ def bert_text(
 ) -> Tower:
     """Return the text tower `text_model` of a dual encoder; BERT itself lies at `inner` in it, its blocks at `stack` in BERT."""
     root = f"text_model.{inner}".rstrip(".")
-    blocks = f"{root}.{stack}"
+    stack = f"{root}.{stack}"
+    blocks = read_blocks(model, stack, names, model.config.text_config.hidden_act)
     return Tower(
         name="text",
         path="text_model",
-        blocks_path=blocks,
-        blocks=read_blocks(model, blocks, names, model.config.text_config.hidden_act),
+        blocks_path=stack,
+        blocks=blocks,
         config="text_config",
         depth_key="num_hidden_layers",
         heads=("text_projection",),
         embeddings=tuple(f"{root}.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")),
+        needed=openers(model, [block.path for block in blocks]),
+        line=Line(protected=1) if names is BERT_BLOCK else None,
         why_no_stream=why_no_stream,
     )

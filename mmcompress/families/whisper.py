@@ -26,9 +26,10 @@ from mmcompress.families.anatomy import (
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.whisper_parts import whisper_decoding, whisper_parts
 from mmcompress.parts import Decoding, Part
+from mmcompress.surgery.coarsening import coarsening_of, openers
 from mmcompress.surgery.ledger import putting_back
 from mmcompress.surgery.merging import ledger_of, tokens_left
-from mmcompress.views import TokenStream, Tower
+from mmcompress.views import Line, TokenStream, Tower
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,16 +54,19 @@ class Whisper:
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
         activation = model.config.activation_function
+        listening = read_blocks(model, "model.encoder.layers", WHISPER_ENCODER_BLOCK, activation)
         return (
             Tower(
                 name="audio",
                 path="model.encoder",
                 blocks_path="model.encoder.layers",
-                blocks=read_blocks(model, "model.encoder.layers", WHISPER_ENCODER_BLOCK, activation),
+                blocks=listening,
                 config="",
                 depth_key="encoder_layers",
                 embeddings=("model.encoder.embed_positions",),
                 stream=TokenStream(tokens=model.config.max_source_positions, protected=0, readout="states"),
+                line=Line(protected=0),
+                needed=openers(model, [block.path for block in listening]),
             ),
             Tower(
                 name="decoder",
@@ -178,7 +182,8 @@ class Whisper:
         listening, writing = whisper_parts(
             model, lambda batch: self._example_features(model, batch), self.start_tokens(model)
         )
-        return replace(listening, choosing=merges), writing
+        coarsens = any(coarsening_of(layer) for layer in model.model.encoder.layers)
+        return replace(listening, choosing=merges or coarsens), writing
 
     def decoding(self, model: Any) -> Decoding:
         return whisper_decoding(model, self.start_tokens(model))

@@ -2,9 +2,6 @@
 
 - `fused`: EViT, arXiv 2202.07800. What the class token looks at least becomes one token, the mean weighted by that attention; the
   official code adds instead.
-- `coarsened`: Vcc, arXiv 2305.04241, section 4: what VIP tokens look at stays fine, runs of the other tokens become coarse ones.
-  Deliberate differences: runs double from block to block, from two tokens on, where the paper's hold 16 at once, and what is
-  coarse stays coarse, so nothing has to be remembered to refine it; protected tokens are the VIPs, all tokens where there are none.
 - `neighbours`: means of tokens that stand side by side, at equal distances: pooling that costs nothing and knows nothing.
 
 Shapes: B batch, N tokens, R merged, P protected.
@@ -35,27 +32,6 @@ def fused(scores: Tensor, merged: int, protected: int = 0) -> tuple[Tensor, Tens
     row = torch.where(stays, number_of(stays), tokens - merged - 1)
     rows = torch.arange(tokens - merged, device=scores.device)[:, None]
     return (row[:, None, :] == rows).to(scores.dtype), scores + TINY
-
-
-def coarsened(scores: Tensor, merged: int, protected: int = 0) -> Tensor:
-    """Return the assignment (B, N - R, N) of 0s and 1s: of the pairs of neighbours, the R that are looked at least become one each.
-
-    `scores`: (B, N), 0 for padding. A pair is looked at as much as the one of its two that is looked at more.
-    Raises UsageError when R exceeds half of the unprotected tokens.
-    """
-    require_mergeable(scores.shape[1], merged, protected)
-    own = scores.detach()[:, protected:]
-    pairs = own[:, : own.shape[1] // 2 * 2].unflatten(1, (-1, 2))  # (B, pairs, 2)
-    joined = rank(-pairs.amax(dim=-1)) < merged
-    stays = torch.stack([torch.ones_like(joined), ~joined], dim=-1).flatten(1)
-    before, behind = scores[:, :protected], own[:, stays.shape[1] :]
-    stays = torch.cat(
-        [torch.ones_like(before, dtype=torch.bool), stays, torch.ones_like(behind, dtype=torch.bool)], dim=1
-    )
-    # The second of a pair goes into the row of the first, which stays.
-    row = number_of(stays) - (~stays).long()
-    rows = torch.arange(scores.shape[1] - merged, device=scores.device)[:, None]
-    return (row[:, None, :] == rows).to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def neighbours(tokens: int, merged: int, protected: int = 0) -> Tensor:

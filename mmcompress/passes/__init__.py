@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PASSES: dict[str, str] = {
     "prune": "mmcompress.passes.prune:Prune",
     "merge-tokens": "mmcompress.passes.merge_tokens:MergeTokens",
+    "coarsen-tokens": "mmcompress.passes.coarsen_tokens:CoarsenTokens",
     "reduce-visual-tokens": "mmcompress.passes.reduce_visual_tokens:ReduceVisualTokens",
     "drop-visual-tokens": "mmcompress.passes.drop_visual_tokens:DropVisualTokens",
     "quantize": "mmcompress.passes.quantize:Quantize",

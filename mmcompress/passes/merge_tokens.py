@@ -19,6 +19,7 @@ from mmcompress.ops.selection import random_selection
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.passes.latency import SECONDS, solved
 from mmcompress.passes.merge_schedule import least_of, macs_kept, merging_blocks, schedule_of
+from mmcompress.surgery.coarsening import coarsening_of
 from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced, tokens_left
 from mmcompress.surgery.reducing import choice_of
 from mmcompress.views import Tower
@@ -54,10 +55,9 @@ class MergeTokens:
     towers; accuracy is a little lower."""
     first: int = 0
     """Merge from this block on, counted from 0. What the class token looks at (evit) says little in the first blocks."""
-    method: Literal["tome", "pitome", "crossget", "evit", "vcc", "pool", "random"] = "tome"
+    method: Literal["tome", "pitome", "crossget", "evit", "pool", "random"] = "tome"
     """Merge similar tokens of even and odd places (tome), those most like many others (pitome), those of little to do with the
-    class token (crossget), what it looks at least into one (evit), neighbours it looks at least (vcc), any neighbours
-    (pool), or drop random ones (the control)."""
+    class token (crossget), what it looks at least into one (evit), neighbours (pool), or drop random ones (the control)."""
     tower: str = ""
     """The tower whose tokens are merged; by default the only one where they can be."""
     proportional: bool | None = None
@@ -128,6 +128,11 @@ class MergeTokens:
             raise UsageError(
                 f"the {tower.name} tower merges tokens already",
                 hint="start from the checkpoint before that, with the smaller keep",
+            )
+        if any(coarsening_of(bundle.module(block.path)) for block in blocks):
+            raise UsageError(
+                f"the {tower.name} tower coarsens tokens already",
+                hint="start from the checkpoint before that, and use one of the two",
             )
         if any(choice_of(bundle.module(block.attention.path)) for block in blocks):
             raise UsageError(

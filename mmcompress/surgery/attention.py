@@ -60,6 +60,8 @@ def giving(evidence: Callable[[Looked], Tensor]) -> Attend:
         asking: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
+        # transformers (5.23) takes a module that does not say so for a causal one, and some encoders do not.
+        kwargs.setdefault("is_causal", getattr(module, "is_causal", False))
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         scale = float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
         return output, evidence(Looked(query, key, attention_mask, scale, asking))

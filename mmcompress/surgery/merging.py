@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmcompress.errors import UsageError
 from mmcompress.ops.complete_matching import energy_matching, guided_matching
-from mmcompress.ops.fusing import coarsened, fused, neighbours
+from mmcompress.ops.fusing import fused, neighbours
 from mmcompress.ops.matching import bipartite_soft_matching
 from mmcompress.ops.merging import log_size_bias, merge, unmerge
 from mmcompress.ops.schedule import annealed
@@ -33,9 +33,7 @@ from mmcompress.ops.token_choice import standing_at
 from mmcompress.surgery.attention import give_keys, give_scores
 from mmcompress.surgery.ledger import Ledger
 
-Method = Literal["tome", "pitome", "crossget", "evit", "vcc", "pool"]
-LOOKED_AT: tuple[Method, ...] = ("evit", "vcc")
-"""Methods that ask what was looked at; the others compare keys."""
+Method = Literal["tome", "pitome", "crossget", "evit", "pool"]
 ATTRIBUTE = "reduction"
 MARGIN = 0.9
 """From which cosine PiToMe counts tokens as alike in the first block; it falls to 0 behind the last."""
@@ -96,7 +94,7 @@ def bind_block(block: nn.Module, reduction: Reduction) -> None:
     """
     if reduction.merged and reduction.method != "pool":
         attention = block.get_submodule(reduction.attention)
-        if reduction.method in LOOKED_AT:
+        if reduction.method == "evit":
             give_scores(attention, class_token=reduction.protected > 0)
         else:
             give_keys([attention])
@@ -231,8 +229,6 @@ def _assigned(
             return energy_matching(evidence, own.merged, own.protected, margin, sizes), None
         case "crossget":
             return guided_matching(evidence, own.merged, own.protected, sizes)
-        case "vcc":
-            return coarsened(evidence, own.merged, own.protected), None
     return fused(evidence, own.merged, own.protected)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmcompress.errors import UsageError
 from mmcompress.ops.complete_matching import energies, energy_matching, guided_matching
-from mmcompress.ops.fusing import coarsened, fused, neighbours
+from mmcompress.ops.fusing import fused, neighbours
 from mmcompress.ops.merging import merge
 
 Method = Callable[[Tensor, int, int], Tensor]
@@ -18,7 +18,6 @@ METHODS: dict[str, Method] = {
     "pitome": energy_matching,
     "crossget": lambda keys, merged, protected: guided_matching(keys, merged, protected)[0],
     "evit": lambda keys, merged, protected: fused(keys[..., 0].abs(), merged, protected)[0],
-    "vcc": lambda keys, merged, protected: coarsened(keys[..., 0].abs(), merged, protected),
     "pool": lambda keys, merged, protected: neighbours(keys.shape[1], merged, protected).expand(len(keys), -1, -1),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -68,14 +67,6 @@ def test_evit_golden() -> None:
     made, sizes = merge(tokens, assignment, None, weights)
     assert torch.allclose(made[0, -1], torch.tensor([0, 0.1, 0, 0.05, 0.2, 0]) / 0.35, atol=1e-4)
     assert sizes.tolist() == [[1, 1, 1, 3]]
-
-
-def test_vcc_golden() -> None:
-    """Behind the VIP: the pairs (.1, .4), (.3, .2), (.05, .25) and one token that has no neighbour left."""
-    scores = torch.tensor([[9.0, 0.1, 0.4, 0.3, 0.2, 0.05, 0.25, 0.0]])
-    assert members(coarsened(scores, 1, 1)) == [[0], [1], [2], [3], [4], [5, 6], [7]]
-    assert members(coarsened(scores, 2, 1)) == [[0], [1], [2], [3, 4], [5, 6], [7]]
-    assert members(coarsened(scores, 3, 1)) == [[0], [1, 2], [3, 4], [5, 6], [7]]
 
 
 def test_pool_golden() -> None:

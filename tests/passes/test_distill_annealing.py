@@ -50,7 +50,7 @@ def test_merges_grow_along_half_a_cosine() -> None:
     assert [annealed(3, progress) for progress in (0.0, 1 / 3, 2 / 3, 1.0)] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("method", ["tome", "pitome", "crossget", "evit", "vcc", "pool"])
+@pytest.mark.parametrize("method", ["tome", "pitome", "crossget", "evit", "pool"])
 def test_the_student_comes_down_to_what_it_was_made_with(method: str) -> None:
     bundle = student(method)
     tower = bundle.tower("vision")

@@ -17,7 +17,7 @@ from mmcompress.passes.merge_tokens import MergeTokens
 from tests import tiny
 
 OTHERS: list[tuple[str, Any]] = [
-    *(("clip", method) for method in ("pitome", "crossget", "evit", "vcc", "pool", "random")),
+    *(("clip", method) for method in ("pitome", "crossget", "evit", "pool", "random")),
     *(("siglip", method) for method in ("crossget", "evit")),
 ]
 

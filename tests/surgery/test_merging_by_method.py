@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.ops.complete_matching import energy_matching, guided_matching
-from mmcompress.ops.fusing import coarsened, fused, neighbours
+from mmcompress.ops.fusing import fused, neighbours
 from mmcompress.ops.matching import bipartite_soft_matching
 from mmcompress.passes import schema
 from mmcompress.surgery import merging, reducing
@@ -48,8 +48,6 @@ def by_hand(block: Any, tokens: Tensor, sizes: Tensor, method: str, merged: int,
     elif method == "evit":
         rows, counts = fused(weights[:, :, 0].mean(dim=1), merged, 1)
         counts = counts / sizes
-    elif method == "vcc":
-        rows = coarsened(weights[:, :, 0].mean(dim=1), merged, 1)
     else:
         rows = neighbours(tokens.shape[1], merged, 1).expand(len(tokens), -1, -1)
     share = rows * (sizes * counts)[:, None, :]
