@@ -1,9 +1,9 @@
 """Long texts through MiniLM's six blocks, the text tower of the DINOv2-S dual encoder: what coarse runs of tokens cost and bring.
 
 Two pieces of each State of the Union address, 510 tokens each, from its beginning and from right behind: the embedding of the first
-(the mean of its states, as MiniLM was trained) has to be nearest to that of the second among those of all addresses (n and intervals,
-paired with the original's; random runs in three draws). Towers are exported and timed in one interleaved run, one text of 512 tokens
-at a time, in onnxruntime and OpenVINO.
+(the mean of its states, as MiniLM was trained) has to be nearest to that of the second among those of all addresses (n, and
+intervals paired with the original's; random runs in three draws). Towers are exported and timed in one interleaved run, one text of
+512 tokens at a time, in onnxruntime and OpenVINO.
 
     python -m bench.long_texts [--keep 0.5 …] [--rounds 30]      writes bench/results/long_texts.json
 """
