@@ -11,7 +11,7 @@ def filled(tensors: tuple[Tensor, ...]) -> DynamicCache:
     cache = DynamicCache()
     for keys, values in zip(tensors[::2], tensors[1::2], strict=True):
         layer = DynamicLayer()
-        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+        layer.keys, layer.values, layer.device = keys, values, keys.device
         layer.is_initialized = True
         cache.layers.append(layer)
     return cache

@@ -3,9 +3,9 @@
 - `energy_matching`: PiToMe, arXiv 2405.16148. Tokens that many others are like have a high energy and are merged among themselves;
   those that stand alone are kept. Deliberate differences: rows keep the order of the tokens instead of that of the energies, and
   means weigh by size, where the official code weighs a chain of two merges wrongly.
-- `guided_matching`: CrossGET's complete-graph soft matching, arXiv 2305.17455, without its trained cross tokens: the class token,
-  or the mean where there is none, says what matters. Of two tokens that are most alike to each other only one goes. Members weigh
-  by exp(importance) within the whole group, in the paper only in pairs.
+- `guided_matching`: CrossGET's complete-graph soft matching, arXiv 2305.17455, section 3.3. A guide says what matters: a cross
+  token (see `surgery.cross_tokens`), or else the class token, or the mean where there is none. Of two tokens that are most alike
+  to each other only one goes. Members weigh by exp(importance) within the whole group, in the paper only in pairs.
 
 The metric of both is attention keys, as in `matching`, whose treatment of protected tokens and padding holds here too.
 
@@ -54,19 +54,21 @@ def energies(similarity: Tensor, margin: float, valid: Tensor) -> Tensor:
 
 
 def guided_matching(
-    keys: Tensor, merged: int, protected: int = 0, sizes: Tensor | None = None
+    keys: Tensor, merged: int, protected: int = 0, sizes: Tensor | None = None, guide: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the assignment (B, N - R, N) of 0s and 1s and the weight (B, N) of every token in the mean it goes into.
 
     `keys`: (B, N, D), where the first is the class token if any is protected. `sizes`: (B, N), needed only where some are padding
-    (0). Raises UsageError when R exceeds half of the unprotected tokens.
+    (0). `guide`: (B, 1, D), the key that tokens matter by, where that is no token's. Raises UsageError when R exceeds half of the
+    unprotected tokens.
     """
     require_mergeable(keys.shape[1], merged, protected)
     every = directions(keys.detach())
     unit = every[:, protected:]
     valid = torch.ones_like(unit[..., 0]) if sizes is None else (sizes[:, protected:] > 0).to(unit.dtype)
-    guide = every[:, :1] if protected else directions(valid[:, None, :] @ unit)
-    importance = (unit @ guide.mT)[:, :, 0]  # (B, U)
+    if guide is None:
+        guide = every[:, :1] if protected else valid[:, None, :] @ unit
+    importance = (unit @ directions(guide.detach()).mT)[:, :, 0]  # (B, U)
     own = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
     similarity = (unit @ unit.mT).masked_fill(own, -FAR) - FAR * (1 - valid)[:, None, :]
     order = rank(similarity.amax(dim=-1))

@@ -11,6 +11,7 @@ not be normalised; they are in here.
     affinity     softened_kl over similarities to a bank of the teacher's vectors   DIME-FM (Sun et al. 2023), section 3.2
     answer_kl    KL(p_t || p_s) of next-token distributions, T = 1                  Kim and Rush 2016, section 3.1 (word-level)
     hidden       mean squared difference / variance of the teacher's states         TinyBERT (Jiao et al. 2020), section 3
+    mutual       1/2 KL(m || p) + 1/2 KL(m || q), m the mean of two distributions   CrossGET (Shi et al. 2024), section 3.2
 
 Deliberate differences: a hidden state's squared difference is relative to the teacher's variance, so that one weight fits every
 model: 1 is what a constant would cost. CLIP-KD averages the squared difference over the C channels and weighs it with 2000;
@@ -139,3 +140,10 @@ def _log(roots: Tensor) -> Tensor:
 
 def _without(logits: Tensor, excluded: Tensor | None) -> Tensor:
     return logits if excluded is None else logits.masked_fill(excluded, EXCLUDED)
+
+
+def mutual(one: Tensor, other: Tensor) -> Tensor:
+    """Return the mean over rows of how far the softmaxes of `one` and `other`, both (B, C), are from their mean."""
+    logs = torch.stack([one.float().log_softmax(dim=-1), other.float().log_softmax(dim=-1)])
+    mean = logs.exp().mean(dim=0)
+    return (mean * (mean.log() - logs)).sum(dim=-1).mean()

@@ -110,6 +110,7 @@ class Trainer:
     progress: Progress
     annealed: Callable[[float], None]
     """Says how much of the annealing is over."""
+    label: str = "distilling"
 
     def run(self, state: State) -> State:
         """Train from `state` to the end. Raises UsageError when the loss stops being a number."""
@@ -129,7 +130,7 @@ class Trainer:
         return state
 
     def _steps(self, state: State, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> None:
-        self.progress.start("distilling", state.steps)
+        self.progress.start(self.label, state.steps)
         self.progress.advance(state.step)
         saved = started = time.monotonic()
         try:
@@ -140,7 +141,7 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise UsageError(
                         f"the loss is {loss} at step {state.step + 1} of {state.steps}",
-                        hint=f"lower distill.learning_rate (now {self.schedule.learning_rate:g}), or set amp: false",
+                        hint=f"lower the learning_rate (now {self.schedule.learning_rate:g}), or set amp: false",
                     )
                 for group in optimizer.param_groups:
                     group["lr"] = self.schedule.rate(state.step, state.steps)

@@ -17,20 +17,25 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.schedule import kept_share, tokens_after
 from mmcompress.ops.selection import random_selection
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
+from mmcompress.passes.cross_tokens import NEED, other_tower, trained
 from mmcompress.passes.latency import SECONDS, solved
 from mmcompress.passes.merge_schedule import least_of, macs_kept, merging_blocks, schedule_of
 from mmcompress.surgery.coarsening import coarsening_of
+from mmcompress.surgery.cross_tokens import add_cross_token
 from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced, tokens_left
 from mmcompress.surgery.reducing import choice_of
 from mmcompress.views import Tower
 
+CROSSGET = "crossget"
+
 
 @dataclass(frozen=True)
 class MergeTokens:
-    """Merge tokens between attention and MLP of every block (ToMe, PiToMe, CrossGET, EViT), with no training.
+    """Merge tokens between attention and MLP of every block (ToMe, PiToMe, CrossGET, EViT), with no training of the model.
 
     Pictures or sound are encoded with fewer and fewer tokens; a merged token is the mean of its members and counts as many times
-    in later attention. Nothing is added to the weights; the schedule is stored in the checkpoint. Method "random" drops tokens at
+    in later attention. Nothing is added to the weights but by crossget's learned guide, a vector for each block; the schedule is
+    stored in the checkpoint. Method "random" drops tokens at
     random positions with the same schedule: the control that merging has to beat.
     """
 
@@ -58,6 +63,12 @@ class MergeTokens:
     method: Literal["tome", "pitome", "crossget", "evit", "pool", "random"] = "tome"
     """Merge similar tokens of even and odd places (tome), those most like many others (pitome), those of little to do with the
     class token (crossget), what it looks at least into one (evit), neighbours (pool), or drop random ones (the control)."""
+    guide: Literal["class", "learned"] = "class"
+    """For crossget, what says which tokens matter: the class token, or the mean where there is none (class); or a cross token in
+    each block that merges, which learns from pictures with their texts what the other tower would say (learned; needs data, and a
+    model with a space that both share)."""
+    guide_epochs: int = 3
+    """For guide learned: how often the cross tokens learn from each picture."""
     tower: str = ""
     """The tower whose tokens are merged; by default the only one where they can be."""
     proportional: bool | None = None
@@ -80,6 +91,16 @@ class MergeTokens:
             raise UsageError(
                 f"merge-tokens.every is {self.every}; expected a number >= 1", hint="1 merges in every block"
             )
+        if self.guide == "learned" and self.method != CROSSGET:
+            raise UsageError(
+                f"merge-tokens.guide is for method {CROSSGET}, and {self.method} is asked for",
+                hint=f"leave it out, or give --method {CROSSGET}",
+            )
+        if self.guide_epochs < 1:
+            raise UsageError(
+                f"merge-tokens.guide_epochs is {self.guide_epochs}; expected a number >= 1",
+                hint="guide class learns nothing",
+            )
         if self.first < 0:
             raise UsageError(
                 f"merge-tokens.first is {self.first}; expected a number >= 0", hint="0 merges from the first block on"
@@ -99,16 +120,17 @@ class MergeTokens:
         if self.method == "random":
             return None
         if self.latency_ms is None or decisions is None:
-            return dataclasses.replace(self, method="random")
+            return dataclasses.replace(self, method="random", guide="class")
         return MergeTokens(merged=tuple(decisions["merged"]), method="random", tower=self.tower)
 
     def streams(self) -> bool:
-        """Whether no weight is looked at: only a latency is that of the whole model."""
-        return self.latency_ms is None
+        """Whether no weight is looked at: only a latency is that of the whole model, and cross tokens learn by it."""
+        return self.latency_ms is None and self.guide == "class"
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """No sample is looked at; for a latency, some shares are exported and timed."""
-        return 0.0 if self.latency_ms is None else SECONDS
+        """For a latency, some shares are exported and timed; cross tokens learn from what the model is shown again and again."""
+        learned = self.guide_epochs * 2 * work.dataset * work.forward if self.guide == "learned" else 0.0
+        return learned + (0.0 if self.latency_ms is None else SECONDS)
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules and image sizes that do not fit, and a second merging."""
@@ -140,6 +162,8 @@ class MergeTokens:
                 hint="use reduce-visual-tokens with another method, such as clusters",
             )
         schedule_of(self, bundle, tower)
+        if self.guide == "learned":
+            other_tower(bundle, tower)
         if tower.name == "vision":
             _require_own_size(bundle)
 
@@ -152,6 +176,8 @@ class MergeTokens:
                 self.name, self.latency_ms, (tower.name,), self._keeping, least_of(self, tower), bundle, context
             )
         merged = schedule_of(self, bundle, tower)
+        if self.guide == "learned" and any(merged):
+            context.require_data(NEED)
         decisions: dict[str, Any] = {"merged": merged}
         if self.method == "random":
             generator = torch.Generator().manual_seed(context.seed)
@@ -198,13 +224,17 @@ class MergeTokens:
                     ledger=ledger,
                 ),
             )
+            if self.guide == "learned" and removed:
+                width = int(bundle.module(block.mlp.reader).out_features)  # type: ignore[arg-type]
+                with bundle.device:
+                    add_cross_token(bundle.module(block.path), width, bundle.model.dtype)
         if stream.readout == "attention":
             pool = bundle.module(stream.pool)
             assert isinstance(pool, nn.MultiheadAttention), "TokenStream.pool names a MultiheadAttention"
             bind_pool(pool, ledger, proportional=self._proportional)
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
-        """Change nothing; report the tokens of each block and the share of multiply-adds that is left."""
+        """Train the cross tokens, if there are some; report the tokens of each block and the multiply-adds' share that is left."""
         tower = self._tower(bundle)
         assert tower.stream is not None, "check refuses towers without a stream"
         before = tower.stream.tokens
@@ -212,12 +242,15 @@ class MergeTokens:
         left = [before, *(tokens_left(block, before) for block in blocks)]
         merged = [one - other for one, other in itertools.pairwise(left)]
         after = tokens_after(merged, before)
-        return {
+        facts: dict[str, Any] = {
             "tokens": before,
             "tokens_after_block": after,
             "keep": round(kept_share(merged, before), 4),
             "block_macs_kept": round(macs_kept(bundle, tower, merged), 4),
         }
+        if self.guide == "learned" and any(merged):
+            facts["cross_tokens"] = trained(bundle, tower, context, self.guide_epochs)
+        return facts
 
     def _keeping(self, share: float) -> MergeTokens:
         return dataclasses.replace(self, latency_ms=None, keep=share)
