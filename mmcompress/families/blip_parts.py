@@ -23,6 +23,7 @@ from mmcompress.families.blip_views import example_pictures
 from mmcompress.families.caches import filled
 from mmcompress.ops.masks import HIDDEN, causal_mask
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
+from mmcompress.surgery.cache_lengths import CACHE
 
 QUESTION = "question"
 """The axis of a question's tokens."""
@@ -73,7 +74,7 @@ def write(model: Any, ids: Tensor, mask: Tensor | None, *caches: Tensor) -> tupl
             # The cache holds all that is looked at; this says only that there is something.
             encoder_hidden_states=looked[0],
             encoder_attention_mask=None if mask is None else _shown(mask, dtype),
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             is_decoder=True,
         ).last_hidden_state

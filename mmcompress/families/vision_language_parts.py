@@ -23,6 +23,7 @@ from mmcompress.families.answers import require_known_settings
 from mmcompress.families.caches import filled
 from mmcompress.ops.masks import causal_mask, mask_both_ways
 from mmcompress.parts import BATCH, MASK, PAST, TOKENS, Decoding, Part, Sizes
+from mmcompress.surgery.cache_lengths import CACHE
 from mmcompress.surgery.dropping import dropping_of, given_rooms, rooms_for
 
 
@@ -100,7 +101,7 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
                 inputs_embeds=rows,
                 attention_mask=seen,
                 position_ids=positions.transpose(0, 1) if axes > 1 else positions,
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             ).last_hidden_state
         held: Any = cache.layers

@@ -21,6 +21,7 @@ from mmcompress.families.answers import require_known_settings
 from mmcompress.families.caches import filled
 from mmcompress.ops.masks import causal_mask
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
+from mmcompress.surgery.cache_lengths import CACHE
 
 
 def listen(model: Any, features: Tensor) -> tuple[Tensor, ...]:
@@ -47,7 +48,7 @@ def write(model: Any, ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         attention_mask=causal_mask(before, count, model.dtype),
         # The cache holds all that is looked at; this says only that there is something.
         encoder_hidden_states=heard[0],
-        past_key_values=cache,
+        **{CACHE: cache},
         position_ids=(torch.arange(count) + before)[None],
         use_cache=True,
     ).last_hidden_state

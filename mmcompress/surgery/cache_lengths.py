@@ -10,11 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from mmcompress.errors import UsageError
 
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+"""What transformers' models and blocks call the cache that they are given, and the one in what they return."""
 FILLED = "mmc_filled"
 """Attribute of a cache: by place, which of the tokens that blocks behind it hold are none of padding, (B, P)."""
 

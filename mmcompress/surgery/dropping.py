@@ -32,6 +32,7 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.dropping import counts_kept, room_for
 from mmcompress.ops.masks import as_added, causal_mask, visible
 from mmcompress.surgery.attention import give_asked
+from mmcompress.surgery.cache_lengths import CACHE
 from mmcompress.surgery.prompt_flow import SCORED, Chosen, Dropping, Flow, chosen, opened
 
 ATTRIBUTE = "dropping"
@@ -165,7 +166,7 @@ def _leave(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = Non
 def _forget(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     """Forward of a block that computes with all tokens, and whose cache then holds those that are left."""
     own, flow = _begun(self, hidden_states, attention_mask, kwargs)
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if own.starts:
         flow = flow._replace(stays=chosen(self, own, flow, hidden_states, cache))
     own.ledger.flow = flow
@@ -213,7 +214,7 @@ def _without(
     block: Any, own: Dropping, tokens: Tensor, flow: Flow, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Flow]:
     """Return the tokens (B, M, C) that are left, and what is known of them."""
-    rows, shares, room, filled, past = chosen(block, own, flow, tokens, kwargs.get("past_key_values"))
+    rows, shares, room, filled, past = chosen(block, own, flow, tokens, kwargs.get(CACHE))
     if own.both_ways and mask is not None:
         # Who sees whom is known only from the mask there was.
         among = (rows @ visible(mask)[:, 0, :, -tokens.shape[1] :].float() @ rows.mT) > 0.5  # (B, M, M)

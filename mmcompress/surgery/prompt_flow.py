@@ -24,7 +24,7 @@ from mmcompress.ops.dropping import (
 )
 from mmcompress.ops.masks import visible
 from mmcompress.ops.recycling import recycled
-from mmcompress.surgery.cache_lengths import held_by, remember
+from mmcompress.surgery.cache_lengths import CACHE, held_by, remember
 from mmcompress.surgery.ledger import Ledger
 
 Method = Literal["fastv", "pyramiddrop", "sparsevlm", "recoverable", "lftr", "grid", "random"]
@@ -142,7 +142,7 @@ def opened(block: Any, own: Dropping, tokens: Tensor, mask: Tensor | None, kwarg
     image = torch.zeros_like(present) if image is None else image & present
     asking, answer = last_of(present), None
     if own.ledger.asked is not None:
-        past = held_by(kwargs.get("past_key_values"), block.get_submodule(own.attention).layer_idx)
+        past = held_by(kwargs.get(CACHE), block.get_submodule(own.attention).layer_idx)
         places = torch.arange(count, device=tokens.device) + past
         asking = (places == own.ledger.asked[:, None]).float()
         answer = places > own.ledger.asked[:, None]

@@ -23,6 +23,7 @@ from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.measure.cost import cost_of
 from mmcompress.passes import build
 from mmcompress.passes.base import Context
+from mmcompress.surgery.cache_lengths import CACHE
 from mmcompress.surgery.counting import macs_within
 from mmcompress.surgery.dropping import dropping_of
 from mmcompress.surgery.ledger import watching
@@ -106,9 +107,7 @@ def test_a_forced_answer_is_seen_as_token_after_token(family: str, settings: dic
         for number, likely in enumerate(wanted):
             step = made.logits[0, -1].softmax(dim=-1).sqrt()
             torch.testing.assert_close(step, likely, atol=1e-5, rtol=1e-3)
-            made = bundle.model(
-                input_ids=ids[:, asked_last + 1 + number][:, None], past_key_values=made.past_key_values
-            )
+            made = bundle.model(input_ids=ids[:, asked_last + 1 + number][:, None], **{CACHE: getattr(made, CACHE)})
 
 
 def test_dropping_equals_masking() -> None:
@@ -272,7 +271,7 @@ def test_tokens_leave_again_and_again() -> None:
 @pytest.mark.parametrize("place", ["blocks", "mlp", "cache"])
 def test_the_cache_holds_what_is_left(place: str) -> None:
     bundle = dropping("llava_clip", keep=0.25, after=(2,), place=place)
-    cache = read(bundle, bundle.example_inputs("language", 2), use_cache=True).past_key_values
+    cache = getattr(read(bundle, bundle.example_inputs("language", 2), use_cache=True), CACHE)
     assert [layer.keys.shape[2] for layer in cache.layers] == [32, 32, 20]
 
 
@@ -387,16 +386,16 @@ def test_beams_find_what_they_find_alone() -> None:
 def test_a_cache_may_be_cut_but_its_rows_not_chosen() -> None:
     bundle = dropping("llava_clip", keep=0.3, after=(1,))
     inputs = bundle.example_inputs("language", 2)
-    cache = read(bundle, inputs, use_cache=True).past_key_values
+    cache = getattr(read(bundle, inputs, use_cache=True), CACHE)
     with torch.no_grad():
-        once = bundle.model.model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache).last_hidden_state
+        once = bundle.model.model(input_ids=inputs["input_ids"][:, :2], **{CACHE: cache}).last_hidden_state
         cache.crop(-2)
         assert torch.equal(
-            bundle.model.model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache).last_hidden_state, once
+            bundle.model.model(input_ids=inputs["input_ids"][:, :2], **{CACHE: cache}).last_hidden_state, once
         )
         cache.batch_select_indices(torch.tensor([0]))
         with pytest.raises(UsageError, match="for 1 rows, and 23 for 2 were put in"):
-            bundle.model.model(input_ids=inputs["input_ids"][:1, :1], past_key_values=cache)
+            bundle.model.model(input_ids=inputs["input_ids"][:1, :1], **{CACHE: cache})
 
 
 def test_attention_that_takes_no_masks_is_refused() -> None:
@@ -454,9 +453,7 @@ def test_from_a_cache_alone_they_leave_once_the_prompt_is_read() -> None:
         for block in plain.model.model.language_model.layers[1:]:
             block.register_forward_pre_hook(hide, with_kwargs=True)
         further = [
-            one.model.model(
-                input_ids=inputs["input_ids"][:, :1], past_key_values=before.past_key_values
-            ).last_hidden_state
+            one.model.model(input_ids=inputs["input_ids"][:, :1], **{CACHE: getattr(before, CACHE)}).last_hidden_state
             for one, before in zip((plain, bundle), made, strict=True)
         ]
     torch.testing.assert_close(*further, atol=1e-5, rtol=1e-4)
