@@ -19,6 +19,10 @@ TITLES = {
     "skipping": "Image tokens that skip the feed-forwards of the mini-VLM's language model after its first block, right answers",
     "audio": "States merged in Whisper tiny.en, word accuracy of recordings full of speech",
 }
+KIND = "group="
+"""What begins the name of a slice that holds one kind of question."""
+MOST_KINDS, SLICED = 6, 0.25
+"""Slices are shown where there are so few, at this share."""
 MARKS = {"WORSE": "¹", "no better": "²"}
 """Behind what is worse than random, or not told apart from it, by how that finding begins."""
 
@@ -61,10 +65,35 @@ def _contest(name: str, document: dict[str, Any]) -> str:
             mark = next((mark for begins, mark in MARKS.items() if said.startswith(begins)), "")
             cells.append(points(_score(row, name)["difference"]) + mark)
         lines.append(f"| {method}{' (first of three draws)' if method == RANDOM else ''} | {' | '.join(cells)} |")
+    lines += _slices(rows, keeps)
     lines += ["", f"![{TITLES[name]}](bench/results/token_curves_{name}.svg)"]
     for keep, timing in document["timings"].items():
         lines += ["", *_timed(keep, timing)]
     return "\n".join(lines)
+
+
+def _slices(rows: dict[str, Any], keeps: list[float]) -> list[str]:
+    """Return right answers by kind of question at one share, where questions have kinds: averages hide what is lost."""
+    kinds = [name for name in rows["original"]["accuracy"]["slices"] if name.startswith(KIND)]
+    if SLICED not in keeps or len(kinds) > MOST_KINDS:
+        return []
+    sides = {"all tokens": rows["original"]}
+    for method in dict.fromkeys(row.split(" ")[0] for row in rows if row != "original"):
+        if found := _row(rows, method, SLICED):
+            sides[method] = found
+    sizes = {name: rows["original"]["accuracy"]["slices"][name][1] for name in kinds}
+    heads = (f"{name.removeprefix(KIND)} (n = {sizes[name]})" for name in kinds)
+    lines = [
+        "",
+        f"| right answers by kind of question, keep {SLICED:g} | {' | '.join(heads)} |",
+        "|---" * (1 + len(kinds)) + "|",
+    ]
+    for side, row in sides.items():
+        cells = (
+            f"{row['accuracy']['slices'][name][0]:.2f}" if name in row["accuracy"]["slices"] else "" for name in kinds
+        )
+        lines.append(f"| {side} | {' | '.join(cells)} |")
+    return lines
 
 
 def _timed(keep: str, timing: dict[str, Any]) -> list[str]:

@@ -211,7 +211,7 @@ def _attended(
         bias = log_size_bias(flow.sizes, tokens.dtype, padded=padded, proportional=own.proportional)  # (B, N)
     if guide is not None:
         bias = tokens.new_zeros(tokens.shape[:2]) if bias is None else bias
-        bias = torch.cat([bias, bias.new_full((len(bias), 1), PADDING_BIAS)], dim=1)
+        bias = torch.cat([bias, bias.new_full((bias.shape[0], 1), PADDING_BIAS)], dim=1)
         tokens = torch.cat([tokens, guide], dim=1)
     mask = None if bias is None else bias[:, None, None, :]  # (B, 1, 1, N)
     branch, evidence = tokens, None
