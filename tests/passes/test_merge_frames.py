@@ -272,7 +272,7 @@ def test_distill_trains_the_stages(name: str) -> None:
     assert changed >= {key for key in before if ".frame_stages." in key and ".mixes." in key}
     assert all(".frame_stages." in key or key == "lm_head.weight" for key in changed)
     facts = bundle.history[-1].facts
-    assert facts["after"]["loss"] < facts["before"]["loss"]
+    assert facts["loss"]["after"] < facts["loss"]["before"]
 
 
 @every_model
