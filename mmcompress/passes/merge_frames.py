@@ -103,7 +103,7 @@ class MergeFrames:
                 return tower.film
         reasons = {tower.why_no_film for tower in towers if tower.why_no_film}
         raise UsageError(
-            f"{f'the {self.tower} tower' if self.tower else bundle.family.name + ' models'} cannot merge frames of a video: "
-            f"{'; '.join(sorted(reasons)) or 'nothing is given here to a language model as a video'}",
+            f"frames of a video cannot be merged in {'this tower' if self.tower else bundle.family.name + ' models'}: "
+            f"{'; '.join(sorted(reasons)) or 'no language model is given a video there'}",
             hint="mmc inspect shows what can be done",
         )

@@ -338,9 +338,9 @@ def test_exported_it_answers_the_same(name: str, settings: dict[str, Any], tmp_p
 def test_inspect_says_where_and_why_not() -> None:
     for name, tower, reason in (
         ("qwen2_vl", "language", ""),
-        ("qwen2_vl", "vision", "nothing is given here to a language model as a video"),
+        ("qwen2_vl", "vision", "in this tower: no language model is given a video there"),
         ("llava_clip", "language", "it is shown the frames of a video as pictures, one after the other"),
-        ("clip", "text", "nothing is given here"),
+        ("clip", "text", "no language model is given a video"),
     ):
         bundle = tiny.bundle(name)
         found = applies(bundle, "merge-frames", bundle.tower(tower))
@@ -353,7 +353,7 @@ def test_inspect_says_where_and_why_not() -> None:
     [
         ({"stride": 3}, "stride is 3; expected one of 1, 2, 4, 8"),
         ({"method": "first", "convolution": True}, "adds to means, and method first makes none"),
-        ({"tower": "vision"}, "the vision tower cannot merge frames"),
+        ({"tower": "vision"}, "frames of a video cannot be merged in this tower"),
     ],
 )
 def test_refusals_say_what_and_why(settings: dict[str, Any], message: str) -> None:
