@@ -29,6 +29,7 @@ from tests import tiny, tiny_vlm
 
 QWEN = tuple(name for name in tiny_vlm.MODELS if name.startswith("qwen"))
 IMAGES = tiny.images(9)
+WIDE = [image.resize((112, 56)) for image in IMAGES[:3]]
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"stride": 2},
     {"stride": 4, "convolution": True},
@@ -46,12 +47,12 @@ def film(frames: Sequence[Image], rate: float = 2.0, **more: Any) -> Sample:
 
 
 def samples() -> list[Sample]:
-    """Videos of five layers, of one and of two beside a picture; a picture; none; two pictures."""
+    """Videos of five layers, of one and, wider, of two beside a picture; a picture; none; two pictures."""
     asked = Sample("", ("a red cat",), question="what is this ?")
     return [
         film(IMAGES, 1.0),
         replace(film(IMAGES[3:5]), key="still"),
-        replace(film(IMAGES[:3]), key="both", picture=IMAGES[4], texts=("two dogs on a big house",)),
+        replace(film(WIDE), key="both", picture=IMAGES[4], texts=("two dogs on a big house",)),
         replace(asked, key="one", picture=IMAGES[1]),
         replace(asked, key="none"),
         replace(asked, key="two", picture=IMAGES[5], further=(IMAGES[6],)),
