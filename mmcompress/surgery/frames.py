@@ -18,17 +18,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmcompress.ops.frames import BEFORE, FIRST, SECOND, halves, mean_over_time, moves, one_hot, picks, taken
-from mmcompress.views import Film
 
 Method = Literal["mean", "first", "random"]
 ATTRIBUTE = "frame_merging"
 STAGES = "frame_stages"
+
+
+class Named(Protocol):
+    """What has to be known of the module that joins both models; `views.Film` says what each name stands for."""
+
+    @property
+    def makers(self) -> tuple[str, ...]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def levels(self) -> int: ...
+    @property
+    def tokens(self) -> str: ...
+    @property
+    def deeper(self) -> str: ...
+    @property
+    def placing(self) -> str: ...
+    @property
+    def numbering(self) -> str: ...
+    @property
+    def grids(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -88,13 +108,13 @@ class Stage(nn.Module):
         return made
 
 
-def new_stages(film: Film, stride: int) -> nn.ModuleList:
+def new_stages(film: Named, stride: int) -> nn.ModuleList:
     """Return untrained stages that leave one of `stride` layers."""
     return nn.ModuleList(Stage(film.channels, film.levels) for _ in range(stride.bit_length() - 1))
 
 
-def bind(joint: nn.Module, film: Film, how: FrameMerging, stages: nn.ModuleList | None = None) -> None:
-    """Make the module at `film.path` hand on fewer layers of a video; `stages`, if there are any, join it."""
+def bind(joint: nn.Module, film: Named, how: FrameMerging, stages: nn.ModuleList | None = None) -> None:
+    """Make the module `joint`, whose methods `film` names, hand on fewer layers of a video; `stages`, if there are any, join it."""
     setattr(joint, ATTRIBUTE, (how, film))
     if stages is not None:
         joint.add_module(STAGES, stages)
@@ -115,7 +135,7 @@ def _named(bound: Callable[..., Any], name: str, of: type[nn.Module]) -> Callabl
 
 def merging_of(joint: nn.Module) -> FrameMerging | None:
     """Return how videos lose layers, None where they do not."""
-    found: tuple[FrameMerging, Film] | None = getattr(joint, ATTRIBUTE, None)
+    found: tuple[FrameMerging, Named] | None = getattr(joint, ATTRIBUTE, None)
     return None if found is None else found[0]
 
 
@@ -164,7 +184,7 @@ def hand_on(joint: nn.Module, made: Any, grids: Tensor | None) -> Any:
     `grids`: (pictures, 3), layers, rows and columns of each picture or video; None: all are pictures.
     A still picture's tokens stay the same tensor, unless there are stages: then they are in the graph of these, with no effect.
     """
-    found: tuple[FrameMerging, Film] | None = getattr(joint, ATTRIBUTE, None)
+    found: tuple[FrameMerging, Named] | None = getattr(joint, ATTRIBUTE, None)
     if found is None:
         return made
     film, learns = found[1], bool(stages_of(joint))
