@@ -1,102 +1,30 @@
-"""Fewer layers of a video for a language model: prompts, positions, batches, training, exported graphs."""
+"""Fewer layers of a video for a language model: tokens, positions, batches, refusals."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
-from PIL.Image import Image
-from torch import Tensor
 
-from mmcompress import checkpoint, pipeline
-from mmcompress.bundle import Bundle
-from mmcompress.data import Dataset, Memory, Sample, Video
 from mmcompress.errors import UsageError
-from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.inspect import applies
-from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
 from mmcompress.passes import build
 from mmcompress.passes.base import Context
-from mmcompress.recipe import Step
-from mmcompress.surgery.frames import FrameMerging, Stage, merged, merging_of, stages_of
-from tests import tiny, tiny_vlm
-
-QWEN = tuple(name for name in tiny_vlm.MODELS if name.startswith("qwen"))
-IMAGES = tiny.images(9)
-WIDE = [image.resize((112, 56)) for image in IMAGES[:3]]
-SETTINGS: tuple[dict[str, Any], ...] = (
-    {"stride": 2},
-    {"stride": 4, "convolution": True},
-    {"stride": 2, "method": "first"},
-    {"stride": 4, "method": "random"},
+from mmcompress.surgery.frames import FrameMerging, Stage, merged
+from tests import tiny
+from tests.passes.filming import (
+    IMAGES,
+    embedded,
+    every_case,
+    every_model,
+    fewer,
+    film,
+    layers_given,
+    moving_positions,
+    samples,
 )
-every_model = pytest.mark.parametrize("name", QWEN)
-every_case = pytest.mark.parametrize(
-    ("name", "settings"), [(name, settings) for name in QWEN for settings in SETTINGS], ids=str
-)
-
-
-def film(frames: Sequence[Image], rate: float = 2.0, **more: Any) -> Sample:
-    return Sample("film", ("a red cat",), video=Video(tuple(frames), rate), question="what is this ?", **more)
-
-
-def samples() -> list[Sample]:
-    """Videos of five layers, of one and, wider, of two beside a picture; a picture; none; two pictures."""
-    asked = Sample("", ("a red cat",), question="what is this ?")
-    return [
-        film(IMAGES, 1.0),
-        replace(film(IMAGES[3:5]), key="still"),
-        replace(film(WIDE), key="both", picture=IMAGES[4], texts=("two dogs on a big house",)),
-        replace(asked, key="one", picture=IMAGES[1]),
-        replace(asked, key="none"),
-        replace(asked, key="two", picture=IMAGES[5], further=(IMAGES[6],)),
-    ]
-
-
-def run(bundle: Bundle, *steps: tuple[str, dict[str, Any]], context: Context | None = None) -> Bundle:
-    for number, (name, params) in enumerate(steps, 1):
-        stage = pipeline.Stage(number, Step(name, params), build(name, params))
-        pipeline.run_stage(bundle, stage, context or Context(seed=5))
-    return bundle
-
-
-def fewer(name: str, trained: bool = False, **settings: Any) -> Bundle:
-    """Return a tiny model with frames merged; `trained`: what its stages add is no longer nothing."""
-    bundle = run(tiny.bundle(name), ("merge-frames", settings))
-    if trained:
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for stage in stages_of(bundle.module("model")):
-                for parameter in stage.parameters():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return bundle
-
-
-def embedded(bundle: Bundle, *asked: Sample) -> Tensor:
-    return torch.from_numpy(bundle.embed("language", list(asked)))
-
-
-def layers_given(bundle: Bundle, sample: Sample) -> Tensor:
-    """Return the tokens (M, N, C) that the language model is given of a video of 56 x 56 pixels, four a layer."""
-    inputs = bundle.prepare("language", [sample])
-    family: Any = bundle.family
-    with torch.no_grad():
-        given = family._given(bundle.model, inputs)["video"]
-        deep = getattr(given, "deepstack_features", None) or []
-        parts = [torch.cat(list(level)) for level in (given.pooler_output, *deep)]
-    return torch.cat(parts, dim=-1).unflatten(0, (-1, 4))
-
-
-def moving_positions(bundle: Bundle, sample: Sample) -> Tensor:
-    """Return the positions (3, tokens) of a video."""
-    inputs = bundle.prepare("language", [sample])
-    return inputs["position_ids"][0][:, inputs["input_ids"][0] == bundle.model.config.video_token_id]
 
 
 @every_case
@@ -218,122 +146,6 @@ def test_random_follows_the_seed_and_is_recorded(name: str) -> None:
     assert torch.equal(given[1], whole[4])
     assert build("merge-frames", {"stride": 4}).control() == made
     assert made.control() is None
-
-
-@every_case
-def test_reload_and_copy_are_bit_equal(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    bundle = fewer(name, trained=True, **settings)
-    written = checkpoint.save(bundle, tmp_path / "out")
-    assert not written.plain_transformers
-    for again in (checkpoint.load(tmp_path / "out"), copy.deepcopy(bundle)):
-        assert merging_of(again.module("model")) == merging_of(bundle.module("model"))
-        assert torch.equal(embedded(again, *samples()), embedded(bundle, *samples()))
-        assert again.generate(samples()) == bundle.generate(samples())
-    checkpoint.save(checkpoint.load(tmp_path / "out"), tmp_path / "again")
-    for file in ("model.safetensors", "config.json", "mmc.json"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
-
-
-@every_model
-def test_only_the_convolution_adds_weights(name: str) -> None:
-    before = tiny.bundle(name).model.state_dict().keys()
-    assert fewer(name, stride=4).model.state_dict().keys() == before
-    bundle = fewer(name, stride=4, convolution=True)
-    added = bundle.model.state_dict().keys() - before
-    levels = 2 if name == "qwen3_vl" else 1
-    assert len(added) == 2 * (2 + 2 * levels)
-    language = bundle.tower("language")
-    assert all(language.owns(key) and not bundle.tower("vision").owns(key) for key in added)
-    facts = build("merge-frames", {"stride": 4, "convolution": True}).fit(bundle, Context())
-    assert facts["parameters_added"] == 2 * levels * (32 * 3 + 32 + 32 * 32 + 32)
-
-
-@every_model
-def test_gradients_reach_the_stages(name: str) -> None:
-    bundle = fewer(name, trained=True, stride=4, convolution=True)
-    bundle.encode("language", bundle.prepare("language", samples()[:1])).sum().backward()
-    stages = stages_of(bundle.module("model"))
-    assert len(stages) == 2
-    for parameter in (parameter for stage in stages for parameter in stage.parameters()):
-        assert parameter.grad is not None
-        assert parameter.grad.abs().sum() > 0
-
-
-@every_model
-def test_distill_trains_the_stages(name: str) -> None:
-    """By what the teacher answers, who sees all layers; nothing else of the language model needs to."""
-    bundle = fewer(name, stride=2, convolution=True)
-    before = {key: value.clone() for key, value in bundle.model.state_dict().items()}
-    films = [film(IMAGES[place:] + IMAGES[:place]) for place in range(8)]
-    data = Dataset(Memory([replace(one, key=str(place)) for place, one in enumerate(films)]), "films")
-    context = Context(data=data, seed=0, teacher=lambda: tiny.bundle(name))
-    params = {"steps": 6, "batch_size": 4, "towers": ["language"], "train": "projection", "learning_rate": 1e-3}
-    run(bundle, ("distill", params), context=context)
-    changed = {key for key, value in bundle.model.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed >= {key for key in before if ".frame_stages." in key and ".mixes." in key}
-    assert all(".frame_stages." in key or key == "lm_head.weight" for key in changed)
-    facts = bundle.history[-1].facts
-    assert facts["loss"]["after"] < facts["loss"]["before"]
-
-
-@every_model
-@pytest.mark.parametrize(
-    "step",
-    [
-        ("drop-visual-tokens", {"keep": 0.5, "after": (1,)}),
-        ("quantize", {"scheme": "W8A16"}),
-        ("quantize", {"scheme": "W8A8", "target": "cpu"}),
-    ],
-    ids=["drop", "w8a16", "w8a8"],
-)
-@pytest.mark.parametrize("convolution", [False, True])
-def test_it_combines(name: str, step: tuple[str, dict[str, Any]], convolution: bool, tmp_path: Path) -> None:
-    merging = ("merge-frames", {"stride": 2, "convolution": convolution})
-    data = Context(data=tiny.data(name, 8), num_samples=8, batch_size=4, seed=0)
-    bundle = run(tiny.bundle(name), merging, step, context=data)
-    several = samples()
-    answers = bundle.generate(several)
-    checkpoint.save(bundle, tmp_path / "out")
-    assert checkpoint.load(tmp_path / "out").generate(several) == answers
-    if step[0] == "drop-visual-tokens":
-        assert answers == [bundle.generate([sample])[0] for sample in several]
-        turned = run(tiny.bundle(name), step, merging, context=data)
-        assert turned.generate(several) == answers
-
-
-def resized() -> list[Sample]:
-    """As exported models see them: 224 x 224 pixels, 64 tokens a layer, of 256 that the tiny models take."""
-    big = [image.resize((224, 224)) for image in IMAGES]
-    return [
-        film(big[:5], 1.0),
-        Sample("none", question="how many ?"),
-        replace(film(big[5:8], 0.5), key="both", picture=big[8], question="what ?"),
-        Sample("two", picture=big[2], further=(big[3],), question="two of the small trees ?"),
-    ]
-
-
-@every_case
-def test_the_parts_answer_as_the_whole(name: str, settings: dict[str, Any]) -> None:
-    bundle = fewer(name, trained=True, **settings)
-    want = bundle.generate(resized())
-    assert len(set(want)) > 1
-    assert bundle_answerer(bundle, threads=1).generate(resized()) == want
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"), [(name, SETTINGS[1]) for name in QWEN] + [("qwen2_vl", own) for own in SETTINGS], ids=str
-)
-def test_exported_it_answers_the_same(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    bundle = fewer(name, trained=True, **settings)
-    want = bundle.generate(resized())
-    artifact = export_onnx(bundle, tmp_path / "out", batches=(2,)).artifact
-    operators = {node.op_type for node in onnx.load(artifact.path("frames"), load_external_data=False).graph.node}
-    assert not operators & {"ScatterElements", "ScatterND", "Loop", "NonZero", "GatherND", "If"}
-    for runner in ("onnxruntime", "openvino"):
-        answerer = artifact_answerer(artifact, runner, threads=1)
-        assert answerer.generate(resized()) == want
-        assert [answerer.generate([sample])[0] for sample in resized()] == want
-        answerer.close()
 
 
 def test_inspect_says_where_and_why_not() -> None:
