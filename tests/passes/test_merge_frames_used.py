@@ -147,3 +147,19 @@ def test_exported_it_answers_the_same(name: str, settings: dict[str, Any], tmp_p
         assert answerer.generate(resized()) == want
         assert [answerer.generate([sample])[0] for sample in resized()] == want
         answerer.close()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [("drop-visual-tokens", {"keep": 0.5, "after": (1,)}), ("quantize", {"scheme": "W8A16"})],
+    ids=["drop", "w8a16"],
+)
+def test_exported_with_another_pass_it_answers_the_same(step: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """Untrained stages too, whose equal zeros a graph holds once."""
+    bundle = run(tiny.bundle("qwen3_vl"), ("merge-frames", {"stride": 4, "convolution": True}), step)
+    want = bundle.generate(resized())
+    artifact = export_onnx(bundle, tmp_path / "out", batches=(2,)).artifact
+    for runner in ("onnxruntime", "openvino"):
+        answerer = artifact_answerer(artifact, runner, threads=1)
+        assert answerer.generate(resized()) == want
+        answerer.close()
