@@ -24,6 +24,7 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "coarsen-tokens": ("coarsen-tokens", QUESTIONS["coarsen-tokens"]),
     "reduce-visual-tokens": ("reduce-visual-tokens", QUESTIONS["reduce-visual-tokens"]),
     "drop-visual-tokens": ("drop-visual-tokens", QUESTIONS["drop-visual-tokens"]),
+    "merge-frames": ("merge-frames", QUESTIONS["merge-frames"]),
     "quantize": ("quantize", QUESTIONS["quantize"]),
     "distill": ("distill", QUESTIONS["distill"]),
 }

@@ -17,6 +17,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def loads_plainly(bundle: Bundle) -> tuple[bool, str]:
 
     Found out by building it (on meta tensors) and comparing every name and shape, not by trusting what passes did.
     """
-    bound = [name for name, module in bundle.model.named_modules() if "forward" in vars(module)]
+    bound = [name for name, module in bundle.model.named_modules() if _is_bound(module)]
     with torch.device("meta"), quiet():
         plain = bundle.family.model_class(bundle.model.config)(bundle.model.config)
     want = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
@@ -188,6 +189,11 @@ def loads_plainly(bundle: Bundle) -> tuple[bool, str]:
             f"{len(bound)} modules such as {bound[0]} reduce tokens; plain transformers would run without that",
         )
     return True, ""
+
+
+def _is_bound(module: nn.Module) -> bool:
+    """Whether a module has methods of its own in place of its class's."""
+    return any(isinstance(value, MethodType) and value.__self__ is module for value in vars(module).values())
 
 
 def require_device(device: str) -> None:

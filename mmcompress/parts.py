@@ -19,6 +19,10 @@ serves every family:
     logits (B, V)               of the last token
     present_NAME (B, H, P + T, D)   none where all of the answer is said at once
 
+Where a video's layers become fewer (`merge-frames`), a part "frames" makes image_embeds (M, N, C) of layer_embeds (R, N, C), one
+row a picture or layer of a video, which the part that looks gives out; and of tables that `asked` made: frame_table_1 (3, M, R), of
+zeros and a single one in each row, frame_table_2 where these become fewer again, and so on (see `ops.frames`).
+
 An earlier part takes what `asked` made under the names of its inputs, or a part before it gave out, and runs once.
 
 Shape alphabet: B batch, T tokens, P past tokens, H heads, D head width, C channels, V vocabulary.

@@ -131,6 +131,32 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Film:
+    """Where a video's frames, in layers of one grid, go from a vision encoder into a language model."""
+
+    path: str
+    """The module whose methods these are; a grid is (layers, rows, columns)."""
+    makers: tuple[str, ...]
+    """Methods that take pixels and the grids of several pictures or videos, and give out their tokens."""
+    channels: int
+    """C of a token."""
+    levels: int = 1
+    """How many rows a token has: its own, and those beside it for the language model's first blocks."""
+    tokens: str = "pooler_output"
+    """The attribute of that output that lists the tokens (N, C) of each."""
+    deeper: str = ""
+    """The attribute that has a list of such lists, for the further levels."""
+    placing: str = ""
+    """The method that takes where a picture or video begins and its grid, and gives its tokens' times, rows and columns (3, N)."""
+    numbering: str = ""
+    """Where each layer stands by itself in a prompt: the method that finds them there."""
+    grids: str = ""
+    """The keyword by which that takes the grids of videos."""
+    stride: int = 1
+    """How many layers of a video become one before the language model is given them."""
+
+
+@dataclass(frozen=True)
 class Tower:
     """One modality's encoder, with its projection into the shared space."""
 
@@ -170,6 +196,10 @@ class Tower:
     """In a vision encoder before a language model where that is None: why they may not, for a person."""
     prompt: Prompt | None = None
     """In a language model: where image tokens stand in what it is asked, and may leave on their way through the blocks."""
+    film: Film | None = None
+    """In a language model that is given the frames of a video as a video."""
+    why_no_film: str = ""
+    """In a language model where that is None: why, for a person."""
     why_no_stream: str = ""
     """Where `stream` is None: why tokens of this tower cannot be merged, for a person."""
 

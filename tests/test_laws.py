@@ -13,6 +13,7 @@ import torch
 
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
+from mmcompress.data import Sample, Video
 from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context, Plan
 from mmcompress.recipe import Step
@@ -25,6 +26,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "coarsen-tokens": {"keep": 1.0},
     "reduce-visual-tokens": {"keep": 1.0},
     "drop-visual-tokens": {"keep": 1.0},
+    "merge-frames": {"stride": 1},
     "quantize": {"scheme": "W16A16"},
     "distill": {"steps": 0},
 }
@@ -48,6 +50,9 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "drop": ("drop-visual-tokens", {"keep": 0.5}),
     "drop-sparsevlm": ("drop-visual-tokens", {"keep": 0.5, "method": "sparsevlm", "recycle": True}),
     "drop-random": ("drop-visual-tokens", {"keep": 0.5, "method": "random"}),
+    "frames": ("merge-frames", {"stride": 2}),
+    "frames-convolution": ("merge-frames", {"stride": 4, "convolution": True}),
+    "frames-random": ("merge-frames", {"stride": 4, "method": "random"}),
     "w8a8-cpu": ("quantize", {"scheme": "W8A8", "target": "cpu"}),
     "w8a8-tensorrt": ("quantize", {"scheme": "W8A8", "target": "tensorrt"}),
     "w8a16": ("quantize", {"scheme": "W8A16"}),
@@ -56,11 +61,12 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "distill": ("distill", {"steps": 2, "batch_size": 4}),
 }
 # One of each kind, in an order that works.
-CHAIN = ("prune-taylor", "merge", "reduce", "drop", "w8a8-cpu", "distill")
+CHAIN = ("prune-taylor", "merge", "reduce", "drop", "frames", "w8a8-cpu", "distill")
 EVERY = tiny.EVERY
 COARSENING = ("dual_encoder_vit", "dual_encoder_dinov2", "altclip", "chinese_clip", "clap", "whisper")
 REDUCING = ("llava_dinov2", "llava_clip", "llava_siglip", "smolvlm", "idefics3", "paligemma")
-DROPPING = (*REDUCING, "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FILMED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+DROPPING = (*REDUCING, "llava_next", *FILMED)
 UNMERGED = tuple(family for family in tiny.GENERATORS if family not in ("whisper", "llava_next", *REDUCING))
 # What is refused: by a pass's name or a case's, the families. `check` says why, and README's matrix shows it.
 REFUSED: dict[str, tuple[str, ...]] = {
@@ -70,6 +76,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "reduce-visual-tokens": tuple(family for family in EVERY if family not in REDUCING),
     "drop-visual-tokens": tuple(family for family in EVERY if family not in DROPPING),
     "merge-crossget": (*tiny.HEARING, *tiny.GENERATORS),
+    "merge-frames": tuple(family for family in EVERY if family not in FILMED),
     "reduce-visionzip": ("smolvlm", "idefics3"),
     "prune-blocks": ("clap", "blip_vqa"),
     "prune-uniform": ("clap",),
@@ -122,8 +129,17 @@ def outputs(bundle: Bundle) -> dict[str, torch.Tensor]:
     return {tower.name: bundle.encode(tower.name, bundle.example_inputs(tower.name, 3)) for tower in bundle.towers()}
 
 
+@torch.no_grad()
+def outputs_of_films(bundle: Bundle) -> dict[str, torch.Tensor]:
+    """What models make of a video of five layers that see it as one, beside what they make of examples."""
+    if not any(tower.film for tower in bundle.towers()):
+        return {}
+    film = Sample("film", ("a cat",), video=Video(tuple(tiny.images(9))), question="what is this ?")
+    return {"film": bundle.encode("language", bundle.prepare("language", [film]))}
+
+
 def same_outputs(one: Bundle, other: Bundle) -> bool:
-    first, second = outputs(one), outputs(other)
+    first, second = (outputs(bundle) | outputs_of_films(bundle) for bundle in (one, other))
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -169,13 +185,14 @@ def test_every_pass_is_under_the_laws() -> None:
 @every_pass
 def test_neutral_parameters_change_nothing(name: str, family: str) -> None:
     bundle = tiny.bundle(family)
-    before, embeddings = state(bundle), outputs(bundle)
+    before, embeddings = state(bundle), outputs(bundle) | outputs_of_films(bundle)
     made = passes.build(name, NEUTRAL[name])
     made.check(bundle)
     made.apply(bundle, made.plan(bundle, context(family)))
     made.fit(bundle, context(family))
     assert same_state(before, state(bundle))
-    assert all(torch.equal(value, outputs(bundle)[tower]) for tower, value in embeddings.items())
+    after = outputs(bundle) | outputs_of_films(bundle)
+    assert all(torch.equal(value, after[tower]) for tower, value in embeddings.items())
 
 
 @every_case

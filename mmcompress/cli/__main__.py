@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "coarsen": "Let an encoder compute with runs of a long text's tokens as one; stored in the checkpoint.",
     "reduce": "Give a language model fewer tokens of each picture; stored in the checkpoint.",
     "drop": "Let image tokens leave a language model on their way through it; stored in the checkpoint.",
+    "frames": "Give a language model fewer layers of a video; stored in the checkpoint.",
     "quantize": "Store weights in 8 or 4 bits, and compute in 8, per tower.",
     "distill": "Recover accuracy by training towards the original.",
     "compress": "Run a recipe: passes in order, gates at the end, resumable.",
@@ -38,7 +39,7 @@ COMMANDS: dict[str, str] = {
     "passes": "List the passes and their parameters.",
 }
 
-RESUMABLE = {"compress", "prune", "merge", "coarsen", "reduce", "drop", "quantize", "distill"}
+RESUMABLE = {"compress", "prune", "merge", "coarsen", "reduce", "drop", "frames", "quantize", "distill"}
 
 
 class Commands(click.Group):

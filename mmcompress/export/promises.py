@@ -32,6 +32,9 @@ def promise(module: Traced, graph: Graph) -> Promise:
     stored = {**dict(module.model.named_parameters(remove_duplicate=False)), **dict(module.model.named_buffers())}
     own = {(value.data_ptr(), value.shape): value for name, value in stored.items() if name in graph.used}.values()
     packed = [value for value in own if value.dtype in _INTEGERS and value.dim() >= 2]
+    # Layers that have learned nothing yet are zeros, and the exporter keeps equal ones once.
+    blank = {value.shape: value for value in packed if not value.any()}
+    packed = [*(value for value in packed if value.any()), *blank.values()]
     return Promise(
         bytes=sum(value.nbytes for value in own) + module.part.tables,
         quantized=len(packed),

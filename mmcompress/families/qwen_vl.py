@@ -30,13 +30,15 @@ from mmcompress.families.anatomy import (
     read_blocks,
 )
 from mmcompress.families.picture_rows import gathered, padded
+from mmcompress.families.qwen_vl_film import film, frame_tables, with_fewer_frames
 from mmcompress.families.qwen_vl_parts import layout, look
-from mmcompress.families.qwen_vl_video import image_patches, video_patches
+from mmcompress.families.qwen_vl_video import by_kind, image_patches, in_words, packed, video_patches
 from mmcompress.families.talk import Shown, Talk
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Decoding, Part
-from mmcompress.views import Numbering, Tower
+from mmcompress.surgery.frames import hand_on, merging_of
+from mmcompress.views import Film, Numbering, Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample, Video
@@ -145,16 +147,16 @@ class QwenVL(VisionLanguage):
         if not seconds:
             return super().shown(model, processor, inputs, row)
         token, grid = self.image_tokens_of(model, processor)[1], inputs["image_grid_thw"][row]
+        layers, layer = int(grid[0]), processor.image.temporal_patch_size
+        how, count = merging_of(model.model), self._count(model, grid) // layers
         if model.config.model_type != "qwen3_vl":
-            return Shown(token, token * self._count(model, grid), "video")
+            return Shown(token, token * count * (how.left(layers) if how else layers), "video")
         # Qwen3 is told the time of each layer of frames in words: that of its middle.
         ids = [model.config.vision_start_token_id, model.config.vision_end_token_id]
-        before, after = self.talk.tokenizer(processor).convert_ids_to_tokens(ids)
-        layer, layers = processor.image.temporal_patch_size, int(grid[0])
-        middle = (layer - 1) / 2 / layer * seconds
-        each = before + token * (self._count(model, grid) // layers) + after
-        told = "".join(f"<{middle + number * seconds:.1f} seconds>{each}" for number in range(layers))
-        return Shown(token, told, "video", (before, after))
+        around = tuple(self.talk.tokenizer(processor).convert_ids_to_tokens(ids))
+        times = (layer - 1) / 2 / layer * seconds + torch.arange(layers).double() * seconds
+        told = in_words((how.times(times) if how else times).tolist(), token, count, around)
+        return Shown(token, told, "video", around)
 
     def example_image_tokens(self, model: Any) -> int:
         return self._count(model, torch.tensor(EXAMPLE_GRID))
@@ -164,8 +166,9 @@ class QwenVL(VisionLanguage):
 
     def seen(self, model: Any, inputs: dict[str, Tensor]) -> Any:
         """Return what the model makes of images and videos alike: its own way differs in their names only."""
-        packed = self._packed(inputs)
-        return model.get_image_features(packed["pixel_values"], packed["image_grid_thw"], return_dict=True)
+        given, joint = packed(inputs), model.model
+        # Of its class: fewer layers of a video are the language model's matter, see `handed_on`.
+        return type(joint).get_image_features(joint, given["pixel_values"], given["image_grid_thw"], return_dict=True)
 
     def made_of(self, model: Any, images: dict[str, Tensor]) -> dict[str, Any]:
         return {kind: self.seen(model, own) for kind, own in by_kind(images).items()}
@@ -182,6 +185,16 @@ class QwenVL(VisionLanguage):
     def deep(self, model: Any) -> int:
         return len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
 
+    def film(self, model: Any) -> Film:
+        how, kind = merging_of(model.model), model.config.model_type
+        return film(kind, super().image_width(model), 1 + self.deep(model), how.stride if how else 1)
+
+    def handed_on(self, model: Any, made: dict[str, Any], images: dict[str, Tensor]) -> dict[str, Any]:
+        kinds = by_kind(images)
+        return {
+            kind: hand_on(model.model, one, kinds.get(kind, {}).get("image_grid_thw")) for kind, one in made.items()
+        }
+
     def ready_made(self, model: Any, tokens: Tensor) -> Any:
         parts: Any = [list(rows) for rows in tokens.split(super().image_width(model), dim=-1)]
         return BaseModelOutputWithDeepstackFeatures(pooler_output=parts[0], deepstack_features=parts[1:])
@@ -191,9 +204,13 @@ class QwenVL(VisionLanguage):
         at = layout(model.config.vision_config, EXAMPLE_GRID)
         return vision_part(
             lambda model, pixels: look(model.model.visual, at, pixels),
-            lambda count: self.looked_at(model, self.example_images(model, count)),
+            lambda count: {"pixel_values": self._layers(self.example_images(model, count))},
             at.table_bytes,
         )
+
+    def parts(self, model: Any) -> tuple[Part, ...]:
+        looking, *others = super().parts(model)
+        return (*with_fewer_frames(model, looking, self.example_image_tokens(model), self.image_width(model)), *others)
 
     def decoding(self, model: Any) -> Decoding:
         return replace(super().decoding(model), resizes=True)
@@ -213,16 +230,18 @@ class QwenVL(VisionLanguage):
     def looked_at(self, model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return pixel_values (R, P, …); layers of a video, which do not look at one another, are pictures of their own.
 
-        Raises UsageError for another grid than `EXAMPLE_GRID`.
+        Where layers become fewer, also the tables that say how. Raises UsageError for another grid than `EXAMPLE_GRID`.
         """
+        return {"pixel_values": self._layers(images)} | frame_tables(model, images["image_grid_thw"][:, 0].tolist())
+
+    def _layers(self, images: dict[str, Tensor]) -> Tensor:
         other = [grid for grid in images["image_grid_thw"].tolist() if tuple(grid[1:]) != EXAMPLE_GRID[1:]]
         if other:
             raise NotExportable(
                 f"the image processor cuts a picture into {other[0]} patches; the exported vision part takes {list(EXAMPLE_GRID)}",
                 hint="let min_pixels and max_pixels in preprocessor_config.json allow that size",
             )
-        packed = self._packed(images)["pixel_values"]
-        return {"pixel_values": packed.unflatten(0, (-1, EXAMPLE_GRID[1] * EXAMPLE_GRID[2]))}
+        return packed(images)["pixel_values"].unflatten(0, (-1, EXAMPLE_GRID[1] * EXAMPLE_GRID[2]))
 
     def marks(
         self, model: Any, ids: Tensor, mask: Tensor, prompt: Tensor, images: dict[str, Tensor]
@@ -258,13 +277,13 @@ class QwenVL(VisionLanguage):
         images = {key: inputs.pop(key) for key in self.image_keys if key in inputs}
         kinds = by_kind(images)
         if "video" in kinds:
-            packed = self._packed(kinds["video"])
-            inputs |= {"pixel_values_videos": packed["pixel_values"], "video_grid_thw": packed["image_grid_thw"]}
+            given = packed(kinds["video"])
+            inputs |= {"pixel_values_videos": given["pixel_values"], "video_grid_thw": given["image_grid_thw"]}
             if model.config.model_type == "qwen2_5_vl":
-                inputs["second_per_grid_ts"] = packed["grid_seconds"]
+                inputs["second_per_grid_ts"] = given["grid_seconds"]
         if "image" in kinds:
-            packed = self._packed(kinds["image"])
-            inputs |= {key: packed[key] for key in ("pixel_values", "image_grid_thw")}
+            given = packed(kinds["image"])
+            inputs |= {key: given[key] for key in ("pixel_values", "image_grid_thw")}
         return inputs
 
     def write_vision_config(self, model: Any, tower: Tower) -> None:
@@ -279,26 +298,6 @@ class QwenVL(VisionLanguage):
             config.mlp_ratio = config.mlp_ratio if rest else ratio
         else:
             config.intermediate_size = neurons.pop()
-
-    @staticmethod
-    def _packed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return pictures (B, patches, …) with the patches of all in one row."""
-        if not inputs:
-            return {}
-        counts = inputs["image_grid_thw"].prod(-1).tolist()
-        rows = [patches[:count] for patches, count in zip(inputs["pixel_values"], counts, strict=True)]
-        return {**inputs, "pixel_values": torch.cat(rows)}
-
-
-def by_kind(images: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the inputs of images and of videos, as far as there are some, under "image" and "video"."""
-    if not images:
-        return {}
-    if "grid_seconds" not in images:
-        return {"image": images}
-    moving = images["grid_seconds"] > 0
-    parts = {"image": ~moving, "video": moving}
-    return {kind: {key: value[rows] for key, value in images.items()} for kind, rows in parts.items() if rows.any()}
 
 
 FAMILY = QwenVL()

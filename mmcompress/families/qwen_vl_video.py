@@ -1,4 +1,4 @@
-"""Images and videos of Qwen-VL models as patches; a video's are made from those of its frames.
+"""Images and videos of Qwen-VL models as patches and in prompts; a video's patches are made from those of its frames.
 
 transformers' video processors need torchvision. They cut a frame as image processors cut an image, but lay two frames that follow
 one another into each patch where an image lies twice. So each frame goes through the image processor, at the size a video's frames
@@ -10,6 +10,7 @@ Shape alphabet: P patches of an image, C colours, F frames in a patch, S pixels 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,3 +79,29 @@ def video_settings(processor: Processor) -> dict[str, Any]:
             if isinstance(found, dict):
                 return found
     return {}
+
+
+def in_words(times: Sequence[float], token: str, count: int, around: tuple[str, str]) -> str:
+    """Return how Qwen3 is told of a video: of each layer its time in seconds, then `count` tokens with what is `around`."""
+    before, after = around
+    return "".join(f"<{seconds:.1f} seconds>{before}{token * count}{after}" for seconds in times)
+
+
+def by_kind(images: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the inputs of images and of videos, as far as there are some, under "image" and "video"."""
+    if not images:
+        return {}
+    if "grid_seconds" not in images:
+        return {"image": images}
+    moving = images["grid_seconds"] > 0
+    parts = {"image": ~moving, "video": moving}
+    return {kind: {key: value[rows] for key, value in images.items()} for kind, rows in parts.items() if rows.any()}
+
+
+def packed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return pictures (B, patches, …) with the patches of all in one row."""
+    if not inputs:
+        return {}
+    counts = inputs["image_grid_thw"].prod(-1).tolist()
+    rows = [patches[:count] for patches, count in zip(inputs["pixel_values"], counts, strict=True)]
+    return {**inputs, "pixel_values": torch.cat(rows)}

@@ -30,10 +30,11 @@ from mmcompress.families.picture_rows import gathered, padded
 from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part, left_masks
 from mmcompress.parts import Decoding, Part
 from mmcompress.surgery.dropping import asked_at, has_to_stay
+from mmcompress.surgery.frames import STAGES, stages_of
 from mmcompress.surgery.ledger import putting_back
 from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import Choice, choice_of
-from mmcompress.views import Prompt, Tower
+from mmcompress.views import Film, Prompt, Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample
@@ -78,16 +79,28 @@ class VisionLanguage(PictureQuestions):
     def towers(self, model: Any) -> tuple[Tower, ...]:
         vision = self.vision_tower(model)
         asked = {block.index for block in vision.blocks if choice_of(model.get_submodule(block.attention.path))}
-        language = language_tower(model, self.language)
+        language, film = language_tower(model, self.language), self.film(model)
         return (
             # The connector chooses tokens by what these blocks look at.
             replace(vision, needed=tuple(sorted(asked.union(vision.needed)))),
             replace(
                 language,
+                heads=(*language.heads, *self._stages(model)),
+                film=film,
+                why_no_film="" if film else "it is shown the frames of a video as pictures, one after the other",
                 prompt=self._prompt(model),
                 needed=tuple(block.index for block in language.blocks if has_to_stay(model.get_submodule(block.path))),
             ),
         )
+
+    def film(self, model: Any) -> Film | None:
+        """Return the view of what is given of a video; None where its frames are pictures like others."""
+        return None
+
+    def _stages(self, model: Any) -> tuple[str, ...]:
+        """Return the path of what adds to the means of a video's layers, if something does."""
+        film = self.film(model)
+        return (f"{film.path}.{STAGES}",) if film and stages_of(model.get_submodule(film.path)) else ()
 
     def _prompt(self, model: Any) -> Prompt:
         """Return the view of what the language model is asked."""
@@ -135,7 +148,7 @@ class VisionLanguage(PictureQuestions):
 
     def _given(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Any] | None:
         if "image_tokens" in inputs:
-            return {"image": self.ready_made(model, inputs["image_tokens"])}
+            return self.handed_on(model, {"image": self.ready_made(model, inputs["image_tokens"])}, {})
         images = {key: inputs[key] for key in self.image_keys if key in inputs}
         if not images:
             return None
@@ -144,7 +157,12 @@ class VisionLanguage(PictureQuestions):
         if not len(next(iter(images.values()))):
             return None
         with torch.no_grad():
-            return self.made_of(model, images)
+            made = self.made_of(model, images)
+        return self.handed_on(model, made, images)
+
+    def handed_on(self, model: Any, made: dict[str, Any], images: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what the language model is given of what was made of pictures, with gradient."""
+        return made
 
     def made_of(self, model: Any, images: dict[str, Tensor]) -> dict[str, Any]:
         """Return what the model makes of pictures, one row each, by its kind, as the model's forward takes it."""

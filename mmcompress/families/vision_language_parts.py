@@ -176,7 +176,10 @@ def left_masks(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     dropping = dropping_of(model.model)
     if dropping is None:
         return {}
-    rooms = rooms_for(dropping, mask, (ids == model.config.image_token_id).long())
+    video = getattr(model.config, "video_token_id", None)
+    # Tokens of a video leave as those of pictures do.
+    image = torch.isin(ids, torch.tensor([model.config.image_token_id, *([] if video is None else [video])]))
+    rooms = rooms_for(dropping, mask, image.long())
     return {f"{MASK}_{stage}": room for stage, room in enumerate(rooms, 1)}
 
 

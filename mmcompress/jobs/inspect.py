@@ -20,6 +20,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "coarsen-tokens": {"keep": 0.5},
     "reduce-visual-tokens": {"keep": 0.5},
     "drop-visual-tokens": {"keep": 0.5},
+    "merge-frames": {"stride": 2},
     "quantize": {},
     "distill": {},
 }

@@ -20,11 +20,12 @@ PASSES: dict[str, str] = {
     "coarsen-tokens": "mmcompress.passes.coarsen_tokens:CoarsenTokens",
     "reduce-visual-tokens": "mmcompress.passes.reduce_visual_tokens:ReduceVisualTokens",
     "drop-visual-tokens": "mmcompress.passes.drop_visual_tokens:DropVisualTokens",
+    "merge-frames": "mmcompress.passes.merge_frames:MergeFrames",
     "quantize": "mmcompress.passes.quantize:Quantize",
     "distill": "mmcompress.passes.distill:Distill",
 }
 
-PREPARING = ("reduce-visual-tokens", "drop-visual-tokens")
+PREPARING = ("reduce-visual-tokens", "drop-visual-tokens", "merge-frames")
 """Those that change what a model is given and not only what it computes: an exported model's inputs are prepared after them."""
 
 

@@ -255,6 +255,10 @@ def _takes_the_same(student: Bundle, teacher: Bundle, tower: str) -> bool:
             f"the student's {tower} has {width} {what}, the teacher's {wanted}",
             hint=f"take a teacher of the same size, or distill the other towers only (towers without {tower})",
         )
+    # Examples show pictures; of a video one of them may be given less.
+    films = [bundle.tower(tower).film for bundle in (student, teacher)]
+    if any(film is not None and film.stride > 1 for film in films):
+        return False
     return {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in other.items()}
 
 
