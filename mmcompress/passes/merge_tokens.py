@@ -10,17 +10,20 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
-from torch import nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops.schedule import kept_share, tokens_after
 from mmcompress.ops.selection import random_selection
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
-from mmcompress.passes.latency import SECONDS, solved
+from mmcompress.passes.latency import SECONDS, TRIALS, solved
+from mmcompress.passes.merge_alike import USUAL, merged_alike
+from mmcompress.passes.merge_bind import bind_tower
 from mmcompress.passes.merge_schedule import least_of, macs_kept, merging_blocks, schedule_of
+from mmcompress.passes.token_counts import FLOOR, require_floor
+from mmcompress.surgery.alikeness import COMPARING
 from mmcompress.surgery.coarsening import coarsening_of
-from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced, tokens_left
+from mmcompress.surgery.merging import is_reduced, tokens_left
 from mmcompress.surgery.reducing import choice_of
 from mmcompress.views import Tower
 
@@ -48,8 +51,14 @@ class MergeTokens:
     timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
     merged: tuple[int, ...] = ()
     """Tokens merged in each block, instead of `keep`: one number per block, or a single number that `schedule` spreads."""
-    schedule: Literal["constant", "decreasing"] = "constant"
-    """The same number in every block, or a number that falls linearly to 0 at the last block."""
+    similarity: float | None = None
+    """Instead of `keep`: each block merges as many pairs as are at least this alike, by the cosine that `method` compares, in 95 of
+    100 samples of the data (tome, pitome, crossget). 1 merges nothing but what is the same."""
+    floor: float = 0.05
+    """For `similarity`: share of the tokens that is left behind the last block at least."""
+    schedule: Literal["constant", "decreasing", "similar"] = "constant"
+    """The same number in every block, a number that falls linearly to 0 at the last block, or more where more tokens are alike in the
+    data (similar; tome, pitome, crossget)."""
     every: int = 1
     """Merge in every n-th block only, more tokens at a time. Matching has a fixed cost, so 2 to 4 is faster for small or 8-bit
     towers; accuracy is a little lower."""
@@ -74,7 +83,9 @@ class MergeTokens:
             macs=self.macs,
             latency_ms=self.latency_ms,
             merged=self.merged,
+            similarity=self.similarity,
         )
+        self._require_comparable()
         require_milliseconds("merge-tokens.latency_ms", self.latency_ms)
         if self.every < 1:
             raise UsageError(
@@ -98,17 +109,19 @@ class MergeTokens:
         """Return the pass that drops as many tokens at random."""
         if self.method == "random":
             return None
-        if self.latency_ms is None or decisions is None:
-            return dataclasses.replace(self, method="random")
+        if decisions is None or (self.latency_ms is None and not self._looks):
+            schedule: Literal["constant", "decreasing"] = "decreasing" if self.schedule == "decreasing" else "constant"
+            return dataclasses.replace(self, method="random", schedule=schedule, similarity=None, floor=FLOOR)
         return MergeTokens(merged=tuple(decisions["merged"]), method="random", tower=self.tower)
 
     def streams(self) -> bool:
-        """Whether no weight is looked at: only a latency is that of the whole model."""
-        return self.latency_ms is None
+        """Whether no weight is looked at: only a latency is that of the whole model, and how alike tokens are."""
+        return self.latency_ms is None and not self._looks
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """No sample is looked at; for a latency, some shares are exported and timed."""
-        return 0.0 if self.latency_ms is None else SECONDS
+        """For a latency, some shares are exported and timed; how alike tokens are is seen in a few runs, for each of these shares."""
+        timed, shares = (0.0, 1) if self.latency_ms is None else (SECONDS, TRIALS + 3)
+        return timed + shares * USUAL * work.samples * work.forward if self._looks else timed
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules and image sizes that do not fit, and a second merging."""
@@ -151,7 +164,11 @@ class MergeTokens:
             return solved(
                 self.name, self.latency_ms, (tower.name,), self._keeping, least_of(self, tower), bundle, context
             )
-        merged = schedule_of(self, bundle, tower)
+        facts: dict[str, Any] = {}
+        if self._looks:
+            merged, facts = merged_alike(self, bundle, tower, context)
+        else:
+            merged = schedule_of(self, bundle, tower)
         decisions: dict[str, Any] = {"merged": merged}
         if self.method == "random":
             generator = torch.Generator().manual_seed(context.seed)
@@ -159,49 +176,15 @@ class MergeTokens:
                 random_selection(left + dropped, dropped, tower.stream.protected, generator).tolist()
                 for dropped, left in zip(merged, tokens_after(merged, tower.stream.tokens), strict=True)
             ]
-        return Plan(decisions)
+        return Plan(decisions, facts=facts)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Bind the blocks' forward; with nothing to merge, leave the model alone."""
         merged: list[int] = plan.decisions["merged"]
         tower = self._tower(bundle)
-        stream = tower.stream
-        assert stream is not None, "check refuses towers without a stream"
         if not any(merged):
             return
-        kept: list[list[int]] = plan.decisions.get("kept", [])
-        restore = stream.readout in ("mean", "all")
-        ledger = TokenLedger()
-        before = [stream.tokens, *tokens_after(merged, stream.tokens)]
-        for index, (block, removed) in enumerate(zip(merging_blocks(tower), merged, strict=True)):
-            dropping = bool(kept) and removed > 0
-            last = index == len(merged) - 1
-            bind_block(
-                bundle.module(block.path),
-                Reduction(
-                    attend=block.attend,
-                    attention=block.attention.path.removeprefix(block.path + "."),
-                    feed=block.feed,
-                    merged=0 if self.method == "random" else removed,
-                    method="tome" if self.method == "random" else self.method,
-                    depth=index / len(merged),
-                    kept=tuple(kept[index]) if dropping else (),
-                    tokens=before[index],
-                    protected=stream.protected,
-                    proportional=self._proportional,
-                    first=index == 0,
-                    last=last,
-                    pooled=stream.readout == "attention",
-                    restore=restore,
-                    survivors=_survivors(kept, stream.tokens) if kept and last else (),
-                    original=stream.tokens,
-                    ledger=ledger,
-                ),
-            )
-        if stream.readout == "attention":
-            pool = bundle.module(stream.pool)
-            assert isinstance(pool, nn.MultiheadAttention), "TokenStream.pool names a MultiheadAttention"
-            bind_pool(pool, ledger, proportional=self._proportional)
+        bind_tower(bundle, tower, merged, self.method, self.proportional_attention, plan.decisions.get("kept", []))
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the tokens of each block and the share of multiply-adds that is left."""
@@ -223,8 +206,39 @@ class MergeTokens:
         return dataclasses.replace(self, latency_ms=None, keep=share)
 
     @property
-    def _proportional(self) -> bool:
+    def proportional_attention(self) -> bool:
+        """Whether a merged token counts as often as it has members."""
         return self.method != "evit" if self.proportional is None else self.proportional
+
+    @property
+    def _looks(self) -> bool:
+        """Whether data says how many tokens each block merges."""
+        return self.schedule == "similar" or self.similarity is not None
+
+    def _require_comparable(self) -> None:
+        """Raise UsageError where how alike tokens are cannot say what it is asked for."""
+        require_floor("merge-tokens.floor", self.floor, self.similarity is not None, "similarity")
+        if self.similarity is not None and not 0 < self.similarity <= 1:
+            raise UsageError(
+                f"merge-tokens.similarity is {self.similarity:g}; expected 0 < similarity <= 1",
+                hint="0.9 merges pairs of which the cosine is at least that",
+            )
+        if self._looks and self.method not in COMPARING:
+            what = "similarity" if self.similarity is not None else "schedule similar"
+            raise UsageError(
+                f"merge-tokens.{what} asks how alike the tokens are that are merged, and method {self.method} compares none",
+                hint=f"give --method {' or '.join(COMPARING)}",
+            )
+        if self.similarity is not None and self.schedule != "constant":
+            raise UsageError(
+                f"merge-tokens.similarity says what every block merges; schedule {self.schedule} would change nothing",
+                hint="leave schedule out, or say how many with keep",
+            )
+        if self.schedule == "similar" and self.merged:
+            raise UsageError(
+                "merge-tokens.merged says how many tokens blocks merge, and schedule similar asks the data",
+                hint="give keep, keep_tokens, macs or latency_ms, or another schedule",
+            )
 
     def _tower(self, bundle: Bundle) -> Tower:
         """Return the tower meant. Raises UsageError where none is called that, or none or several can be merged."""
@@ -262,11 +276,3 @@ def _require_own_size(bundle: Bundle) -> None:
             f"the image processor makes {made}, config.json says {wanted}: the schedule would count tokens that are not there",
             hint="give both files one size; positions made for another have to be interpolated once and saved",
         )
-
-
-def _survivors(kept: list[list[int]], tokens: int) -> tuple[int, ...]:
-    """Return the original positions that are left after all blocks."""
-    left = list(range(tokens))
-    for positions in kept:
-        left = [left[position] for position in positions]
-    return tuple(left)
