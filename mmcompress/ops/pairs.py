@@ -25,8 +25,8 @@ from torch import Tensor
 
 from mmcompress.ops.complete_matching import NEVER, costs, energies
 from mmcompress.ops.matching import pair_similarity
-from mmcompress.ops.ranks import directions, rank
 from mmcompress.ops.outliers import available
+from mmcompress.ops.ranks import directions, rank
 from mmcompress.ops.schedule import Amounts, largest_merge
 
 BEYOND = 1.001
@@ -35,38 +35,44 @@ BEYOND = 1.001
 
 def bipartite_pairs(keys: Tensor, protected: int = 0, sizes: Tensor | None = None) -> Tensor:
     """Return (B, K). `keys`: (B, N, D); `sizes`: (B, N), needed only where some are padding."""
+    pairs = largest_merge(keys.shape[1], protected)
+    if not pairs:
+        return keys.new_zeros(len(keys), 0)
     similarity, ends = pair_similarity(directions(keys), protected, sizes)
     best = similarity.amax(dim=-1)  # (B, Na)
     if ends is not None:
         best = torch.where(ends, NEVER, best)
-    return best.sort(dim=-1, descending=True).values[:, : largest_merge(keys.shape[1], protected)]
+    return best.sort(dim=-1, descending=True).values[:, :pairs]
 
 
 def energy_pairs(keys: Tensor, protected: int = 0, margin: float = 0.9, sizes: Tensor | None = None) -> Tensor:
     """Return (B, K). `keys`: (B, N, D); `sizes`: (B, N), needed only where some are padding; `margin`: PiToMe's."""
+    pairs = largest_merge(keys.shape[1], protected)
+    if not pairs:
+        return keys.new_zeros(len(keys), 0)
     unit = directions(keys[:, protected:])
     valid = _valid(unit, protected, sizes)
     similarity = unit @ unit.mT
     order = rank(torch.where(valid > 0, energies(similarity, margin, valid), NEVER)).argsort(dim=-1)  # (B, U)
-    pairs = largest_merge(keys.shape[1], protected)
     sources, destinations = order[:, : 2 * pairs : 2], order[:, 1 : 2 * pairs : 2]
     count = unit.shape[1]
     rows = similarity.gather(1, sources[:, :, None].expand(-1, -1, count))
     between = rows.gather(2, destinations[:, None, :].expand(-1, pairs, -1))  # (B, K, K)
     later = torch.ones(pairs, pairs, dtype=torch.bool, device=keys.device).triu(1)
     real = valid.gather(1, destinations)[:, None, :] * valid.gather(1, sources)[:, :, None]
-    best = between.masked_fill(later | (real == 0), NEVER).amax(dim=-1) if pairs else between.new_zeros(len(keys), 0)
-    return best.cummin(dim=-1).values if pairs else best
+    return between.masked_fill(later | (real == 0), NEVER).amax(dim=-1).cummin(dim=-1).values
 
 
 def guided_pairs(keys: Tensor, protected: int = 0, sizes: Tensor | None = None) -> Tensor:
     """Return (B, K). `keys`: (B, N, D); `sizes`: (B, N), needed only where some are padding."""
+    pairs = largest_merge(keys.shape[1], protected)
+    if not pairs:
+        return keys.new_zeros(len(keys), 0)
     every = directions(keys)
     valid = _valid(every[:, protected:], protected, sizes)
     importance, best, _ = costs(every, protected, valid)
     going = rank(torch.where(valid > 0, best - importance, 2 * NEVER)).argsort(dim=-1)  # (B, U)
-    best = torch.where(valid > 0, best, NEVER).gather(1, going)[:, : largest_merge(keys.shape[1], protected)]
-    return best.cummin(dim=-1).values if best.shape[1] else best
+    return torch.where(valid > 0, best, NEVER).gather(1, going)[:, :pairs].cummin(dim=-1).values
 
 
 def _valid(unit: Tensor, protected: int, sizes: Tensor | None) -> Tensor:

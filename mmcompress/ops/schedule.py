@@ -107,8 +107,8 @@ def solve_left(
 ) -> list[int]:
     """Return the schedule after which `left` tokens are left, protected ones included.
 
-    R follows `slope`, or `amounts`, as nearly as whole numbers and halving allow. Raises UsageError, naming the fewest tokens there can be, when
-    halving is too little, and where more are asked for than there are.
+    R follows `slope`, or `amounts`, as nearly as whole numbers and halving allow. Raises UsageError, naming the fewest tokens there
+    can be, when halving is too little, and where more are asked for than there are.
     """
     parts = slope(shape, blocks, every, first)
     active = range(first, blocks, every)

@@ -45,18 +45,22 @@ STEPS = 30
 
 
 def merged_alike(
-    settings: MergeTokens, bundle: Bundle, tower: Tower, context: Context
+    settings: MergeTokens, bundle: Bundle, tower: Tower, context: Context, rounds: int = 0
 ) -> tuple[list[int], dict[str, Any]]:
-    """Return R per block, and what was seen of the pairs they merge. Raises UsageError without data, or where it has nothing."""
+    """Return R per block, and what was seen of the pairs they merge, solved in so many `rounds` at most, not 0.
+
+    Raises UsageError without data, or where it has nothing for the tower.
+    """
     # Blocks of the copy are bound; its weights are the model's own.
     weights = [*bundle.model.parameters(), *bundle.model.buffers()]
     trial = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model, {id(tensor): tensor for tensor in weights}))
     blocks = len(merging_blocks(tower))
     tried = [[0] * blocks]
     pairs = _seen(settings, trial, tower, tried[-1], context, 1)
+    rounds = rounds or max(ROUNDS, blocks + 1 if settings.similarity else 0)
     while True:
         tried.append(_solved(settings, bundle, tower, pairs))
-        if tried[-1] in tried[:-1] or len(tried) > max(ROUNDS, blocks + 1 if settings.similarity else 0):
+        if tried[-1] in tried[:-1] or len(tried) > rounds:
             break
         pairs = _seen(settings, trial, tower, tried[-1], context, len(tried))
     settled = tried[-1] == tried[-2]
@@ -136,9 +140,7 @@ def _least_alike(merged: Tensor) -> list[float]:
 
 def _line(merged: Sequence[int], facts: dict[str, Any]) -> str:
     least = [number for number in facts["least_alike"]["p5"] if number is not None]
-    said = (
-        f"of a block's pairs the least alike is {min(least):.3f} alike or more in 95 of 100"
-        if least
-        else "none is alike"
-    )
+    said = "no pair is alike"
+    if least:
+        said = f"each one's least alike pair has a cosine of {min(least):.3f} or more in 95 of 100"
     return f"{facts['samples']} samples: blocks merge {' '.join(map(str, merged))} tokens; {said}"

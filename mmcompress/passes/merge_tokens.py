@@ -57,7 +57,7 @@ class MergeTokens:
     floor: float = 0.05
     """For `similarity`: share of the tokens that is left behind the last block at least."""
     schedule: Literal["constant", "decreasing", "similar"] = "constant"
-    """The same number in every block, a number that falls linearly to 0 at the last block, or more where more tokens are alike in the
+    """The same number in every block, a number that falls linearly to 0 at the last block, or more where more tokens are alike in
     data (similar; tome, pitome, crossget)."""
     every: int = 1
     """Merge in every n-th block only, more tokens at a time. Matching has a fixed cost, so 2 to 4 is faster for small or 8-bit
@@ -119,7 +119,7 @@ class MergeTokens:
         return self.latency_ms is None and not self._looks
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """For a latency, some shares are exported and timed; how alike tokens are is seen in a few runs, for each of these shares."""
+        """For a latency, some shares are exported and timed; how alike tokens are takes a few runs for each of these shares."""
         timed, shares = (0.0, 1) if self.latency_ms is None else (SECONDS, TRIALS + 3)
         return timed + shares * USUAL * work.samples * work.forward if self._looks else timed
 
