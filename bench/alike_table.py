@@ -1,10 +1,12 @@
 """Merges spread over the blocks by how alike tokens are, beside the same number in each and fewer and fewer: the real dual encoder.
 
 DINOv2-S + MiniLM, patches merged by ToMe; R@1 on the held-out vendor's drawings, paired with the original and with the constant
-schedule (n and intervals). How alike tokens are is seen on drawings of the training vendor alone. "similar, at once" measures that in
-the model that merges nothing, where "similar" does so in the model that merges as decided, again until nothing changes.
+schedule. How alike tokens are is seen on drawings of the training vendor alone. "similar, at once" sees that in the
+model that merges nothing, where "similar" does so in the model that merges as decided, again until nothing changes.
 
     python -m bench.alike_table [--keep 0.5 …] [--similarity 0.8 …]       writes bench/results/alike_table.json
+
+Rows it holds already are not measured again.
 """
 
 from __future__ import annotations
@@ -58,18 +60,21 @@ def main() -> None:
     parser.add_argument("--similarity", type=float, action="append")
     options = parser.parse_args()
     held_out = open_data("demo:test")
-    document: dict[str, Any] = {
-        "command": "python -m bench.alike_table",
-        "n": len(held_out),
-        "machine": machine_facts(),
-        "rows": {},
-    }
+    document: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if document.get("n") != len(held_out):
+        document = {
+            "command": "python -m bench.alike_table",
+            "n": len(held_out),
+            "machine": machine_facts(),
+            "rows": {},
+        }
+    rows = document["rows"]
 
     def row(name: str, bundle: Bundle, reference: Evaluation | None, **beside: Evaluation) -> Evaluation:
         found = evaluate(bundle, held_out, [TASK], batch=16, reference=reference)
         results = found.to_json()["results"][TASK]
         record = bundle.history[-1] if bundle.history else None
-        document["rows"][name] = {
+        rows[name] = {
             "results": {metric: results[metric] for metric in ("image_to_text_r1", "text_to_image_r1")},
             "against": {other: _differences(evaluation, found) for other, evaluation in beside.items()},
             "merged": record.plan["merged"] if record else [],
@@ -79,18 +84,22 @@ def main() -> None:
         RESULT.write_text(json.dumps(document, indent=1) + "\n")
         print(
             name,
-            json.dumps({key: value for key, value in document["rows"][name].items() if key != "facts"}),
+            json.dumps({key: value for key, value in rows[name].items() if key != "facts"}),
             flush=True,
         )
         return found
 
     original = row("original", checkpoint.load(assets.dual_encoder()), None)
     for keep in options.keep or (0.75, 0.5):
+        if f"{AT_ONCE} {keep:g}" in rows:
+            continue
         constant = row(f"constant {keep:g}", merged({"keep": keep}), original)
         for schedule in SCHEDULES[1:]:
             row(f"{schedule} {keep:g}", merged({"keep": keep, "schedule": schedule}), original, constant=constant)
         row(f"{AT_ONCE} {keep:g}", merged_at_once(keep), original, constant=constant)
-    for similarity in options.similarity or (0.9, 0.8):
+    for similarity in options.similarity or (0.99, 0.9):
+        if f"similarity {similarity:g}" in rows:
+            continue
         bundle = merged({"similarity": similarity})
         share = bundle.history[-1].facts["keep"]
         constant = row(f"constant {share:g}, as similarity {similarity:g}", merged({"keep": share}), original)

@@ -119,8 +119,9 @@ def _apart_and_near(tokens: Tensor, image: Tensor, words: Tensor) -> tuple[Tenso
 def needed_to_recover(tokens: Tensor, image: Tensor, words: Tensor) -> int:
     """Return the fewest image tokens of one prompt with which `recovered` keeps all that stand out by either of its scores.
 
-    As many stand out as a score has outliers (`ops.outliers`), those with the best scores. `tokens`: (1, N, C); `image`, `words`:
-    (1, N) booleans. At least 1, also where nothing stands out.
+    As many stand out as a score has outliers (`ops.outliers`), those with the best scores. Both halves have to be large enough, so
+    where one score has most of the outliers this is more than the paper keeps, whose two numbers are free. `tokens`: (1, N, C);
+    `image`, `words`: (1, N) booleans. At least 1, also where nothing stands out.
     """
     apart, near = (scores[image] for scores in _apart_and_near(tokens, image, words))
     places, wanted = rank(apart), rank(near) < outliers(near)

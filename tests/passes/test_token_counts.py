@@ -134,7 +134,7 @@ def test_what_a_question_needs_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens[0, 7] = torch.tensor([1, 0, 0.5])
     # 3 and 7 stand out from the mean, so the larger half of those kept are two; 7 does by the words as well.
     assert needed() == 3
-    tokens[0, [9, 11]] = tokens[0, 7]
+    tokens[0, [9, 11]] = tokens[0, 7].clone()
     assert needed() == 7
     # Were it one from the mean and three by the words: of four the first half are 3 and 7, the others 9 and 11.
     monkeypatch.setattr(dropping, "outliers", lambda scores: 1 if scores.min() < 0 else 3)
