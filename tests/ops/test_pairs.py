@@ -91,6 +91,9 @@ def test_amounts_by_hand() -> None:
     assert amounts(2.5) == [2, 2, 0]
     assert amounts_for_almost_all(blocks, 0.5) == [1, 1, 0]
     assert amounts_for_almost_all(blocks, 0.8) == [0, 0, 0]
+    # Tokens that are the same count as alike from the first step on, and not before it.
+    same = mean_amounts([torch.ones(3, 2)])
+    assert (same(0.0), same(0.01)) == ([0], [2])
     # Of twenty samples one may have fewer.
     assert amounts_for_almost_all([torch.tensor([[0.1]] + [[0.9]] * 19)], 0.5) == [1]
     assert amounts_for_almost_all([torch.tensor([[0.1]] * 2 + [[0.9]] * 19)], 0.5) == [0]
