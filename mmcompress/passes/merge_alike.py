@@ -7,7 +7,7 @@ and may end up going to and fro by a token, which stops after ROUNDS and is reco
 
 "similar" is worse where it was measured: on the DINOv2-S + MiniLM dual encoder with ToMe, R@1 image to text of 1,642 held-out
 drawings is, against as many merges in every block, -1.0 points [-2.5, +0.4] at keep 0.75 and -12.3 [-14.6, -10.2] at keep 0.5. In
-its fourth block 95 in 100 pairs have cosines above 0.98, in its fifth above 0.63, so nearly all merges fall in the first and fourth:
+its fourth block 95 in 100 pairs have cosines above 0.98, in its fifth above 0.63, so most merges fall in the first and fourth;
 such cosines say more of the block than of the tokens. Seen only once, in the model that merges nothing, the numbers are about the
 same: -1.6 [-3.0, -0.1] and -10.1 [-12.4, -7.9]. Command: python -m bench.alike_table.
 
