@@ -68,6 +68,6 @@ def sufficient(needed: Sequence[float], share: int = ALMOST_ALL) -> float:
     return sorted(needed)[max(0, -(-share * len(needed) // 100) - 1)]
 
 
-def available(counts: Sequence[int], share: int = ALMOST_ALL) -> int:
+def available(counts: Sequence[float], share: int = ALMOST_ALL) -> float:
     """Return the largest number that `share` in a hundred of the `counts` reach."""
     return sorted(counts)[(100 - share) * len(counts) // 100]

@@ -93,4 +93,4 @@ def mean_amounts(pairs: Sequence[Tensor]) -> Amounts:
 
 def amounts_for_almost_all(pairs: Sequence[Tensor], similarity: float) -> list[int]:
     """Return how many pairs of each block are at least this alike in 95 of 100 samples. `pairs`: for each block, (S, K)."""
-    return [available((block >= similarity).sum(dim=-1).tolist()) for block in pairs]
+    return [int(available((block >= similarity).sum(dim=-1).tolist())) for block in pairs]
