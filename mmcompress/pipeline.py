@@ -185,7 +185,7 @@ def run_stage(bundle: Bundle, stage: Stage, context: Context) -> Record:
     stage.made.check(bundle)
     plan = stage.made.plan(bundle, context)
     stage.made.apply(bundle, plan)
-    facts = stage.made.fit(bundle, context)
+    facts = {**plan.facts, **stage.made.fit(bundle, context)}
     verify(bundle, stage.step.name)
     record = Record(
         name=stage.step.name,

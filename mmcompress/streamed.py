@@ -161,7 +161,7 @@ def _decided(stage: Stage, bundle: Bundle, context: Context) -> Plan:
     plan = stage.made.plan(Streamed(**vars(bundle)), context)
     stage.made.apply(Planned(**vars(bundle)), plan)
     decisions = json.loads(json.dumps(plan.decisions))
-    facts = json.loads(json.dumps(stage.made.fit(bundle, context)))
+    facts = json.loads(json.dumps({**plan.facts, **stage.made.fit(bundle, context)}))
     seconds = round(time.perf_counter() - started, 3)
     bundle.history.append(Record(stage.step.name, stage.step.params, decisions, facts, seconds))
     return plan

@@ -9,6 +9,7 @@ command = single_pass(
     "merge-tokens",
     """  mmc merge MODEL -o OUT --keep 0.5
   mmc merge MODEL -o OUT --keep 0.5 --eval-data held-out/
+  mmc merge MODEL -o OUT --similarity 0.99 --data pictures/
   mmc merge MODEL -o OUT --keep 0.5 --explain photo.jpg""",
     explains=True,
 )

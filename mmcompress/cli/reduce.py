@@ -10,6 +10,7 @@ command = single_pass(
     """  mmc reduce VLM -o OUT --keep 0.25
   mmc reduce VLM -o OUT --keep-tokens 64 --method divprune --eval-data held-out/
   mmc reduce VLM -o OUT --keep 0.25 --method selector --data pictures/
+  mmc reduce VLM -o OUT --method prumerge --adaptive --data pictures/
   mmc reduce VLM -o OUT --keep 0.25 --explain photo.jpg""",
     explains=True,
 )

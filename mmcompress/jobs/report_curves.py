@@ -25,7 +25,9 @@ APART = 3
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3294", "#008080", "#a52a2a")
 """Told apart by most people who do not see all colours (Okabe and Ito), and some more."""
 GREY = "#777777"
-HOW_MANY = ("method", "keep", "keep_tokens", "macs", "latency_ms", "merged", "stride")
+HOW_MANY = (
+    "method", "keep", "keep_tokens", "macs", "latency_ms", "merged", "similarity", "adaptive", "floor", "stride",
+)  # fmt: skip
 REDUCING = ("merge-tokens", "coarsen-tokens", "reduce-visual-tokens", "drop-visual-tokens", "merge-frames")
 NOTE = "Whiskers are 95% intervals. The dashed line is random selection of as many tokens: what is not above it is worth nothing."
 

@@ -66,19 +66,28 @@ def guided_matching(
     every = directions(keys.detach())
     unit = every[:, protected:]
     valid = torch.ones_like(unit[..., 0]) if sizes is None else (sizes[:, protected:] > 0).to(unit.dtype)
+    importance, best, similarity = costs(every, protected, valid, guide)
+    sources = rank(torch.where(valid > 0, best - importance, FAR)) < merged
+    partner = similarity.masked_fill(sources[:, None, :], NEVER).argmax(dim=-1)
+    weights = torch.cat([torch.ones_like(every[:, :protected, 0]), importance.exp()], dim=1)
+    return _joined(sources, partner, merged, protected).to(unit.dtype), weights
+
+
+def costs(every: Tensor, protected: int, valid: Tensor, guide: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how important each token is (B, U), how like the most similar one behind it (B, U), and all cosines (B, U, U).
+
+    Tokens go in the order of the second minus the first. `every`: (B, N, D), of length 1; `valid`: (B, U), 0 where padding is;
+    `guide`: see `guided_matching`.
+    """
+    unit = every[:, protected:]
     if guide is None:
         guide = every[:, :1] if protected else valid[:, None, :] @ unit
-    importance = (unit @ directions(guide.detach()).mT)[:, :, 0]  # (B, U)
     own = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
     similarity = (unit @ unit.mT).masked_fill(own, -FAR) - FAR * (1 - valid)[:, None, :]
     order = rank(similarity.amax(dim=-1))
     # A token asks those behind it alone; the last one has none to ask and never goes.
     behind = order[:, None, :] > order[:, :, None]
-    cost = importance - similarity.masked_fill(~behind, NEVER).amax(dim=-1)
-    sources = rank(torch.where(valid > 0, -cost, FAR)) < merged
-    partner = similarity.masked_fill(sources[:, None, :], NEVER).argmax(dim=-1)
-    weights = torch.cat([torch.ones_like(every[:, :protected, 0]), importance.exp()], dim=1)
-    return _joined(sources, partner, merged, protected).to(unit.dtype), weights
+    return (unit @ guide.mT)[:, :, 0], similarity.masked_fill(~behind, NEVER).amax(dim=-1), similarity
 
 
 def _joined(sources: Tensor, partner: Tensor, merged: int, protected: int) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmcompress.ops.outliers import outliers
 from mmcompress.ops.ranks import FAR, directions, earlier, rank
 
 PRIME = 32749
@@ -100,13 +101,34 @@ def recovered(tokens: Tensor, image: Tensor, words: Tensor, kept: Tensor) -> Ten
 
     Source: Recoverable Compression, arXiv 2409.01179, sections 3.2 and 3.3. Deliberate differences: pictures and words are compared
     in the language model's own states, where the paper runs the text tower that was trained with the encoder, and asks the
-    encoder's class token what stands out; numbers are given, where the paper counts outliers.
+    encoder's class token what stands out; numbers are given, where the paper counts outliers in every picture (`needed_to_recover`
+    says what it would count).
     """
-    unit = directions(tokens)
-    common, asked = (directions(which[:, None, :].to(unit.dtype) @ unit) for which in (image, words))  # (B, 1, C)
-    apart, near = (-(unit @ common.mT)[..., 0], (unit @ asked.mT)[..., 0])
+    apart, near = _apart_and_near(tokens, image, words)
     first = image & (rank(apart.masked_fill(~image, -FAR)) < ((kept + 1) // 2)[:, None])
     return torch.where(first, FAR, near)
+
+
+def _apart_and_near(tokens: Tensor, image: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how little each token (B, N) is like the mean of the image tokens, and how much like that of the words."""
+    unit = directions(tokens)
+    common, asked = (directions(which[:, None, :].to(unit.dtype) @ unit) for which in (image, words))  # (B, 1, C)
+    return -(unit @ common.mT)[..., 0], (unit @ asked.mT)[..., 0]
+
+
+def needed_to_recover(tokens: Tensor, image: Tensor, words: Tensor) -> int:
+    """Return the fewest image tokens of one prompt with which `recovered` keeps all that stand out by either of its scores.
+
+    As many stand out as a score has outliers (`ops.outliers`), those with the best scores. Both halves have to be large enough, so
+    where one score has most of the outliers this is more than the paper keeps, whose two numbers are free. `tokens`: (1, N, C);
+    `image`, `words`: (1, N) booleans. At least 1, also where nothing stands out.
+    """
+    apart, near = (scores[image] for scores in _apart_and_near(tokens, image, words))
+    places, wanted = rank(apart), rank(near) < outliers(near)
+    kept = max(1, 2 * outliers(apart) - 1)
+    while int((wanted & (places >= (kept + 1) // 2)).sum()) > kept // 2:
+        kept += 1
+    return min(kept, len(apart))
 
 
 def evenly_spread(image: Tensor, kept: Tensor) -> Tensor:

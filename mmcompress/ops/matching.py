@@ -40,19 +40,29 @@ def bipartite_soft_matching(keys: Tensor, merged: int, protected: int = 0, sizes
     """
     tokens = keys.shape[1]
     require_mergeable(tokens, merged, protected)
-    first_a, first_b = _first(protected)
     unit = directions(keys.detach())
-    similarity = unit[:, first_a::2] @ unit[:, first_b::2].mT  # (B, Na, Nb)
-    if sizes is not None:
-        similarity = similarity - FAR * (sizes[:, None, first_b::2] == 0).to(similarity.dtype)
+    similarity, ends = pair_similarity(unit, protected, sizes)
     best, partner = similarity.max(dim=-1)  # (B, Na)
-    if sizes is not None:
-        best = torch.where(sizes[:, first_a::2] == 0, FAR, best)
+    if ends is not None:
+        best = torch.where(ends, FAR, best)
 
     layout = _layout(tokens, merged, protected, unit)
     target = _targets(best, partner, merged, layout.earlier)  # (B, Na)
     rows = torch.where(layout.is_a, target.index_select(1, layout.index_a), layout.fixed)  # (B, N)
     return (rows[:, None, :] == layout.numbers).to(unit.dtype)
+
+
+def pair_similarity(unit: Tensor, protected: int, sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the cosines (B, Na, Nb) of A's tokens with B's, and where A is padding (B, Na), None where nothing is.
+
+    `unit`: (B, N, D), of length 1. Padding in B is farther away than anything.
+    """
+    first_a, first_b = _first(protected)
+    similarity = unit[:, first_a::2] @ unit[:, first_b::2].mT
+    if sizes is None:
+        return similarity, None
+    similarity = similarity - FAR * (sizes[:, None, first_b::2] == 0).to(similarity.dtype)
+    return similarity, sizes[:, first_a::2] == 0
 
 
 def require_mergeable(tokens: int, merged: int, protected: int) -> None:

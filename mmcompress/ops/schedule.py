@@ -18,12 +18,16 @@ with all tokens and comes down to the schedule along half a cosine (`annealed`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from mmcompress.errors import UsageError
 
 Shape = Literal["constant", "decreasing"]
+Amounts = Callable[[float], list[float]]
+"""What each block should merge, by a scale: nothing at 0, and never less for a larger one. In place of a shape."""
+ALL = 2.5
+"""The scale of `Amounts` at which each block merges all that is alike at all."""
 
 
 def largest_merge(tokens: int, protected: int) -> int:
@@ -92,12 +96,19 @@ def least_keep(tokens: int, protected: int, blocks: int, every: int = 1, first: 
 
 
 def solve_left(
-    left: int, tokens: int, protected: int, blocks: int, shape: Shape = "constant", every: int = 1, first: int = 0
+    left: int,
+    tokens: int,
+    protected: int,
+    blocks: int,
+    shape: Shape = "constant",
+    every: int = 1,
+    first: int = 0,
+    amounts: Amounts | None = None,
 ) -> list[int]:
     """Return the schedule after which `left` tokens are left, protected ones included.
 
-    R follows `slope` as nearly as whole numbers and halving allow. Raises UsageError, naming the fewest tokens there can be, when
-    halving is too little, and where more are asked for than there are.
+    R follows `slope`, or `amounts`, as nearly as whole numbers and halving allow. Raises UsageError, naming the fewest tokens there
+    can be, when halving is too little, and where more are asked for than there are.
     """
     parts = slope(shape, blocks, every, first)
     active = range(first, blocks, every)
@@ -107,6 +118,9 @@ def solve_left(
             f"{left} tokens cannot be left of {tokens}: merging in {len(active)} of {blocks} blocks leaves {fewest} at least",
             hint=f"keep {fewest} to {tokens}",
         )
+    if amounts is not None:
+        at, _ = _largest_scale(amounts, tokens, protected, sum, tokens - left, ALL)
+        parts = [part if index in active else 0.0 for index, part in enumerate(amounts(at))]
     made = [0] * blocks
     for place, index in enumerate(active):
         ahead = sum(parts[index::every])
@@ -133,8 +147,11 @@ def solve_keep(
     shape: Shape = "constant",
     every: int = 1,
     first: int = 0,
+    amounts: Amounts | None = None,
 ) -> list[int]:
     """Return the schedule that keeps the share `keep` of the token work (see the module's docstring).
+
+    R follows `slope`, or `amounts`.
 
     Where every block merges and none reaches its cap, the tokens entering the MLPs add up to keep * N * L, rounded; otherwise
     their mean is within one token of keep * N, never below. keep = 1 gives all zeros. Raises UsageError, naming the smallest
@@ -151,15 +168,28 @@ def solve_keep(
             hint=f"use keep >= {limit + 0.0005:.3f}" + (" or a smaller every or first" if every > 1 or first else ""),
         )
 
-    def scaled(scale: float) -> list[int]:
-        return capped([int(scale * part) for part in parts], tokens, protected)
+    if amounts is None:
+        high, amounts = float(tokens * every), lambda scale: [scale * part for part in parts]
+    else:
+        high = ALL
+    at, schedule = _largest_scale(amounts, tokens, protected, _removed, removed, high)
+    wanted = amounts(at)
+    return _closed(schedule, {index: wanted[index] for index in active}, removed, tokens, protected)
 
-    low, high = 0.0, float(tokens * every)
+
+def _largest_scale(
+    amounts: Amounts, tokens: int, protected: int, work: Callable[[list[int]], int], most: int, high: float
+) -> tuple[float, list[int]]:
+    """Return the largest scale up to `high` whose amounts, rounded down and capped, are `most` of `work`, and their schedule."""
+
+    def scaled(scale: float) -> list[int]:
+        return capped([int(part) for part in amounts(scale)], tokens, protected)
+
+    low = 0.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if _removed(scaled(middle)) <= removed else (low, middle)
-    ideal = {index: low * parts[index] for index in active}
-    return _closed(scaled(low), ideal, removed, tokens, protected)
+        low, high = (middle, high) if work(scaled(middle)) <= most else (low, middle)
+    return low, scaled(low)
 
 
 def _removed(schedule: Sequence[int]) -> int:

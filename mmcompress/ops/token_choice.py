@@ -131,7 +131,7 @@ def dominant_and_contextual(scores: Tensor, features: Tensor, kept: int) -> Tens
     """
     count = features.shape[1]
     _require(count, kept)
-    dominant = max(1, min(kept, round(kept * DOMINANT))) if kept < count else kept
+    dominant = dominant_of(kept) if kept < count else kept
     contextual = kept - dominant
     best = rank(scores) < dominant
     first = rows_of(best, dominant)
@@ -144,6 +144,11 @@ def dominant_and_contextual(scores: Tensor, features: Tensor, kept: int) -> Tens
     # A middle goes into its own cluster, however alike another is.
     nearest = torch.where(middle.any(dim=0)[None, None, :], middle, nearest)
     return torch.cat([first, _shares(nearest) @ rest], dim=1)
+
+
+def dominant_of(kept: int) -> int:
+    """Return how many of M tokens stay as they are in `dominant_and_contextual`."""
+    return max(1, round(kept * DOMINANT))
 
 
 def kept_with_neighbours(scores: Tensor, features: Tensor, kept: int) -> Tensor:

@@ -32,10 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pass decided. `decisions` is recorded in mmc.json; `tensors` only spare `apply` from computing twice."""
+    """What a pass decided. `decisions` is recorded in mmc.json; `tensors` only spare `apply` from computing twice.
+
+    `facts`: what was learned about the data on the way; recorded beside what `fit` returns.
+    """
 
     decisions: dict[str, Json]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

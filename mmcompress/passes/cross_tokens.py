@@ -13,7 +13,7 @@ Shapes: B batch, N tokens, C channels, E channels of the shared space, L blocks 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ from mmcompress.passes.distill_run import full_precision
 from mmcompress.passes.distill_state import State
 from mmcompress.passes.distill_targets import Table, digest, embed_once, item_of
 from mmcompress.passes.distill_train import Schedule, Trainer
-from mmcompress.surgery.cross_tokens import cross_vector
+from mmcompress.passes.merge_schedule import merging_blocks
+from mmcompress.surgery.cross_tokens import add_cross_token, cross_vector
 from mmcompress.surgery.merging import Flow, ledger_of, told_by_guide
 from mmcompress.views import Tower
 
@@ -52,6 +53,15 @@ def other_tower(bundle: Bundle, tower: Tower) -> Tower:
         f"{bundle.family.name} models is not in one",
         hint="leave guide out: the class token, or the mean, then says what matters",
     )
+
+
+def add_vectors(bundle: Bundle, tower: Tower, merged: Sequence[int]) -> None:
+    """Give each block of `tower` that merges tokens, by how many each does, its vector, untrained."""
+    for block, removed in zip(merging_blocks(tower), merged, strict=True):
+        if removed:
+            width = int(bundle.module(block.mlp.reader).out_features)  # type: ignore[arg-type]
+            with bundle.device:
+                add_cross_token(bundle.module(block.path), width, bundle.model.dtype)
 
 
 def trained(bundle: Bundle, tower: Tower, context: Context, epochs: int) -> dict[str, Any]:

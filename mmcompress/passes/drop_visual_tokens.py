@@ -17,6 +17,7 @@ from mmcompress.ops.dropping import counts_kept, drawn_factors
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.passes.latency import SECONDS, solved
 from mmcompress.passes.merge_schedule import CLOSE, block_macs
+from mmcompress.passes.token_counts import FLOOR, kept_of_questions, require_floor
 from mmcompress.surgery.dropping import bind, dropping_of
 from mmcompress.surgery.prompt_flow import Drop, Dropping
 from mmcompress.views import Prompt, Tower
@@ -54,6 +55,11 @@ class DropVisualTokens:
     latency_ms: float | None = None
     """Milliseconds that the exported model may take to the first token of an answer on this machine's processor, instead of `keep`:
     some shares are exported and timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
+    adaptive: bool = False
+    """Count on data what stands out, by Recoverable Compression's rule, instead of `keep`: the share of image tokens is kept that
+    suffices for 95 in 100 questions (recoverable; needs questions about pictures)."""
+    floor: float = 0.05
+    """For `adaptive`: share of the image tokens that is kept at least."""
     method: Literal["fastv", "pyramiddrop", "sparsevlm", "recoverable", "lftr", "grid", "random"] = "fastv"
     """Which tokens stay: those that the question's last token looks at, chosen once (fastv) or again and again (pyramiddrop),
     those that the words look at that have to do with the picture (sparsevlm), those that stand out and those nearest to the
@@ -82,7 +88,18 @@ class DropVisualTokens:
         require_milliseconds("drop-visual-tokens.latency_ms", self.latency_ms)
         require_kept_share("drop-visual-tokens.macs", self.macs, "0.5 keeps half of the blocks' multiply-adds")
         amounts = {"keep": self.keep, "keep_tokens": self.keep_tokens, "macs": self.macs, "latency_ms": self.latency_ms}
-        require_one("drop-visual-tokens", **amounts)
+        require_one("drop-visual-tokens", **amounts, adaptive=self.adaptive or None)
+        require_floor("drop-visual-tokens.floor", self.floor, self.adaptive, "adaptive")
+        if self.adaptive and self.method != "recoverable":
+            raise UsageError(
+                f"drop-visual-tokens.adaptive counts outliers of method recoverable's scores, and {self.method} is asked for",
+                hint="give --method recoverable, or say how many with keep",
+            )
+        if self.adaptive and self.recycle:
+            raise UsageError(
+                "drop-visual-tokens has both adaptive and recycle, whose means would take the places of tokens that were counted",
+                hint="leave recycle out, or say how many with keep",
+            )
         if self.place == "cache" and (self.latency_ms is not None or self.macs is not None):
             what = "macs is the work" if self.latency_ms is None else "latency_ms is the time"
             raise UsageError(
@@ -105,19 +122,20 @@ class DropVisualTokens:
         if self.method == "random":
             return None
         if decisions is None:
-            return dataclasses.replace(self, method="random", recycle=False)
+            return dataclasses.replace(self, method="random", recycle=False, adaptive=False, floor=FLOOR)
         places = tuple(int(drop["after"]) for drop in decisions["drops"])
         keep = None if self.keep_tokens else float(decisions["keep"])
-        return dataclasses.replace(
-            self, keep=keep, macs=None, latency_ms=None, method="random", recycle=False, after=places
-        )
+        plain = dataclasses.replace(self, method="random", recycle=False, adaptive=False, floor=FLOOR)
+        return dataclasses.replace(plain, keep=keep, macs=None, latency_ms=None, after=places)
 
     def streams(self) -> bool:
-        """Whether no weight is looked at: only a latency is that of the whole model."""
-        return self.latency_ms is None
+        """Whether no weight is looked at: only a latency is that of the whole model, and what stands out is seen by it."""
+        return self.latency_ms is None and not self.adaptive
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """No sample is looked at; for a latency, some shares are exported and timed."""
+        """Counting sees each question once; for a latency, some shares are exported and timed."""
+        if self.adaptive:
+            return work.samples * work.forward
         return 0.0 if self.latency_ms is None else SECONDS
 
     def check(self, bundle: Bundle) -> None:
@@ -148,6 +166,11 @@ class DropVisualTokens:
                 f"{len(self._after(tower))} times",
                 hint="use fastv, or give one number after",
             )
+        if self.adaptive and len(self._after(tower)) > 1:
+            raise UsageError(
+                f"drop-visual-tokens.adaptive counts at one place, and tokens would leave {len(self._after(tower))} times",
+                hint="give one number after",
+            )
         if self.keep_tokens is not None and len(self._after(tower)) > 1:
             raise UsageError(
                 f"drop-visual-tokens.keep_tokens is {self.keep_tokens}, but tokens leave {len(self._after(tower))} times, and how "
@@ -164,6 +187,9 @@ class DropVisualTokens:
         keep = 0.5 if self.keep is None else self.keep
         if self.macs is not None:
             keep = self._within_macs(self.macs, bundle, tower)
+        facts: dict[str, Any] = {}
+        if self.adaptive:
+            keep, facts = kept_of_questions(bundle, tower, places[0], self.floor, context)
         each = keep ** (1 / len(places))
         drops = [{"after": after, "keep": each, "most": self.keep_tokens or 0} for after in places]
         decisions: dict[str, Any] = {"keep": keep, "drops": drops}
@@ -171,7 +197,7 @@ class DropVisualTokens:
             decisions["recycle"] = True
         if self.method == "random":
             decisions["drawn"] = list(drawn_factors(context.seed))
-        return Plan(decisions)
+        return Plan(decisions, facts=facts)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Bind the blocks from the first place on; with nothing to leave out, leave the model alone."""

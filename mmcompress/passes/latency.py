@@ -70,7 +70,8 @@ def solved(
             f"{tried[f'{least:.4f}']:.2f} ms",
             hint="allow more, or prune and quantize as well",
         )
-    return Plan({**at(share).plan(bundle, context).decisions, TRIED: tried})
+    plan = at(share).plan(bundle, context)
+    return dataclasses.replace(plan, decisions={**plan.decisions, TRIED: tried})
 
 
 def _given(made: Pass) -> dict[str, Any]:

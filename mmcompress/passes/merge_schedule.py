@@ -11,6 +11,8 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops.budget import largest_within
 from mmcompress.ops.schedule import (
+    Amounts,
+    Shape,
     capped,
     check_schedule,
     least_keep,
@@ -33,24 +35,31 @@ def merging_blocks(tower: Tower) -> tuple[Block, ...]:
     return tower.blocks[: _stream(tower).blocks or None]
 
 
-def schedule_of(settings: MergeTokens, bundle: Bundle, tower: Tower) -> list[int]:
-    """Return R per block; for a budget of milliseconds, the most that can be merged. Raises UsageError when numbers do not fit."""
+def schedule_of(settings: MergeTokens, bundle: Bundle, tower: Tower, amounts: Amounts | None = None) -> list[int]:
+    """Return R per block; for a budget of milliseconds, the most that can be merged. Raises UsageError when numbers do not fit.
+
+    `amounts`: for schedule "similar", how many pairs of each block are alike. Before that is known, the numbers are those of
+    "constant", as many in all; for a `similarity` they are 0.
+    """
     stream, blocks = _stream(tower), len(merging_blocks(tower))
-    shape, every, first = settings.schedule, settings.every, settings.first
+    every, first = settings.every, settings.first
+    shape: Shape = "decreasing" if settings.schedule == "decreasing" else "constant"
     if first >= blocks:
         raise UsageError(
             f"merge-tokens.first is {first}, but in the {tower.name} tower {blocks} blocks can merge",
             hint=f"use first <= {blocks - 1}",
         )
+    if settings.similarity is not None:
+        return [0] * blocks
     if settings.keep_tokens is not None:
-        return solve_left(settings.keep_tokens, stream.tokens, stream.protected, blocks, shape, every, first)
+        return solve_left(settings.keep_tokens, stream.tokens, stream.protected, blocks, shape, every, first, amounts)
     if settings.macs is not None:
-        return _within_macs(settings, bundle, tower, settings.macs)
+        return _within_macs(settings, bundle, tower, settings.macs, amounts)
     if not settings.merged:
         keep = 0.5 if settings.keep is None else settings.keep
         if settings.latency_ms is not None:
             keep = least_of(settings, tower)
-        return solve_keep(keep, stream.tokens, stream.protected, blocks, shape, every, first)
+        return solve_keep(keep, stream.tokens, stream.protected, blocks, shape, every, first, amounts)
     if len(settings.merged) == 1:
         return capped(spread(settings.merged[0], blocks, shape, every, first), stream.tokens, stream.protected)
     if len(settings.merged) != blocks:
@@ -70,9 +79,11 @@ def macs_kept(bundle: Bundle, tower: Tower, merged: Sequence[int]) -> float:
     return block_macs(bundle, tower, pairs) / block_macs(bundle, tower, [(tokens, tokens)] * len(tower.blocks))
 
 
-def _within_macs(settings: MergeTokens, bundle: Bundle, tower: Tower, share: float) -> list[int]:
+def _within_macs(
+    settings: MergeTokens, bundle: Bundle, tower: Tower, share: float, amounts: Amounts | None
+) -> list[int]:
     def schedule(keep: float) -> list[int]:
-        return schedule_of(dataclasses.replace(settings, macs=None, keep=keep), bundle, tower)
+        return schedule_of(dataclasses.replace(settings, macs=None, keep=keep), bundle, tower, amounts)
 
     least = least_of(settings, tower)
     found = largest_within(lambda keep: macs_kept(bundle, tower, schedule(keep)), share, least, CLOSE)

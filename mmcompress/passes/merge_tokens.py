@@ -10,19 +10,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
-from torch import nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops.schedule import kept_share, tokens_after
 from mmcompress.ops.selection import random_selection
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
-from mmcompress.passes.cross_tokens import NEED, other_tower, trained
-from mmcompress.passes.latency import SECONDS, solved
+from mmcompress.passes.cross_tokens import NEED, add_vectors, other_tower, trained
+from mmcompress.passes.latency import SECONDS, TRIALS, solved
+from mmcompress.passes.merge_alike import USUAL, merged_alike
+from mmcompress.passes.merge_bind import bind_tower
 from mmcompress.passes.merge_schedule import least_of, macs_kept, merging_blocks, schedule_of
+from mmcompress.passes.token_counts import FLOOR, require_floor
+from mmcompress.surgery.alikeness import COMPARING
 from mmcompress.surgery.coarsening import coarsening_of
-from mmcompress.surgery.cross_tokens import add_cross_token
-from mmcompress.surgery.merging import Reduction, TokenLedger, bind_block, bind_pool, is_reduced, tokens_left
+from mmcompress.surgery.merging import is_reduced, tokens_left
 from mmcompress.surgery.reducing import choice_of
 from mmcompress.views import Tower
 
@@ -53,8 +55,14 @@ class MergeTokens:
     timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
     merged: tuple[int, ...] = ()
     """Tokens merged in each block, instead of `keep`: one number per block, or a single number that `schedule` spreads."""
-    schedule: Literal["constant", "decreasing"] = "constant"
-    """The same number in every block, or a number that falls linearly to 0 at the last block."""
+    similarity: float | None = None
+    """Instead of `keep`: each block merges as many pairs as are at least this alike, by the cosine that `method` compares, in 95 of
+    100 samples of the data (tome, pitome, crossget; needs data). Keys may be very alike: 0.99 can be little."""
+    floor: float = 0.05
+    """For `similarity`: share of the tokens that is left behind the last block at least."""
+    schedule: Literal["constant", "decreasing", "similar"] = "constant"
+    """The same number in every block, a number that falls linearly to 0 at the last block, or more where more tokens are alike in
+    data (similar; tome, pitome, crossget; needs data). Measured on DINOv2-S with tome, similar is worse than constant."""
     every: int = 1
     """Merge in every n-th block only, more tokens at a time. Matching has a fixed cost, so 2 to 4 is faster for small or 8-bit
     towers; accuracy is a little lower."""
@@ -85,7 +93,9 @@ class MergeTokens:
             macs=self.macs,
             latency_ms=self.latency_ms,
             merged=self.merged,
+            similarity=self.similarity,
         )
+        self._require_comparable()
         require_milliseconds("merge-tokens.latency_ms", self.latency_ms)
         if self.every < 1:
             raise UsageError(
@@ -119,18 +129,26 @@ class MergeTokens:
         """Return the pass that drops as many tokens at random."""
         if self.method == "random":
             return None
-        if self.latency_ms is None or decisions is None:
-            return dataclasses.replace(self, method="random", guide="class")
+        if decisions is None or (self.latency_ms is None and not self._looks):
+            schedule: Literal["constant", "decreasing"] = "decreasing" if self.schedule == "decreasing" else "constant"
+            return dataclasses.replace(
+                self, method="random", schedule=schedule, guide="class", similarity=None, floor=FLOOR
+            )
         return MergeTokens(merged=tuple(decisions["merged"]), method="random", tower=self.tower)
 
     def streams(self) -> bool:
-        """Whether no weight is looked at: only a latency is that of the whole model, and cross tokens learn by it."""
-        return self.latency_ms is None and self.guide == "class"
+        """Whether no weight is looked at: only a latency is that of the whole model, how alike tokens are, what is learned."""
+        return self.latency_ms is None and not self._looks and self.guide == "class"
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """For a latency, some shares are exported and timed; cross tokens learn from what the model is shown again and again."""
-        learned = self.guide_epochs * 2 * work.dataset * work.forward if self.guide == "learned" else 0.0
-        return learned + (0.0 if self.latency_ms is None else SECONDS)
+        """For a latency, some shares are exported and timed; how alike tokens are takes a few runs for each of these shares.
+
+        Cross tokens learn from what the model is shown again and again.
+        """
+        timed, shares = (0.0, 1) if self.latency_ms is None else (SECONDS, TRIALS + 3)
+        looking = shares * USUAL * work.samples * work.forward if self._looks else 0.0
+        learning = self.guide_epochs * 2 * work.dataset * work.forward if self.guide == "learned" else 0.0
+        return timed + looking + learning
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers whose tokens cannot be merged, schedules and image sizes that do not fit, and a second merging."""
@@ -175,7 +193,11 @@ class MergeTokens:
             return solved(
                 self.name, self.latency_ms, (tower.name,), self._keeping, least_of(self, tower), bundle, context
             )
-        merged = schedule_of(self, bundle, tower)
+        facts: dict[str, Any] = {}
+        if self._looks:
+            merged, facts = merged_alike(self, bundle, tower, context)
+        else:
+            merged = schedule_of(self, bundle, tower)
         if self.guide == "learned" and any(merged):
             context.require_data(NEED)
         decisions: dict[str, Any] = {"merged": merged}
@@ -185,53 +207,17 @@ class MergeTokens:
                 random_selection(left + dropped, dropped, tower.stream.protected, generator).tolist()
                 for dropped, left in zip(merged, tokens_after(merged, tower.stream.tokens), strict=True)
             ]
-        return Plan(decisions)
+        return Plan(decisions, facts=facts)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Bind the blocks' forward; with nothing to merge, leave the model alone."""
         merged: list[int] = plan.decisions["merged"]
         tower = self._tower(bundle)
-        stream = tower.stream
-        assert stream is not None, "check refuses towers without a stream"
         if not any(merged):
             return
-        kept: list[list[int]] = plan.decisions.get("kept", [])
-        restore = stream.readout in ("mean", "all")
-        ledger = TokenLedger()
-        before = [stream.tokens, *tokens_after(merged, stream.tokens)]
-        for index, (block, removed) in enumerate(zip(merging_blocks(tower), merged, strict=True)):
-            dropping = bool(kept) and removed > 0
-            last = index == len(merged) - 1
-            bind_block(
-                bundle.module(block.path),
-                Reduction(
-                    attend=block.attend,
-                    attention=block.attention.path.removeprefix(block.path + "."),
-                    feed=block.feed,
-                    merged=0 if self.method == "random" else removed,
-                    method="tome" if self.method == "random" else self.method,
-                    depth=index / len(merged),
-                    kept=tuple(kept[index]) if dropping else (),
-                    tokens=before[index],
-                    protected=stream.protected,
-                    proportional=self._proportional,
-                    first=index == 0,
-                    last=last,
-                    pooled=stream.readout == "attention",
-                    restore=restore,
-                    survivors=_survivors(kept, stream.tokens) if kept and last else (),
-                    original=stream.tokens,
-                    ledger=ledger,
-                ),
-            )
-            if self.guide == "learned" and removed:
-                width = int(bundle.module(block.mlp.reader).out_features)  # type: ignore[arg-type]
-                with bundle.device:
-                    add_cross_token(bundle.module(block.path), width, bundle.model.dtype)
-        if stream.readout == "attention":
-            pool = bundle.module(stream.pool)
-            assert isinstance(pool, nn.MultiheadAttention), "TokenStream.pool names a MultiheadAttention"
-            bind_pool(pool, ledger, proportional=self._proportional)
+        bind_tower(bundle, tower, merged, self.method, self.proportional_attention, plan.decisions.get("kept", []))
+        if self.guide == "learned":
+            add_vectors(bundle, tower, merged)
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Train the cross tokens, if there are some; report the tokens of each block and the multiply-adds' share that is left."""
@@ -256,8 +242,39 @@ class MergeTokens:
         return dataclasses.replace(self, latency_ms=None, keep=share)
 
     @property
-    def _proportional(self) -> bool:
+    def proportional_attention(self) -> bool:
+        """Whether a merged token counts as often as it has members."""
         return self.method != "evit" if self.proportional is None else self.proportional
+
+    @property
+    def _looks(self) -> bool:
+        """Whether data says how many tokens each block merges."""
+        return self.schedule == "similar" or self.similarity is not None
+
+    def _require_comparable(self) -> None:
+        """Raise UsageError where how alike tokens are cannot say what it is asked for."""
+        require_floor("merge-tokens.floor", self.floor, self.similarity is not None, "similarity")
+        if self.similarity is not None and not 0 < self.similarity <= 1:
+            raise UsageError(
+                f"merge-tokens.similarity is {self.similarity:g}; expected 0 < similarity <= 1",
+                hint="0.9 merges pairs of which the cosine is at least that",
+            )
+        if self._looks and self.method not in COMPARING:
+            what = "similarity" if self.similarity is not None else "schedule similar"
+            raise UsageError(
+                f"merge-tokens.{what} asks how alike the tokens are that are merged, and method {self.method} compares none",
+                hint=f"give --method {' or '.join(COMPARING)}",
+            )
+        if self.similarity is not None and self.schedule != "constant":
+            raise UsageError(
+                f"merge-tokens.similarity says what every block merges; schedule {self.schedule} would change nothing",
+                hint="leave schedule out, or say how many with keep",
+            )
+        if self.schedule == "similar" and self.merged:
+            raise UsageError(
+                "merge-tokens.merged says how many tokens blocks merge, and schedule similar asks the data",
+                hint="give keep, keep_tokens, macs or latency_ms, or another schedule",
+            )
 
     def _tower(self, bundle: Bundle) -> Tower:
         """Return the tower meant. Raises UsageError where none is called that, or none or several can be merged."""
@@ -295,11 +312,3 @@ def _require_own_size(bundle: Bundle) -> None:
             f"the image processor makes {made}, config.json says {wanted}: the schedule would count tokens that are not there",
             hint="give both files one size; positions made for another have to be interpolated once and saved",
         )
-
-
-def _survivors(kept: list[list[int]], tokens: int) -> tuple[int, ...]:
-    """Return the original positions that are left after all blocks."""
-    left = list(range(tokens))
-    for positions in kept:
-        left = [left[position] for position in positions]
-    return tuple(left)

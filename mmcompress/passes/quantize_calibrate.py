@@ -36,11 +36,17 @@ class Grid:
 
 
 def batches(
-    bundle: Bundle, tower: str, context: Context, samples: int, label: str, what: str = "quantizing the activations"
+    bundle: Bundle,
+    tower: str,
+    context: Context,
+    samples: int,
+    label: str,
+    what: str = "quantizing the activations",
+    hint: str = "",
 ) -> Iterator[Inputs]:
     """Yield prepared inputs of up to `samples` samples that have something for this tower.
 
-    Raises UsageError when there is no data, or nothing in it for this tower: `what` is what needs them.
+    Raises UsageError when there is no data, or nothing in it for this tower: `what` is what needs them, `hint` what else there is.
     """
     data = context.require_data(f"{what} of the {tower} tower").subset(samples, context.seed)
     found = False
@@ -54,7 +60,7 @@ def batches(
     if not found:
         raise UsageError(
             f"the data '{data.name}' has nothing for the {tower} tower",
-            hint=f"use data that has, or --{tower}-scheme W8A16, which needs none",
+            hint=hint or f"use data that has, or --{tower}-scheme W8A16, which needs none",
         )
 
 

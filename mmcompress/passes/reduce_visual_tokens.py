@@ -16,6 +16,7 @@ from mmcompress.ops.token_choice import drawn
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share, require_milliseconds, require_one
 from mmcompress.passes.latency import SECONDS, solved
 from mmcompress.passes.selector_train import NEED, channels_given_out, seconds_a_picture, trained
+from mmcompress.passes.token_counts import kept_of_pictures, require_floor
 from mmcompress.passes.token_relevance import relevance_by_place, require_answers
 from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import LEARNED, SCORED, Choice, bind_connector, bind_scorer, choice_of, handed_on
@@ -44,6 +45,11 @@ class ReduceVisualTokens:
     latency_ms: float | None = None
     """Milliseconds that the exported model may take to the first token of an answer on this machine's processor, instead of `keep`:
     some shares are exported and timed as the recipe's `export` says (batch, runners, threads); the largest that fits is kept."""
+    adaptive: bool = False
+    """Count on data what stands out among the encoder's scores, by PruMerge's rule, instead of `keep`: as many tokens are kept of
+    every picture as suffice for 95 in 100 of them (visionzip, prumerge, attention; needs pictures)."""
+    floor: float = 0.05
+    """For `adaptive`: share of a picture's tokens that is kept at least."""
     method: Literal[
         "divprune",
         "clusters",
@@ -81,7 +87,16 @@ class ReduceVisualTokens:
                 f"reduce-visual-tokens.keep_tokens is {self.keep_tokens}; expected a number >= 1",
                 hint="64 keeps 64 tokens of each picture",
             )
-        require_one(self.name, keep=self.keep, keep_tokens=self.keep_tokens, latency_ms=self.latency_ms)
+        counting = self.adaptive or None
+        require_one(
+            self.name, keep=self.keep, keep_tokens=self.keep_tokens, latency_ms=self.latency_ms, adaptive=counting
+        )
+        require_floor("reduce-visual-tokens.floor", self.floor, self.adaptive, "adaptive")
+        if self.adaptive and self.method not in SCORED:
+            raise UsageError(
+                f"reduce-visual-tokens.adaptive counts what the encoder's scores make stand out, and {self.method} asks for none",
+                hint=f"give --method {' or '.join(SCORED)}, or say how many with keep",
+            )
         require_milliseconds("reduce-visual-tokens.latency_ms", self.latency_ms)
         for key in ("selector_epochs", "selector_pictures", "selector_layers"):
             if getattr(self, key) < 1:
@@ -106,17 +121,22 @@ class ReduceVisualTokens:
         """Return the pass that keeps as many tokens at random."""
         if self.method == "random":
             return None
-        if self.latency_ms is None or decisions is None:
+        if decisions is None or (self.latency_ms is None and not self.adaptive):
             return ReduceVisualTokens(self.keep, self.keep_tokens, self.latency_ms, method="random", tower=self.tower)
         return ReduceVisualTokens(keep_tokens=int(decisions["kept"]), method="random", tower=self.tower)
 
     def streams(self) -> bool:
-        """Whether no weight is looked at: only a latency is that of the whole model, and features are made by it."""
-        return self.latency_ms is None and self.method not in (LEARNED, RELEVANCE)
+        """Whether no weight is looked at: only a latency is that of the whole model, and features and scores are made by it."""
+        return self.latency_ms is None and not self.adaptive and self.method not in (LEARNED, RELEVANCE)
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """For a latency, some shares are exported and timed; a selector sees each picture once, then learns from its features."""
+        """For a latency, some shares are exported and timed; a selector sees each picture once, then learns from its features.
+
+        Counting sees each picture once.
+        """
         timed = 0.0 if self.latency_ms is None else SECONDS
+        if self.adaptive:
+            return work.samples * work.forward
         if self.method == RELEVANCE:
             return timed + 4 * work.samples * work.forward
         if self.method != LEARNED:
@@ -160,6 +180,9 @@ class ReduceVisualTokens:
             stages = (self._tower(bundle).name, "prompt")
             return solved(self.name, self.latency_ms, stages, self._keeping, 1 / connector.tokens, bundle, context)
         kept, small = self._kept(connector)
+        facts: dict[str, Any] = {}
+        if self.adaptive:
+            kept, facts = kept_of_pictures(bundle, self._tower(bundle), self.method, self.floor, context)
         decisions: dict[str, Any] = {"kept": kept}
         if self.method == "pool":
             decisions["small"] = list(small)
@@ -172,7 +195,7 @@ class ReduceVisualTokens:
         if self.method == LEARNED and kept < connector.tokens:
             context.require_data(NEED)
             decisions["selector"] = self._shape(bundle)
-        return Plan(decisions)
+        return Plan(decisions, facts=facts)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Bind the connector's forward, and that of the attention it asks; with nothing to leave out, leave the model alone.

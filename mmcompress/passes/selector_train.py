@@ -9,7 +9,6 @@ Shapes: P pictures (or tiles), R pictures of a step, N tokens, C channels.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from mmcompress.ops.token_autoencoder import (
 )
 from mmcompress.ops.token_choice import best_scored
 from mmcompress.passes.base import Context
+from mmcompress.passes.different_pictures import different_pictures
 from mmcompress.passes.distill_train import deterministic
 from mmcompress.progress import Progress
 from mmcompress.surgery.counting import macs_within
@@ -116,7 +116,7 @@ def collected(bundle: Bundle, tower: str, selector: nn.Module, tokens: int, cont
         torch.inference_mode(),
         watch_inputs({"": selector}, record),
     ):
-        for inputs in _pictures(bundle, tower, context):
+        for inputs in different_pictures(bundle, tower, context, NEED):
             bundle.encode(tower, inputs)
             context.progress.advance(len(found[-1]))
             looked += len(found[-1])
@@ -130,32 +130,6 @@ def collected(bundle: Bundle, tower: str, selector: nn.Module, tokens: int, cont
             f"learning from {limit} pictures: more would take over {FEATURE_BYTES >> 20} MiB of memory"
         )
     return torch.cat(found)[:limit]
-
-
-def _pictures(bundle: Bundle, tower: str, context: Context) -> Iterator[dict[str, Tensor]]:
-    """Yield prepared pictures, a few at a time, each once however many samples show it."""
-    data = context.require_data(NEED)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(context.seed)).tolist()
-    seen: set[bytes] = set()
-    waiting: list[Any] = []
-    for index in order:
-        for item in bundle.items(tower, data[index])[:1]:
-            digest = _digest(bundle.prepare(tower, [item]))
-            if digest not in seen:
-                seen.add(digest)
-                waiting.append(item)
-        if len(waiting) == context.batch_size:
-            yield bundle.prepare(tower, waiting)
-            waiting = []
-    if waiting:
-        yield bundle.prepare(tower, waiting)
-
-
-def _digest(inputs: dict[str, Tensor]) -> bytes:
-    whole = hashlib.sha256()
-    for value in inputs.values():
-        whole.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return whole.digest()
 
 
 class Autoencoder(nn.Module):

@@ -183,9 +183,25 @@ def telling_weights(attentions: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
     Raises UsageError for a module that does not choose its attention function by its config.
     """
+    with _telling(WEIGHTS, attentions) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def telling_scores(attention: nn.Module, class_token: bool) -> Iterator[list[Tensor]]:
+    """While it is open, each call of `attention` adds its scores (B, N), those of `give_scores`, to a list.
+
+    Raises UsageError for a module that does not choose its attention function by its config.
+    """
+    with _telling(CLASS_SCORES if class_token else SCORES, [attention]) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _telling(name: str, attentions: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     before = [getattr(attention, "config", None) for attention in attentions]
     found: list[Tensor] = []
-    _attend_by(WEIGHTS, attentions)
+    _attend_by(name, attentions)
     hooks = [attention.register_forward_hook(lambda _, __, made: found.append(made[1])) for attention in attentions]
     try:
         yield found

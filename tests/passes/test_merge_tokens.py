@@ -300,6 +300,8 @@ def test_parameters_have_help() -> None:
         "macs",
         "latency_ms",
         "merged",
+        "similarity",
+        "floor",
         "schedule",
         "every",
         "first",

@@ -22,6 +22,8 @@ WORK = Work(samples=10, dataset=100, forward=0.5)
         ("prune", {"score": "random", "compensate": "none"}, 0),
         ("prune", {"score": "block-influence", "units": ["blocks"]}, 1 * 10 * 0.5),
         ("merge-tokens", {"keep": 0.5}, 0),
+        ("merge-tokens", {"keep": 0.5, "schedule": "similar"}, 4 * 10 * 0.5),
+        ("merge-tokens", {"similarity": 0.9}, 4 * 10 * 0.5),
         # Three blocks in the deeper tower, two in the other: 2 * (2 * 3 + 3) judgements of the 10 samples there are.
         ("quantize", {"sensitivity": True}, (2 * 10 + 2 * 9 * 10) * 0.5),
         ("quantize", {}, (2 * 10 + 2 * 2 * 10) * 0.5),
