@@ -87,7 +87,8 @@ def costs(every: Tensor, protected: int, valid: Tensor, guide: Tensor | None = N
     order = rank(similarity.amax(dim=-1))
     # A token asks those behind it alone; the last one has none to ask and never goes.
     behind = order[:, None, :] > order[:, :, None]
-    return (unit @ guide.mT)[:, :, 0], similarity.masked_fill(~behind, NEVER).amax(dim=-1), similarity
+    importance = (unit @ directions(guide.detach()).mT)[:, :, 0]
+    return importance, similarity.masked_fill(~behind, NEVER).amax(dim=-1), similarity
 
 
 def _joined(sources: Tensor, partner: Tensor, merged: int, protected: int) -> Tensor:
