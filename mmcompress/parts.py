@@ -9,6 +9,8 @@ serves every family:
     inputs_embeds (B, T, C)     the same tokens as rows of the part that takes input_ids; at image tokens, rows of `image_embeds`
     attention_mask (B, P + T)   1 where there is a token; 0 in the padding, which lies on the left
     position_ids (B, …, T)      as the family gave them for the prompt, then one more than the largest so far
+                                Where an earlier part gives out image_places (R, M, 1), a picture's M tokens go on taking
+                                `Decoding.room` positions: each stands at its place, what follows behind all of them
     image_mask (B, T)           1 at image tokens
     attention_mask_I (B, P_I + T_I)   where image tokens leave on the way: as attention_mask, of what is behind the I-th place.
                                 `asked` says how much of the prompt that is; each further token is one more
@@ -94,6 +96,8 @@ class Decoding:
     """Tokens an answer does not begin with."""
     image_token: int | None = None
     """The token in whose places image_embeds stand."""
+    room: int = 0
+    """How many positions a picture takes where fewer tokens of it are given, which stand apart; 0: as many as its tokens."""
     questions: bool = True
     """Whether it can be asked something; else it only describes."""
     resizes: bool = False

@@ -155,7 +155,7 @@ def _chosen_alike(want: list[np.ndarray], got: list[np.ndarray], limit: Toleranc
         lengths = np.linalg.norm(ours, axis=-1)[:, None] * np.linalg.norm(theirs, axis=-1)
         cosines = ours @ theirs.T / np.maximum(lengths, np.finfo(np.float32).tiny)
         apart = np.stack([np.abs(row - theirs).max(axis=-1) for row in ours])
-        same = (apart <= largest) & (cosines >= limit.cosine)  # (rows, rows)
+        same = (apart <= largest) & ((cosines >= limit.cosine) | (lengths == 0))  # (rows, rows); zeros point nowhere
         if min(same.any(axis=0).mean(), same.any(axis=1).mean()) < CHOSEN_ROWS:
             return False
     return True

@@ -27,7 +27,13 @@ from mmcompress.families.answers import greedy, next_token_roots, quiet
 from mmcompress.families.language_models import language_tower, require_language, write_language_config
 from mmcompress.families.picture_questions import PictureQuestions
 from mmcompress.families.picture_rows import gathered, padded
-from mmcompress.families.vision_language_parts import embed_part, language_decoding, language_part, left_masks
+from mmcompress.families.vision_language_parts import (
+    embed_part,
+    language_decoding,
+    language_part,
+    left_masks,
+    with_places,
+)
 from mmcompress.parts import Decoding, Part
 from mmcompress.surgery.dropping import asked_at, has_to_stay
 from mmcompress.surgery.frames import STAGES, stages_of
@@ -148,6 +154,9 @@ class VisionLanguage(PictureQuestions):
 
     def _given(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Any] | None:
         if "image_tokens" in inputs:
+            choice = self._choice(model)
+            if choice:
+                choice.seen.places = None  # where other pictures' tokens were says nothing of these
             return self.handed_on(model, {"image": self.ready_made(model, inputs["image_tokens"])}, {})
         images = {key: inputs[key] for key in self.image_keys if key in inputs}
         if not images:
@@ -198,10 +207,13 @@ class VisionLanguage(PictureQuestions):
 
     def parts(self, model: Any) -> tuple[Part, ...]:
         """Return the graphs that look, look words up, and write. Raises what `vision_graph` raises."""
-        choice, blocks = self._choice(model), self.vision_tower(model).blocks
-        merges = ledger_of(model.get_submodule(blocks[0].path)) is not None
+        choice, tower = self._choice(model), self.vision_tower(model)
+        merges = ledger_of(model.get_submodule(tower.blocks[0].path)) is not None
+        looking = replace(self.vision_graph(model), choosing=merges or bool(choice and choice.compares))
+        if choice and choice.apart and tower.connector:
+            looking = with_places(looking, tower.connector.path)
         return (
-            replace(self.vision_graph(model), choosing=merges or bool(choice and choice.compares)),
+            looking,
             embed_part(model, self.deep(model)),
             language_part(model, self.language, self.both_ways, self.position_axes, self.deep(model)),
         )
@@ -212,7 +224,9 @@ class VisionLanguage(PictureQuestions):
         return choice_of(model.get_submodule(connector.path)) if connector else None
 
     def decoding(self, model: Any) -> Decoding:
-        return language_decoding(model, ANSWER_TOKENS)
+        choice = self._choice(model)
+        room = choice.tokens if choice and choice.apart else 0
+        return replace(language_decoding(model, ANSWER_TOKENS), room=room)
 
     def asked(self, model: Any, processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return the vision part's inputs, of pictures only, and the prompt: input_ids, attention_mask, position_ids."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from mmcompress.ops.masks import causal_mask, mask_both_ways
 from mmcompress.parts import BATCH, MASK, PAST, TOKENS, Decoding, Part, Sizes
 from mmcompress.surgery.cache_lengths import CACHE
 from mmcompress.surgery.dropping import dropping_of, given_rooms, rooms_for
+from mmcompress.surgery.reducing import choice_of
 
 
 def vision_part(look: Callable[..., Tensor], example: Callable[[int], dict[str, Tensor]], tables: int = 0) -> Part:
@@ -41,6 +43,24 @@ def vision_part(look: Callable[..., Tensor], example: Callable[[int], dict[str, 
         tables=tables,
         tower="vision",
     )
+
+
+def with_places(looking: Part, connector: str) -> Part:
+    """Return a part that also gives out image_places (R, M, 1): where in its picture each of the M tokens was that are left.
+
+    They are counted row by row; `connector`, the path of the module that chooses tokens, leaves them.
+    """
+
+    def look(model: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        made = looking.compute(model, *inputs)
+        choice = choice_of(model.get_submodule(connector))
+        assert choice is not None, "the pass bound it"
+        places, choice.seen.places = choice.seen.places, None
+        assert isinstance(made, Tensor), "it gives out image_embeds alone"
+        assert places is not None, "the connector leaves them"
+        return made, places[..., None].float()
+
+    return replace(looking, compute=look, outputs=(*looking.outputs, "image_places"))
 
 
 def embed_part(model: Any, deep: int) -> Part:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmcompress.errors import UsageError
 from mmcompress.export.artifact import TensorSpec
 from mmcompress.measure.runner import Array, Runner
+from mmcompress.ops.positions import stand_apart
 from mmcompress.parts import MASK, PAST, Decoding
 
 
@@ -76,7 +78,8 @@ class Writer:
         """
         state = _State(self, asked)
         ids = self._start(state)
-        limit = self._room(max(ids.shape[1], len(self.decoding.start)), limit)
+        taken = 0 if state.positions is None else int(state.positions.max()) + 1
+        limit = self._room(max(ids.shape[1], taken, len(self.decoding.start)), limit)
         logits = state.step(ids)
         written: list[Array] = []
         running = np.ones(len(ids), dtype=bool)
@@ -154,6 +157,17 @@ class _State:
             given = {name: known[name] for name in stage.names}
             self.context |= stage.runner.chain(given, keep=wanted & set(stage.outputs))
             self.seconds[stage.name] = time.perf_counter() - begun
+        if "image_places" in self.context:
+            self._stand_apart(self.context["image_places"])
+
+    def _stand_apart(self, places: Array) -> None:
+        """Let a picture's tokens stand where they were: at the `places` (R, M, 1) of as many positions as it had tokens."""
+        decoding = self.writer.decoding
+        assert self.positions is not None, "a prompt with pictures has them"
+        positions, image = self.positions, self.asked["input_ids"] == decoding.image_token
+        given = [torch.from_numpy(value) for value in (positions, image, places[..., 0].astype(np.int64))]
+        stand = stand_apart(given[0], given[1], given[2], decoding.room)
+        self.positions = stand[0].numpy()
 
     def step(self, ids: Array) -> Array:
         """Return logits (B, V) that follow `ids` (B, T), and remember what was seen."""

@@ -37,6 +37,8 @@ LLOYD = 5
 """Iterations of k-means; centres that begin far apart move little after them."""
 NEIGHBOURS = 32
 """Tokens that go into a kept one in PruMerge."""
+MARGIN = 1e-3
+"""Less than any difference of two means of places that matters."""
 DOMINANT = 54 / 64
 """Share of the tokens that VisionZip keeps as they are (54 of 64, 108 of 128, 162 of 192)."""
 
@@ -186,6 +188,24 @@ def halved(tokens: Tensor, kept: int) -> Tensor:
     if members is None:
         return rows_of(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), kept)
     return _in_order(_shares(members))
+
+
+def by_place(rows: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return the rows (…, M, N) of an assignment in the order of their places, and these (…, M, 1).
+
+    A row's place, counted row by row of the `grid`, is that nearest to the middle of what it is made of.
+    """
+    shares = _shares(rows)
+    number = torch.arange(rows.shape[-1], device=rows.device)
+    across = grid[1]
+    # As sums: see `_in_order`. Halves go up and left, by a margin that rounding does not reach.
+    row, column = (
+        ((shares * line.to(shares.dtype)).sum(dim=-1) - 0.5 - MARGIN).ceil()
+        for line in (number // across, number % across)
+    )
+    place = row * across + column  # (…, M)
+    order = (rank(-place)[..., None, :] == torch.arange(rows.shape[-2], device=rows.device)[:, None]).to(rows.dtype)
+    return order @ rows, order @ place[..., None]
 
 
 def places(assignment: Tensor, tokens: Tensor) -> Tensor:

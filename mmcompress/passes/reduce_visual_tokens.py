@@ -19,6 +19,7 @@ from mmcompress.passes.selector_train import NEED, channels_given_out, seconds_a
 from mmcompress.passes.token_counts import kept_of_pictures, require_floor
 from mmcompress.passes.token_relevance import relevance_by_place, require_answers
 from mmcompress.surgery.merging import ledger_of
+from mmcompress.surgery.picture_places import bind_places
 from mmcompress.surgery.reducing import LEARNED, SCORED, Choice, bind_connector, bind_scorer, choice_of, handed_on
 from mmcompress.surgery.selector import HEAD_WIDTH, TokenTransformer
 from mmcompress.views import Connector, Tower
@@ -69,6 +70,9 @@ class ReduceVisualTokens:
     means of similar pairs (tome), those that a small network learned to keep from pictures alone (selector; needs data), those at
     the places that answers had to do with (relevance, Chefer's; needs questions with pictures and answers), means of neighbours
     (pool, the largest grid within what is asked for), every n-th (grid), or random ones (the control)."""
+    positions: Literal["original", "counted"] = "original"
+    """Where the tokens that are left stand for the language model: where they were in the picture, a mean in the middle of its
+    members (original), as it was trained with all of them; or one behind the other (counted)."""
     tower: str = ""
     """The tower whose tokens they are; by default the one that looks at pictures for a language model."""
     selector_epochs: int = 10
@@ -122,8 +126,10 @@ class ReduceVisualTokens:
         if self.method == "random":
             return None
         if decisions is None or (self.latency_ms is None and not self.adaptive):
-            return ReduceVisualTokens(self.keep, self.keep_tokens, self.latency_ms, method="random", tower=self.tower)
-        return ReduceVisualTokens(keep_tokens=int(decisions["kept"]), method="random", tower=self.tower)
+            amount = {"keep": self.keep, "keep_tokens": self.keep_tokens, "latency_ms": self.latency_ms}
+        else:
+            amount = {"keep_tokens": int(decisions["kept"])}
+        return ReduceVisualTokens(**amount, method="random", positions=self.positions, tower=self.tower)  # type: ignore[arg-type]
 
     def streams(self) -> bool:
         """Whether no weight is looked at: only a latency is that of the whole model, and features and scores are made by it."""
@@ -215,6 +221,7 @@ class ReduceVisualTokens:
             small=(rows, columns),
             drawn=tuple(plan.decisions.get("drawn", ())),
             leading=connector.leading,
+            apart=self.positions == "original",
         )
         shape = plan.decisions.get("selector")
         with bundle.device:
@@ -222,6 +229,9 @@ class ReduceVisualTokens:
         bind_connector(bundle.module(connector.path), choice, selector)
         if self.method in SCORED:
             bind_scorer(bundle.module(connector.scorer), choice)
+        if choice.apart:
+            language, prompt = next((tower, tower.prompt) for tower in bundle.towers() if tower.prompt is not None)
+            bind_places(bundle.module(prompt.path), bundle.module(language.path), prompt.image_tokens, choice)
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Train the selector, if there is one; report the tokens of a picture before and after."""

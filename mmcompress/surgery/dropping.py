@@ -33,6 +33,7 @@ from mmcompress.ops.dropping import counts_kept, room_for
 from mmcompress.ops.masks import as_added, causal_mask, visible
 from mmcompress.surgery.attention import give_asked
 from mmcompress.surgery.cache_lengths import CACHE
+from mmcompress.surgery.noting import note_images
 from mmcompress.surgery.prompt_flow import SCORED, Chosen, Dropping, Flow, chosen, opened
 
 ATTRIBUTE = "dropping"
@@ -65,14 +66,14 @@ def bind(model: nn.Module, blocks: Sequence[nn.Module], images: Sequence[int], o
             feed = block.get_submodule(own.mlp)
             setattr(feed, SKIPPING, mine)
             feed.forward = MethodType(_skip, feed)
-    setattr(model, ATTRIBUTE, (own, tuple(images)))
-    model.forward = MethodType(_note_images, model)
+    setattr(model, ATTRIBUTE, own)
+    note_images(model, images, own.ledger)
 
 
 def dropping_of(model: nn.Module) -> Dropping | None:
     """Return how the prompts of a model lose tokens, None where they do not; `model` is the one `bind` was given."""
-    found: tuple[Dropping, tuple[int, ...]] | None = getattr(model, ATTRIBUTE, None)
-    return None if found is None else found[0]
+    found: Dropping | None = getattr(model, ATTRIBUTE, None)
+    return found
 
 
 def has_to_stay(block: nn.Module) -> bool:
@@ -127,16 +128,6 @@ def rooms_for(own: Dropping, present: Tensor, image: Tensor) -> tuple[Tensor, ..
         present, image = room, (room.bool() & (behind < images[:, None])).long()
         made.append(room)
     return tuple(made)
-
-
-def _note_images(self: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    own, images = getattr(self, ATTRIBUTE)
-    if input_ids is not None:
-        own.ledger.image = torch.isin(input_ids, torch.tensor(images, device=input_ids.device))
-    try:
-        return type(self).forward(self, input_ids, *args, **kwargs)
-    finally:
-        own.ledger.image = own.ledger.flow = None
 
 
 def _attend(self: Any, *args: Any, **kwargs: Any) -> Any:

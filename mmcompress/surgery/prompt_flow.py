@@ -25,7 +25,7 @@ from mmcompress.ops.dropping import (
 from mmcompress.ops.masks import visible
 from mmcompress.ops.recycling import recycled
 from mmcompress.surgery.cache_lengths import CACHE, held_by, remember
-from mmcompress.surgery.ledger import Ledger
+from mmcompress.surgery.noting import Noted
 
 Method = Literal["fastv", "pyramiddrop", "sparsevlm", "recoverable", "lftr", "grid", "random"]
 SCORED: tuple[Method, ...] = ("fastv", "pyramiddrop", "sparsevlm")
@@ -71,16 +71,18 @@ class Flow(NamedTuple):
         return found if self.answer is None else found & ~self.answer
 
 
-class PromptLedger(Ledger):
+class PromptLedger(Noted):
     """Where the model and its blocks leave what later ones need."""
 
-    image: Tensor | None = None
-    """(B, T) booleans; None where the model was given rows in place of token ids: then none is a picture's."""
     asked: Tensor | None = None
     """(B,), see `asked_at`."""
     rooms: tuple[Tensor, ...] | None = None
     """See `given_rooms`."""
     flow: Flow | None = None
+
+    def forget(self) -> None:
+        """Forget what is known of a prompt that has been read."""
+        self.image = self.flow = None
 
 
 @dataclass(frozen=True)

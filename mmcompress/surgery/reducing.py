@@ -45,9 +45,10 @@ ATTRIBUTE = "choice"
 
 
 class Seen(Ledger):
-    """Where the encoder leaves scores (R, N) for the connector."""
+    """Where the encoder leaves scores (R, N) for the connector, and that where in their pictures tokens were (R, M)."""
 
     scores: Tensor | None = None
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Choice:
     drawn: tuple[int, ...] = ()
     """The places that "random" and "relevance" keep."""
     leading: int = 0
+    apart: bool = False
+    """Whether tokens go on in the order of their places, which the language model is told."""
     seen: Seen = field(default_factory=Seen)
 
     @property
@@ -113,11 +116,16 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
             hint="give pictures of the model's own size",
         )
     rows = assignment(choice, tokens, _scores(self, choice, tokens))
+    places = None
+    if choice.apart:
+        rows, places = token_choice.by_place(rows, choice.grid)
     if choice.seen.watched is not None:
         choice.seen.watched.append(rows)
     made = rows.to(tokens.dtype) @ tokens
     if choice.seen.put_back:
         return token_choice.places(rows, tokens.detach()).to(tokens.dtype) @ made
+    if places is not None:
+        choice.seen.places = places[..., 0].expand(tokens.shape[0], -1)
     return made
 
 
