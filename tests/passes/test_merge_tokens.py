@@ -306,6 +306,8 @@ def test_parameters_have_help() -> None:
         "every",
         "first",
         "method",
+        "guide",
+        "guide_epochs",
         "tower",
         "proportional",
     ]
