@@ -42,14 +42,14 @@ from mmcompress.measure.latency import compare
 from mmcompress.measure.machine import machine_facts
 from mmcompress.passes.base import Context
 from mmcompress.recipe import Step
-from mmcompress.surgery import merging, prompt_flow, reducing
+from mmcompress.surgery import prompt_flow, reducing, reduction
 
 RESULT = assets.RESULTS / "token_table.json"
 RANDOM = "random"
 SEEDS = 3
 OWN: dict[str, dict[str, Any]] = {"evit": {"first": 3, "every": 3}}
 """Where a method has a schedule of its own: EViT drops in the fourth, seventh and tenth of twelve blocks."""
-MERGING = (*get_args(merging.Method), RANDOM)
+MERGING = (*get_args(reduction.Method), RANDOM)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ from mmcompress.parts import Decoding, Part
 from mmcompress.surgery.dropping import asked_at, has_to_stay
 from mmcompress.surgery.frames import STAGES, stages_of
 from mmcompress.surgery.ledger import putting_back
-from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.reducing import Choice, choice_of
+from mmcompress.surgery.reduction import ledger_of
 from mmcompress.views import Film, Prompt, Tower
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from mmcompress.families.whisper_parts import whisper_decoding, whisper_parts
 from mmcompress.parts import Decoding, Part
 from mmcompress.surgery.coarsening import coarsening_of, openers
 from mmcompress.surgery.ledger import putting_back
-from mmcompress.surgery.merging import ledger_of, tokens_left
+from mmcompress.surgery.reduction import ledger_of, tokens_left
 from mmcompress.views import Line, TokenStream, Tower
 
 if TYPE_CHECKING:

@@ -28,9 +28,9 @@ from mmcompress.jobs.token_painting import ASKED, TILES, View, grid_of, page_of,
 from mmcompress.progress import Progress
 from mmcompress.surgery.dropping import dropping_of
 from mmcompress.surgery.ledger import watching
-from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.prompt_flow import Dropping
 from mmcompress.surgery.reducing import choice_of
+from mmcompress.surgery.reduction import ledger_of
 from mmcompress.views import Tower
 
 PREFIX = "tokens-"

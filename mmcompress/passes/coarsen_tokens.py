@@ -13,7 +13,7 @@ from mmcompress.ops.coarsening import PARTS, tokens_left
 from mmcompress.ops.dropping import drawn_factors
 from mmcompress.passes.base import Context, Plan, Work, require_kept_share
 from mmcompress.surgery.coarsening import Coarsening, bind, coarsening_of
-from mmcompress.surgery.merging import is_reduced
+from mmcompress.surgery.reduction import is_reduced
 from mmcompress.views import Tower
 
 WHOLE = 3

@@ -32,7 +32,8 @@ from mmcompress.passes.distill_targets import Table, digest, embed_once, item_of
 from mmcompress.passes.distill_train import Schedule, Trainer
 from mmcompress.passes.merge_schedule import merging_blocks
 from mmcompress.surgery.cross_tokens import add_cross_token, cross_vector
-from mmcompress.surgery.merging import Flow, ledger_of, told_by_guide
+from mmcompress.surgery.merging_step import told_by_guide
+from mmcompress.surgery.reduction import Flow, ledger_of
 from mmcompress.views import Tower
 
 NEED = "learning cross tokens"

@@ -24,7 +24,7 @@ from mmcompress.passes.distill_state import State
 from mmcompress.passes.distill_targets import digest
 from mmcompress.passes.distill_train import Schedule, Trainer
 from mmcompress.surgery.ledger import annealing
-from mmcompress.surgery.merging import TokenLedger, drops, ledger_of
+from mmcompress.surgery.reduction import TokenLedger, drops, ledger_of
 
 if TYPE_CHECKING:
     from mmcompress.passes.distill import Distill

@@ -10,7 +10,8 @@ from torch import nn
 from mmcompress.bundle import Bundle
 from mmcompress.ops.schedule import tokens_after
 from mmcompress.passes.merge_schedule import merging_blocks
-from mmcompress.surgery.merging import Method, Reduction, TokenLedger, bind_block, bind_pool
+from mmcompress.surgery.merging import bind_block, bind_pool
+from mmcompress.surgery.reduction import Method, Reduction, TokenLedger
 from mmcompress.views import Tower
 
 

@@ -24,8 +24,8 @@ from mmcompress.passes.merge_schedule import least_of, macs_kept, merging_blocks
 from mmcompress.passes.token_counts import FLOOR, require_floor
 from mmcompress.surgery.alikeness import COMPARING
 from mmcompress.surgery.coarsening import coarsening_of
-from mmcompress.surgery.merging import is_reduced, tokens_left
 from mmcompress.surgery.reducing import choice_of
+from mmcompress.surgery.reduction import is_reduced, tokens_left
 from mmcompress.views import Tower
 
 CROSSGET = "crossget"

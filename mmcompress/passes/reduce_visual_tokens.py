@@ -18,9 +18,9 @@ from mmcompress.passes.latency import SECONDS, solved
 from mmcompress.passes.selector_train import NEED, channels_given_out, seconds_a_picture, trained
 from mmcompress.passes.token_counts import kept_of_pictures, require_floor
 from mmcompress.passes.token_relevance import relevance_by_place, require_answers
-from mmcompress.surgery.merging import ledger_of
 from mmcompress.surgery.picture_places import bind_places
 from mmcompress.surgery.reducing import LEARNED, SCORED, Choice, bind_connector, bind_scorer, choice_of, handed_on
+from mmcompress.surgery.reduction import ledger_of
 from mmcompress.surgery.selector import HEAD_WIDTH, TokenTransformer
 from mmcompress.views import Connector, Tower
 

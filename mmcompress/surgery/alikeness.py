@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmcompress.ops.pairs import bipartite_pairs, energy_pairs, guided_pairs
 from mmcompress.surgery.attention import give_keys
-from mmcompress.surgery.merging import ATTRIBUTE, MARGIN, Method, Reduction
+from mmcompress.surgery.reduction import ATTRIBUTE, MARGIN, Method, Reduction
 
 COMPARING: tuple[Method, ...] = ("tome", "pitome", "crossget")
 """Methods that merge by how alike tokens are."""

@@ -25,7 +25,7 @@ from mmcompress.passes.merge_tokens import MergeTokens
 from mmcompress.recipe import Step
 from mmcompress.surgery.cross_tokens import NAME, cross_vector
 from mmcompress.surgery.ledger import watching
-from mmcompress.surgery.merging import ledger_of
+from mmcompress.surgery.reduction import ledger_of
 from tests import tiny
 
 ASKED: dict[str, Any] = {"method": "crossget", "keep": 0.6, "guide": "learned", "guide_epochs": 2}

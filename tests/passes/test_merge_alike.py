@@ -20,7 +20,7 @@ from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.merge_tokens import MergeTokens
 from mmcompress.recipe import Step
 from mmcompress.surgery.attention import give_keys
-from mmcompress.surgery.merging import tokens_left
+from mmcompress.surgery.reduction import tokens_left
 from tests import tiny
 
 SAMPLES = 10

@@ -17,7 +17,7 @@ from mmcompress.manifest import Record
 from mmcompress.passes import build, schema
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.merge_tokens import MergeTokens
-from mmcompress.surgery.merging import Method
+from mmcompress.surgery.reduction import Method
 from tests import tiny
 
 families = pytest.mark.parametrize("family", tiny.MERGING)

@@ -18,7 +18,7 @@ from mmcompress.passes import build
 from mmcompress.passes.base import Context
 from mmcompress.recipe import Step
 from mmcompress.surgery.ledger import watching
-from mmcompress.surgery.merging import is_reduced, ledger_of
+from mmcompress.surgery.reduction import is_reduced, ledger_of
 from tests import tiny
 
 families = pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from mmcompress.passes import build
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.merge_tokens import MergeTokens
 from mmcompress.recipe import Export, parse
-from mmcompress.surgery.merging import tokens_left
 from mmcompress.surgery.reducing import handed_on
+from mmcompress.surgery.reduction import tokens_left
 from tests import tiny
 
 

@@ -7,13 +7,13 @@ from typing import Any, get_args
 import pytest
 
 from mmcompress.passes import schema
-from mmcompress.surgery import merging, prompt_flow, reducing
+from mmcompress.surgery import prompt_flow, reducing, reduction
 
 
 @pytest.mark.parametrize(
     ("name", "methods"),
     [
-        ("merge-tokens", (*get_args(merging.Method), "random")),
+        ("merge-tokens", (*get_args(reduction.Method), "random")),
         ("reduce-visual-tokens", get_args(reducing.Method)),
         ("drop-visual-tokens", get_args(prompt_flow.Method)),
     ],

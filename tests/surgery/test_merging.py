@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.surgery.attention import KEYS, give_keys
-from mmcompress.surgery.merging import Flow, Reduction, TokenLedger, _reduce, bind_block, bind_pool, is_reduced
+from mmcompress.surgery.merging import bind_block, bind_pool
+from mmcompress.surgery.merging_step import reduce_tokens
+from mmcompress.surgery.reduction import Flow, Reduction, TokenLedger, is_reduced
 from tests import tiny
 
 families = pytest.mark.parametrize("family", tiny.MERGING)
@@ -101,12 +103,12 @@ def test_m_copies_equal_one_token_of_size_m(family: str) -> None:
     tokens = noise(1, 5, width(bundle))
     expected = plain[0](tokens.repeat_interleave(number, dim=1), None)
     block = bound_blocks(bundle, [0, 0, 0])[0][0]
-    got, _ = _reduce(block, block.reduction, tokens, Flow(number[None].double()), False, False, {})
+    got, _ = reduce_tokens(block, block.reduction, tokens, Flow(number[None].double()), False, False, {})
     first = torch.cat([torch.zeros(1, dtype=torch.long), number.cumsum(0)[:-1]])
     assert (got - expected[:, first]).abs().max() <= 1e-12
     # Without proportional attention the two differ: the test above is not vacuous.
     without = replace(block.reduction, proportional=False)
-    got, _ = _reduce(block, without, tokens, Flow(number[None].double()), False, False, {})
+    got, _ = reduce_tokens(block, without, tokens, Flow(number[None].double()), False, False, {})
     assert (got - expected[:, first]).abs().max() > 1e-4
 
 

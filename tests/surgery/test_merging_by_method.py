@@ -13,9 +13,10 @@ from mmcompress.ops.complete_matching import energy_matching, guided_matching
 from mmcompress.ops.fusing import fused, neighbours
 from mmcompress.ops.matching import bipartite_soft_matching
 from mmcompress.passes import schema
-from mmcompress.surgery import merging, reducing
+from mmcompress.surgery import reducing, reduction
 from mmcompress.surgery.attention import Looked, class_scores, scores
-from mmcompress.surgery.merging import Method, Reduction, TokenLedger, bind_block
+from mmcompress.surgery.merging import bind_block
+from mmcompress.surgery.reduction import Method, Reduction, TokenLedger
 from tests import tiny
 
 MERGED = (14, 9)
@@ -119,5 +120,5 @@ def test_the_passes_offer_what_there_is() -> None:
         name: next(p for p in schema(name).parameters if p.name == "method")
         for name in ("merge-tokens", "reduce-visual-tokens")
     }
-    assert offered["merge-tokens"].choices == (*get_args(merging.Method), "random")
+    assert offered["merge-tokens"].choices == (*get_args(reduction.Method), "random")
     assert offered["reduce-visual-tokens"].choices == get_args(reducing.Method)
