@@ -47,8 +47,12 @@ from mmcompress.surgery import prompt_flow, reducing, reduction
 RESULT = assets.RESULTS / "token_table.json"
 RANDOM = "random"
 SEEDS = 3
-OWN: dict[str, dict[str, Any]] = {"evit": {"first": 3, "every": 3}}
-"""Where a method has a schedule of its own: EViT drops in the fourth, seventh and tenth of twelve blocks."""
+OWN: dict[str, dict[str, Any]] = {
+    "evit": {"first": 3, "every": 3},
+    "crossget-learned": {"method": "crossget", "guide": "learned"},
+    "clusters-counted": {"method": "clusters", "positions": "counted"},
+}
+"""What a method has of its own: EViT drops in the fourth, seventh and tenth of twelve blocks; or what a name stands for."""
 MERGING = (*get_args(reduction.Method), RANDOM)
 
 
@@ -78,11 +82,12 @@ class Contest:
 
 CONTESTS = {
     "encoder": Contest(
-        assets.dual_encoder, "merge-tokens", MERGING, (0.75, 0.5, 0.25),
+        assets.dual_encoder, "merge-tokens", (*MERGING, "crossget-learned"), (0.75, 0.5, 0.25),
         "retrieval", lambda: open_data("demo:test"), 0, "vision", ("vision",), (1, 8),
+        training=lambda: open_data("demo:train"),
     ),
     "connector": Contest(
-        assets.mini_vlm, "reduce-visual-tokens", get_args(reducing.Method), (0.75, 0.5, 0.25, 0.1),
+        assets.mini_vlm, "reduce-visual-tokens", (*get_args(reducing.Method), "clusters-counted"), (0.75, 0.5, 0.25, 0.1),
         "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200, "language", ("vision", "prompt", "answer"),
         training=lambda: open_data(str(assets.vqa("training"))),
     ),
