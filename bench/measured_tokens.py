@@ -167,7 +167,8 @@ def _trained_answers(found: dict[str, Any]) -> str:
         if row["stage"] in ("vision", "prompt", "token")
     ]
     lines = [
-        "**A quarter of a picture's tokens for the mini-VLM** (recipe `vlm-tokens`), exported; ms and how many times faster "
+        "**A quarter and a tenth of a picture's tokens for the mini-VLM**, untrained (recipe `vlm-tokens`), exported; ms and how "
+        "many times faster "
         f"than with all tokens in the same engine [95%]; {machine(found)} (`{found['command']}`)",
         "",
         "| | right answers [95%] | points | " + " | ".join(f"{stage}, {runner}" for stage, runner in heads) + " |",

@@ -29,8 +29,9 @@ AFTER = {
     "recoverable": (1,),
     "lftr": (1,),
 }
-RECYCLING = ("sparsevlm", "recoverable")
 """Where tokens leave, as the papers have it: behind so many blocks, or behind shares of the blocks."""
+RECYCLING = ("sparsevlm", "recoverable")
+"""Methods whose papers bring some of what leaves back as means."""
 FINEST = 1 / 64
 
 
