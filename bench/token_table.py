@@ -14,7 +14,7 @@ per share: in onnxruntime and OpenVINO, each beside the original in the same eng
 
     python -m bench.token_table encoder [--samples 0] [--keep 0.5 …] [--method tome …] [--rounds 30] [--timed 0.5 …]
 
-writes bench/results/token_table.json; rows it holds already for the same samples are not measured again.
+writes bench/results/token_table.json; rows it holds already for the same samples are not measured again, nor is what was refused.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def row(
 def rows_of(
     contest: Contest, keep: float, methods: list[str], data: Dataset, original: Evaluation
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what each method scores at one share, random ones first: the others are set beside them."""
+    """Yield what each method scores at one share, or why it refuses; random ones first: the others are set beside them."""
     controls = []
     for seed in range(SEEDS):
         made, found = row(contest, reduced(contest, RANDOM, keep, seed), data, original)
@@ -151,7 +151,7 @@ def rows_of(
         try:
             bundle = reduced(contest, method, keep)
         except UsageError as refused:
-            print(f"{method} {keep:g}: {refused}", flush=True)
+            yield f"{method} {keep:g}", {"refused": str(refused)}
             continue
         made, found = row(contest, bundle, data, original)
         made["against random"] = [finding.to_json() for finding in random_findings(controls, found)]
@@ -225,14 +225,16 @@ def main() -> None:
         }
     whole[options.contest] = document
     methods = options.method or list(contest.methods)
+    document.setdefault("refused", {})
     document["rows"]["original"], original = row(contest, checkpoint.load(contest.model()), data, None)
     for keep in options.keep or contest.keeps:
-        if all(f"{method} {keep:g}" in document["rows"] for method in methods if method != RANDOM):
+        settled = {**document["rows"], **document["refused"]}
+        if all(f"{method} {keep:g}" in settled for method in methods if method != RANDOM):
             continue
         for name, made in rows_of(contest, keep, methods, data, original):
-            document["rows"][name] = made
+            document["refused" if "refused" in made else "rows"][name] = made
             RESULT.write_text(json.dumps(whole, indent=1) + "\n")
-            print(name, json.dumps(made["accuracy"]["results"][contest.task]), flush=True)
+            print(name, json.dumps(made["accuracy"]["results"][contest.task] if "accuracy" in made else made), flush=True)
     for keep in options.timed or ():
         document["timings"][f"{keep:g}"] = timed(contest, methods, keep, options.rounds)
         RESULT.write_text(json.dumps(whole, indent=1) + "\n")
