@@ -4,7 +4,9 @@ The model's tensors are deferred (`surgery.deferred`): cutting them is noted, an
 needs a layer's values asks the bundle for the `layer`, and what takes its place is written at once and kept without values. So
 passes need no code of their own for it; they only say (`Streamable`) when they look at no more than that.
 
-A first look decides every step and leads to the structure of the result; a second one writes.
+A first look decides every step and leads to the structure of the result; a second one writes. What a killed run had written is
+kept in whole files, with a journal of what lies where: the run that goes on with it makes the layers behind and ends in the same
+bytes.
 
 Memory: the largest layer and one shard of the output.
 """
@@ -31,11 +33,12 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import MmcError, UsageError
 from mmcompress.manifest import Manifest, Record
 from mmcompress.passes.base import Context, Pass, Plan
-from mmcompress.pipeline import Stage, named
+from mmcompress.pipeline import Stage, Workplace, named, write_atomically
 from mmcompress.surgery.deferred import defer, empty, is_deferred, lend, take_back, values
-from mmcompress.weights import INDEX, digest, locate, weight_files
+from mmcompress.weights import INDEX, locate, weight_files
 
 SHARD_BYTES = 2**29
+JOURNAL = "written.json"
 
 
 @runtime_checkable
@@ -74,6 +77,12 @@ class Written(Streamed):
 
     shards: Shards
 
+    def layer(self, path: str) -> nn.Module:
+        """Return a copy of the layer at `path` with its values, or without them where a killed run has written what it became."""
+        if path not in self.shards.finished:
+            return super().layer(path)
+        return lend(self.module(path), lambda parameter: torch.empty(parameter.shape, device="meta"))
+
     def replace(self, path: str, module: nn.Module) -> None:
         """Write what `module` holds itself, that is, what is not deferred."""
         take_back(module)
@@ -83,16 +92,16 @@ class Written(Streamed):
         empty(module)
         super().replace(path, module)
 
-    def finish(self) -> None:
-        """Write what no pass replaced, tied tensors once."""
+    def finish(self, directory: Path) -> None:
+        """Write what no pass replaced, tied tensors once, and put all files into `directory`."""
         ties = getattr(self.model, "all_tied_weights_keys", {})
         state = self.model.state_dict(keep_vars=True)
-        lost = self.shards.where.keys() - state.keys()
+        lost = {*self.shards.where, *self.shards.waiting} - state.keys()
         assert not lost, f"{len(lost)} tensors were written and then cut away, such as {min(lost)}"
         for name, tensor in state.items():
-            if name not in self.shards.where and name not in ties:
+            if name not in self.shards.where and name not in self.shards.waiting and name not in ties:
                 self.shards.add(name, values(tensor), isinstance(tensor, nn.Parameter))
-        self.shards.finish()
+        self.shards.finish(directory)
 
 
 class Planned(Streamed):
@@ -114,6 +123,8 @@ def run(
     stages: Sequence[Stage],
     output: Path,
     context: Context,
+    place: Workplace,
+    sha256: str,
     *,
     after: Callable[[str, Bundle], None],
     measured: Callable[[Path], dict[str, Any]],
@@ -121,6 +132,7 @@ def run(
 ) -> Manifest:
     """Run `stages` on the checkpoint `model`, write the result to `output` and return its manifest.
 
+    What an interrupted run has left in `place` is gone on with. `sha256` is that of the checkpoint's weights.
     `after(name, bundle)` is called with the original and after each step; what it is shown has shapes and no values.
     `measured(directory)` returns what is recorded of the written weights. Raises UsageError for a checkpoint whose tensors are
     stored in another shape than the model computes with, and what checks raise.
@@ -137,17 +149,18 @@ def run(
                 plans.append(_decided(stage, bundle, context))
             after(stage.step.name, bundle)
     if not bundle.source.sha256:
-        bundle.source = dataclasses.replace(bundle.source, sha256=digest(files))
+        bundle.source = dataclasses.replace(bundle.source, sha256=sha256)
     source = bundle.source
 
     def write_weights(directory: Path) -> None:
         with _opened(model, files) as again:
             written = Written(**vars(again))
-            written.shards = Shards(directory, checkpoint.DTYPES[source.dtype], SHARD_BYTES)
-            context.progress.say(f"{source.id}: {len(files)} weight files, layer by layer")
+            written.shards = Shards(place.directory, checkpoint.DTYPES[source.dtype], SHARD_BYTES)
+            begun = f", going on behind {len(written.shards.where)} tensors" if written.shards.where else ""
+            context.progress.say(f"{source.id}: {len(files)} weight files, layer by layer{begun}")
             for stage, plan in zip(stages, plans, strict=True):
                 stage.made.apply(written, plan)
-            written.finish()
+            written.finish(directory)
 
     return checkpoint.save(
         bundle, output, measured=measured, write_weights=write_weights, recipe=recipe, seed=context.seed
@@ -183,46 +196,62 @@ def _opened(model: str | Path, files: Sequence[Path]) -> Iterator[Bundle]:
 class Shards:
     """Weight files of a bounded size, and the index that says where each tensor lies."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype, limit: int = SHARD_BYTES) -> None:
-        """`dtype` is what parameters are stored in; buffers keep theirs. A file has at most `limit` bytes, or a single tensor."""
-        self.directory, self.dtype, self.limit = directory, dtype, limit
+    def __init__(self, place: Path, dtype: torch.dtype, limit: int = SHARD_BYTES) -> None:
+        """Go on behind the files an earlier run has finished in `place`.
+
+        `dtype` is what parameters are stored in; buffers keep theirs. A file has at most `limit` bytes, or a single tensor.
+        """
+        self.place, self.dtype, self.limit = place, dtype, limit
         self.where: dict[str, int] = {}
         self.waiting: dict[str, Tensor] = {}
         self.count, self.bytes = 0, 0
+        journal = json.loads((place / JOURNAL).read_text()) if (place / JOURNAL).exists() else {"count": 0}
+        # A run that was killed while it handed its files over has some of them no longer.
+        if all(self._name(number).exists() for number in range(journal["count"])):
+            vars(self).update(journal)
+        self.stored = frozenset(self.where)
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in self.where))
+        self.finished = frozenset(layers[:-1])
+        """Of these every tensor was written; of the last one some may be missing."""
 
     def add(self, name: str, tensor: Tensor, parameter: bool) -> None:
         """Take a tensor; shards are written as they fill. Raises MmcError for one with NaN or infinity: nothing runs the model."""
+        if name in self.stored:
+            return
         converts = parameter and tensor.is_floating_point()
         taken = (tensor.to(self.dtype) if converts else tensor).detach().contiguous()
         if taken.is_floating_point() and not taken.isfinite().all():
             raise MmcError(f"{name} has NaN or infinity", hint="the checkpoint is damaged, or its dtype too small")
         if taken.nbytes + sum(value.nbytes for value in self.waiting.values()) > self.limit:
             self._write()
-        self.waiting[name], self.where[name] = taken, self.count
+        self.waiting[name] = taken
 
     def _write(self) -> None:
         if self.waiting:
             save_file(self.waiting, self._name(self.count), metadata={"format": "pt"})
             self.bytes += sum(value.nbytes for value in self.waiting.values())
+            self.where |= dict.fromkeys(self.waiting, self.count)
             self.waiting, self.count = {}, self.count + 1
+            journal = {"where": self.where, "count": self.count, "bytes": self.bytes}
+            write_atomically(self.place / JOURNAL, json.dumps(journal))
 
     def _name(self, number: int) -> Path:
-        return self.directory / f".shard-{number}"
+        return self.place / f"weights-{number}"
 
-    def finish(self) -> None:
-        """Write the last shard, give all their names, and write the index where there are several."""
+    def finish(self, directory: Path) -> None:
+        """Write the last shard, move all into `directory` under their names, and write the index where there are several."""
         self._write()
         if self.count == 1:
-            self._name(0).rename(self.directory / "model.safetensors")
+            self._name(0).rename(directory / "model.safetensors")
             return
         names = [f"model-{number + 1:05d}-of-{self.count:05d}.safetensors" for number in range(self.count)]
         for number, name in enumerate(names):
-            self._name(number).rename(self.directory / name)
+            self._name(number).rename(directory / name)
         document = {
             "metadata": {"total_size": self.bytes},
             "weight_map": {name: names[number] for name, number in sorted(self.where.items())},
         }
-        (self.directory / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+        (directory / INDEX).write_text(json.dumps(document, indent=2) + "\n")
 
 
 @contextmanager

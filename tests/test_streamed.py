@@ -109,6 +109,69 @@ def test_many_shards_hold_what_one_does(model: Path, tmp_path: Path, monkeypatch
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("steps", [[ROUND], [CUT, FOUR_BITS]], ids=["8-bits", "cut-4-bits"])
+@pytest.mark.parametrize("written", [1, 4])
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
+    steps: list[dict[str, Any]], written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recipe = stored("llava_dinov2", tmp_path / "model"), parse({"steps": steps})
+    monkeypatch.setattr(streamed, "SHARD_BYTES", 20_000)
+    job.compress(model, recipe, tmp_path / "whole")
+    write, read = streamed.Shards._write, quantized.choose_scale if steps == [ROUND] else None
+
+    def killed(self: streamed.Shards) -> None:
+        if self.count == written:
+            raise KeyboardInterrupt  # which leaves what is there, as a killed process does
+        write(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed.Shards, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job.compress(model, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="an interrupted run lies in"):
+        job.compress(model, recipe, tmp_path / "out")
+    other = parse({"steps": steps, "seed": 1})
+    with pytest.raises(UsageError, match="was another one: recipe changed"):
+        job.compress(model, other, tmp_path / "out", resume=True)
+    made: list[str] = []
+    if read is not None:
+        monkeypatch.setattr(
+            quantized, "choose_scale", lambda w, *a, **k: (made.append(w.device.type), read(w, *a, **k))[1]
+        )
+    job.compress(model, recipe, tmp_path / "out", resume=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()
+    # What was written is not rounded again: it has no values.
+    assert read is None or {"meta", "cpu"} == set(made[len(made) // 2 :])
+
+
+def test_a_run_killed_while_it_hands_its_files_over_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recipe = stored("clip", tmp_path / "model"), parse(RECIPE)
+    monkeypatch.setattr(streamed, "SHARD_BYTES", 20_000)
+    job.compress(model, recipe, tmp_path / "whole")
+
+    def killed(*_: object) -> None:
+        (tmp_path / ".out.partial" / "weights-0").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed.Shards, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job.compress(model, recipe, tmp_path / "out")
+    job.compress(model, recipe, tmp_path / "out", resume=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    names = sorted(file.name for file in one.glob("model*"))
+    assert len(names) > 2
+    assert names == sorted(file.name for file in other.glob("model*"))
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
 def test_no_more_than_a_layer_has_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tiny.bundle("llava_clip"), tmp_path / "model")
     (tmp_path / "model" / "mmc.json").unlink()

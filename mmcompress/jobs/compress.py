@@ -93,12 +93,12 @@ def compress(
     require_alone(todo)
     shown = token_pictures.named(explain, question)
     if isinstance(model, str | Path) and streams(recipe, todo) and not allow_pickle and not shown:
-        return _streamed(model, recipe, todo, output, progress)
+        return _streamed(model, recipe, todo, output, progress, resume)
     bundle = load_again(model, recipe.device, allow_pickle)
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
     evaluation_data = _evaluation_data(recipe)
     recipe = with_tasks(recipe, bundle, evaluation_data)
-    place = Workplace(partial_path(output), _identity(bundle, recipe, data, evaluation_data), resume)
+    place = Workplace(partial_path(output), _identity(bundle.source.sha256, recipe, data, evaluation_data), resume)
     context = Context(
         data=data,
         num_samples=recipe.data.num_samples,
@@ -133,7 +133,9 @@ def streams(recipe: Recipe, todo: list[Stage]) -> bool:
     return not asks and all(streamed.can_stream(stage.made) for stage in todo)
 
 
-def _streamed(model: str | Path, recipe: Recipe, todo: list[Stage], output: Path, progress: Progress) -> Result:
+def _streamed(
+    model: str | Path, recipe: Recipe, todo: list[Stage], output: Path, progress: Progress, resume: bool
+) -> Result:
     """Run the steps without ever having the model in memory; what it became is not measured, only recounted."""
     before = _bytes_in(weights.locate(str(model)))
     findings: tuple[Finding, ...] = ()
@@ -158,7 +160,18 @@ def _streamed(model: str | Path, recipe: Recipe, todo: list[Stage], output: Path
         }
 
     context = Context(seed=recipe.seed, progress=progress)
-    manifest = streamed.run(model, todo, output, context, after=after, measured=measured, recipe=recipe.to_dict())
+    sha256 = weights.digest(weights.weight_files(weights.locate(str(model))))
+    place = Workplace(partial_path(output), _identity(sha256, recipe), resume)
+    try:
+        manifest = streamed.run(
+            model, todo, output, context, place, sha256, after=after, measured=measured, recipe=recipe.to_dict()
+        )
+    except (MmcError, OSError):
+        place.remove()
+        raise
+    finally:
+        place.close()
+    place.remove()
     return Result(output, manifest, findings, tuple(rows))
 
 
@@ -271,10 +284,10 @@ def _evaluation_data(recipe: Recipe) -> Dataset | None:
     return data.subset(recipe.data.evaluation_samples, recipe.seed) if recipe.data.evaluation_samples else data
 
 
-def _identity(bundle: Bundle, recipe: Recipe, *data: Dataset | None) -> dict[str, Any]:
+def _identity(sha256: str, recipe: Recipe, *data: Dataset | None) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     return {
-        "model": bundle.source.sha256,
+        "model": sha256,
         "recipe": recipe.to_dict(),
         "data": [used.fingerprint() if used else "" for used in data],
         "mmc": mmcompress.__version__,
