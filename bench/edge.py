@@ -62,11 +62,11 @@ def nncf_vision(original: Artifact, data: str, out: Path) -> Path:
 
 
 class OtherVision:
-    """An artifact whose vision tower is replaced by another file in OpenVINO; preprocessing and texts stay."""
+    """An artifact whose vision tower is replaced by another file in a runner; preprocessing and texts stay."""
 
-    def __init__(self, artifact: Artifact, vision: Path) -> None:
+    def __init__(self, artifact: Artifact, vision: Path, runner: str = "openvino") -> None:
         self._rest = ArtifactEmbedder(artifact, runner="openvino")
-        self._runner = open_runner("openvino", vision)
+        self._runner = open_runner(runner, vision)
 
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """(B, C) from the replaced tower."""
