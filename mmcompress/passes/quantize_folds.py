@@ -6,12 +6,12 @@ Only norms inside a block, before layers of that block: what lies elsewhere may 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcompress.bundle import Bundle
 from mmcompress.passes.base import Plan
 from mmcompress.passes.quantize_moments import linears_of
-from mmcompress.surgery.folding import can_fold, watch_readers
+from mmcompress.surgery.folding import can_fold, may_fold, watch_readers
 from mmcompress.surgery.watch import evaluating
 from mmcompress.views import Tower
 
@@ -33,14 +33,16 @@ def folds_of(bundle: Bundle, tower: Tower, made: Plan) -> dict[str, list[str]]:
         for block in tower.blocks
         for path, module in bundle.module(block.path).named_modules(prefix=block.path)
     ]
-    norms = {path: module for path, module in inside if not isinstance(module, nn.Linear) and can_fold(module)}
+    norms = {path: module for path, module in inside if may_fold(module)}
     linears = linears_of(bundle, [path for path, _ in inside])
     with evaluating(bundle.model), torch.inference_mode(), watch_readers(norms, linears) as readers:
         bundle.encode(tower.name, bundle.example_inputs(tower.name))
     return {
         norm: sorted(paths)
         for norm, paths in sorted(readers.alone().items())
-        if {_block_of(tower, path) for path in paths} == {_block_of(tower, norm)} and _same(paths, gains)
+        if {_block_of(tower, path) for path in paths} == {_block_of(tower, norm)}
+        and _same(paths, gains)
+        and can_fold(norms[norm])
     }
 
 

@@ -28,15 +28,18 @@ def fold(norm: nn.Module, gain: Tensor) -> None:
         parameter.mul_(gain.to(parameter))
 
 
+def may_fold(module: nn.Module) -> bool:
+    """Whether a module has the parameters of a norm: `weight` (C,), perhaps `bias`, and no others."""
+    parameters = dict(module.named_parameters())
+    return {"weight"} <= parameters.keys() <= {"weight", "bias"} and parameters["weight"].dim() == 1
+
+
 @torch.no_grad()
 def can_fold(norm: nn.Module) -> bool:
     """Whether `fold` does to this norm what it says, found out by trying it on a copy."""
-    parameters = dict(norm.named_parameters())
-    weight = parameters.get("weight")
-    if weight is None or weight.dim() != 1 or not parameters.keys() <= {"weight", "bias"}:
-        return False
-    probe = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gain = torch.linspace(0.5, 2, len(weight), dtype=torch.float64)
+    channels = len(norm.get_parameter("weight"))
+    probe = torch.randn(4, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gain = torch.linspace(0.5, 2, channels, dtype=torch.float64)
     plain = copy.deepcopy(norm).to(device="cpu", dtype=torch.float64)
     folded = copy.deepcopy(plain)
     fold(folded, gain)
