@@ -34,6 +34,15 @@ class Grouped:
     scale: Tensor
     zero_point: Tensor
 
+    def where(self, rows: Tensor, other: Grouped) -> Grouped:
+        """Return these rows where `rows` (R,), else those of `other`."""
+        mine = rows[:, None]
+        return Grouped(
+            torch.where(mine, self.codes, other.codes),
+            torch.where(mine, self.scale, other.scale),
+            torch.where(mine, self.zero_point, other.zero_point),
+        )
+
     def dequantized(self) -> Tensor:
         """Return the floats (R, C) the codes stand for, in the scale's dtype."""
         rows, groups = self.scale.shape

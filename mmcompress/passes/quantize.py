@@ -12,12 +12,13 @@ from mmcompress.errors import UsageError, closest
 from mmcompress.ops.grouped import GROUP_SIZES, nearest
 from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
-from mmcompress.passes import quantize_moments
+from mmcompress.passes import quantize_fit
 from mmcompress.passes.base import Context, Plan, Work
-from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes
+from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_plan import plan_tower
 from mmcompress.passes.quantize_schemes import OFF, SCHEMES
+from mmcompress.surgery.folding import fold
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
 from mmcompress.surgery.quantized_base import Quantized
@@ -64,6 +65,16 @@ class Quantize:
     rounding: Literal["nearest", "hqq", "gptq"] = "hqq"
     """For W4A16: to the nearest place of a grid that covers a group; of the grid that suits most of its weights (HQQ); or so that
     outputs change least on the calibration samples (GPTQ, on HQQ's grids; it needs data). 8-bit weights go to the nearest."""
+    scaling: Literal["none", "awq"] = "none"
+    """For weights alone (W4A16, W8A16): scale the inputs' channels so that weights which multiply large inputs are rounded more
+    finely, as strongly as outputs on the calibration samples change least (AWQ; it needs data). With W8A8, see `smooth`."""
+    clip: bool = False
+    """For W4A16: cut a group's few largest weights off where outputs on the calibration samples change less for it; needs data."""
+    balance: Literal["none", "modality", "text"] = "none"
+    """What `scaling`, `clip` and gptq look at in a language model that is shown pictures: every token alike; image and text tokens
+    by how much errors there change the answers (MBQ; one backward pass); or text tokens alone, to compare with."""
+    fold: bool = True
+    """Let the norm before layers do the scaling of their inputs, where nothing else reads it: the same, one multiplication less."""
     embeddings: bool = True
     """Quantize large embedding tables too, one scale per row. A table that shares its weight with a Linear shares its integers with
     it: both are quantized, or neither."""
@@ -106,10 +117,25 @@ class Quantize:
                 f"quantize.group_size is {self.group_size}; expected 0 or one of {', '.join(map(str, sorted(GROUP_SIZES)))}",
                 hint="32 is usual; larger groups are a little smaller and faster, and less accurate",
             )
-        if self._uses("W4A16") and self.target == "tensorrt":
+        if "W4A16" in self._used and self.target == "tensorrt":
             raise UsageError(
                 "quantize.scheme W4A16 does not go to tensorrt, which cannot read its 4-bit layers",
                 hint="use W8A8 or W8A16, or another target",
+            )
+        weights_only = {name for name in self._used if SCHEMES[name].inputs == "float"}
+        if self.scaling != "none" and not weights_only - {OFF}:
+            raise UsageError(
+                f"quantize.scaling is '{self.scaling}', which is for weights alone, and no tower gets W4A16 or W8A16",
+                hint="use smooth for W8A8",
+            )
+        if self.clip and "W4A16" not in self._used:
+            raise UsageError(
+                "quantize.clip is for 4-bit weights, and no tower gets W4A16", hint="leave it out, or use scheme W4A16"
+            )
+        if self.balance != "none" and not self._looks_at_samples:
+            raise UsageError(
+                f"quantize.balance is '{self.balance}', but nothing is asked for that looks at tokens",
+                hint="use it with scaling awq, clip, or rounding gptq and W4A16",
             )
         if self.sensitivity_samples < 0:
             raise UsageError(
@@ -122,10 +148,7 @@ class Quantize:
 
     def streams(self) -> bool:
         """Whether weights alone are rounded: each layer's by itself."""
-        used = {name: SCHEMES[name] for name in {self.scheme.upper(), *map(str.upper, self._own_schemes.values())}}
-        static = any(scheme.inputs == "static" for scheme in used.values())
-        fitted = self.rounding == "gptq" and any(scheme.weights == "int4" for scheme in used.values())
-        return not static and not fitted
+        return not any(SCHEMES[name].inputs == "static" for name in self._used) and not self._looks_at_samples
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Looks at the samples for ranges or moments; then a tower is judged, or each part of its blocks, in rounded arithmetic."""
@@ -135,11 +158,7 @@ class Quantize:
         looks = 0
         for tower in towers:
             scheme = self.scheme_of(tower.name)
-            if SCHEMES[scheme].weights == "int4" and self.rounding == "gptq":
-                sizes = group_sizes(
-                    bundle, tower, candidates(bundle, tower, self.embeddings, self.keep_float), self.group_size
-                )
-                looks = max(looks, quantize_moments.looks(bundle, tower, sizes))
+            looks = max(looks, quantize_fit.looks(self, bundle, tower))
             looks = max(looks, 2 if SCHEMES[scheme].inputs == "static" else 0)
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
         judged = 2 * (parts + 3 if self.sensitivity else 2) * min(self.sensitivity_samples, work.samples)
@@ -175,6 +194,12 @@ class Quantize:
                         f"{table} and {linear} hold different weights, and config.json says they share one",
                         hint="set tie_word_embeddings to false in config.json",
                     )
+        shown = [tower for tower in towers.values() if tower.prompt and self.scheme_of(tower.name) != OFF]
+        if self.balance != "none" and not shown:
+            raise UsageError(
+                f"quantize.balance is '{self.balance}', but no tower to be quantized is given both image and text tokens",
+                hint="it is for the language tower of models that are shown pictures",
+            )
         for pattern in self.keep_float:
             if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in bundle.model.named_modules()):
                 raise UsageError(
@@ -184,12 +209,14 @@ class Quantize:
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Choose layers, calibrate, measure sensitivity; what was computed of samples travels as tensors."""
-        made = Plan({"target": self.target, "layers": {}, "groups": {}, "tied": {}, "towers": {}})
+        sections: dict[str, Any] = {name: {} for name in ("layers", "groups", "scaled", "folds", "tied", "towers")}
+        made = Plan({"target": self.target, **sections})
         for tower in bundle.towers():
             if self.scheme_of(tower.name) != OFF:
                 plan_tower(self, bundle, tower, context, made)
-        if not made.decisions["groups"]:
-            del made.decisions["groups"]
+        for name in ("groups", "scaled", "folds"):
+            if not made.decisions[name]:
+                del made.decisions[name]
         return made
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
@@ -202,6 +229,10 @@ class Quantize:
             del module  # where layers are written as they are made, its floats are gone before a file is
             bundle.replace(path, made)
             give_back_freed()
+        for norm, readers in plan.decisions.get("folds", {}).items():
+            # A plan that was read back has no tensors: a checkpoint holds the norm as it became.
+            if f"{readers[0]}.gain" in plan.tensors:
+                fold(bundle.module(norm), plan.tensors[f"{readers[0]}.gain"])
         drop_ties(bundle.model)
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
@@ -224,8 +255,15 @@ class Quantize:
             return OFF
         return self._own_schemes.get(tower, self.scheme).upper()
 
-    def _uses(self, scheme: str) -> bool:
-        return scheme in (given.upper() for given in (self.scheme, *self._own_schemes.values()))
+    @property
+    def _used(self) -> set[str]:
+        """The schemes of all towers."""
+        return {given.upper() for given in (self.scheme, *self._own_schemes.values())}
+
+    @property
+    def _looks_at_samples(self) -> bool:
+        """Whether weights are rounded to what samples show of their inputs."""
+        return self.scaling == "awq" or self.clip or (self.rounding == "gptq" and "W4A16" in self._used)
 
     @property
     def _own_schemes(self) -> dict[str, str]:

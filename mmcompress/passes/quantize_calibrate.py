@@ -123,12 +123,17 @@ def watch(
     context: Context,
     label: str,
     what: str = "quantizing the activations",
+    begin: Callable[[Inputs], None] = lambda inputs: None,
 ) -> None:
-    """Run the calibration samples and call `record(path, tokens (T, C))` with what each module is given."""
+    """Run the calibration samples and call `record(path, tokens (T, C))` with what each module is given.
+
+    `begin` is told the inputs of each batch before it is run.
+    """
     elsewhere = _reads_encoder(tower)
     with evaluating(bundle.model), torch.inference_mode(), watch_inputs(modules, record, elsewhere) as seen:
         for inputs in batches(bundle, tower.name, context, context.num_samples, label, what):
             seen.mask = padding_mask(inputs)
+            begin(inputs)
             bundle.encode(tower.name, inputs)
 
 

@@ -153,6 +153,9 @@ def judge_tower(
         def eight_bits(path: str) -> nn.Module:
             if sizes.pop(path, 0):
                 layers[path] = "W8A16"
+                # Its scales were those of 4 bits.
+                plan.decisions["scaled"].pop(path, None)
+                plan.tensors.pop(f"{path}.gain", None)
             return maker.made(bundle.module(path), path, plan)
 
         packed = {name: own for name, own in groups.items() if sizes.keys() & set(own)}
@@ -168,7 +171,8 @@ def judge_tower(
         _say(judge, f"{len(found.given_back)} of {len(made)} layers stay float", found, min_cosine)
     for path in report.setdefault("kept_float", []):
         del layers[path]
-        plan.decisions["tied"].pop(path, None)
+        for decided in ("tied", "scaled"):
+            plan.decisions[decided].pop(path, None)
     return report | {
         "cosine": round(found.cosine, 6),
         "cosine_all_quantized": round(everything, 6),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmcompress.ops.rounding import Levels
 from mmcompress.passes.base import Plan
 from mmcompress.surgery.packed import PackedLinear, Rounding
 from mmcompress.surgery.quantized import quantized
+from mmcompress.surgery.quantized_base import Quantized
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,37 @@ class Maker:
     rounds_inputs: bool
     """Whether runtimes may round the inputs of 4-bit weights."""
 
-    def made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None = None) -> nn.Module:
+    def made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None = None) -> Quantized:
         """Return what takes the place of `module`; `table` is the quantized embedding whose weight it shares."""
+        made = self._made(module, path, plan, table)
+        if any(path in readers for readers in plan.decisions.get("folds", {}).values()):
+            made.input_gain = None  # the norm before it has it
+        return made
+
+    def _made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None) -> Quantized:
         scheme = plan.decisions["layers"][path]
-        if scheme == "W4A16":
-            return self._packed(module, path, plan)
-        if scheme == "W8A16":
-            return quantized(module, None, self.weights, None, table)
         gain = plan.tensors.get(f"{path}.gain")
         # A plan that was read back has no tensors: the structure is made, and a checkpoint fills it.
-        if gain is None and table is None and self.smooth and isinstance(module, nn.Linear):
-            gain = torch.ones(module.in_features, device="meta")
+        shape_only = torch.ones(module.in_features, device="meta") if isinstance(module, nn.Linear) else None
+        if scheme in ("W4A16", "W8A16"):
+            scaled = path in plan.decisions.get("scaled", {})
+            gain = (shape_only if gain is None else gain) if scaled else None
+            if scheme == "W4A16":
+                return self._packed(module, path, plan, gain)
+            return quantized(module, None, self.weights, gain, table)
+        if gain is None and table is None and self.smooth:
+            gain = shape_only
         made = quantized(module, self.inputs, self.weights, gain, table)
         if f"{path}.scale" in plan.tensors:
             made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
         return made
 
-    def _packed(self, module: nn.Module, path: str, plan: Plan) -> nn.Module:
+    def _packed(self, module: nn.Module, path: str, plan: Plan, gain: Tensor | None) -> PackedLinear:
         assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have 4 bits"
         known = f"{path}.weight_int4" in plan.tensors
         size = plan.decisions["groups"][path]
-        made = PackedLinear(module, size, None if known else self.rounding, self.rounds_inputs)
+        made = PackedLinear(module, size, None if known else self.rounding, self.rounds_inputs, gain)
         if known:
-            for name, buffer in made.named_buffers():
+            for name, buffer in made.packed_buffers():
                 buffer.copy_(plan.tensors[f"{path}.{name}"])
         return made.train(module.training)

@@ -1,58 +1,72 @@
-"""GPTQ over a tower: second moments of the layers' inputs from calibration samples, and the codes rounded with them.
+"""Second moments of the inputs of a tower's Linears from calibration samples: what rounding does to outputs follows from them.
 
-Deliberate difference from the paper: every layer's inputs are those of the float model, not of one whose earlier layers are rounded
-already. Nothing has to be swapped in between, and the samples are run once for as many layers as have room for their moments.
+Deliberate difference from GPTQ's and AWQ's papers: every layer's inputs are those of the float model, not of one whose earlier
+layers are rounded already. Nothing has to be swapped in between, and the samples are run once for as many layers as have room for
+their moments.
 
 Memory: `MOMENTS_BYTES` of moments, or those of one layer where they are more, whatever the number of layers and samples.
+
+Shape alphabet: T tokens, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
-from mmcompress.ops.gptq import Compensation, compensation, gptq
-from mmcompress.ops.half_quadratic import half_quadratic_grid
 from mmcompress.passes.base import Context
+from mmcompress.passes.quantize_balance import Balance
 from mmcompress.passes.quantize_calibrate import readers_of_one_input, watch
-from mmcompress.surgery.packed import PackedLinear
-from mmcompress.surgery.quantized_base import chunks
 from mmcompress.surgery.watch import Sums
 from mmcompress.views import Tower
 
 MOMENTS_BYTES = 2**29
 
 
-def rounded(
-    bundle: Bundle, tower: Tower, sizes: Mapping[str, int], context: Context
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield (path, the buffers of its `PackedLinear`) of the Linears in `sizes` that are called, each in groups of its size.
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the input that some Linears share."""
 
-    Raises UsageError without data for this tower.
+    moment: Tensor
+    """E[x x'] (C, C)."""
+    mean_sizes: Tensor | None
+    """E|x| (C,), where it was asked for."""
+
+
+def inputs_of(
+    bundle: Bundle,
+    tower: Tower,
+    linears: Mapping[str, nn.Linear],
+    context: Context,
+    balance: Balance,
+    sizes: bool,
+    what: str,
+) -> Iterator[tuple[list[str], Inputs]]:
+    """Yield Linears that share an input, and what is known of it, `sizes` too; not those that are never called.
+
+    Raises UsageError without data for this tower, saying that `what` needs it.
     """
-    linears = {path: module for path in sizes if isinstance(module := bundle.module(path), nn.Linear)}
     for part in runs(tower, linears):
-        sums = {group[0]: Sums(full=True) for group in part}
-        watched = {path: linears[path] for path in sums}
+        moments = {group[0]: Sums(full=True) for group in part}
+        means = {group[0]: Sums(full=False) for group in part} if sizes else {}
+        watched = {path: linears[path] for path in moments}
 
-        def record(path: str, tokens: Tensor, sums: dict[str, Sums] = sums) -> None:
-            sums[path].add(tokens)
+        def record(
+            path: str, tokens: Tensor, moments: dict[str, Sums] = moments, means: dict[str, Sums] = means
+        ) -> None:
+            counts = balance.counts(path, tokens)
+            moments[path].add(tokens, counts)
+            if path in means:
+                means[path].add(tokens.abs(), counts)
 
-        watch(bundle, tower, watched, record, context, "moments", "rounding the weights by gptq")
-        for first, *others in part:
-            found = sums.pop(first)
-            if found.second is None:
-                continue  # read by its owner without being called
-            how = compensation(found.second_moment())
-            for path in (first, *others):
-                yield path, _buffers(linears[path], how, sizes[path])
-
-
-def looks(bundle: Bundle, tower: Tower, sizes: Mapping[str, int]) -> int:
-    """Return how often the samples are run."""
-    return len(runs(tower, {path: bundle.module(path) for path in sizes}))  # type: ignore[misc]
+        watch(bundle, tower, watched, record, context, "moments", what, balance.begin)
+        for group in part:
+            found = moments.pop(group[0])
+            if found.second is not None:  # else read by its owner without being called
+                yield group, Inputs(found.second_moment(), means[group[0]].mean() if sizes else None)
 
 
 def runs(tower: Tower, linears: Mapping[str, nn.Linear]) -> list[list[list[str]]]:
@@ -69,9 +83,6 @@ def runs(tower: Tower, linears: Mapping[str, nn.Linear]) -> list[list[list[str]]
     return parts
 
 
-def _buffers(linear: nn.Linear, how: Compensation, size: int) -> dict[str, Tensor]:
-    made = PackedLinear(linear, size)
-    weight = linear.weight.detach()
-    for rows in chunks(weight):
-        made.set_rows(rows, gptq(weight[rows], how, *half_quadratic_grid(weight[rows], size)))
-    return dict(made.named_buffers())
+def linears_of(bundle: Bundle, paths: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return those of `paths` that are Linears."""
+    return {path: module for path in paths if isinstance(module := bundle.module(path), nn.Linear)}

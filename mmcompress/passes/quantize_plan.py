@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_calibrate import calibrate, offers
+from mmcompress.passes.quantize_fit import fit_weights
+from mmcompress.passes.quantize_folds import folds_of
 from mmcompress.passes.quantize_judge import Judge, judge_tower
 from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes, told, whole_ties
 from mmcompress.passes.quantize_schemes import SCHEMES
@@ -37,12 +38,11 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     if scheme.weights == "int4":
         sizes = group_sizes(bundle, tower, paths, settings.group_size)
         schemes |= dict.fromkeys(sizes, name)
-        if settings.rounding == "gptq":
-            for path, buffers in quantize_moments.rounded(bundle, tower, sizes, context):
-                made.tensors.update({f"{path}.{name}": value for name, value in buffers.items()})
         report["eight_bit"] = eight = [path for path in paths if path not in sizes]
         context.progress.say(f"{tower.name}: {told(sizes, eight)}")
         made.decisions["groups"] |= sizes
+    if scheme.inputs == "float":
+        report |= fit_weights(settings, bundle, tower, schemes, context, made)
     made.decisions["layers"] |= schemes
     made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in schemes}
     if schemes and settings.sensitivity_samples and offers(bundle, context, tower.name, settings.sensitivity_samples):
@@ -55,6 +55,8 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
             f"no layer of the {tower.name} tower can be quantized within min_cosine {settings.min_cosine:g}",
             hint="lower min_cosine, use scheme W8A16, or keep_float fewer layers",
         )
+    if settings.fold:
+        made.decisions["folds"] |= folds_of(bundle, tower, made)
     made.decisions["towers"][tower.name] = report
 
 

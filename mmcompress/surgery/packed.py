@@ -3,6 +3,7 @@
     weight_int4         (out, in / 2) uint8, two codes to a byte, the earlier in the lower half
     weight_scale        (out, G) one per group of `group_size` neighbouring inputs, and
     weight_zero_point   (out, ceil(G / 2)) uint8, packed likewise:  weight = (code - zero point) * scale
+    input_gain          (in,) what the input is multiplied by, the weight having been divided by it (AWQ). Optional.
     bias                as before, trainable
 
 Inputs stay floats. In torch the weight is made of its codes whenever the layer is called, a large one some rows at a time.
@@ -32,9 +33,15 @@ class PackedLinear(Quantized):
 
     weight_int4: Tensor
     weight_zero_point: Tensor
+    input_gain: Tensor | None
 
     def __init__(
-        self, linear: nn.Linear, group_size: int, rounding: Rounding | None = None, rounds_inputs: bool = False
+        self,
+        linear: nn.Linear,
+        group_size: int,
+        rounding: Rounding | None = None,
+        rounds_inputs: bool = False,
+        gain: Tensor | None = None,
     ) -> None:
         """Round the weight. Without `rounding`, and on meta tensors, the buffers have their shapes and no values yet."""
         super().__init__()
@@ -48,16 +55,23 @@ class PackedLinear(Quantized):
         self.register_buffer("weight_scale", torch.empty(rows, groups, dtype=weight.dtype, device=weight.device))
         zeros = torch.empty(rows, (groups + 1) // 2, dtype=torch.uint8, device=weight.device)
         self.register_buffer("weight_zero_point", zeros)
+        # A copy: layers that share an input share its gain, and a checkpoint stores each tensor once.
+        self.register_buffer("input_gain", None if gain is None else gain.to(weight, copy=True))
         self.bias = linear.bias
         if rounding is not None and not weight.is_meta:
             for part in chunks(weight):
-                self.set_rows(part, rounding(weight[part], group_size))
+                scaled = weight[part] if gain is None else weight[part] / gain.to(weight)
+                self.set_rows(part, rounding(scaled, group_size))
 
     def set_rows(self, rows: slice, rounded: Grouped) -> None:
         """Store some rows of the weight."""
         self.weight_int4[rows] = pack(rounded.codes)
         self.weight_scale[rows] = rounded.scale.to(self.weight_scale.dtype)
         self.weight_zero_point[rows] = pack(rounded.zero_point)
+
+    def packed_buffers(self) -> list[tuple[str, Tensor]]:
+        """Return what the weight is stored in, by name."""
+        return [(name, buffer) for name, buffer in self.named_buffers() if name != "input_gain"]
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -69,6 +83,7 @@ class PackedLinear(Quantized):
         return Grouped(codes, scale, unpack(self.weight_zero_point[start:stop], scale.shape[1])).dequantized()
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.input_gain is None else x * self.input_gain
         if not torch.compiler.is_exporting():
             return self._linear(x, self.bias)
         block = block_size_for(self.in_features, self.group_size)

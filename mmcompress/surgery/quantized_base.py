@@ -36,6 +36,7 @@ class Quantized(nn.Module, ABC):
     """A layer whose weight is stored as integers: (C, …), a scale for each of its C rows or several."""
 
     weight_scale: Tensor
+    input_gain: Tensor | None
 
     @property
     @abstractmethod

@@ -96,7 +96,7 @@ def test_bytes_count_a_shared_weight_once() -> None:
 
 
 def test_smoothing_leaves_the_shared_weight_alone() -> None:
-    bundle, plan = run(scheme="W8A8", min_cosine=-1.0)
+    bundle, plan = run(scheme="W8A8", min_cosine=-1.0, fold=False)
     assert bundle.module(LAST).input_gain is None
     assert not {name for name in plan.tensors if name.startswith(LAST) and name.endswith("gain")}
     assert all(
@@ -154,7 +154,7 @@ def test_a_last_layer_that_is_read_but_not_called_keeps_its_table_float(monkeypa
         return (written.last_hidden_state @ model.proj_out.weight.T).softmax(-1).sum(1)
 
     monkeypatch.setattr(type(bundle.family), "encode", lambda self, *args: encode(*args))
-    _, plan = run(bundle, scheme="W8A8", min_cosine=-1.0)
+    _, plan = run(bundle, scheme="W8A8", min_cosine=-1.0, fold=False)
     assert not {LAST, TABLE} & set(plan.decisions["layers"])
     assert decoding.tied(bundle)
 
@@ -236,7 +236,7 @@ def test_cross_attention_is_a_group_of_its_own() -> None:
 
 
 def test_keys_and_values_of_all_blocks_read_the_encoder_on_one_grid() -> None:
-    bundle, _ = run(scheme="W8A8", min_cosine=-1.0)
+    bundle, _ = run(scheme="W8A8", min_cosine=-1.0, fold=False)
     crosses = [block.cross for block in bundle.tower("decoder").blocks]
     first, *others = [bundle.module(path) for cross in crosses if cross for path in cross.writers[1:]]
     for other in others:

@@ -138,13 +138,14 @@ def test_each_way_of_rounding_is_nearer_to_what_the_layers_gave_out() -> None:
 
 def test_gptq_gives_the_same_however_little_room_its_moments_have(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tiny.bundle(FAMILY)
-    sizes = {path: 16 for path, module in bundle.model.named_modules() if isinstance(module, nn.Linear)}
-    assert quantize_moments.looks(bundle, bundle.tower("vision"), sizes) == 1
+    tower = bundle.tower("vision")
+    linears = {path: m for path, m in bundle.model.named_modules() if isinstance(m, nn.Linear) and tower.owns(path)}
+    assert len(quantize_moments.runs(tower, linears)) == 1
     settings: dict[str, Any] = {"rounding": "gptq", "towers": ("vision",), "sensitivity_samples": 0}
     _, once = run(data=context(), **settings)
     # Room for the moments of four inputs of 48 channels: a block has three, and one of its hidden neurons.
     monkeypatch.setattr(quantize_moments, "MOMENTS_BYTES", 4 * 4 * 48 * 48)
-    assert quantize_moments.looks(bundle, bundle.tower("vision"), sizes) > 3
+    assert len(quantize_moments.runs(tower, linears)) > 3
     _, often = run(data=context(), **settings)
     assert once.tensors.keys() == often.tensors.keys()
     assert all(torch.equal(once.tensors[name], value) for name, value in often.tensors.items())

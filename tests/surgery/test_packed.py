@@ -183,3 +183,15 @@ def test_a_weight_too_large_for_the_exporter_to_fold_is_a_constant_too(size: int
     blocks = 1024 // min(size, 128)
     held = 3000 * 1024 // 2 + 3000 * blocks * 4 + 3000 * blocks // 2 + 3000 * 4
     assert sum(len(tensor.raw_data) for tensor in graph.initializer) == held
+
+
+def test_a_gain_multiplies_the_input_and_divides_the_weight() -> None:
+    layer, states, gain = linear(), x(2, 5, 96), torch.linspace(0.5, 2, 96)
+    made = PackedLinear(layer, 32, nearest, gain=gain)
+    want = nearest(layer.weight / gain, 32).dequantized()
+    assert torch.equal(made.weight, want)
+    assert torch.equal(made(states), nn.functional.linear(states * gain, want, layer.bias))
+    assert set(made.state_dict()) - set(PackedLinear(layer, 32, nearest).state_dict()) == {"input_gain"}
+    meta = PackedLinear(linear().to("meta"), 32, nearest, gain=torch.ones(96, device="meta"))
+    meta.to_empty(device="cpu").load_state_dict(made.state_dict())
+    assert torch.equal(meta(states), made(states))

@@ -1,0 +1,160 @@
+"""4-bit weights fitted to samples: what scales (AWQ), clipped ranges, GPTQ and balanced modalities (MBQ) keep of two real models.
+
+How probable the right answers are to a language model, per token, with n and intervals, paired sample by sample with the original's
+and with those of rounding to nearest. SmolLM2-135M inside a model of SmolVLM's shape goes on with what presidents said, without
+pictures. The mini-VLM's language model answers held-out questions about drawings; what its vision tower makes of them is made once.
+`greedy` is the share of answers of which each token is the most probable one.
+
+    python -m bench.fitted_weights [--samples 100] [--questions 400] [--only smollm2]      writes bench/results/fitted_weights.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import mmcompress
+from bench import assets
+from bench.four_bits import BATCH, FIXED
+from mmcompress import checkpoint
+from mmcompress.bundle import Bundle
+from mmcompress.data import Dataset, batches, open_data
+from mmcompress.ops.losses import token_log_likelihoods
+from mmcompress.ops.statistics import bootstrap, paired_difference
+from mmcompress.passes.base import Context
+from mmcompress.passes.quantize import Quantize
+
+RESULT = assets.RESULTS / "fitted_weights.json"
+AWQ: dict[str, Any] = {"rounding": "nearest", "scaling": "awq"}
+WAYS: dict[str, dict[str, Any]] = {
+    "nearest": {"rounding": "nearest"},
+    "hqq": {"rounding": "hqq"},
+    "gptq": {"rounding": "gptq"},
+    "awq": AWQ,
+    "awq, clip": {**AWQ, "clip": True},
+    "awq, clip, gptq": {"rounding": "gptq", "scaling": "awq", "clip": True},
+}
+SHOWN: dict[str, dict[str, Any]] = {
+    "awq, clip, balanced": {**WAYS["awq, clip"], "balance": "modality"},
+    "awq, clip, text tokens only": {**WAYS["awq, clip"], "balance": "text"},
+    "gptq, balanced": {**WAYS["gptq"], "balance": "modality"},
+    "gptq, text tokens only": {**WAYS["gptq"], "balance": "text"},
+    "awq, clip, gptq, balanced": {**WAYS["awq, clip, gptq"], "balance": "modality"},
+}
+"""For a model that is shown pictures."""
+GROUPS = {"groups of 32": 32, "rows": 0}
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a model found of each of N right answers."""
+
+    log: np.ndarray
+    """(N,) mean ln p of a token."""
+    greedy: np.ndarray
+    """(N,) whether each token is the most probable one."""
+
+
+def prepared(bundle: Bundle, data: Dataset) -> Iterator[dict[str, Tensor]]:
+    """The language model's inputs, pictures already as the tokens it is given."""
+    for samples in batches(data, BATCH):
+        inputs = bundle.prepare("language", [bundle.items("language", sample)[0] for sample in samples])
+        images = {name: value for name, value in inputs.items() if name.startswith("pixel")}
+        if images:
+            width = bundle.model.config.text_config.hidden_size
+            rows = bundle.encode("vision", images)
+            inputs = {name: value for name, value in inputs.items() if name not in images}
+            inputs["image_tokens"] = rows.unflatten(1, (-1, width))
+        yield inputs
+
+
+@torch.inference_mode()
+def read(bundle: Bundle, asked: list[dict[str, Tensor]]) -> Read:
+    """Lead a model through the right answers."""
+    logs, greedy = [], []
+    for inputs in asked:
+        tokens = bundle.forced.next_tokens(bundle.model, inputs)
+        roots = bundle.encode("language", inputs).unflatten(1, (tokens.shape[1], -1))
+        said = tokens >= 0
+        each = torch.zeros(tokens.shape, dtype=torch.float64)
+        each[said] = token_log_likelihoods(roots[said], tokens[said]).double()
+        logs.append(each.sum(1) / said.sum(1))
+        greedy.append(((roots.argmax(2) == tokens) | ~said).all(1))
+    return Read(torch.cat(logs).numpy(), torch.cat(greedy).double().numpy())
+
+
+def compared(
+    model: Path, ways: dict[str, dict[str, Any]], asked: Dataset, known: Dataset, samples: int
+) -> dict[str, Any]:
+    """Round the model's language tower in every way; each beside the original, and beside rounding to nearest."""
+    original = checkpoint.load(model)
+    with torch.inference_mode():
+        inputs = list(prepared(original, asked))
+    reads = {"original": read(original, inputs)}
+    rows: dict[str, Any] = {"original": {"log_likelihood": bootstrap(reads["original"].log).to_json()}}
+    context = Context(data=known, num_samples=samples, batch_size=BATCH)
+    for groups, size in GROUPS.items():
+        for way, parameters in ways.items():
+            name, bundle, started = f"{way}, {groups}", copy.deepcopy(original), time.monotonic()
+            made = Quantize(**{**FIXED, "towers": ("language",), "scheme": "W4A16", "group_size": size, **parameters})
+            made.check(bundle)
+            plan = made.plan(bundle, context)
+            made.apply(bundle, plan)
+            seconds = time.monotonic() - started
+            reads[name] = read(bundle, inputs)
+            rows[name] = {
+                "log_likelihood": bootstrap(reads[name].log).to_json(),
+                "against_original": paired(reads["original"], reads[name]),
+                "against_nearest": paired(reads[f"nearest, {groups}"], reads[name]),
+                "scaled": len(plan.decisions.get("scaled", {})),
+                "folded_norms": len(plan.decisions.get("folds", {})),
+                "image_tokens_count": plan.decisions["towers"]["language"].get("image_tokens_count", {}),
+                "seconds_to_make": round(seconds, 1),
+            }
+            print(name, json.dumps(rows[name]), flush=True)
+    return rows
+
+
+def paired(before: Read, after: Read) -> dict[str, Any]:
+    """What changed, sample by sample, with intervals."""
+    return {
+        "log_likelihood": paired_difference(before.log, after.log).to_json(),
+        "greedy": paired_difference(before.greedy, after.greedy).to_json(),
+    }
+
+
+def main() -> None:
+    """Make, measure, write bench/results/fitted_weights.json."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--samples", type=int, default=100, help="passages")
+    options.add_argument("--questions", type=int, default=400)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--only", choices=("smollm2", "mini_vlm"), help="keep what is known of the other")
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    document = json.loads(RESULT.read_text()) if given.only else {}
+    if given.only != "mini_vlm":
+        passages = open_data(str(assets.passages("test"))).subset(given.samples, 0)
+        known = open_data(str(assets.passages("calibration")))
+        document["smollm2"] = compared(assets.smolvlm(), WAYS, passages, known, 30)
+    if given.only != "smollm2":
+        questions = open_data(str(assets.vqa("heldout"))).subset(given.questions, 0)
+        known = open_data(str(assets.vqa("training")))
+        document["mini_vlm"] = compared(assets.mini_vlm(), WAYS | SHOWN, questions, known, 64)
+    command = f"python -m bench.fitted_weights --samples {given.samples} --questions {given.questions}"
+    versions = {"mmc": mmcompress.__version__, "torch": torch.__version__}
+    RESULT.write_text(json.dumps({"command": command, "versions": versions, **document}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Weights alone, rounded to calibration samples: the inputs' channels scaled (AWQ), ranges clipped, errors made up for (GPTQ).
+
+Everything is judged by what rounding does to a layer's outputs on the samples, and kept where that is less: scales for all Linears
+that read one input together, clipped ranges row by row. Scales are searched with weights rounded to nearest, as in the paper, and
+judged once more as weights are really rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from mmcompress.bundle import Bundle
+from mmcompress.ops.awq import best_strength, channel_scales
+from mmcompress.ops.clipping import clipped_grid
+from mmcompress.ops.gptq import Compensation, compensation, gptq, output_error
+from mmcompress.ops.grouped import Grouped, nearest, nearest_grid, on_grid
+from mmcompress.ops.half_quadratic import half_quadratic_grid
+from mmcompress.ops.rounding import choose_scale, dequantize, quantize
+from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.quantize_balance import balance_for
+from mmcompress.passes.quantize_layers import candidates, group_sizes
+from mmcompress.passes.quantize_moments import Inputs, inputs_of, linears_of, runs
+from mmcompress.passes.quantize_schemes import SCHEMES
+from mmcompress.surgery.packed import PackedLinear
+from mmcompress.surgery.quantized import QuantizedLinear
+from mmcompress.surgery.quantized_base import chunks
+from mmcompress.views import Tower
+
+if TYPE_CHECKING:
+    from mmcompress.passes.quantize import Quantize
+
+Made = dict[str, PackedLinear | QuantizedLinear]
+
+
+def fitted_paths(settings: Quantize, tower: Tower, schemes: Mapping[str, str]) -> list[str]:
+    """Return the layers that are fitted to samples: those of weights alone that `settings` ask it for.
+
+    A layer that shares its weight with an embedding table is none: the table's rows would be scaled too.
+    """
+    wanted = {"W4A16"} if settings.clip or settings.rounding == "gptq" else set()
+    wanted |= {"W4A16", "W8A16"} if settings.scaling == "awq" else set()
+    tied = {linear for _, linear in tower.tied}
+    return [path for path, scheme in schemes.items() if scheme in wanted and path not in tied]
+
+
+def fit_weights(
+    settings: Quantize,
+    bundle: Bundle,
+    tower: Tower,
+    schemes: Mapping[str, str],
+    context: Context,
+    made: Plan,
+) -> dict[str, object]:
+    """Add to `made` the tensors of the layers that are fitted, and how strongly each is scaled; return what to report.
+
+    Raises UsageError without data for this tower.
+    """
+    sizes = made.decisions["groups"]
+    linears = linears_of(bundle, fitted_paths(settings, tower, schemes))
+    if not linears:
+        return {}
+    ways = [
+        name
+        for name, used in (
+            ("gptq", settings.rounding == "gptq"),
+            ("awq", settings.scaling == "awq"),
+            ("clip", settings.clip),
+        )
+        if used
+    ]
+    balance = balance_for(settings.balance, bundle, tower, context)
+    what = f"rounding the weights by {' and '.join(ways)}"
+    awq = settings.scaling == "awq"
+    for group, seen in inputs_of(bundle, tower, linears, context, balance, awq, what):
+        layers = {path: linears[path] for path in group}
+        strength, best = _best(settings, layers, sizes, seen)
+        for path, layer in best.items():
+            if strength:
+                made.decisions["scaled"][path] = strength
+                assert layer.input_gain is not None
+                made.tensors[f"{path}.gain"] = layer.input_gain
+            if isinstance(layer, PackedLinear):
+                made.tensors.update({f"{path}.{name}": value for name, value in layer.packed_buffers()})
+    return {"image_tokens_count": balance.ratios} if balance.ratios else {}
+
+
+def _best(
+    settings: Quantize, layers: Mapping[str, nn.Linear], sizes: Mapping[str, int], seen: Inputs
+) -> tuple[float, Made]:
+    """Return the strength of the scales, 0 for none, and the rounded layers: those with the least error of outputs."""
+    plain = Rounding(settings, seen.moment)
+    made = {path: plain.made(linear, sizes.get(path, 0)) for path, linear in layers.items()}
+    if seen.mean_sizes is None:
+        return 0.0, made
+    size = sizes.get(next(iter(layers)), 0)  # of one input, all are cut alike
+    parts = [linear.weight.detach()[rows] for linear in layers.values() for rows in chunks(linear.weight)]
+    strength = best_strength(parts, seen.mean_sizes, seen.moment, lambda weight: plain.nearest(weight, size))
+    if strength:
+        scaled = Rounding(settings, seen.moment, 1 / channel_scales(seen.mean_sizes, strength))
+        other = {path: scaled.made(linear, sizes.get(path, 0)) for path, linear in layers.items()}
+        if _error(layers, other, seen.moment) < _error(layers, made, seen.moment):
+            return strength, other
+    return 0.0, made
+
+
+def _error(layers: Mapping[str, nn.Linear], made: Made, moment: Tensor) -> float:
+    """Return what rounding does to all outputs of `layers`."""
+    total = 0.0
+    for path, linear in layers.items():
+        for rows in chunks(linear.weight):
+            rounded = made[path].weight_rows(rows.start, min(rows.stop, linear.out_features))
+            gain = made[path].input_gain
+            rounded = rounded if gain is None else rounded * gain
+            total += float(output_error(linear.weight.detach()[rows], rounded, moment).sum())
+    return total
+
+
+def looks(settings: Quantize, bundle: Bundle, tower: Tower) -> int:
+    """Return how often the samples are run through `tower`; a run with gradients is counted as three."""
+    name = settings.scheme_of(tower.name)
+    scheme = SCHEMES[name]
+    if scheme.inputs == "static":
+        return 0
+    paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
+    sizes = group_sizes(bundle, tower, paths, settings.group_size) if scheme.weights == "int4" else {}
+    schemes = dict.fromkeys(paths, scheme.otherwise or name) | dict.fromkeys(sizes, name)
+    linears = linears_of(bundle, fitted_paths(settings, tower, schemes))
+    backwards = 3 if linears and settings.balance == "modality" and tower.prompt else 0
+    return len(runs(tower, linears)) + backwards
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Rounds the weights of layers that read one input, which is multiplied by `gain` (C,) before."""
+
+    settings: Quantize
+    moment: Tensor
+    """Of the input as it is, (C, C)."""
+    gain: Tensor | None = None
+
+    def made(self, linear: nn.Linear, size: int) -> PackedLinear | QuantizedLinear:
+        """Return the layer in 4 bits, in groups of `size`, or in 8 bits where that is 0."""
+        if not size:
+            return QuantizedLinear(linear, None, self.settings.maker.weights, self.gain)
+        made = PackedLinear(linear, size, gain=self.gain)
+        for rows in chunks(linear.weight):
+            weight = linear.weight.detach()[rows].float()
+            made.set_rows(rows, self._grouped(weight if self.gain is None else weight / self.gain, size))
+        return made
+
+    def nearest(self, weight: Tensor, size: int) -> Tensor:
+        """Return the floats (R, C) that a weight is rounded to in the plainest way."""
+        if size:
+            return nearest(weight, size).dequantized()
+        scale, zero_point = choose_scale(weight, self.settings.maker.weights, axis=0)
+        return dequantize(quantize(weight, scale, zero_point, self.settings.maker.weights, axis=0), scale, axis=0)
+
+    def _grouped(self, weight: Tensor, size: int) -> Grouped:
+        grid = (nearest_grid if self.settings.rounding == "nearest" else half_quadratic_grid)(weight, size)
+        plain = self._on(weight, grid)
+        if not self.settings.clip:
+            return plain
+        clipped = self._on(weight, clipped_grid(weight, self._moment, *grid))
+        worse, better = (output_error(weight, each.dequantized(), self._moment) for each in (plain, clipped))
+        return clipped.where(better < worse, plain)
+
+    def _on(self, weight: Tensor, grid: tuple[Tensor, Tensor]) -> Grouped:
+        if self.settings.rounding == "gptq":
+            return gptq(weight, self._compensation, *grid)
+        return on_grid(weight, *grid)
+
+    @cached_property
+    def _moment(self) -> Tensor:
+        """The second moment of what the weights multiply."""
+        return self.moment if self.gain is None else self.moment * self.gain[:, None] * self.gain
+
+    @cached_property
+    def _compensation(self) -> Compensation:
+        return compensation(self._moment)

@@ -1,0 +1,358 @@
+"""quantize with weights rounded to samples: AWQ's scales, clipped ranges, how much tokens count; ops/test_awq has the maths."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmcompress import checkpoint
+from mmcompress.bundle import Bundle
+from mmcompress.data import Dataset, Memory, Sample
+from mmcompress.errors import UsageError
+from mmcompress.manifest import Record
+from mmcompress.ops.gptq import output_error
+from mmcompress.ops.grouped import nearest, on_grid
+from mmcompress.ops.half_quadratic import half_quadratic_grid
+from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.quantize import Quantize
+from mmcompress.passes.quantize_balance import Balance, balance_for, gradients, image_places
+from mmcompress.passes.quantize_fit import Rounding, looks
+from mmcompress.passes.quantize_moments import inputs_of, linears_of
+from mmcompress.surgery.packed import PackedLinear
+from mmcompress.surgery.quantized import QuantizedLinear
+from mmcompress.surgery.watch import Sums, padding_mask
+from tests import tiny
+from tests.passes import decoding
+
+FAMILY = "dual_encoder_dinov2"
+VLM = "llava_siglip"
+
+
+def context(family: str = FAMILY, count: int = 8) -> Context:
+    return Context(data=tiny.data(family, count), num_samples=count, batch_size=4)
+
+
+def run(bundle: Bundle, data: Context, **params: Any) -> tuple[Bundle, Plan]:
+    made = Quantize(**{"scheme": "W4A16", "group_size": 16, "min_cosine": -1.0, "sensitivity_samples": 0, **params})
+    made.check(bundle)
+    plan = made.plan(bundle, data)
+    made.apply(bundle, plan)
+    bundle.history.append(Record("quantize", vars(made), plan.decisions, {}, 0.0))
+    return bundle, plan
+
+
+def spread(family: str = FAMILY) -> Bundle:
+    """A model with channels of very different size behind its norms, as trained models have them."""
+    bundle = tiny.bundle(family)
+    with torch.no_grad():
+        for tower in bundle.towers():
+            for block in tower.blocks:
+                for name, parameter in bundle.module(block.path).named_parameters():
+                    if "norm" in name and parameter.dim() == 1 and name.endswith("weight"):
+                        parameter[::7] *= 8
+    return bundle
+
+
+def moments(bundle: Bundle, tower: str, paths: list[str], data: Context) -> dict[str, Tensor]:
+    """E[x x'] of the Linears' inputs over tokens that are not padding, gathered here."""
+    sums = {path: Sums(full=True) for path in paths}
+    masks: list[Tensor | None] = []
+
+    def hook(path: str) -> Any:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x, mask = args[0].detach(), masks[-1]
+            fits = mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape
+            sums[path].add(x[mask.bool()] if fits and mask is not None else x.flatten(0, -2))
+
+        return before
+
+    handles = [bundle.module(path).register_forward_pre_hook(hook(path)) for path in paths]
+    assert data.data is not None
+    samples = [data.data[index] for index in range(len(data.data))]
+    for start in range(0, len(samples), data.batch_size):
+        items = [
+            item for sample in samples[start : start + data.batch_size] for item in bundle.items(tower, sample)[:1]
+        ]
+        inputs = bundle.prepare(tower, items)
+        masks.append(padding_mask(inputs))
+        with torch.no_grad():
+            bundle.encode(tower, inputs)
+    for handle in handles:
+        handle.remove()
+    return {path: found.second_moment() for path, found in sums.items()}
+
+
+def errors(original: Bundle, made: Bundle, paths: list[str], seen: dict[str, Tensor]) -> dict[str, float]:
+    found = {}
+    for path in paths:
+        layer: Any = made.module(path)
+        rounded = layer.weight if layer.input_gain is None else layer.weight * layer.input_gain
+        found[path] = output_error(original.module(path).weight.detach(), rounded, seen[path]).sum().item()  # type: ignore[union-attr]
+    return found
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "hqq", "gptq"])
+def test_scales_and_clipping_never_raise_what_rounding_does_to_outputs(rounding: Any) -> None:
+    original, settings = spread(), {"rounding": rounding, "towers": ("vision",), "fold": False}
+    block = original.tower("vision").blocks[1]
+    groups = [list(block.attention.writers), [block.attention.reader], list(block.mlp.writers), [block.mlp.reader]]
+    paths = [path for group in groups for path in group]
+    seen = moments(original, "vision", paths, context())
+    ways: dict[str, dict[str, Any]] = {"plain": {}, "clip": {"clip": True}, "awq": {"scaling": "awq"}}
+    ways["both"] = {"scaling": "awq", "clip": True}
+    found = {}
+    for name, params in ways.items():
+        made, _ = run(copy.deepcopy(original), context(), **settings, **params)
+        each = errors(original, made, paths, seen)
+        found[name] = [sum(each[path] for path in group) for group in groups]
+    for one, other in (("clip", "plain"), ("awq", "plain")):
+        assert all(a <= b * (1 + 1e-4) for a, b in zip(found[one], found[other], strict=True))
+        assert sum(found[one]) < 0.97 * sum(found[other])
+    assert sum(found["both"]) < sum(found["clip"])
+
+
+def test_layers_of_one_input_share_their_scales() -> None:
+    bundle, plan = run(spread(), context(), scaling="awq", fold=False)
+    scaled = plan.decisions["scaled"]
+    assert set(scaled.values()) <= {step / 20 for step in range(1, 20)}
+    for tower in bundle.towers():
+        for block in tower.blocks:
+            q, k, v = (bundle.module(path) for path in block.attention.writers)
+            assert len({scaled.get(path) for path in block.attention.writers}) == 1
+            if block.attention.writers[0] in scaled:
+                assert torch.equal(q.input_gain, k.input_gain)  # type: ignore[arg-type]
+                assert torch.equal(q.input_gain, v.input_gain)  # type: ignore[arg-type]
+    for path, module in bundle.model.named_modules():
+        if isinstance(module, PackedLinear):
+            assert (module.input_gain is not None) == (path in scaled)
+
+
+def test_channels_that_are_alike_leave_weights_as_plain_rounding_does() -> None:
+    """H = I: nothing to scale, and no error that another column could make up for."""
+    torch.manual_seed(0)
+    linear, unit = nn.Linear(64, 24), torch.eye(64)
+    for rounding in ("nearest", "gptq"):
+        made = Rounding(Quantize(scheme="W4A16", rounding=rounding), unit).made(linear, 16)  # type: ignore[arg-type]
+        weight = linear.weight.detach()
+        plain = nearest(weight, 16) if rounding == "nearest" else on_grid(weight, *half_quadratic_grid(weight, 16))
+        assert torch.equal(made.weight, plain.dequantized())
+
+
+def test_what_gptq_makes_up_for_is_seen_in_scaled_inputs() -> None:
+    """Scaling by hand, and rounding to the moment of inputs that were scaled."""
+    torch.manual_seed(0)
+    linear, x, gain = nn.Linear(64, 24), torch.randn(200, 64) @ torch.randn(64, 64), torch.logspace(-1, 1, 64)
+    settings = Quantize(scheme="W4A16", rounding="gptq")
+    one = Rounding(settings, x.T @ x / 200, gain).made(linear, 16)
+    scaled = copy.deepcopy(linear)
+    with torch.no_grad():
+        scaled.weight /= gain
+    x = x * gain
+    other = Rounding(settings, x.T @ x / 200).made(scaled, 16)
+    assert (one.weight != other.weight).float().mean() < 0.01  # the same sums in another order
+
+
+def test_8_bit_weights_can_be_scaled_too() -> None:
+    original = spread()
+    paths = list(original.tower("vision").blocks[1].mlp.writers)
+    seen = moments(original, "vision", paths, context())
+    settings: dict[str, Any] = {"scheme": "W8A16", "towers": ("vision",), "fold": False}
+    plain, _ = run(copy.deepcopy(original), context(), **settings)
+    made, plan = run(copy.deepcopy(original), context(), scaling="awq", **settings)
+    assert isinstance(made.module(paths[0]), QuantizedLinear)
+    assert paths[0] in plan.decisions["scaled"]
+    assert errors(original, made, paths, seen)[paths[0]] < 0.9 * errors(original, plain, paths, seen)[paths[0]]
+
+
+def test_a_weight_that_is_shared_with_a_table_is_not_scaled() -> None:
+    _, plan = run(decoding.bundle(), decoding.context(), scheme="W8A16", scaling="awq")
+    assert plan.decisions["scaled"]
+    assert decoding.LAST not in plan.decisions["scaled"]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("family", [FAMILY, VLM, "paligemma"])
+def test_a_checkpoint_is_what_was_saved(family: str, fold: bool, tmp_path: Any) -> None:
+    bundle, plan = run(spread(family), context(family), scaling="awq", clip=True, fold=fold)
+    checkpoint.save(bundle, tmp_path / "model")
+    again = checkpoint.load(tmp_path / "model")
+    assert bool(plan.decisions.get("folds")) == fold
+    one, other = (each.model.state_dict() for each in (bundle, again))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    for tower in bundle.towers():
+        inputs = bundle.example_inputs(tower.name)
+        assert torch.equal(bundle.encode(tower.name, inputs), again.encode(tower.name, inputs))
+
+
+def test_what_goes_back_to_8_bits_or_float_loses_its_scales() -> None:
+    original = spread()
+    settings: dict[str, Any] = {"towers": ("vision",), "group_size": 0, "rounding": "nearest", "scaling": "awq"}
+    settings |= {"sensitivity_samples": 8}
+    _, everything = run(copy.deepcopy(original), context(), **settings)
+    limit = (1 + everything.decisions["towers"]["vision"]["cosine"]) / 2
+    bundle, plan = run(copy.deepcopy(original), context(), **{**settings, "min_cosine": limit})
+    back = plan.decisions["towers"]["vision"]["given_8_bits"]
+    assert set(back) & set(everything.decisions["scaled"])
+    assert not set(back) & set(plan.decisions["scaled"])
+    folded = {path for readers in plan.decisions["folds"].values() for path in readers}
+    assert not folded & set(back)
+    for path in back:
+        layer: Any = bundle.module(path)
+        assert layer.input_gain is None
+        torch.testing.assert_close(layer.weight, original.module(path).weight, rtol=0, atol=0.05)  # type: ignore[arg-type]
+
+
+def without_pictures(count: int = 6) -> Context:
+    samples = [Sample(str(i), ("a red cat",), question="what is this ?") for i in range(count)]
+    return Context(data=Dataset(Memory(samples), "texts"), num_samples=count, batch_size=4)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_without_pictures_all_tokens_count_the_same(rounding: Any) -> None:
+    settings: dict[str, Any] = {"towers": ("language",), "scaling": "awq", "rounding": rounding}
+    _, plain = run(spread(VLM), without_pictures(), **settings)
+    _, balanced = run(spread(VLM), without_pictures(), balance="modality", **settings)
+    assert plain.decisions["scaled"] == balanced.decisions["scaled"]
+    assert all(torch.equal(value, balanced.tensors[name]) for name, value in plain.tensors.items())
+    assert "image_tokens_count" not in balanced.decisions["towers"]["language"]
+
+
+def given_out(bundle: Bundle, names: dict[str, str]) -> dict[str, Tensor]:
+    """Name -> what the module at its path gives out, once the bundle has run."""
+    made: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        return lambda module, args, output: made.update({name: output})
+
+    for name, path in names.items():
+        bundle.module(path).register_forward_hook(hook(name))
+    return made
+
+
+def test_gradients_are_those_of_the_answers_loss() -> None:
+    """Sample by sample, by what autograd says of the outputs themselves."""
+    bundle, data = tiny.bundle(VLM), context(VLM, 4)
+    tower = bundle.tower("language")
+    assert tower.prompt is not None
+    found = gradients(bundle, tower, tower.prompt.image_tokens, data)
+    names = {f"{block.path}.mlp": block.mlp.reader for block in tower.blocks}
+    wanted = {name: [0.0, 0.0] for name in names}
+    counts = [0, 0]
+    assert data.data is not None
+    for index in range(4):
+        inputs = bundle.prepare("language", bundle.items("language", data.data[index]))
+        made = given_out(bundle, names)
+        roots = bundle.encode("language", inputs)
+        answer = bundle.forced.next_tokens(bundle.model, inputs)[0]
+        probabilities = roots.reshape(len(answer), -1).square()
+        loss = -torch.stack([probabilities[i, t].log() for i, t in enumerate(answer.tolist()) if t >= 0]).mean()
+        slopes = torch.autograd.grad(loss, [made[name] for name in names])
+        image = torch.tensor([token in tower.prompt.image_tokens for token in inputs["input_ids"][0].tolist()])
+        counts[0] += int(image.sum())
+        counts[1] += int((~image).sum())
+        for name, slope in zip(names, slopes, strict=True):
+            wanted[name][0] += slope[0][image].abs().mean(-1).sum().item()
+            wanted[name][1] += slope[0][~image].abs().mean(-1).sum().item()
+    assert [found.image, found.text] == counts
+    assert min(counts) > 0
+    for name in names:
+        assert found.sizes[name] == pytest.approx(wanted[name], rel=1e-3)
+    assert not any(parameter.grad is not None for parameter in bundle.model.parameters())
+
+
+def test_moments_count_tokens_as_they_are_told() -> None:
+    """One batch whose moments are put together by hand from its image tokens and its text tokens."""
+    bundle, data = tiny.bundle(VLM), context(VLM, 4)
+    tower = bundle.tower("language")
+    assert tower.prompt is not None
+    path = tower.blocks[1].attention.writers[0]
+    balance = balance_for("modality", bundle, tower, data)
+    ratio = balance.ratios["attention"][1]
+    linears = linears_of(bundle, [path])
+    ((_, seen),) = inputs_of(bundle, tower, linears, data, balance, True, "a test")
+    ((_, texts),) = inputs_of(bundle, tower, linears, data, balance_for("text", bundle, tower, data), True, "a test")
+    assert data.data is not None
+    items = [item for index in range(4) for item in bundle.items("language", data.data[index])]
+    inputs = bundle.prepare("language", items)
+    states: list[Tensor] = []
+    handle = bundle.module(path).register_forward_pre_hook(lambda module, args: states.append(args[0].detach()))
+    bundle.encode("language", inputs)
+    handle.remove()
+    kept = inputs["attention_mask"].bool()
+    image = torch.isin(inputs["input_ids"], torch.tensor(tower.prompt.image_tokens))[kept]
+    assert torch.equal(image_places(inputs, tower.prompt.image_tokens), image)
+    shown, said = states[0][kept][image], states[0][kept][~image]
+    second = (ratio * shown.T @ shown / len(shown) + said.T @ said / len(said)) / (ratio + 1)
+    torch.testing.assert_close(seen.moment, second, rtol=1e-3, atol=1e-5)
+    assert texts.mean_sizes is not None
+    torch.testing.assert_close(texts.moment, said.T @ said / len(said), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(texts.mean_sizes, said.abs().mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_ratios_are_reported_and_move_the_weights() -> None:
+    settings: dict[str, Any] = {"towers": ("language",), "rounding": "gptq"}
+    _, plain = run(spread(VLM), context(VLM), **settings)
+    _, made = run(spread(VLM), context(VLM), balance="modality", **settings)
+    reported = made.decisions["towers"]["language"]["image_tokens_count"]
+    assert {part: len(ratios) for part, ratios in reported.items()} == {"attention": 3, "mlp": 3}
+    name = next(name for name in plain.tensors if name.endswith("weight_int4"))
+    assert not torch.equal(plain.tensors[name], made.tensors[name])
+
+
+def test_tokens_that_cannot_be_told_apart_are_refused() -> None:
+    balance = Balance((7,), {"layer": (1.0, 2.0)})
+    balance.begin({"input_ids": torch.tensor([[7, 1, 2]]), "attention_mask": torch.tensor([[1, 1, 0]])})
+    assert balance.counts("layer", torch.zeros(2, 4)).tolist() == [1, 2]  # type: ignore[union-attr]
+    assert balance.counts("another", torch.zeros(2, 4)) is None
+    with pytest.raises(UsageError, match="layer is given 3 tokens, the prompts have 2") as caught:
+        balance.counts("layer", torch.zeros(3, 4))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"scheme": "W8A8", "scaling": "awq"}, "quantize.scaling is 'awq', which is for weights alone"),
+        ({"scheme": "W8A16", "clip": True}, "quantize.clip is for 4-bit weights"),
+        ({"scheme": "W4A16", "balance": "modality"}, "quantize.balance is 'modality', but nothing is asked for"),
+    ],
+)
+def test_parameters_that_do_nothing_are_refused(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Quantize(**params)
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+def test_balance_is_refused_where_no_tower_is_shown_pictures() -> None:
+    made = Quantize(scheme="W4A16", scaling="awq", balance="modality")
+    made.check(tiny.bundle(VLM))
+    with pytest.raises(UsageError, match="no tower to be quantized is given both image and text tokens"):
+        made.check(tiny.bundle(FAMILY))
+    with pytest.raises(UsageError, match="no tower to be quantized is given both image and text tokens"):
+        Quantize(scheme="W4A16", scaling="awq", balance="modality", towers=("vision",)).check(tiny.bundle(VLM))
+
+
+@pytest.mark.parametrize(("params", "ways"), [({"scaling": "awq"}, "awq"), ({"clip": True}, "clip")])
+def test_samples_are_needed_and_asked_for(params: dict[str, Any], ways: str) -> None:
+    with pytest.raises(UsageError, match=f"rounding the weights by {ways} of the vision tower needs data"):
+        run(tiny.bundle(FAMILY), Context(), **params)
+
+
+def test_runs_are_counted_beforehand() -> None:
+    bundle = tiny.bundle(VLM)
+    tower = bundle.tower("language")
+    assert looks(Quantize(scheme="W4A16"), bundle, tower) == 0
+    assert looks(Quantize(scheme="W8A8"), bundle, tower) == 0
+    assert looks(Quantize(scheme="W4A16", clip=True), bundle, tower) == 1
+    assert looks(Quantize(scheme="W8A16", scaling="awq", balance="modality"), bundle, tower) == 4
+    assert looks(Quantize(scheme="W8A16", scaling="awq", balance="modality"), bundle, bundle.tower("vision")) == 1
+    work = Work(samples=10, dataset=10, forward=1.0)
+    assert Quantize(scheme="W4A16", clip=True, sensitivity_samples=0).seconds(bundle, work) == 10
+    assert not Quantize(scheme="W4A16", scaling="awq").streams()
+    assert Quantize(scheme="W4A16").streams()
