@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from mmcompress.bundle import Bundle
@@ -16,8 +16,9 @@ from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes
 from mmcompress.passes.quantize_make import Maker
+from mmcompress.passes.quantize_mixed import plan_mixed, require_budget
 from mmcompress.passes.quantize_plan import plan_tower
-from mmcompress.passes.quantize_schemes import OFF, SCHEMES
+from mmcompress.passes.quantize_schemes import AUTO, OFF, SCHEMES
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
 from mmcompress.surgery.quantized_base import Quantized
@@ -37,7 +38,8 @@ class Quantize:
 
     scheme: str = "W8A8"
     """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster), W4A16 (4-bit weights
-    of Linears: smallest, and in onnxruntime fastest where tokens come one by one) or W16A16 (off)."""
+    of Linears: smallest, and in onnxruntime fastest where tokens come one by one), auto (each group of layers 4 bits, 8 bits or
+    float, by measured sensitivity within a budget: `bits` or `size_mib`; it needs data) or W16A16 (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
@@ -48,6 +50,13 @@ class Quantize:
     """The decoder's scheme, instead of `scheme`."""
     language_scheme: str | None = None
     """The language model's scheme, instead of `scheme`."""
+    bits: float | None = None
+    """For scheme auto: how many bits a weight may have on average, in all towers with that scheme together. Scales are not counted:
+    with groups of 32 they add about one bit in float32 and half of that in 16 bits."""
+    size_mib: float | None = None
+    """For scheme auto, instead of `bits`: MiB that the towers with that scheme may take together, with all they consist of."""
+    assign: Literal["measured", "random"] = "measured"
+    """For scheme auto: how groups of layers get their schemes: those that lose least, or drawn within the budget (the control)."""
     towers: tuple[str, ...] = ()
     """Towers to quantize; empty means all."""
     target: Literal["cpu", "openvino", "cuda", "tensorrt"] = "cpu"
@@ -111,21 +120,23 @@ class Quantize:
                 "quantize.scheme W4A16 does not go to tensorrt, which cannot read its 4-bit layers",
                 hint="use W8A8 or W8A16, or another target",
             )
+        require_budget(self, self._uses(AUTO))
         if self.sensitivity_samples < 0:
             raise UsageError(
                 f"quantize.sensitivity_samples is {self.sensitivity_samples}; expected 0 or more",
                 hint="0 skips the measurement",
             )
 
-    def control(self, decisions: Mapping[str, Any] | None = None) -> None:
-        """Return None: nothing is selected."""
+    def control(self, decisions: Mapping[str, Any] | None = None) -> Quantize | None:
+        """Return this pass with schemes drawn at random; None where they are given and nothing is selected."""
+        return replace(self, assign="random") if self._uses(AUTO) and self.assign != "random" else None
 
     def streams(self) -> bool:
         """Whether weights alone are rounded: each layer's by itself."""
         used = {name: SCHEMES[name] for name in {self.scheme.upper(), *map(str.upper, self._own_schemes.values())}}
         static = any(scheme.inputs == "static" for scheme in used.values())
         fitted = self.rounding == "gptq" and any(scheme.weights == "int4" for scheme in used.values())
-        return not static and not fitted
+        return not static and not fitted and not self._uses(AUTO)
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Looks at the samples for ranges or moments; then a tower is judged, or each part of its blocks, in rounded arithmetic."""
@@ -142,7 +153,9 @@ class Quantize:
                 looks = max(looks, quantize_moments.looks(bundle, tower, sizes))
             looks = max(looks, 2 if SCHEMES[scheme].inputs == "static" else 0)
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
-        judged = 2 * (parts + 3 if self.sensitivity else 2) * min(self.sensitivity_samples, work.samples)
+        judged = (
+            2 * (parts + 3 if self.sensitivity or self._uses(AUTO) else 2) * min(self.sensitivity_samples, work.samples)
+        )
         return (looks * work.samples + judged) * work.forward
 
     def check(self, bundle: Bundle) -> None:
@@ -185,9 +198,12 @@ class Quantize:
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Choose layers, calibrate, measure sensitivity; what was computed of samples travels as tensors."""
         made = Plan({"target": self.target, "layers": {}, "groups": {}, "tied": {}, "towers": {}})
-        for tower in bundle.towers():
-            if self.scheme_of(tower.name) != OFF:
+        towers = {tower: self.scheme_of(tower.name) for tower in bundle.towers()}
+        for tower, scheme in towers.items():
+            if scheme not in (OFF, AUTO):
                 plan_tower(self, bundle, tower, context, made)
+        if AUTO in towers.values():
+            plan_mixed(self, bundle, [tower for tower, scheme in towers.items() if scheme == AUTO], context, made)
         if not made.decisions["groups"]:
             del made.decisions["groups"]
         return made

@@ -1,0 +1,142 @@
+"""What each group of a tower's layers may become with scheme auto: its bytes, its bits, and what it costs in accuracy alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from mmcompress.bundle import Bundle
+from mmcompress.passes import quantize_moments
+from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.quantize_judge import Judge, groups_of
+from mmcompress.passes.quantize_layers import candidates, group_sizes
+from mmcompress.passes.quantize_schemes import OFF, SCHEMES, Weights
+from mmcompress.progress import track
+from mmcompress.views import Tower
+
+if TYPE_CHECKING:
+    from mmcompress.passes.quantize import Quantize
+
+BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
+"""Of a weight; its scales come on top."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One scheme for all layers of a group."""
+
+    scheme: str
+    layers: dict[str, str]
+    """Path -> the layer's scheme, which is another one where it cannot have this; empty: they stay float."""
+    made: dict[str, nn.Module]
+    """What takes their place."""
+    bytes: int
+    bits: int
+    """Of all their weights together, scales not counted."""
+    loss: float = 0.0
+    """1 - cosine with only these layers quantized."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are given one scheme, and those they may have; the last leaves them float."""
+
+    tower: str
+    name: str
+    weights: int
+    candidates: tuple[Candidate, ...]
+
+    def place_of(self, scheme: str) -> int:
+        """Return which candidate the group has where all have `scheme`: the next more precise one where it cannot."""
+        names = [candidate.scheme for candidate in self.candidates]
+        return names.index(scheme if scheme in names else "W8A16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The groups of one tower, with what was computed of samples for them and what compares them with the float model."""
+
+    groups: list[Group]
+    sizes: dict[str, int]
+    """Path -> how many inputs share a scale, where it may have 4 bits."""
+    tensors: dict[str, Tensor]
+    judge: Judge | None
+    """None where nothing is judged."""
+
+
+def options_of(settings: Quantize, bundle: Bundle, tower: Tower, context: Context) -> Options:
+    """Make every group of `tower` in every scheme it may have and judge each alone.
+
+    Memory: the tower once more in 8 and once in 4 bits, about 0.4 of its floats. Raises UsageError without data for this tower,
+    except where schemes are drawn at random.
+    """
+    paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
+    four_bits = settings.target != "tensorrt"
+    sizes = group_sizes(bundle, tower, paths, settings.group_size) if four_bits else {}
+    tensors: dict[str, Tensor] = {}
+    if settings.rounding == "gptq":
+        for path, buffers in quantize_moments.rounded(bundle, tower, sizes, context):
+            tensors.update({f"{path}.{name}": value for name, value in buffers.items()})
+    judge = None
+    if settings.assign == "measured":
+        judge = Judge(bundle, tower.name, context, settings.sensitivity_samples)
+    groups = []
+    named = groups_of(tower, paths)
+    for name, own in track(named.items(), context.progress, f"{tower.name} sensitivity", len(named)):
+        made = [_quantized(settings, bundle, tower, own, scheme, sizes, tensors) for scheme in ("W4A16", "W8A16")]
+        floats = _untouched(bundle, own)
+        judged = [_judged(candidate, judge) for candidate in made if candidate.scheme in candidate.layers.values()]
+        groups.append(
+            Group(tower.name, name, sum(weight.numel() for weight in _weights(bundle, own).values()), (*judged, floats))
+        )
+    return Options(groups, sizes, tensors, judge)
+
+
+def _quantized(
+    settings: Quantize,
+    bundle: Bundle,
+    tower: Tower,
+    paths: Sequence[str],
+    scheme: str,
+    sizes: Mapping[str, int],
+    tensors: dict[str, Tensor],
+) -> Candidate:
+    layers = {path: scheme if scheme != "W4A16" or path in sizes else "W8A16" for path in paths}
+    trial = Plan({"layers": layers, "groups": dict(sizes)}, tensors)
+    tables = {linear: table for table, linear in tower.tied}
+    made: dict[str, nn.Module] = {}
+    for path in sorted(paths, key=tables.__contains__):
+        made[path] = settings.maker.made(bundle.module(path), path, trial, made.get(tables.get(path, "")))
+    weights = _weights(bundle, paths)
+    bits = sum(weight.numel() * BITS[SCHEMES[layers[path]].weights] for path, weight in weights.items())
+    return Candidate(scheme, layers, made, _bytes(made.values()), bits)
+
+
+def _untouched(bundle: Bundle, paths: Sequence[str]) -> Candidate:
+    bits = sum(8 * weight.nbytes for weight in _weights(bundle, paths).values())
+    return Candidate(OFF, {}, {}, _bytes(bundle.module(path) for path in paths), bits)
+
+
+def _judged(candidate: Candidate, judge: Judge | None) -> Candidate:
+    if judge is None:
+        return candidate
+    return dataclasses.replace(candidate, loss=1 - judge.cosine(candidate.made))
+
+
+def _weights(bundle: Bundle, paths: Sequence[str]) -> dict[str, Tensor]:
+    """Path -> the layer's weight, one that several share under the first of them."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path in paths:
+        weight = bundle.module(path).weight
+        assert isinstance(weight, Tensor), f"{path} has no weight"
+        found.setdefault(id(weight), (path, weight))
+    return dict(found.values())
+
+
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    tensors = {id(value): value for module in modules for value in module.state_dict(keep_vars=True).values()}
+    return sum(value.nbytes for value in tensors.values())
