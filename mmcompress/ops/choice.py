@@ -133,7 +133,8 @@ def _solved(groups: Groups, budget: int | float) -> list[int]:
     model.a_matrix_.index_ = np.concatenate([places, places])
     model.a_matrix_.value_ = np.concatenate([np.ones(count), costs])
 
-    solver = highspy.Highs()
+    # Without what Python adds to it, which prints two lines on stdout as it is made (1.16).
+    solver = highspy.Highs.__base__()
     # One thread: the same instance has the same solution everywhere.
     settings = {"output_flag": False, "threads": 1, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0,
                 "mip_feasibility_tolerance": TIGHT, "primal_feasibility_tolerance": TIGHT}  # fmt: skip

@@ -105,6 +105,11 @@ def test_a_model_of_hundreds_of_groups_takes_no_time() -> None:
     assert time.monotonic() - started < 20
 
 
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    assert best_choice(BY_HAND, 200) == [1, 1, 0]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_options_that_another_beats_are_left_out() -> None:
     options = [Option(0.2, 8), Option(0.1, 8), Option(0.3, 4), Option(0.3, 6), Option(0.1, 9)]
     assert worth_having(options) == [2, 1]
