@@ -14,9 +14,10 @@ from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
 from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.quantize_budget import require_budget
 from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes
 from mmcompress.passes.quantize_make import Maker
-from mmcompress.passes.quantize_mixed import plan_mixed, require_budget
+from mmcompress.passes.quantize_mixed import plan_mixed
 from mmcompress.passes.quantize_plan import plan_tower
 from mmcompress.passes.quantize_schemes import AUTO, OFF, SCHEMES
 from mmcompress.surgery.freeing import give_back_freed

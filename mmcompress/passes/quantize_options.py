@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,66 +51,69 @@ class Group:
     candidates: tuple[Candidate, ...]
 
     def place_of(self, scheme: str) -> int:
-        """Return which candidate the group has where all have `scheme`: the next more precise one where it cannot."""
+        """Return which candidate the group has where all have `scheme`: 8 bits where it cannot."""
         names = [candidate.scheme for candidate in self.candidates]
         return names.index(scheme if scheme in names else "W8A16")
 
 
 @dataclass(frozen=True)
 class Options:
-    """The groups of one tower, with what was computed of samples for them and what compares them with the float model."""
+    """The groups of one tower, and what was computed of samples to make them."""
 
     groups: list[Group]
     sizes: dict[str, int]
     """Path -> how many inputs share a scale, where it may have 4 bits."""
     tensors: dict[str, Tensor]
-    judge: Judge | None
-    """None where nothing is judged."""
 
 
-def options_of(settings: Quantize, bundle: Bundle, tower: Tower, context: Context) -> Options:
-    """Make every group of `tower` in every scheme it may have and judge each alone.
+def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequence[str], context: Context) -> Options:
+    """Make every group of `tower` in every one of `schemes` that it may have.
 
-    Memory: the tower once more in 8 and once in 4 bits, about 0.4 of its floats. Raises UsageError without data for this tower,
-    except where schemes are drawn at random.
+    Memory: the tower once more in each scheme, in 8 and 4 bits together 0.4 of its floats.
     """
     paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
-    four_bits = settings.target != "tensorrt"
-    sizes = group_sizes(bundle, tower, paths, settings.group_size) if four_bits else {}
+    sizes = group_sizes(bundle, tower, paths, settings.group_size) if "W4A16" in schemes else {}
     tensors: dict[str, Tensor] = {}
     if settings.rounding == "gptq":
         for path, buffers in quantize_moments.rounded(bundle, tower, sizes, context):
             tensors.update({f"{path}.{name}": value for name, value in buffers.items()})
-    judge = None
-    if settings.assign == "measured":
-        judge = Judge(bundle, tower.name, context, settings.sensitivity_samples)
-    groups = []
+    trial = Plan({"groups": sizes}, tensors)
     named = groups_of(tower, paths)
-    for name, own in track(named.items(), context.progress, f"{tower.name} sensitivity", len(named)):
-        made = [_quantized(settings, bundle, tower, own, scheme, sizes, tensors) for scheme in ("W4A16", "W8A16")]
-        floats = _untouched(bundle, own)
-        judged = [_judged(candidate, judge) for candidate in made if candidate.scheme in candidate.layers.values()]
-        groups.append(
-            Group(tower.name, name, sum(weight.numel() for weight in _weights(bundle, own).values()), (*judged, floats))
+    groups = []
+    for name, own in track(named.items(), context.progress, f"{tower.name} rounding", len(named)):
+        made = [_quantized(settings, bundle, tower, own, scheme, trial) for scheme in schemes]
+        possible = [candidate for candidate in made if candidate.scheme in candidate.layers.values()]
+        weights = sum(weight.numel() for weight in _weights(bundle, own).values())
+        groups.append(Group(tower.name, name, weights, (*possible, _untouched(bundle, own))))
+    return Options(groups, sizes, tensors)
+
+
+def judged(groups: Sequence[Group], judge: Judge) -> list[Group]:
+    """Return the groups of one tower with what each candidate costs alone."""
+    shown = track(groups, judge.progress, f"{judge.tower} sensitivity", len(groups))
+    return [
+        dataclasses.replace(
+            group,
+            candidates=tuple(
+                dataclasses.replace(each, loss=1 - judge.cosine(each.made)) if each.made else each
+                for each in group.candidates
+            ),
         )
-    return Options(groups, sizes, tensors, judge)
+        for group in shown
+    ]
 
 
 def _quantized(
-    settings: Quantize,
-    bundle: Bundle,
-    tower: Tower,
-    paths: Sequence[str],
-    scheme: str,
-    sizes: Mapping[str, int],
-    tensors: dict[str, Tensor],
+    settings: Quantize, bundle: Bundle, tower: Tower, paths: Sequence[str], scheme: str, trial: Plan
 ) -> Candidate:
-    layers = {path: scheme if scheme != "W4A16" or path in sizes else "W8A16" for path in paths}
-    trial = Plan({"layers": layers, "groups": dict(sizes)}, tensors)
+    layers = dict.fromkeys(paths, scheme)
+    if scheme == "W4A16":
+        layers = {path: scheme if path in trial.decisions["groups"] else "W8A16" for path in paths}
+    plan = dataclasses.replace(trial, decisions={**trial.decisions, "layers": layers})
     tables = {linear: table for table, linear in tower.tied}
     made: dict[str, nn.Module] = {}
     for path in sorted(paths, key=tables.__contains__):
-        made[path] = settings.maker.made(bundle.module(path), path, trial, made.get(tables.get(path, "")))
+        made[path] = settings.maker.made(bundle.module(path), path, plan, made.get(tables.get(path, "")))
     weights = _weights(bundle, paths)
     bits = sum(weight.numel() * BITS[SCHEMES[layers[path]].weights] for path, weight in weights.items())
     return Candidate(scheme, layers, made, _bytes(made.values()), bits)
@@ -119,12 +122,6 @@ def _quantized(
 def _untouched(bundle: Bundle, paths: Sequence[str]) -> Candidate:
     bits = sum(8 * weight.nbytes for weight in _weights(bundle, paths).values())
     return Candidate(OFF, {}, {}, _bytes(bundle.module(path) for path in paths), bits)
-
-
-def _judged(candidate: Candidate, judge: Judge | None) -> Candidate:
-    if judge is None:
-        return candidate
-    return dataclasses.replace(candidate, loss=1 - judge.cosine(candidate.made))
 
 
 def _weights(bundle: Bundle, paths: Sequence[str]) -> dict[str, Tensor]:
