@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_judge import Judge, groups_of
-from mmcompress.passes.quantize_layers import candidates, group_sizes
+from mmcompress.passes.quantize_layers import candidates, group_sizes, weighed
 from mmcompress.passes.quantize_schemes import OFF, SCHEMES, Weights
 from mmcompress.progress import track
 from mmcompress.views import Tower
@@ -116,12 +116,12 @@ def _quantized(
         made[path] = settings.maker.made(bundle.module(path), path, plan, made.get(tables.get(path, "")))
     weights = _weights(bundle, paths)
     bits = sum(weight.numel() * BITS[SCHEMES[layers[path]].weights] for path, weight in weights.items())
-    return Candidate(scheme, layers, made, _bytes(made.values()), bits)
+    return Candidate(scheme, layers, made, weighed(made.values()), bits)
 
 
 def _untouched(bundle: Bundle, paths: Sequence[str]) -> Candidate:
     bits = sum(8 * weight.nbytes for weight in _weights(bundle, paths).values())
-    return Candidate(OFF, {}, {}, _bytes(bundle.module(path) for path in paths), bits)
+    return Candidate(OFF, {}, {}, weighed(bundle.module(path) for path in paths), bits)
 
 
 def _weights(bundle: Bundle, paths: Sequence[str]) -> dict[str, Tensor]:
@@ -132,8 +132,3 @@ def _weights(bundle: Bundle, paths: Sequence[str]) -> dict[str, Tensor]:
         assert isinstance(weight, Tensor), f"{path} has no weight"
         found.setdefault(id(weight), (path, weight))
     return dict(found.values())
-
-
-def _bytes(modules: Iterable[nn.Module]) -> int:
-    tensors = {id(value): value for module in modules for value in module.state_dict(keep_vars=True).values()}
-    return sum(value.nbytes for value in tensors.values())
