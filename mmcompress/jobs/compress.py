@@ -29,7 +29,7 @@ from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.refusals import require_alone, require_usable, with_tasks
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.jobs.stages import Measurements, headlines, load_again
-from mmcompress.jobs.stopwatch import stopwatch
+from mmcompress.jobs.stopwatch import stopwatch, target_stopwatch
 from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts, usable_cores
@@ -109,6 +109,7 @@ def compress(
         seed=recipe.seed,
         progress=progress,
         latency=stopwatch(recipe.export),
+        stopwatch=target_stopwatch(recipe.export),
     )
     run = Measurements(model, recipe, place, context, evaluation_data, allow_pickle=allow_pickle)
     run.context = dataclasses.replace(context, teacher=run.fresh)

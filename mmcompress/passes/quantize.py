@@ -40,7 +40,7 @@ class Quantize:
     scheme: str = "W8A8"
     """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster), W4A16 (4-bit weights
     of Linears: smallest, and in onnxruntime fastest where tokens come one by one), auto (each group of layers 4 bits, 8 bits or
-    float, by measured sensitivity within a budget: `bits` or `size_mib`; it needs data) or W16A16 (off)."""
+    float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or W16A16 (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
@@ -56,6 +56,10 @@ class Quantize:
     with groups of 32 they add about one bit in float32 and half of that in 16 bits."""
     size_mib: float | None = None
     """For scheme auto, instead of `bits`: MiB that the towers with that scheme may take together, with all they consist of."""
+    latency_ms: float | None = None
+    """For scheme auto, instead of `bits`: milliseconds that the exported towers with that scheme may take together on this
+    machine's processor, in the engine of `target`; a model that writes: to read its prompt. Layers may then have W8A8 too; what the
+    product of each shape takes in each scheme is measured, and so is the result."""
     assign: Literal["measured", "random"] = "measured"
     """For scheme auto: how groups of layers get their schemes: those that lose least, or drawn within the budget (the control)."""
     towers: tuple[str, ...] = ()

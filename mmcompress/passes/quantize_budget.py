@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from mmcompress.passes.quantize import Quantize
 
 MIB = 2**20
-USUAL = {"bits": "5", "size_mib": "20"}
+TIMED = ("cpu", "openvino")
+"""Targets whose engine runs a single layer."""
+USUAL = {"bits": "5", "size_mib": "20", "latency_ms": "8"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ def by_size(mebibytes: float, groups: Sequence[Group], total: int) -> Budget:
     return Budget("size_mib", mebibytes, limit, lambda each: each.bytes, lambda spent: (spent + fixed) / MIB)
 
 
+def by_latency(milliseconds: float, groups: Sequence[Group], now: float) -> Budget:
+    """Return the budget of so many milliseconds for towers that take `now`: all but their products stays as it is."""
+    fixed = now - sum(group.candidates[-1].milliseconds for group in groups)
+    return Budget(
+        "latency_ms", milliseconds, milliseconds - fixed, lambda each: each.milliseconds, lambda spent: spent + fixed
+    )
+
+
 def require_budget(settings: Quantize, auto: bool) -> None:
     """Raise UsageError where scheme auto is used without one budget and samples to judge on, or its parameters without it."""
     budgets: dict[str, Any] = {key: getattr(settings, key) for key in USUAL}
@@ -66,6 +76,11 @@ def require_budget(settings: Quantize, auto: bool) -> None:
         raise UsageError(
             f"quantize.{next(iter(given), 'assign')} is for scheme auto, which no tower has",
             hint="give --scheme auto, or leave it out",
+        )
+    if settings.latency_ms is not None and settings.target not in TIMED:
+        raise UsageError(
+            f"quantize.latency_ms is for targets {' and '.join(TIMED)}; {settings.target} cannot be timed layer by layer here",
+            hint="give bits or size_mib",
         )
     if auto and not given:
         known = " or ".join(f"--{key.replace('_', '-')} {value}" for key, value in USUAL.items())

@@ -22,6 +22,7 @@ from mmcompress.passes.quantize_judge import Judge
 from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.passes.quantize_options import Group, Options, judged, options_of
 from mmcompress.passes.quantize_schemes import AUTO, OFF
+from mmcompress.passes.quantize_times import Timing
 from mmcompress.progress import Progress
 from mmcompress.views import Tower
 
@@ -47,21 +48,38 @@ def plan_mixed(settings: Quantize, bundle: Bundle, towers: Sequence[Tower], cont
 
     Raises UsageError where no choice keeps the budget, where all layers may stay float, and without data for one of the towers.
     """
-    schemes = ("W8A16",) if settings.target == "tensorrt" else ("W4A16", "W8A16")
+    schemes = _schemes(settings)
     found = {tower.name: options_of(settings, bundle, tower, schemes, context) for tower in towers}
     groups = [group for options in found.values() for group in options.groups]
-    budget = _budget(settings, bundle, towers, groups)
+    timing = Timing(settings, bundle, towers, context) if settings.latency_ms is not None else None
+    groups = timing.timed(groups) if timing else groups
+    budget = timing.budget(groups) if timing else _budget(settings, bundle, towers, groups)
     require_possible(budget, groups, list(found))
-    report: dict[str, Any] = {"budget": {budget.key: budget.given}, "assigned": settings.assign}
     judges: dict[str, Judge] = {}
-    if settings.assign == "random":
-        chosen = Chosen(random_choice(budget.priced(groups), budget.limit, context.seed) or [])
-    else:
+    if settings.assign == "measured":
         judges = {name: Judge(bundle, name, context, settings.sensitivity_samples) for name in found}
-        groups = [group for name, options in found.items() for group in judged(options.groups, judges[name])]
-        best = _measured(judges, groups, best_choice(budget.priced(groups), budget.limit) or [])
-        report["predicted_loss"] = round(sum(g.candidates[k].loss for g, k in zip(groups, best.places, strict=True)), 7)
-        chosen = _better(judges, groups, budget, best, report, context.progress)
+        groups = judged(groups, judges, context.progress)
+
+    def choose(limit: Budget) -> list[int] | None:
+        priced = limit.priced(groups)
+        return best_choice(priced, limit.limit) if judges else random_choice(priced, limit.limit, context.seed)
+
+    report: dict[str, Any] = {"budget": {budget.key: budget.given}, "assigned": settings.assign}
+    if timing:
+        places, budget, report["tried_ms"] = timing.within(groups, budget, choose)
+    else:
+        places = choose(budget) or []  # there is one: `require_possible`
+    chosen = _measured(judges, groups, places)
+    if judges:
+        report["predicted_loss"] = round(sum(g.candidates[k].loss for g, k in zip(groups, places, strict=True)), 7)
+        same = {scheme: [group.place_of(scheme) for group in groups] for scheme in schemes}
+        rivals = {
+            scheme: _measured(judges, groups, each)
+            for scheme, each in same.items()
+            if budget.spent(groups, each) <= budget.limit
+            and (timing is None or each == places or timing.took(groups, each) <= budget.given)
+        }
+        chosen = _better(chosen, rivals, budget, report, context.progress)
         _warn(chosen, budget, settings.min_cosine, context.progress)
     report["spent"] = round(budget.shown(budget.spent(groups, chosen.places)), 4)
     made.decisions["mixed"] = report
@@ -74,34 +92,30 @@ def plan_mixed(settings: Quantize, bundle: Bundle, towers: Sequence[Tower], cont
         made.decisions["towers"][tower.name] = {"bytes_before": bytes_of(bundle, tower), **reported}
 
 
+def _schemes(settings: Quantize) -> tuple[str, ...]:
+    """Return what layers may have besides floats. Rounded inputs only save time: in bytes W8A8 is W8A16, and loses more."""
+    smallest = () if settings.target == "tensorrt" else ("W4A16",)
+    return (*smallest, "W8A16", *(("W8A8",) if settings.latency_ms is not None else ()))
+
+
 def _budget(settings: Quantize, bundle: Bundle, towers: Sequence[Tower], groups: Sequence[Group]) -> Budget:
     if settings.bits is not None:
         return by_bits(settings.bits, groups)
-    assert settings.size_mib is not None, "one of both is given"
+    assert settings.size_mib is not None, "one of them is given"
     return by_size(settings.size_mib, groups, sum(bytes_of(bundle, tower) for tower in towers))
 
 
 def _measured(judges: Mapping[str, Judge], groups: Sequence[Group], places: list[int]) -> Chosen:
-    modules: dict[str, dict[str, nn.Module]] = {name: {} for name in judges}
+    modules: dict[str, dict[str, nn.Module]] = {group.tower: {} for group in groups}
     for group, place in zip(groups, places, strict=True):
         modules[group.tower] |= group.candidates[place].made
     return Chosen(places, {name: judge.cosine(modules[name]) for name, judge in judges.items()})
 
 
 def _better(
-    judges: Mapping[str, Judge],
-    groups: Sequence[Group],
-    budget: Budget,
-    best: Chosen,
-    report: dict[str, Any],
-    progress: Progress,
+    best: Chosen, uniform: Mapping[str, Chosen], budget: Budget, report: dict[str, Any], progress: Progress
 ) -> Chosen:
     """Return `best`, or a uniform scheme within the budget that measures as well or better; say which, and add to `report`."""
-    uniform: dict[str, Chosen] = {}
-    for scheme in sorted({each.scheme for group in groups for each in group.candidates} - {OFF}):
-        places = [group.place_of(scheme) for group in groups]
-        if budget.spent(groups, places) <= budget.limit:
-            uniform[scheme] = best if places == best.places else _measured(judges, groups, places)
     report["measured_loss"] = round(best.loss, 7)
     report["uniform_loss"] = {scheme: round(chosen.loss, 7) for scheme, chosen in uniform.items()}
     rival = min(uniform, key=lambda scheme: uniform[scheme].loss, default=None)
@@ -136,7 +150,10 @@ def _recorded(
     made.decisions["layers"] |= layers
     made.decisions["groups"] |= sizes
     made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in layers}
-    made.tensors.update({name: value for name, value in options.tensors.items() if name.rpartition(".")[0] in sizes})
+    for name, value in options.tensors.items():
+        path, _, buffer = name.rpartition(".")
+        if layers.get(path) == ("W4A16" if buffer.startswith("weight_") else "W8A8"):
+            made.tensors[name] = value
     return {
         "scheme": AUTO,
         "schemes": dict(Counter(group.candidates[k].scheme for group, k in mine)),

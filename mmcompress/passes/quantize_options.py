@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,9 @@ from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_judge import Judge, groups_of
 from mmcompress.passes.quantize_layers import candidates, group_sizes, weighed
+from mmcompress.passes.quantize_plan import input_grids
 from mmcompress.passes.quantize_schemes import OFF, SCHEMES, Weights
-from mmcompress.progress import track
+from mmcompress.progress import Progress, track
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Candidate:
     """Of all their weights together, scales not counted."""
     loss: float = 0.0
     """1 - cosine with only these layers quantized."""
+    milliseconds: float = 0.0
+    """What their products take, where that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
     paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
     sizes = group_sizes(bundle, tower, paths, settings.group_size) if "W4A16" in schemes else {}
     tensors: dict[str, Tensor] = {}
+    if "W8A8" in schemes:
+        input_grids(settings, bundle, tower, paths, context, tensors)
     if settings.rounding == "gptq":
         for path, buffers in quantize_moments.rounded(bundle, tower, sizes, context):
             tensors.update({f"{path}.{name}": value for name, value in buffers.items()})
@@ -88,14 +93,14 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
     return Options(groups, sizes, tensors)
 
 
-def judged(groups: Sequence[Group], judge: Judge) -> list[Group]:
-    """Return the groups of one tower with what each candidate costs alone."""
-    shown = track(groups, judge.progress, f"{judge.tower} sensitivity", len(groups))
+def judged(groups: Sequence[Group], judges: Mapping[str, Judge], progress: Progress) -> list[Group]:
+    """Return the groups with what each candidate loses alone, by the judge of its tower."""
+    shown = track(groups, progress, "sensitivity", len(groups))
     return [
         dataclasses.replace(
             group,
             candidates=tuple(
-                dataclasses.replace(each, loss=1 - judge.cosine(each.made)) if each.made else each
+                dataclasses.replace(each, loss=1 - judges[group.tower].cosine(each.made)) if each.made else each
                 for each in group.candidates
             ),
         )
@@ -106,9 +111,8 @@ def judged(groups: Sequence[Group], judge: Judge) -> list[Group]:
 def _quantized(
     settings: Quantize, bundle: Bundle, tower: Tower, paths: Sequence[str], scheme: str, trial: Plan
 ) -> Candidate:
-    layers = dict.fromkeys(paths, scheme)
-    if scheme == "W4A16":
-        layers = {path: scheme if path in trial.decisions["groups"] else "W8A16" for path in paths}
+    can = {"W4A16": trial.decisions["groups"], "W8A8": {name.removesuffix(".scale") for name in trial.tensors}}
+    layers = {path: scheme if path in can.get(scheme, paths) else "W8A16" for path in paths}
     plan = dataclasses.replace(trial, decisions={**trial.decisions, "layers": layers})
     tables = {linear: table for table, linear in tower.tied}
     made: dict[str, nn.Module] = {}
