@@ -149,6 +149,19 @@ def tables(document: dict[str, Any]) -> None:
             ["stage", *(name.replace(".", "\n") for name in names)],
             [[row["stage"], *(_interval(row["metrics"].get(name)) for name in names)] for row in stages],
         )
+    if document.get("sensitivity"):
+        render.table(
+            "What quantizing each group of layers alone costs",
+            ["tower", "layers", "scheme", "now", "MiB saved", "1 - cosine"],
+            [
+                [
+                    row["tower"], row["layers"], row["scheme"], "yes" if row["chosen"] else "",
+                    render.mebibytes(row["bytes_saved"]), f"{row['loss']:.2e}",
+                ]
+                for row in document["sensitivity"]
+            ],
+            left=4,
+        )  # fmt: skip
     if document["speeds"]:
         render.table(
             "Speed",

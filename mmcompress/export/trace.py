@@ -171,20 +171,7 @@ def trace(module: Traced, opset: int) -> Graph:
     with quiet(), torch.no_grad(), module.family.exporting(module.model):
         try:
             program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=(shapes,), strict=False)
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                input_names=list(inputs),
-                output_names=list(part.outputs),
-                custom_translation_table=translations(),
-                verbose=False,
-                verify=False,
-                optimize=False,
-            )
-            assert exported is not None
-            model = exported.model
-            optimizer.optimize_ir(model, should_fold=_should_fold)
+            model = to_onnx(program, list(inputs), list(part.outputs), opset)
         except (torch._dynamo.exc.UserError, torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(
@@ -193,6 +180,24 @@ def trace(module: Traced, opset: int) -> Graph:
             ) from error
     _name_axes(model, part.axes)
     return Graph(model, _used(program))
+
+
+def to_onnx(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], opset: int) -> ir.Model:
+    """Return the graph of what torch has exported, quantized layers and attention in the forms that runtimes know."""
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=opset,
+        input_names=inputs,
+        output_names=outputs,
+        custom_translation_table=translations(),
+        verbose=False,
+        verify=False,
+        optimize=False,
+    )
+    assert exported is not None
+    optimizer.optimize_ir(exported.model, should_fold=_should_fold)
+    return exported.model
 
 
 def _used(program: torch.export.ExportedProgram) -> frozenset[str]:

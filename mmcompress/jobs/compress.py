@@ -24,12 +24,12 @@ from mmcompress.data import Dataset, Sample, open_data
 from mmcompress.errors import GateFailed, MmcError
 from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
-from mmcompress.jobs import token_pictures
+from mmcompress.jobs import sensitivity, token_pictures
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.refusals import require_alone, require_usable, with_tasks
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.jobs.stages import Measurements, headlines, load_again
-from mmcompress.jobs.stopwatch import stopwatch
+from mmcompress.jobs.stopwatch import stopwatch, target_stopwatch
 from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts, usable_cores
@@ -53,6 +53,8 @@ class Result:
     gates: tuple[GateResult, ...] = ()
     pictures: tuple[Path, ...] = ()
     """Drawings of what became of patches."""
+    sensitivity: tuple[sensitivity.Row, ...] = ()
+    """What quantizing each group of layers alone did, where that was asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of ``--json``."""
@@ -65,6 +67,7 @@ class Result:
             "plain_transformers": self.manifest.plain_transformers,
             "why": self.manifest.why,
             "pictures": [str(path) for path in self.pictures],
+            "sensitivity": [dataclasses.asdict(row) for row in self.sensitivity],
         }
 
 
@@ -106,6 +109,7 @@ def compress(
         seed=recipe.seed,
         progress=progress,
         latency=stopwatch(recipe.export),
+        stopwatch=target_stopwatch(recipe.export),
     )
     run = Measurements(model, recipe, place, context, evaluation_data, allow_pickle=allow_pickle)
     run.context = dataclasses.replace(context, teacher=run.fresh)
@@ -215,7 +219,9 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Sa
         tolerated=recipe.gates.max_drop,
     )
     busy = [Finding("note", machine["busy"])] if speeds and machine["busy"] else []
-    findings = tuple(sorted((*verdict(facts, recipe.seed), *run.findings, *busy), key=_badness))
+    here = bundle.history[run.earlier :]
+    said = (*sensitivity.findings(here), *verdict(facts, recipe.seed), *run.findings, *busy)
+    findings = tuple(sorted(said, key=_badness))
     gates = judge(recipe.gates, facts, speeds)
     measured = {
         "verdict": [finding.to_json() for finding in findings],
@@ -235,7 +241,8 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Sa
     failed = [gate for gate in gates if not gate.passed]
     target = free_name(output.with_name(output.name + ".rejected")) if failed else output
     pictures = tuple(target / "reports" / name for name in drawn)
-    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates, pictures)
+    judged = tuple(sensitivity.rows([record for record in here if record.params.get("sensitivity")]))
+    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates, pictures, judged)
     publish(final, target)
     place.remove()
     if failed:

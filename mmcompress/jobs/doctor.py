@@ -28,6 +28,7 @@ class Part:
 OPTIONAL: dict[str, tuple[str, str]] = {
     "accelerate": ("mmc distill on several processes", "pip install 'mmcompress[train]'"),
     "torch-pruning": ("cross-checking the groups of mmc prune", "pip install 'mmcompress[prune]'"),
+    "highspy": ("mmc quantize --scheme auto", "pip install 'mmcompress[mixed]'"),
     "bitsandbytes": ("nothing yet; NF4 weights on CUDA are planned", "pip install 'mmcompress[bnb]'"),
     "soundfile": ("reading recordings", "pip install 'mmcompress[audio]'"),
     "soxr": ("resampling recordings", "pip install 'mmcompress[audio]'"),

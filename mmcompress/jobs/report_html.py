@@ -112,6 +112,7 @@ ul.verdict b { display: inline-block; min-width: 3.2em; }
 .card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
 .plots { display: flex; flex-wrap: wrap; gap: 18px; }
 .plots figure { margin: 0; flex: 1 1 460px; max-width: 570px; }
+.wide { margin: 10px 0; max-width: 860px; }
 figcaption { font-weight: 600; margin-bottom: 2px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--ink); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
@@ -124,6 +125,7 @@ svg .whisker { stroke-width: 1.5; }
 svg .run0 { stroke: var(--one); fill: var(--one); } svg .run1 { stroke: var(--two); fill: var(--two); }
 svg .run2 { stroke: var(--three); fill: var(--three); } svg .run3 { stroke: var(--four); fill: var(--four); }
 svg .original { stroke: var(--ink); fill: var(--ink); }
+svg .open { fill: var(--paper); stroke-width: 1.5; }
 svg .random { stroke: var(--random); fill: var(--paper); }
 svg .random.whisker { stroke-dasharray: 2 2; }
 pre { background: var(--panel); padding: 10px 14px; overflow-x: auto; font-size: 13px; }

@@ -11,6 +11,8 @@ from mmcompress.jobs.report_gallery import GALLERY_NOTE, gallery
 from mmcompress.jobs.report_html import Markup, breakable, join, section, table, tag
 from mmcompress.jobs.report_lineage import fact, lineage, machine, reproduce
 from mmcompress.jobs.report_points import MIB, favourite, headline_speeds, total_macs
+from mmcompress.jobs.report_sensitivity import NOTE as SENSITIVITY_NOTE
+from mmcompress.jobs.report_sensitivity import sensitivity
 from mmcompress.ops.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -59,10 +61,6 @@ def evidence(run: Run, runs: Sequence[Run]) -> Markup:
 
 
 STEPS_NOTE = "Rows marked (random) removed as much, chosen at random, from the same starting point."
-SENSITIVITY_NOTE = (
-    "1 - cosine between the embeddings and the unquantized model's, where only these layers were quantized; "
-    "the worst first."
-)
 
 
 def _title(run: Run, runs: Sequence[Run], what: str) -> str:
@@ -187,25 +185,6 @@ def speeds(run: Run) -> Markup:
     ]  # fmt: skip
     columns = ["tower", "runner", "batch", "threads", "original ms", "compressed ms", "times faster [95%]"]
     return table(columns, rows, left=2) if rows else Markup("")
-
-
-def sensitivity(run: Run) -> Markup:
-    """What quantizing each group of layers alone did, where it was measured."""
-    made: list[Markup] = []
-    for record in run.manifest.records:
-        if record.name != "quantize":
-            continue
-        for tower, found in record.plan.get("towers", {}).items():
-            groups = sorted(found.get("sensitivity", {}).items(), key=lambda item: -item[1])
-            if not groups:
-                continue
-            kept = found.get("kept_float", [])
-            everything = found.get("cosine_all_quantized", found["cosine"])
-            summary = f"{found['scheme']}; cosine {found['cosine']:.4f}, with every layer quantized {everything:.4f}"
-            made.append(tag("h3", tower))
-            made.append(tag("p", summary + (f"; left in float: {', '.join(kept)}" if kept else "")))
-            made.append(table(["layers", "1 - cosine"], [[name, f"{value:.2e}"] for name, value in groups]))
-    return join(made)
 
 
 def parity(run: Run) -> Markup:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from torch import nn
+
 from mmcompress.bundle import Bundle
+from mmcompress.export.layer import export_layer
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.bench import Settings, bench
 from mmcompress.jobs.speed import usable_runners
+from mmcompress.measure.latency import interleaved
+from mmcompress.measure.machine import usable_cores
+from mmcompress.measure.runners import open_runner
 from mmcompress.recipe import Export
 
 ROUNDS = 15
+ENGINES = {"cpu": "onnxruntime", "openvino": "openvino"}
+"""The runner that each target of `quantize` is timed in."""
 
 
 def stopwatch(export: Export) -> Callable[[Bundle, tuple[str, ...]], float]:
@@ -38,3 +49,41 @@ def stopwatch(export: Export) -> Callable[[Bundle, tuple[str, ...]], float]:
         return min(sum(times) for times in taken.values() if len(times) == len(stages))
 
     return milliseconds
+
+
+class TargetStopwatch:
+    """Times in the engine of one target; what a layer of one kind and shape takes is asked once. See `passes.base.Stopwatch`."""
+
+    def __init__(self, export: Export, target: str) -> None:
+        self._runner, self._threads = ENGINES[target], export.threads or usable_cores()
+        self._batch = export.batch
+        self._model = stopwatch(replace(export, runners=(self._runner,)))
+        self._known: dict[tuple[str, int], float] = {}
+
+    def model(self, bundle: Bundle, stages: tuple[str, ...]) -> float:
+        return self._model(bundle, stages)
+
+    def layer(self, layer: nn.Module, rows: int) -> float:
+        # What a layer is printed as names its kind, its sizes and its scheme.
+        key = (repr(layer), rows)
+        if key not in self._known:
+            self._known[key] = self._timed(layer, rows * self._batch)
+        return self._known[key]
+
+    def _timed(self, layer: nn.Module, rows: int) -> float:
+        columns = int(layer.in_features)  # type: ignore[arg-type]
+        values = np.random.default_rng(0).standard_normal((1, rows, columns), dtype=np.float32)
+        with tempfile.TemporaryDirectory(prefix="mmc-latency-") as scratch:
+            file = Path(scratch) / "layer.onnx"
+            export_layer(layer, rows, columns, file)
+            runner = open_runner(self._runner, file, self._threads, "cpu")
+            try:
+                found = interleaved({"layer": runner.bind({"x": values})}, rounds=ROUNDS)
+            finally:
+                runner.close()
+        return found["layer"].summary().p50_ms.value
+
+
+def target_stopwatch(export: Export) -> Callable[[str], TargetStopwatch]:
+    """Return what makes the stopwatch of a target, one for each."""
+    return functools.cache(functools.partial(TargetStopwatch, export))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
@@ -54,6 +54,16 @@ class Work:
     """Seconds that one sample takes through all towers, preprocessing included. With gradients it takes about three times that."""
 
 
+class Stopwatch(Protocol):
+    """Times things on this machine, exported and in the engine of one target; milliseconds."""
+
+    def model(self, bundle: Bundle, stages: tuple[str, ...]) -> float:
+        """Return what parts of a bundle take together: towers, or the "prompt"."""
+
+    def layer(self, layer: nn.Module, rows: int) -> float:
+        """Return what one Linear, quantized or not, takes for so many rows."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a pass may use besides the bundle."""
@@ -69,6 +79,8 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     latency: Callable[[Bundle, tuple[str, ...]], float] | None = None
     """Milliseconds that parts of a bundle take together once they are exported, on this machine: towers, or the "prompt"."""
+    stopwatch: Callable[[str], Stopwatch] | None = None
+    """Returns what times for a target ("cpu", "openvino")."""
     workdir: Path | None = None
     """Where a long `fit` keeps what it needs to resume after being killed. None: it starts over."""
 

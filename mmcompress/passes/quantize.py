@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from mmcompress.bundle import Bundle
@@ -14,10 +14,12 @@ from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
 from mmcompress.passes import quantize_fit
 from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.quantize_budget import require_budget
 from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.passes.quantize_make import Maker
+from mmcompress.passes.quantize_mixed import plan_mixed
 from mmcompress.passes.quantize_plan import plan_tower
-from mmcompress.passes.quantize_schemes import OFF, SCHEMES
+from mmcompress.passes.quantize_schemes import AUTO, OFF, SCHEMES
 from mmcompress.surgery.folding import fold
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
@@ -38,7 +40,8 @@ class Quantize:
 
     scheme: str = "W8A8"
     """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster), W4A16 (4-bit weights
-    of Linears: smallest, and in onnxruntime fastest where tokens come one by one) or W16A16 (off)."""
+    of Linears: smallest, and in onnxruntime fastest where tokens come one by one), auto (each group of layers 4 bits, 8 bits or
+    float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or W16A16 (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
@@ -49,6 +52,17 @@ class Quantize:
     """The decoder's scheme, instead of `scheme`."""
     language_scheme: str | None = None
     """The language model's scheme, instead of `scheme`."""
+    bits: float | None = None
+    """For scheme auto: how many bits a weight may have on average, in all towers with that scheme together. Scales are not counted:
+    with groups of 32 they add about one bit in float32 and half of that in 16 bits."""
+    size_mib: float | None = None
+    """For scheme auto, instead of `bits`: MiB that the towers with that scheme may take together, with all they consist of."""
+    latency_ms: float | None = None
+    """For scheme auto, instead of `bits`: milliseconds that the exported towers with that scheme may take together on this
+    machine's processor, in the engine of `target`; a model that writes: to read its prompt. Layers may then have W8A8 too; what the
+    product of each shape takes in each scheme is measured, and so is the result."""
+    assign: Literal["measured", "random"] = "measured"
+    """For scheme auto: how groups of layers get their schemes: those that lose least, or drawn within the budget (the control)."""
     towers: tuple[str, ...] = ()
     """Towers to quantize; empty means all."""
     target: Literal["cpu", "openvino", "cuda", "tensorrt"] = "cpu"
@@ -128,7 +142,7 @@ class Quantize:
                 f"quantize.scaling is '{self.scaling}', which is for weights alone, and no tower gets W4A16 or W8A16",
                 hint="use smooth for W8A8",
             )
-        if self.clip and "W4A16" not in self._used:
+        if self.clip and not self._used & {"W4A16", AUTO}:
             raise UsageError(
                 "quantize.clip is for 4-bit weights, and no tower gets W4A16", hint="leave it out, or use scheme W4A16"
             )
@@ -137,18 +151,21 @@ class Quantize:
                 f"quantize.balance is '{self.balance}', but nothing is asked for that looks at tokens",
                 hint="use it with scaling awq, clip, or rounding gptq and W4A16",
             )
+        require_budget(self, AUTO in self._used)
         if self.sensitivity_samples < 0:
             raise UsageError(
                 f"quantize.sensitivity_samples is {self.sensitivity_samples}; expected 0 or more",
                 hint="0 skips the measurement",
             )
 
-    def control(self, decisions: Mapping[str, Any] | None = None) -> None:
-        """Return None: nothing is selected."""
+    def control(self, decisions: Mapping[str, Any] | None = None) -> Quantize | None:
+        """Return this pass with schemes drawn at random; None where they are given and nothing is selected."""
+        return replace(self, assign="random") if AUTO in self._used and self.assign != "random" else None
 
     def streams(self) -> bool:
         """Whether weights alone are rounded: each layer's by itself."""
-        return not any(SCHEMES[name].inputs == "static" for name in self._used) and not self._looks_at_samples
+        looks = any(SCHEMES[name].inputs == "static" for name in self._used) or self._looks_at_samples
+        return not looks and AUTO not in self._used
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Looks at the samples for ranges or moments; then a tower is judged, or each part of its blocks, in rounded arithmetic."""
@@ -161,7 +178,11 @@ class Quantize:
             looks = max(looks, quantize_fit.looks(self, bundle, tower))
             looks = max(looks, 2 if SCHEMES[scheme].inputs == "static" else 0)
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
-        judged = 2 * (parts + 3 if self.sensitivity else 2) * min(self.sensitivity_samples, work.samples)
+        judged = (
+            2
+            * (parts + 3 if self.sensitivity or AUTO in self._used else 2)
+            * min(self.sensitivity_samples, work.samples)
+        )
         return (looks * work.samples + judged) * work.forward
 
     def check(self, bundle: Bundle) -> None:
@@ -211,9 +232,12 @@ class Quantize:
         """Choose layers, calibrate, measure sensitivity; what was computed of samples travels as tensors."""
         sections: dict[str, Any] = {name: {} for name in ("layers", "groups", "scaled", "folds", "tied", "towers")}
         made = Plan({"target": self.target, **sections})
-        for tower in bundle.towers():
-            if self.scheme_of(tower.name) != OFF:
+        towers = {tower: self.scheme_of(tower.name) for tower in bundle.towers()}
+        for tower, scheme in towers.items():
+            if scheme not in (OFF, AUTO):
                 plan_tower(self, bundle, tower, context, made)
+        if AUTO in towers.values():
+            plan_mixed(self, bundle, [tower for tower, scheme in towers.items() if scheme == AUTO], context, made)
         for name in ("groups", "scaled", "folds"):
             if not made.decisions[name]:
                 del made.decisions[name]
@@ -263,7 +287,7 @@ class Quantize:
     @property
     def _looks_at_samples(self) -> bool:
         """Whether weights are rounded to what samples show of their inputs."""
-        return self.scaling == "awq" or self.clip or (self.rounding == "gptq" and "W4A16" in self._used)
+        return self.scaling == "awq" or self.clip or (self.rounding == "gptq" and bool(self._used & {"W4A16", AUTO}))
 
     @property
     def _own_schemes(self) -> dict[str, str]:

@@ -20,7 +20,9 @@ from torch.nn import functional
 from mmcompress.bundle import Bundle
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_calibrate import Inputs, batches
+from mmcompress.passes.quantize_layers import weighed
 from mmcompress.passes.quantize_make import Maker
+from mmcompress.passes.quantize_schemes import SCHEMES
 from mmcompress.progress import track
 from mmcompress.surgery.watch import evaluating
 from mmcompress.views import Tower
@@ -159,12 +161,16 @@ def judge_tower(
             return maker.made(bundle.module(path), path, plan)
 
         packed = {name: own for name, own in groups.items() if sizes.keys() & set(own)}
+        first, schemes = dict(made), dict(layers)
         found = settle(judge, packed, made, eight_bits, min_cosine, every)
         made, everything = found.made, found.before
         report = {"given_8_bits": found.given_back, "sensitivity": found.alone}
+        report["options"] = _options(bundle, found, groups, first, schemes)
         _say(judge, f"{len(found.given_back)} of {len(made)} layers take 8 bits", found, min_cosine)
     if everything is None or found.cosine < min_cosine:
+        first = dict(made)
         found = settle(judge, groups, made, lambda path: None, min_cosine, every)
+        report["options"] = [*report.get("options", []), *_options(bundle, found, groups, first, layers)]
         everything = found.before if everything is None else everything
         report["sensitivity"] = report.get("sensitivity", {}) | found.alone
         report["kept_float"] = found.given_back
@@ -179,6 +185,30 @@ def judge_tower(
         "sensitivity": {name: round(1 - value, 7) for name, value in report["sensitivity"].items()},
         "judged_on": {"samples": judge.samples, "runs": judge.runs},
     }
+
+
+def _options(
+    bundle: Bundle,
+    found: Settled,
+    groups: Mapping[str, Sequence[str]],
+    made: Mapping[str, nn.Module],
+    layers: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """Return what each group that was quantized alone saved and lost, and whether it stays so."""
+    options = []
+    for name, cosine in found.alone.items():
+        own = groups[name]
+        options.append(
+            {
+                "layers": name,
+                # What falls back to another scheme than its tower's does not name the group.
+                "scheme": max((layers[path] for path in own), key=lambda scheme: bool(SCHEMES[scheme].otherwise)),
+                "bytes_saved": weighed(bundle.module(path) for path in own) - weighed(made[path] for path in own),
+                "loss": round(1 - cosine, 7),
+                "chosen": not set(own) & set(found.given_back),
+            }
+        )
+    return options
 
 
 def _say(judge: Judge, what: str, found: Settled, least: float) -> None:

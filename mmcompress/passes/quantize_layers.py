@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -58,6 +58,12 @@ def whole_ties(paths: Sequence[str], tower: Tower) -> list[str]:
     """Return `paths` without the layers that share their weight with one that is not among them."""
     halves = {path for pair in tower.tied if not set(pair) <= set(paths) for path in pair}
     return [path for path in paths if path not in halves]
+
+
+def weighed(modules: Iterable[nn.Module]) -> int:
+    """Return what layers take together, what they share once."""
+    tensors = {id(value): value for module in modules for value in module.state_dict(keep_vars=True).values()}
+    return sum(value.nbytes for value in tensors.values())
 
 
 def bytes_of(bundle: Bundle, tower: Tower) -> int:

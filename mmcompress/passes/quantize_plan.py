@@ -31,7 +31,7 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
     report: dict[str, Any] = {"scheme": name, "bytes_before": bytes_of(bundle, tower)}
     if scheme.inputs == "static":
-        called = _calibrate(settings, bundle, tower, paths, context, made.tensors)
+        called = input_grids(settings, bundle, tower, paths, context, made.tensors)
         schemes = {path: name if f"{path}.scale" in made.tensors else scheme.otherwise for path in called}
     else:
         schemes = dict.fromkeys(paths, scheme.otherwise or name)
@@ -60,7 +60,7 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     made.decisions["towers"][tower.name] = report
 
 
-def _calibrate(
+def input_grids(
     settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], context: Context, tensors: dict[str, Tensor]
 ) -> list[str]:
     """Add the grids of the layers' inputs to `tensors`; return `paths` without the layers that are never called.

@@ -24,9 +24,12 @@ class Scheme:
 
 
 OFF = "W16A16"
+AUTO = "AUTO"
+"""Each group of layers its own; see `quantize_mixed`."""
 SCHEMES = {
     "W8A8": Scheme("int8", "static", otherwise="W8A16"),
     "W8A16": Scheme("int8"),
     "W4A16": Scheme("int4", otherwise="W8A16"),
     OFF: Scheme("float"),
+    AUTO: Scheme("int4"),
 }

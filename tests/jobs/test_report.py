@@ -101,7 +101,7 @@ def test_all_that_was_recorded_is_there(page: Reader) -> None:
         "mmc compress clip recipe.yaml -o OUT",
     ):
         assert said in page.text, said
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
 
 
 def test_a_strange_name_is_only_text(tmp_path: Path) -> None:
