@@ -15,7 +15,7 @@ import errno
 import importlib.metadata
 import json
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -93,7 +93,7 @@ def save(
     with staging(Path(output), overwrite=overwrite) as directory:
         with quiet(), _full_disk_named():
             if write_weights:
-                _save_configs(bundle.model, directory)
+                save_configs(bundle.model, directory)
                 write_weights(directory)
             else:
                 with _stored_precision(bundle):
@@ -113,7 +113,7 @@ def save(
             recipe=recipe or {},
             mmc=mmcompress.__version__,
         )
-        _set_config_dtype(directory / "config.json", bundle.source.dtype)
+        set_config_dtype(directory / "config.json", bundle.source.dtype)
         written.write(directory)
         write_card(written, directory)
     return written
@@ -144,7 +144,7 @@ def outline(model: str | Path, *, allow_pickle: bool = False) -> Bundle:
     return Bundle(made, read_processor(directory), family, source, list(records))
 
 
-def _save_configs(model: Any, directory: Path) -> None:
+def save_configs(model: Any, directory: Path) -> None:
     """Write what `save_pretrained` writes beside the weights."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
@@ -163,16 +163,22 @@ def _full_disk_named() -> Iterator[None]:
         raise
 
 
-def loads_plainly(bundle: Bundle) -> tuple[bool, str]:
+def plain_model(bundle: Bundle) -> Any:
+    """Return what plain transformers makes of the bundle's config, on meta tensors."""
+    with torch.device("meta"), quiet():
+        return bundle.family.model_class(bundle.model.config)(bundle.model.config)
+
+
+def loads_plainly(bundle: Bundle, have: Mapping[str, tuple[int, ...]] | None = None) -> tuple[bool, str]:
     """Return whether plain transformers rebuilds this very model from its config.json, and if not, why not.
 
-    Found out by building it (on meta tensors) and comparing every name and shape, not by trusting what passes did.
+    Found out by building it (on meta tensors) and comparing every name and shape, not by trusting what passes did. `have` are
+    those of the stored tensors, where they are not the model's own.
     """
     bound = [name for name, module in bundle.model.named_modules() if _is_bound(module)]
-    with torch.device("meta"), quiet():
-        plain = bundle.family.model_class(bundle.model.config)(bundle.model.config)
-    want = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
-    have = {name: tuple(tensor.shape) for name, tensor in bundle.model.state_dict().items()}
+    want = {name: tuple(tensor.shape) for name, tensor in plain_model(bundle).state_dict().items()}
+    if have is None:
+        have = {name: tuple(tensor.shape) for name, tensor in bundle.model.state_dict().items()}
     changed = sorted(set(want) ^ set(have))
     uneven = sorted(name for name in set(want) & set(have) if want[name] != have[name])
     if changed:
@@ -305,7 +311,7 @@ def _stored_precision(bundle: Bundle) -> Iterator[None]:
             parameter.data = parameter.data.to(computing)
 
 
-def _set_config_dtype(path: Path, dtype: str) -> None:
+def set_config_dtype(path: Path, dtype: str) -> None:
     document = read_json(path)
     for part in document.values():
         # transformers adds a dtype to the parts of a loaded config, and none to those of a new one.
