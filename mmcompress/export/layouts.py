@@ -53,9 +53,21 @@ class Layout(Protocol):
 class CompressedTensors:
     """8 and 4 bits, and 8-bit inputs; nothing is rounded."""
 
+    rounds_inputs: bool
+    """Whether some layers have 8-bit inputs, which transformers keeps only where it does not make weights floats as it loads."""
+    loaded_by: str
     name: str = "compressed-tensors"
-    loaded_by: str = "vLLM, and transformers with the package compressed-tensors"
     scales: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, layers: Mapping[str, Quantized], blocks: Sequence[str]) -> CompressedTensors:
+        linears = [layer for layer in layers.values() if not _no_linear(layer)]
+        rounds_inputs = any(_input_grid(layer) is not None for layer in linears)
+        both = rounds_inputs and any(isinstance(layer, PackedLinear) for layer in linears)
+        # Where it is not to make floats, compressed-tensors 0.20 expects packed zero points unpacked, and refuses the file.
+        more = " (not transformers, which reads no 4-bit layers beside those with 8-bit inputs)"
+        loaded_by = f"vLLM{more if both else ', and transformers with the package compressed-tensors'}"
+        return cls(rounds_inputs, loaded_by)
 
     def refusal(self, path: str, layer: Quantized) -> str:
         return _no_linear(layer)
@@ -95,6 +107,7 @@ class CompressedTensors:
             "ignore": list(floats),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
+            "dequantize": not self.rounds_inputs,
         }
 
 
@@ -149,8 +162,9 @@ class _FourBits:
             return reason or "8 bits"
         if not _fits(layer, self.group_size):
             return f"groups of {layer.group_size}, not of {self.group_size}"
-        if layer.out_features % 8:
-            return f"{layer.out_features} outputs, no multiple of 8"
+        if layer.out_features % 32:
+            # Eight share a word, and kernels take four words at a time.
+            return f"{layer.out_features} outputs, no multiple of 32"
         scale = layer.weight_scale.float()
         # In float16's normal range a number is at most half of 2^-10 from the nearest.
         if ((scale.half().float() - scale).abs() > scale * 2**-11).any():
@@ -248,7 +262,7 @@ class Gptq(_FourBits):
 
 
 LAYOUTS: dict[str, Callable[[Mapping[str, Quantized], Sequence[str]], Layout]] = {
-    "compressed-tensors": lambda layers, blocks: CompressedTensors(),
+    "compressed-tensors": CompressedTensors.of,
     "gptq": Gptq.of,
     "awq": Awq.of,
 }
