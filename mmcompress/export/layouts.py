@@ -6,7 +6,7 @@ A layout is chosen for a whole model (`LAYOUTS`): GPTQ and AWQ know one size of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -188,7 +188,7 @@ class Awq(_FourBits):
 
     @classmethod
     def of(cls, layers: Mapping[str, Quantized], blocks: Sequence[str]) -> Awq:
-        return cls(most_said(layers.values()))
+        return cls(cheapest_size(layers.values()))
 
     def tensors(self, layer: Quantized) -> dict[str, Tensor]:
         return layouts.awq(self._grouped(layer))
@@ -219,7 +219,7 @@ class Gptq(_FourBits):
 
     @classmethod
     def of(cls, layers: Mapping[str, Quantized], blocks: Sequence[str]) -> Gptq:
-        sized = cls(most_said(layers.values()))
+        sized = cls(cheapest_size(layers.values()))
         fit = {path: layer for path, layer in layers.items() if not sized.refusal(path, layer, anywhere=True)}
         weights = {
             stack: sum(layer.weight_shape.numel() for path, layer in fit.items() if path.startswith(stack + "."))
@@ -275,14 +275,20 @@ def grouped(layer: PackedLinear) -> Grouped:
     return Grouped(unpack(layer.weight_int4, layer.in_features), scale, unpack(layer.weight_zero_point, scale.shape[1]))
 
 
-def most_said(layers: Any) -> int:
-    """Return the size of groups that most weights can be given in: theirs, or one that divides it; the largest such."""
+def cheapest_size(layers: Iterable[Quantized]) -> int:
+    """Return the size of groups that takes the fewest bytes: layers whose own it does not divide become halves."""
     packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
-    weights = {
-        size: sum(layer.weight_shape.numel() for layer in packed if _fits(layer, size))
-        for size in (WHOLE_ROW, *GROUP_SIZES)
-    }
-    return max(weights, key=weights.__getitem__)
+
+    def taken(size: int) -> float:
+        return sum(_bytes(layer, size) if _fits(layer, size) else 2 * layer.weight_shape.numel() for layer in packed)
+
+    return min((WHOLE_ROW, *GROUP_SIZES), key=taken)
+
+
+def _bytes(layer: PackedLinear, size: int) -> float:
+    """Half a byte a weight; of each group a half scale and half a byte of zero point."""
+    groups = 1 if size == WHOLE_ROW else layer.in_features // size
+    return layer.weight_shape.numel() / 2 + layer.out_features * groups * 2.5
 
 
 def _fits(layer: PackedLinear, size: int) -> bool:

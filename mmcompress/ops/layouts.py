@@ -33,13 +33,14 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 def words(codes: Tensor, bits: Bits) -> Tensor:
     """Return codes (R, C) uint8 as words (R, ceil(C / P)) int32, filled up with 0."""
     filled = pad(codes, (0, -codes.shape[1] % (32 // bits)))
-    # Bytes of a word lie lowest first, in memory as in a checkpoint.
-    return (pack(filled) if bits == 4 else filled).contiguous().view(torch.int32)
+    held = pack(filled) if bits == 4 else filled
+    # Bytes of a word lie lowest first, in memory as in a checkpoint. Flat: a transposed row has strides no word can have.
+    return held.reshape(-1).view(torch.int32).reshape(len(codes), -1)
 
 
 def codes_of(packed: Tensor, bits: Bits, columns: int) -> Tensor:
     """Return the codes (R, columns) uint8 of words (R, ceil(columns / P)): what `words` was given."""
-    held = packed.contiguous().view(torch.uint8)
+    held = packed.reshape(-1).view(torch.uint8).reshape(len(packed), -1)
     return unpack(held, columns) if bits == 4 else held[:, :columns]
 
 
