@@ -12,7 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
+from mmcompress.bundle import Bundle
 from mmcompress.ops import layouts
 from mmcompress.ops.grouped import GROUP_SIZES, Grouped, unpack
 from mmcompress.surgery.packed import PackedLinear
@@ -60,14 +63,21 @@ class CompressedTensors:
     scales: torch.dtype | None = None
 
     @classmethod
-    def of(cls, layers: Mapping[str, Quantized], blocks: Sequence[str]) -> CompressedTensors:
+    def of(cls, bundle: Bundle, layers: Mapping[str, Quantized]) -> CompressedTensors:
         linears = [layer for layer in layers.values() if not _no_linear(layer)]
         rounds_inputs = any(_input_grid(layer) is not None for layer in linears)
-        both = rounds_inputs and any(isinstance(layer, PackedLinear) for layer in linears)
-        # Where it is not to make floats, compressed-tensors 0.20 expects packed zero points unpacked, and refuses the file.
-        more = " (not transformers, which reads no 4-bit layers beside those with 8-bit inputs)"
-        loaded_by = f"vLLM{more if both else ', and transformers with the package compressed-tensors'}"
-        return cls(rounds_inputs, loaded_by)
+        why_not = ""
+        if rounds_inputs and any(isinstance(layer, PackedLinear) for layer in linears):
+            # Where it is not to make floats, compressed-tensors 0.20 expects packed zero points unpacked, and refuses the file.
+            why_not = "4-bit layers beside those with 8-bit inputs"
+        if any(
+            isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1
+            for entry in get_model_conversion_mapping(bundle.model)
+        ):
+            # transformers 5.23 knows how to cut older checkpoints of DINOv2, and adds the layout's tensors to what it cuts.
+            why_not = "models whose older checkpoints it would have to cut"
+        package = " and transformers with the package compressed-tensors"
+        return cls(rounds_inputs, f"vLLM{f' (not transformers, which refuses {why_not})' if why_not else package}")
 
     def refusal(self, path: str, layer: Quantized) -> str:
         return _no_linear(layer)
@@ -184,10 +194,10 @@ class Awq(_FourBits):
     """AutoAWQ's "gemm" layout."""
 
     name: str = "awq"
-    loaded_by: str = "vLLM, and transformers with the package gptqmodel"
+    loaded_by: str = "vLLM and transformers with the package gptqmodel"
 
     @classmethod
-    def of(cls, layers: Mapping[str, Quantized], blocks: Sequence[str]) -> Awq:
+    def of(cls, bundle: Bundle, layers: Mapping[str, Quantized]) -> Awq:
         return cls(cheapest_size(layers.values()))
 
     def tensors(self, layer: Quantized) -> dict[str, Tensor]:
@@ -215,15 +225,15 @@ class Gptq(_FourBits):
     first_format: bool = True
     """Zero points less 1, which everything reads; impossible where one is 0."""
     name: str = "gptq"
-    loaded_by: str = "vLLM, and transformers with the packages gptqmodel and optimum"
+    loaded_by: str = "vLLM and transformers with the packages gptqmodel and optimum"
 
     @classmethod
-    def of(cls, layers: Mapping[str, Quantized], blocks: Sequence[str]) -> Gptq:
+    def of(cls, bundle: Bundle, layers: Mapping[str, Quantized]) -> Gptq:
         sized = cls(cheapest_size(layers.values()))
         fit = {path: layer for path, layer in layers.items() if not sized.refusal(path, layer, anywhere=True)}
         weights = {
             stack: sum(layer.weight_shape.numel() for path, layer in fit.items() if path.startswith(stack + "."))
-            for stack in blocks
+            for stack in (tower.blocks_path for tower in bundle.towers())
         }
         stack = max(weights, key=weights.__getitem__)
         placed = [path.removeprefix(stack + ".").partition(".") for path in fit if path.startswith(stack + ".")]
@@ -261,12 +271,12 @@ class Gptq(_FourBits):
         }
 
 
-LAYOUTS: dict[str, Callable[[Mapping[str, Quantized], Sequence[str]], Layout]] = {
+LAYOUTS: dict[str, Callable[[Bundle, Mapping[str, Quantized]], Layout]] = {
     "compressed-tensors": CompressedTensors.of,
     "gptq": Gptq.of,
     "awq": Awq.of,
 }
-"""Name -> what makes a layout for the quantized layers of a model and the paths of its stacks of blocks."""
+"""Name -> what makes a layout for a model and its quantized layers."""
 
 
 def grouped(layer: PackedLinear) -> Grouped:

@@ -65,7 +65,7 @@ def export_layout(
     quantized = {path: layer for path, layer in bundle.model.named_modules() if isinstance(layer, Quantized)}
     if not quantized:
         raise UsageError(f"nothing of {bundle.source.id} is quantized", hint="mmc quantize MODEL -o OUT --scheme W4A16")
-    layout = LAYOUTS[name](quantized, [tower.blocks_path for tower in bundle.towers()])
+    layout = LAYOUTS[name](bundle, quantized)
     floats = {path: reason for path, layer in quantized.items() if (reason := layout.refusal(path, layer))}
     said = {path: layer for path, layer in quantized.items() if path not in floats}
     _require_sayable(bundle, name, said, floats)

@@ -157,7 +157,7 @@ def change(bundle: Bundle, path: str, weight: Tensor, size: int) -> None:
 def test_what_one_block_cannot_have_no_block_has_in_gptq(vlm: Bundle, tmp_path: Path) -> None:
     bundle = copy.deepcopy(vlm)
     path = bundle.tower("vision").blocks[1].attention.reader
-    plain = nn.Linear(32, 32, bias=False)
+    plain = nn.Linear(32, 32)
     bundle.replace(path, QuantizedLinear(plain, None))
     report, tensors, _ = written(bundle, tmp_path / "out", "gptq")
     name = path.rpartition(".")[2]
