@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.checkpoint import DTYPES, loads_plainly, plain_model, save_configs, set_config_dtype
 from mmcompress.errors import UsageError, closest
-from mmcompress.export.layouts import LAYOUTS, Layout
+from mmcompress.export.layout import Layout
+from mmcompress.export.layouts import LAYOUTS
 from mmcompress.export.loadable_card import card
 from mmcompress.progress import Progress, Silent
 from mmcompress.staging import staging

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.export.layouts import LAYOUTS, Awq, cheapest_size, grouped
+from mmcompress.export.layout_four_bits import Awq, cheapest_size
+from mmcompress.export.layouts import LAYOUTS
 from mmcompress.export.loadable import LayoutReport, export_layout
 from mmcompress.ops.grouped import Grouped, nearest
 from mmcompress.ops.layouts import codes_of
@@ -73,7 +74,7 @@ def test_said_layers_hold_the_same_weight_and_all_else_the_same_floats(name: str
     }
     assert len(said) == sum(report.kinds.values()) > 10
     for path, layer in said.items():
-        weight = grouped(layer)
+        weight = layer.grouped()
         scale = weight.scale if name == "compressed-tensors" else weight.scale.half().float()
         want = Grouped(weight.codes, scale, weight.zero_point).dequantized()
         assert torch.equal(READERS[name](own(tensors, path)), want)
@@ -173,7 +174,7 @@ def test_a_zero_point_of_0_needs_gptq_v2(vlm: Bundle, tmp_path: Path) -> None:
     change(bundle, path, torch.rand(32, 32) + 1, 16)
     _, tensors, config = written(bundle, tmp_path / "out", "gptq")
     assert config["quantization_config"]["checkpoint_format"] == "gptq_v2"
-    weight = grouped(bundle.module(path))  # type: ignore[arg-type]
+    weight = bundle.module(path).grouped()  # type: ignore[union-attr,operator]
     half = Grouped(weight.codes, weight.scale.half().float(), weight.zero_point)
     assert torch.equal(read_gptq(own(tensors, path), added=0), half.dequantized())
 
