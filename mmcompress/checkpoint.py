@@ -38,6 +38,7 @@ from mmcompress.preprocessing import quiet, read_processor
 from mmcompress.room import require_room
 from mmcompress.staging import staging
 from mmcompress.surgery.deferred import empty
+from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.surgery.quantized_base import weights_unread
 from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_files
 
@@ -179,6 +180,11 @@ def loads_plainly(bundle: Bundle, have: Mapping[str, tuple[int, ...]] | None = N
     want = {name: tuple(tensor.shape) for name, tensor in plain_model(bundle).state_dict().items()}
     if have is None:
         have = {name: tuple(tensor.shape) for name, tensor in bundle.model.state_dict().items()}
+        for path, module in bundle.model.named_modules():
+            if is_float_coded(module):
+                # transformers reads these of the names that bitsandbytes gives their parts.
+                have = {name: shape for name, shape in have.items() if not name.startswith(f"{path}.weight")}
+                have[f"{path}.weight"] = (module.out_features, module.in_features)
     changed = sorted(set(want) ^ set(have))
     uneven = sorted(name for name in set(want) & set(have) if want[name] != have[name])
     if changed:
@@ -194,7 +200,8 @@ def loads_plainly(bundle: Bundle, have: Mapping[str, tuple[int, ...]] | None = N
             False,
             f"{len(bound)} modules such as {bound[0]} reduce tokens; plain transformers would run without that",
         )
-    return True, ""
+    coded = any(is_float_coded(module) for module in bundle.model.modules())
+    return True, "with bitsandbytes and accelerate, in bfloat16 on CPUs that have it" if coded else ""
 
 
 def _is_bound(module: nn.Module) -> bool:
@@ -256,6 +263,10 @@ def _build(
     config = _config(source)
     replaying = _replaying(family, source, records)
     base = replaying.__mro__[1]
+    # How transformers itself reads the layers that bitsandbytes packed.
+    packed = read_json(directory / "config.json").get("quantization_config") if records else None
+    if packed:
+        config.quantization_config = packed
     try:
         with quiet(), weights_unread(), _tensors(files) as tensors:
             model, found = replaying.from_pretrained(
@@ -276,6 +287,10 @@ def _build(
             hint="the checkpoint is incomplete or of another architecture; fetch it again",
         )
     model.__class__ = base
+    if packed:
+        # An ordinary model again, which is moved, copied and saved like any other.
+        model.hf_quantizer.remove_quantization_config(model)
+        model.config.quantization_config = packed
     return model
 
 

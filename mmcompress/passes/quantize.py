@@ -17,7 +17,8 @@ from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_plan import plan_tower
-from mmcompress.passes.quantize_schemes import OFF, SCHEMES
+from mmcompress.passes.quantize_schemes import FLOAT_CODES, OFF, SCHEMES
+from mmcompress.surgery.float_codes import is_float_coded, loading_config, require_bitsandbytes
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
 from mmcompress.surgery.quantized_base import Quantized
@@ -37,7 +38,8 @@ class Quantize:
 
     scheme: str = "W8A8"
     """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster), W4A16 (4-bit weights
-    of Linears: smallest, and in onnxruntime fastest where tokens come one by one) or W16A16 (off)."""
+    of Linears: smallest, and in onnxruntime fastest where tokens come one by one), NF4 or FP4 (4-bit floats of Linears, by
+    bitsandbytes: plain transformers loads them; made for GPUs, and no other runtime has them) or W16A16 (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
@@ -111,6 +113,17 @@ class Quantize:
                 "quantize.scheme W4A16 does not go to tensorrt, which cannot read its 4-bit layers",
                 hint="use W8A8 or W8A16, or another target",
             )
+        coded = [name for name in FLOAT_CODES if self._uses(name)]
+        if len(coded) > 1:
+            raise UsageError(
+                "quantize has towers of NF4 and of FP4, which no checkpoint of bitsandbytes can say",
+                hint="use one of them",
+            )
+        if coded and self.target not in ("cpu", "cuda"):
+            raise UsageError(
+                f"quantize.scheme {coded[0]} does not go to {self.target}; only torch computes with bitsandbytes' layers",
+                hint="use W4A16 for openvino, W8A8 or W8A16 for tensorrt, or --target cuda",
+            )
         if self.sensitivity_samples < 0:
             raise UsageError(
                 f"quantize.sensitivity_samples is {self.sensitivity_samples}; expected 0 or more",
@@ -125,7 +138,7 @@ class Quantize:
         used = {name: SCHEMES[name] for name in {self.scheme.upper(), *map(str.upper, self._own_schemes.values())}}
         static = any(scheme.inputs == "static" for scheme in used.values())
         fitted = self.rounding == "gptq" and any(scheme.weights == "int4" for scheme in used.values())
-        return not static and not fitted
+        return not static and not fitted and not any(name in FLOAT_CODES for name in used)
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Looks at the samples for ranges or moments; then a tower is judged, or each part of its blocks, in rounded arithmetic."""
@@ -147,6 +160,8 @@ class Quantize:
 
     def check(self, bundle: Bundle) -> None:
         """Refuse schemes for towers that are not there, towers quantized already, broken ties, and patterns that match nothing."""
+        if any(self._uses(name) for name in FLOAT_CODES):
+            require_bitsandbytes()
         towers = {tower.name: tower for tower in bundle.towers()}
         for name in (*self.towers, *self._own_schemes):
             bundle.tower(name)
@@ -162,7 +177,7 @@ class Quantize:
             done = [
                 path
                 for path, module in bundle.model.named_modules()
-                if tower.owns(path) and isinstance(module, Quantized)
+                if tower.owns(path) and (isinstance(module, Quantized) or is_float_coded(module))
             ]
             if done:
                 raise UsageError(
@@ -203,6 +218,9 @@ class Quantize:
             bundle.replace(path, made)
             give_back_freed()
         drop_ties(bundle.model)
+        loading = loading_config(bundle.model, bundle.source.dtype)
+        if loading:
+            bundle.model.config.quantization_config = loading
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the bytes each tower now takes, recounted."""

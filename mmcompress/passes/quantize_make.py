@@ -9,6 +9,8 @@ from torch import nn
 
 from mmcompress.ops.rounding import Levels
 from mmcompress.passes.base import Plan
+from mmcompress.passes.quantize_schemes import FLOAT_CODES
+from mmcompress.surgery.float_codes import float_coded
 from mmcompress.surgery.packed import PackedLinear, Rounding
 from mmcompress.surgery.quantized import quantized
 
@@ -33,6 +35,9 @@ class Maker:
         scheme = plan.decisions["layers"][path]
         if scheme == "W4A16":
             return self._packed(module, path, plan)
+        if scheme in FLOAT_CODES:
+            assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have float codes"
+            return float_coded(module, "nf4" if scheme == "NF4" else "fp4")
         if scheme == "W8A16":
             return quantized(module, None, self.weights, None, table)
         gain = plan.tensors.get(f"{path}.gain")
