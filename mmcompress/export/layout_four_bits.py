@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
 from mmcompress.export.layout import why_no_linear
 from mmcompress.ops import layouts
 from mmcompress.ops.grouped import GROUP_SIZES, Grouped
@@ -66,6 +67,13 @@ class Awq(_FourBits):
         return layouts.awq(self._grouped(layer))
 
     def config(self, said: Mapping[str, Quantized], floats: Sequence[str]) -> dict[str, Any]:
+        for path in floats:
+            mistaken = next((other for other in said if other.endswith(path) or f"{other}.".startswith(f"{path}.")), "")
+            if mistaken:
+                raise UsageError(
+                    f"awq cannot leave {path} floats and say {mistaken}: its readers look at the beginnings and ends of names",
+                    hint="use --to compressed-tensors, or keep both as floats with keep_float",
+                )
         return {
             "quant_method": self.name,
             "version": "gemm",

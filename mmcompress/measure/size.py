@@ -113,11 +113,8 @@ def parameters(module: torch.nn.Module) -> ParameterCount:
     packed: list[Any] = [
         layer for layer in module.modules() if isinstance(layer, PackedLinear) or is_float_coded(layer)
     ]
-    held = {
-        id(tensor)
-        for layer in packed
-        for tensor in (*layer.buffers(recurse=False), layer.__dict__["_parameters"].get("weight"))
-    }
+    held = {id(tensor) for layer in packed for tensor in layer.buffers(recurse=False)}
+    held |= {id(layer.weight) for layer in packed if is_float_coded(layer)}
     elements, trainable = sum(layer.in_features * layer.out_features for layer in packed), 0
     for tensor in unique:
         by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()

@@ -294,3 +294,11 @@ def test_what_others_could_not_load_is_refused(made: Any, name: str, message: st
     assert message in caught.value.message
     assert caught.value.hint
     assert not list(tmp_path.iterdir())
+
+
+def test_awq_refuses_names_its_readers_would_mistake(vlm: Bundle) -> None:
+    layer = vlm.module("lm_head")
+    with pytest.raises(UsageError, match="awq cannot leave proj floats and say model.block.o_proj"):
+        Awq(16).config({"model.block.o_proj": layer}, ["other", "proj"])  # type: ignore[dict-item]
+    listed = Awq(16).config({"model.block.o_proj": layer}, ["model.block.o"])  # type: ignore[dict-item]
+    assert listed["modules_to_not_convert"] == ["model.block.o"]
