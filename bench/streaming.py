@@ -86,11 +86,10 @@ def write_model(size: str, directory: Path) -> int:
         config, model = architecture(size)
     directory.mkdir()
     config.save_pretrained(directory)
-    with tempfile.TemporaryDirectory(dir=directory) as place:
-        shards, generator = streamed.Shards(Path(place), torch.bfloat16, limit=2**31), torch.Generator().manual_seed(0)
-        for name, tensor in model.named_parameters():
-            shards.add(name, (torch.randn(tensor.shape, generator=generator) * 0.02), parameter=True)
-        shards.finish(directory)
+    shards, generator = streamed.Shards(directory, torch.bfloat16, limit=2**31), torch.Generator().manual_seed(0)
+    for name, tensor in model.named_parameters():
+        shards.add(name, (torch.randn(tensor.shape, generator=generator) * 0.02), parameter=True)
+    shards.finish()
     return sum(tensor.numel() for tensor in model.parameters())
 
 

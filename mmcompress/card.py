@@ -18,9 +18,15 @@ def card(manifest: Manifest) -> str:
     lines = [f"# {manifest.source.id}, compressed with mmcompress {manifest.mmc}", ""]
     lines += ["```python", "import mmcompress", 'bundle = mmcompress.load("THIS DIRECTORY")', "```", ""]
     if manifest.plain_transformers:
-        lines += ["Plain `transformers` loads it too, with the same outputs.", ""]
+        lines += [f"Plain `transformers` loads it too, {manifest.why or 'with the same outputs'}.", ""]
     else:
         lines += [f"Plain `transformers` does not give this model: {manifest.why}.", ""]
+        if any(record.name == "quantize" for record in manifest.records):
+            lines += [
+                "`mmc export THIS DIRECTORY -o OUT --to compressed-tensors` (or `gptq`, `awq`, `onnx`) writes it as other tools "
+                "load it, or says why they cannot.",
+                "",
+            ]
     lines += ["## What was done", "", f"Original: `{manifest.source.id}` (sha256 {manifest.source.sha256[:16]}…)", ""]
     for number, record in enumerate(manifest.records, 1):
         params = ", ".join(f"{key}={value}" for key, value in sorted(record.params.items()))

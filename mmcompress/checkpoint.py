@@ -15,7 +15,7 @@ import errno
 import importlib.metadata
 import json
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -38,6 +38,7 @@ from mmcompress.preprocessing import quiet, read_processor
 from mmcompress.room import require_room
 from mmcompress.staging import staging
 from mmcompress.surgery.deferred import empty
+from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.surgery.quantized_base import weights_unread
 from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_files
 
@@ -93,7 +94,7 @@ def save(
     with staging(Path(output), overwrite=overwrite) as directory:
         with quiet(), _full_disk_named():
             if write_weights:
-                _save_configs(bundle.model, directory)
+                save_configs(bundle.model, directory)
                 write_weights(directory)
             else:
                 with _stored_precision(bundle):
@@ -113,7 +114,7 @@ def save(
             recipe=recipe or {},
             mmc=mmcompress.__version__,
         )
-        _set_config_dtype(directory / "config.json", bundle.source.dtype)
+        set_config_dtype(directory / "config.json", bundle.source.dtype)
         written.write(directory)
         write_card(written, directory)
     return written
@@ -144,7 +145,7 @@ def outline(model: str | Path, *, allow_pickle: bool = False) -> Bundle:
     return Bundle(made, read_processor(directory), family, source, list(records))
 
 
-def _save_configs(model: Any, directory: Path) -> None:
+def save_configs(model: Any, directory: Path) -> None:
     """Write what `save_pretrained` writes beside the weights."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
@@ -163,16 +164,27 @@ def _full_disk_named() -> Iterator[None]:
         raise
 
 
-def loads_plainly(bundle: Bundle) -> tuple[bool, str]:
+def plain_model(bundle: Bundle) -> Any:
+    """Return what plain transformers makes of the bundle's config, on meta tensors."""
+    with torch.device("meta"), quiet():
+        return bundle.family.model_class(bundle.model.config)(bundle.model.config)
+
+
+def loads_plainly(bundle: Bundle, have: Mapping[str, tuple[int, ...]] | None = None) -> tuple[bool, str]:
     """Return whether plain transformers rebuilds this very model from its config.json, and if not, why not.
 
-    Found out by building it (on meta tensors) and comparing every name and shape, not by trusting what passes did.
+    Found out by building it (on meta tensors) and comparing every name and shape, not by trusting what passes did. `have` are
+    those of the stored tensors, where they are not the model's own.
     """
     bound = [name for name, module in bundle.model.named_modules() if _is_bound(module)]
-    with torch.device("meta"), quiet():
-        plain = bundle.family.model_class(bundle.model.config)(bundle.model.config)
-    want = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
-    have = {name: tuple(tensor.shape) for name, tensor in bundle.model.state_dict().items()}
+    want = {name: tuple(tensor.shape) for name, tensor in plain_model(bundle).state_dict().items()}
+    if have is None:
+        have = {name: tuple(tensor.shape) for name, tensor in bundle.model.state_dict().items()}
+        for path, module in bundle.model.named_modules():
+            if is_float_coded(module):
+                # transformers reads these of the names that bitsandbytes gives their parts.
+                have = {name: shape for name, shape in have.items() if not name.startswith(f"{path}.weight")}
+                have[f"{path}.weight"] = (module.out_features, module.in_features)
     changed = sorted(set(want) ^ set(have))
     uneven = sorted(name for name in set(want) & set(have) if want[name] != have[name])
     if changed:
@@ -188,7 +200,8 @@ def loads_plainly(bundle: Bundle) -> tuple[bool, str]:
             False,
             f"{len(bound)} modules such as {bound[0]} reduce tokens; plain transformers would run without that",
         )
-    return True, ""
+    coded = any(is_float_coded(module) for module in bundle.model.modules())
+    return True, "with bitsandbytes and accelerate, in bfloat16 on CPUs that have it" if coded else ""
 
 
 def _is_bound(module: nn.Module) -> bool:
@@ -250,6 +263,10 @@ def _build(
     config = _config(source)
     replaying = _replaying(family, source, records)
     base = replaying.__mro__[1]
+    # How transformers itself reads the layers that bitsandbytes packed.
+    packed = read_json(directory / "config.json").get("quantization_config") if records else None
+    if packed:
+        config.quantization_config = packed
     try:
         with quiet(), weights_unread(), _tensors(files) as tensors:
             model, found = replaying.from_pretrained(
@@ -270,6 +287,10 @@ def _build(
             hint="the checkpoint is incomplete or of another architecture; fetch it again",
         )
     model.__class__ = base
+    if packed:
+        # An ordinary model again, which is moved, copied and saved like any other.
+        model.hf_quantizer.remove_quantization_config(model)
+        model.config.quantization_config = packed
     return model
 
 
@@ -305,7 +326,7 @@ def _stored_precision(bundle: Bundle) -> Iterator[None]:
             parameter.data = parameter.data.to(computing)
 
 
-def _set_config_dtype(path: Path, dtype: str) -> None:
+def set_config_dtype(path: Path, dtype: str) -> None:
     document = read_json(path)
     for part in document.values():
         # transformers adds a dtype to the parts of a loaded config, and none to those of a new one.

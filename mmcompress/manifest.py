@@ -60,7 +60,7 @@ class Manifest:
     measured: dict[str, Json] = field(default_factory=dict)
     plain_transformers: bool = True
     why: str = ""
-    """Where `plain_transformers` is false: what plain transformers would get wrong."""
+    """What plain transformers would get wrong; where `plain_transformers` is true, what it needs beside itself, if anything."""
     recipe: dict[str, Json] = field(default_factory=dict)
     mmc: str = ""
     schema: int = SCHEMA

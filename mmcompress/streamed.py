@@ -238,9 +238,11 @@ class Shards:
     def _name(self, number: int) -> Path:
         return self.place / f"weights-{number}"
 
-    def finish(self, directory: Path) -> None:
-        """Write the last shard, move all into `directory` under their names, and write the index where there are several."""
+    def finish(self, directory: Path | None = None) -> None:
+        """Write the last shard and the index where there are several, all under their names, in `directory` (None: where they lie)."""
         self._write()
+        directory = directory or self.place
+        (self.place / JOURNAL).unlink(missing_ok=True)
         if self.count == 1:
             self._name(0).rename(directory / "model.safetensors")
             return

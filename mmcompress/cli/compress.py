@@ -11,6 +11,7 @@ import click
 
 from mmcompress import recipe as recipes
 from mmcompress.cli import options
+from mmcompress.manifest import Manifest
 from mmcompress.recipe import Recipe
 
 
@@ -100,11 +101,27 @@ def run_recipe(
         render.document(result.to_json())
         return
     tables(result.to_json())
-    loads = "plain transformers loads it too" if result.manifest.plain_transformers else result.manifest.why
+    why, plain = result.manifest.why, result.manifest.plain_transformers
+    loads = f"plain transformers loads it too{why and f', {why}'}" if plain else why
     render.line(f"{output} is written; {loads}")
     for drawn in result.pictures:
         render.line(f"{drawn} shows which patches became one token or went")
-    terminal.next_step(f"mmc export {output} -o {output}-onnx --to onnx")
+    for command in next_steps(result.manifest, output):
+        terminal.next_step(command)
+
+
+def next_steps(manifest: Manifest, output: Path) -> list[str]:
+    """Return what to do with the result: graphs of it, and of quantized layers other tools' layouts."""
+    schemes = {
+        scheme
+        for record in manifest.records
+        for scheme in (record.plan.get("layers", {}).values() if record.name == "quantize" else ())
+    }
+    if schemes & {"NF4", "FP4"}:
+        return [f"mmc eval {output} --data HELD-OUT"]  # no graph and no other layout has them
+    graphs = f"mmc export {output} -o {output}-onnx --to onnx"
+    others = f"mmc export {output} -o {output}-vllm --to compressed-tensors (or gptq, awq)"
+    return [graphs, others] if schemes else [graphs]
 
 
 def show_plan(planned: dict[str, Any]) -> None:

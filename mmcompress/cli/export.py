@@ -1,4 +1,4 @@
-"""`mmc export`: files for other runtimes, one per tower, each checked against torch."""
+"""`mmc export`: files for other runtimes, one per tower, each checked against torch; and checkpoints in other tools' layouts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mmcompress.cli import options
+from mmcompress.cli import export_layout, options
 from mmcompress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,16 +21,23 @@ PRECISIONS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"
 @click.command(
     "export",
     epilog="\b\nExamples:\n  mmc export MODEL -o MODEL-onnx\n  mmc export OUT -o OUT-trt --to tensorrt --batch 1:8:32\n"
-    "  mmc export OUT-onnx -o OUT-rtx --to tensorrt --api tensorrt_rtx --capability SM89",
+    "  mmc export OUT-onnx -o OUT-rtx --to tensorrt --api tensorrt_rtx --capability SM89\n"
+    "  mmc export QUANTIZED -o OUT-vllm --to compressed-tensors",
 )
 @options.model_argument
 @options.output_option()
-@click.option("--to", type=click.Choice(("onnx", "tensorrt")), default="onnx", show_default=True, help="What to write.")
+@click.option(
+    "--to",
+    type=click.Choice(("onnx", "tensorrt", *export_layout.NAMES)),
+    default="onnx",
+    show_default=True,
+    help="What to write: graphs, or a quantized checkpoint as vLLM and transformers load it.",
+)
 @options.tower_option
 @click.option(
     "--precision",
     type=click.Choice(tuple(PRECISIONS)),
-    help="Of weights and arithmetic; integers stay integers.  [default: float32 for onnx, float16 for tensorrt]",
+    help="Of weights and arithmetic; integers stay integers.  [default: float32 for onnx, float16 for tensorrt, else as stored]",
 )
 @click.option("--opset", type=click.IntRange(1), help="ONNX opset.  [default: the oldest that can say it]")
 @click.option(
@@ -93,6 +100,9 @@ def command(
 
     MODEL is a checkpoint, or for tensorrt also a directory that mmc export wrote. Exit 3 when a file does not compute
     or hold what the model does.
+
+    With compressed-tensors, gptq or awq, write the quantized checkpoint MODEL in that layout, the same integers in it, for vLLM and
+    plain transformers. gptq and awq hold the 4-bit Linears of W4A16, compressed-tensors those of W8A16 and W8A8 too.
     """
     batches = numbers(check_batches, "--check-batches", ",")
     stored = PRECISIONS[precision] if precision else None
@@ -101,6 +111,14 @@ def command(
 
     refuse_existing(output)
     terminal = render.Terminal(quiet, verbose)
+    if to in export_layout.NAMES:
+        if towers or opset is not None:
+            raise UsageError(
+                f"{'--tower' if towers else '--opset'} does not concern --to {to}, which writes a whole checkpoint",
+                hint="leave it out",
+            )
+        export_layout.run(model, output, to, stored, terminal, as_json)
+        return
     if to == "onnx":
         from mmcompress import checkpoint
         from mmcompress.export.onnx import export_onnx

@@ -21,9 +21,10 @@ from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle, DualEncoder, Family, Processor
-from mmcompress.errors import UsageError, closest
+from mmcompress.errors import NotExportable, UsageError, closest
 from mmcompress.export.translations import translations
 from mmcompress.parts import BATCH, TOKENS, Divided, Exportable, Part, Sizes
+from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.views import Tower
 
 OUTPUT = "embeddings"
@@ -88,8 +89,14 @@ def on_cpu(bundle: Bundle, precision: str) -> nn.Module:
 def traced_parts(bundle: Bundle, precision: str) -> tuple[Traced, ...]:
     """Return what a bundle is exported as: the parts its family names, or one for each tower that embeds.
 
-    Raises NotExportable for settings that no graph can say.
+    Raises NotExportable for settings and layers that no graph can say.
     """
+    coded = [path for path, module in bundle.model.named_modules() if is_float_coded(module)]
+    if coded:
+        raise NotExportable(
+            f"{coded[0]} and {len(coded) - 1} more have weights of 4-bit floats, which ONNX has no product for",
+            hint="quantize the original with --scheme W4A16, whose 4-bit integers export",
+        )
     model, family = on_cpu(bundle, precision), bundle.family
     if isinstance(family, DualEncoder):
         parts = tuple(_tower(family, model, tower) for tower in family.towers(model))

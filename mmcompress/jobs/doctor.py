@@ -29,9 +29,13 @@ OPTIONAL: dict[str, tuple[str, str]] = {
     "accelerate": ("mmc distill on several processes", "pip install 'mmcompress[train]'"),
     "torch-pruning": ("cross-checking the groups of mmc prune", "pip install 'mmcompress[prune]'"),
     "highspy": ("mmc quantize --scheme auto", "pip install 'mmcompress[mixed]'"),
-    "bitsandbytes": ("nothing yet; NF4 weights on CUDA are planned", "pip install 'mmcompress[bnb]'"),
+    "bitsandbytes": ("mmc quantize --scheme NF4 and FP4", "pip install 'mmcompress[bnb]'"),
     "soundfile": ("reading recordings", "pip install 'mmcompress[audio]'"),
     "soxr": ("resampling recordings", "pip install 'mmcompress[audio]'"),
+    "compressed-tensors": (
+        "transformers loading what mmc export --to compressed-tensors wrote",
+        "pip install 'mmcompress[peers]'",
+    ),
     "nncf": ("the peer bench/compare_nncf.py measures against", "pip install 'mmcompress[peers]'"),
 }
 RUNTIME_PACKAGES = {

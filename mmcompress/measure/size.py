@@ -16,6 +16,7 @@ from mmcompress.errors import UsageError
 from mmcompress.measure.macs import MacCount, macs
 from mmcompress.measure.onnx_graph import external_files, onnx_initializer_dtypes, onnx_op_histogram
 from mmcompress.measure.onnx_recount import onnx_macs
+from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.surgery.packed import PackedLinear
 
 __all__ = [
@@ -109,12 +110,15 @@ def parameters(module: torch.nn.Module) -> ParameterCount:
     stored = module.state_dict(keep_vars=True)
     unique = {id(tensor): tensor for tensor in stored.values() if isinstance(tensor, torch.Tensor)}.values()
     by_dtype: Counter[str] = Counter()
-    packed = [layer for layer in module.modules() if isinstance(layer, PackedLinear)]
-    held = {id(buffer) for layer in packed for buffer in layer.buffers(recurse=False)}
-    elements, trainable = sum(layer.weight_shape.numel() for layer in packed), 0
+    packed: list[Any] = [
+        layer for layer in module.modules() if isinstance(layer, PackedLinear) or is_float_coded(layer)
+    ]
+    held = {id(tensor) for layer in packed for tensor in layer.buffers(recurse=False)}
+    held |= {id(layer.weight) for layer in packed if is_float_coded(layer)}
+    elements, trainable = sum(layer.in_features * layer.out_features for layer in packed), 0
     for tensor in unique:
         by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
-        if isinstance(tensor, torch.nn.Parameter) or (tensor.dim() >= 2 and id(tensor) not in held):
+        if id(tensor) not in held and (isinstance(tensor, torch.nn.Parameter) or tensor.dim() >= 2):
             elements += tensor.numel()
         trainable += tensor.numel() if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad else 0
     return ParameterCount(elements, trainable, sum(by_dtype.values()), dict(sorted(by_dtype.items())))

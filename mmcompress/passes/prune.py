@@ -38,6 +38,7 @@ from mmcompress.passes.prune_units import (
     read_ranges,
     write_ranges,
 )
+from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.views import Tower
 
@@ -215,7 +216,7 @@ class Prune:
             readers = [part.reader for part in parts]
             for path in (*(path for part in parts for path in part.writers), *readers):
                 module = bundle.module(path)
-                if not isinstance(module, nn.Linear):
+                if not isinstance(module, nn.Linear) or is_float_coded(module):
                     raise UsageError(
                         f"{path} is a {type(module).__name__}; prune cuts nn.Linear", hint="put prune before quantize"
                     )

@@ -8,18 +8,19 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from mmcompress.bundle import Bundle
-from mmcompress.errors import UsageError, closest
-from mmcompress.ops.grouped import GROUP_SIZES, nearest
+from mmcompress.errors import UsageError
+from mmcompress.ops.grouped import nearest
 from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
 from mmcompress.passes import quantize_fit
 from mmcompress.passes.base import Context, Plan, Work
-from mmcompress.passes.quantize_budget import require_budget
+from mmcompress.passes.quantize_checks import require_sensible
 from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_mixed import plan_mixed
 from mmcompress.passes.quantize_plan import plan_tower
-from mmcompress.passes.quantize_schemes import AUTO, OFF, SCHEMES
+from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, OFF, SCHEMES
+from mmcompress.surgery.float_codes import is_float_coded, loading_config, require_bitsandbytes
 from mmcompress.surgery.folding import fold
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
@@ -40,8 +41,9 @@ class Quantize:
 
     scheme: str = "W8A8"
     """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster), W4A16 (4-bit weights
-    of Linears: smallest, and in onnxruntime fastest where tokens come one by one), auto (each group of layers 4 bits, 8 bits or
-    float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or W16A16 (off)."""
+    of Linears: smallest, and in onnxruntime fastest where tokens come one by one), NF4 or FP4 (4-bit floats of Linears, by
+    bitsandbytes: plain transformers loads them; made for GPUs, and no other runtime has them), auto (each group of layers 4 bits,
+    8 bits or float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or W16A16 (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
@@ -108,64 +110,17 @@ class Quantize:
     """Use 7 of the 8 bits of weights: for x86 CPUs without VNNI or AMX, whose 16-bit sums of u8*s8 products overflow."""
 
     def __post_init__(self) -> None:
-        for field, given in {"scheme": self.scheme, **{f"{k}_scheme": v for k, v in self._own_schemes.items()}}.items():
-            if given.upper() not in SCHEMES:
-                known = ", ".join(SCHEMES)
-                raise UsageError(f"quantize.{field} is '{given}'; known schemes: {known}", hint=closest(given, SCHEMES))
-        if not 0 < self.percentile <= 100:
-            raise UsageError(
-                f"quantize.percentile is {self.percentile:g}; expected 0 < percentile <= 100",
-                hint="99.9 to 99.999 are usual",
-            )
-        if not -1 <= self.min_cosine < 1:
-            raise UsageError(
-                f"quantize.min_cosine is {self.min_cosine:g}; expected -1 <= min_cosine < 1",
-                hint="0.99 is a usual limit; 1 would allow no rounding at all",
-            )
-        if not 0 <= self.smooth <= 1:
-            raise UsageError(
-                f"quantize.smooth is {self.smooth:g}; expected 0 <= smooth <= 1", hint="0.5 to 0.85 are usual"
-            )
-        if self.group_size not in (0, *GROUP_SIZES):
-            raise UsageError(
-                f"quantize.group_size is {self.group_size}; expected 0 or one of {', '.join(map(str, sorted(GROUP_SIZES)))}",
-                hint="32 is usual; larger groups are a little smaller and faster, and less accurate",
-            )
-        if "W4A16" in self._used and self.target == "tensorrt":
-            raise UsageError(
-                "quantize.scheme W4A16 does not go to tensorrt, which cannot read its 4-bit layers",
-                hint="use W8A8 or W8A16, or another target",
-            )
-        weights_only = {name for name in self._used if SCHEMES[name].inputs == "float"}
-        if self.scaling != "none" and not weights_only - {OFF}:
-            raise UsageError(
-                f"quantize.scaling is '{self.scaling}', which is for weights alone, and no tower gets W4A16 or W8A16",
-                hint="use smooth for W8A8",
-            )
-        if self.clip and not self._used & {"W4A16", AUTO}:
-            raise UsageError(
-                "quantize.clip is for 4-bit weights, and no tower gets W4A16", hint="leave it out, or use scheme W4A16"
-            )
-        if self.balance != "none" and not self._looks_at_samples:
-            raise UsageError(
-                f"quantize.balance is '{self.balance}', but nothing is asked for that looks at tokens",
-                hint="use it with scaling awq, clip, or rounding gptq and W4A16",
-            )
-        require_budget(self, AUTO in self._used)
-        if self.sensitivity_samples < 0:
-            raise UsageError(
-                f"quantize.sensitivity_samples is {self.sensitivity_samples}; expected 0 or more",
-                hint="0 skips the measurement",
-            )
+        require_sensible(self)
 
     def control(self, decisions: Mapping[str, Any] | None = None) -> Quantize | None:
         """Return this pass with schemes drawn at random; None where they are given and nothing is selected."""
-        return replace(self, assign="random") if AUTO in self._used and self.assign != "random" else None
+        return replace(self, assign="random") if AUTO in self.used and self.assign != "random" else None
 
     def streams(self) -> bool:
         """Whether weights alone are rounded: each layer's by itself."""
-        looks = any(SCHEMES[name].inputs == "static" for name in self._used) or self._looks_at_samples
-        return not looks and AUTO not in self._used
+        used = {SCHEMES[name] for name in self.used}
+        looks = any(scheme.inputs == "static" for scheme in used) or self.looks_at_samples
+        return not looks and not self.used & {AUTO, *FLOAT_CODES}
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Looks at the samples for ranges or moments; then a tower is judged, or each part of its blocks, in rounded arithmetic."""
@@ -180,17 +135,19 @@ class Quantize:
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
         judged = (
             2
-            * (parts + 3 if self.sensitivity or AUTO in self._used else 2)
+            * (parts + 3 if self.sensitivity or AUTO in self.used else 2)
             * min(self.sensitivity_samples, work.samples)
         )
         return (looks * work.samples + judged) * work.forward
 
     def check(self, bundle: Bundle) -> None:
         """Refuse schemes for towers that are not there, towers quantized already, broken ties, and patterns that match nothing."""
+        if any(name in self.used for name in FLOAT_CODES):
+            require_bitsandbytes()
         towers = {tower.name: tower for tower in bundle.towers()}
-        for name in (*self.towers, *self._own_schemes):
+        for name in (*self.towers, *self.own_schemes):
             bundle.tower(name)
-        unlisted = [name for name in self._own_schemes if self.towers and name not in self.towers]
+        unlisted = [name for name in self.own_schemes if self.towers and name not in self.towers]
         if unlisted:
             raise UsageError(
                 f"quantize has a scheme for the {unlisted[0]} tower, which quantize.towers does not name",
@@ -202,7 +159,7 @@ class Quantize:
             done = [
                 path
                 for path, module in bundle.model.named_modules()
-                if tower.owns(path) and isinstance(module, Quantized)
+                if tower.owns(path) and (isinstance(module, Quantized) or is_float_coded(module))
             ]
             if done:
                 raise UsageError(
@@ -258,6 +215,9 @@ class Quantize:
             if f"{readers[0]}.gain" in plan.tensors:
                 fold(bundle.module(norm), plan.tensors[f"{readers[0]}.gain"])
         drop_ties(bundle.model)
+        loading = loading_config(bundle.model, bundle.source.dtype)
+        if loading:
+            bundle.model.config.quantization_config = loading
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the bytes each tower now takes, recounted."""
@@ -277,20 +237,20 @@ class Quantize:
         """Return the name of the scheme a tower gets."""
         if self.towers and tower not in self.towers:
             return OFF
-        return self._own_schemes.get(tower, self.scheme).upper()
+        return self.own_schemes.get(tower, self.scheme).upper()
 
     @property
-    def _used(self) -> set[str]:
+    def used(self) -> set[str]:
         """The schemes of all towers."""
-        return {given.upper() for given in (self.scheme, *self._own_schemes.values())}
+        return {given.upper() for given in (self.scheme, *self.own_schemes.values())}
 
     @property
-    def _looks_at_samples(self) -> bool:
+    def looks_at_samples(self) -> bool:
         """Whether weights are rounded to what samples show of their inputs."""
-        return self.scaling == "awq" or self.clip or (self.rounding == "gptq" and bool(self._used & {"W4A16", AUTO}))
+        return self.scaling == "awq" or self.clip or (self.rounding == "gptq" and bool(self.used & {"W4A16", AUTO}))
 
     @property
-    def _own_schemes(self) -> dict[str, str]:
+    def own_schemes(self) -> dict[str, str]:
         """Tower -> its own scheme, where one is given."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_scheme")}
         return {name.removesuffix("_scheme"): scheme for name, scheme in given.items() if scheme is not None}

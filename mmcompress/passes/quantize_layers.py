@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
 from mmcompress.ops.grouped import group_size_for
+from mmcompress.surgery.float_codes import BLOCK, OUTPUTS, fits
 from mmcompress.surgery.quantized import can_quantize
 from mmcompress.views import Tower
 
@@ -44,6 +46,20 @@ def group_sizes(bundle: Bundle, tower: Tower, paths: Sequence[str], wanted: int)
         if isinstance(module, nn.Linear)
     }
     return {path: size for path, size in sizes.items() if size}
+
+
+def float_codable(bundle: Bundle, tower: Tower, paths: Sequence[str]) -> list[str]:
+    """Return those of `paths` that can have weights of 4-bit floats. Raises UsageError where none can."""
+    tied = {linear for _, linear in tower.tied}
+    modules = {path: bundle.module(path) for path in paths if path not in tied}
+    found = [path for path, module in modules.items() if isinstance(module, nn.Linear) and fits(module)]
+    if not found:
+        raise UsageError(
+            f"no Linear of the {tower.name} tower has inputs in multiples of {BLOCK} and outputs in multiples of {OUTPUTS}, "
+            "as bitsandbytes' kernels want them",
+            hint=f"use scheme W4A16, or leave it alone with --{tower.name}-scheme W16A16",
+        )
+    return found
 
 
 def told(sizes: Mapping[str, int], eight_bit: Sequence[str]) -> str:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mmcompress.ops.rounding import Levels
 from mmcompress.passes.base import Plan
+from mmcompress.passes.quantize_schemes import FLOAT_CODES
+from mmcompress.surgery.float_codes import float_coded
 from mmcompress.surgery.packed import PackedLinear, Rounding
 from mmcompress.surgery.quantized import quantized
 from mmcompress.surgery.quantized_base import Quantized
@@ -29,15 +31,18 @@ class Maker:
     rounds_inputs: bool
     """Whether runtimes may round the inputs of 4-bit weights."""
 
-    def made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None = None) -> Quantized:
+    def made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None = None) -> nn.Module:
         """Return what takes the place of `module`; `table` is the quantized embedding whose weight it shares."""
         made = self._made(module, path, plan, table)
-        if any(path in readers for readers in plan.decisions.get("folds", {}).values()):
+        if isinstance(made, Quantized) and any(path in each for each in plan.decisions.get("folds", {}).values()):
             made.input_gain = None  # the norm before it has it
         return made
 
-    def _made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None) -> Quantized:
+    def _made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None) -> nn.Module:
         scheme = plan.decisions["layers"][path]
+        if scheme in FLOAT_CODES:
+            assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have float codes"
+            return float_coded(module, "nf4" if scheme == "NF4" else "fp4")
         gain = plan.tensors.get(f"{path}.gain")
         # A plan that was read back has no tensors: the structure is made, and a checkpoint fills it.
         shape_only = torch.ones(module.in_features, device="meta") if isinstance(module, nn.Linear) else None

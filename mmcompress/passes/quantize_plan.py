@@ -13,8 +13,15 @@ from mmcompress.passes.quantize_calibrate import calibrate, offers
 from mmcompress.passes.quantize_fit import fit_weights
 from mmcompress.passes.quantize_folds import folds_of
 from mmcompress.passes.quantize_judge import Judge, judge_tower
-from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes, told, whole_ties
-from mmcompress.passes.quantize_schemes import SCHEMES
+from mmcompress.passes.quantize_layers import (
+    bytes_of,
+    candidates,
+    float_codable,
+    group_sizes,
+    told,
+    whole_ties,
+)
+from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -30,6 +37,9 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     scheme = SCHEMES[name]
     paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
     report: dict[str, Any] = {"scheme": name, "bytes_before": bytes_of(bundle, tower)}
+    if name in FLOAT_CODES:
+        paths = float_codable(bundle, tower, paths)
+        context.progress.say(f"{tower.name}: {len(paths)} Linears take {name}, all else stays float")
     if scheme.inputs == "static":
         called = input_grids(settings, bundle, tower, paths, context, made.tensors)
         schemes = {path: name if f"{path}.scale" in made.tensors else scheme.otherwise for path in called}

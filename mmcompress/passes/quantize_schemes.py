@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Weights = Literal["float", "int8", "int4"]
+Weights = Literal["float", "int8", "int4", "nf4", "fp4"]
 Inputs = Literal["float", "static"]
 
 
@@ -26,10 +26,14 @@ class Scheme:
 OFF = "W16A16"
 AUTO = "AUTO"
 """Each group of layers its own; see `quantize_mixed`."""
+FLOAT_CODES = ("NF4", "FP4")
+"""Those whose layers are bitsandbytes': Linears alone; all else stays float, so that plain transformers loads the checkpoint."""
 SCHEMES = {
     "W8A8": Scheme("int8", "static", otherwise="W8A16"),
     "W8A16": Scheme("int8"),
     "W4A16": Scheme("int4", otherwise="W8A16"),
+    "NF4": Scheme("nf4"),
+    "FP4": Scheme("fp4"),
     OFF: Scheme("float"),
     AUTO: Scheme("int4"),
 }

@@ -78,9 +78,13 @@ class PackedLinear(Quantized):
         return torch.Size((self.out_features, self.in_features))
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
+        return self.grouped(start, stop).dequantized()
+
+    def grouped(self, start: int = 0, stop: int | None = None) -> Grouped:
+        """Return some rows of the weight as codes, scales and zero points."""
         scale = self.weight_scale[start:stop]
         codes = unpack(self.weight_int4[start:stop], self.in_features)
-        return Grouped(codes, scale, unpack(self.weight_zero_point[start:stop], scale.shape[1])).dequantized()
+        return Grouped(codes, scale, unpack(self.weight_zero_point[start:stop], scale.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_gain is None else x * self.input_gain

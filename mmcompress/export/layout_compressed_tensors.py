@@ -1,0 +1,127 @@
+"""The layout of the package compressed-tensors, which llm-compressor writes: `pack-quantized` and `int-quantized`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from mmcompress.bundle import Bundle
+from mmcompress.export.layout import input_grid, why_no_linear
+from mmcompress.ops import layouts
+from mmcompress.surgery.packed import PackedLinear
+from mmcompress.surgery.quantized import QuantizedLinear
+from mmcompress.surgery.quantized_base import Quantized
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """8 and 4 bits, and 8-bit inputs; nothing is rounded."""
+
+    rounds_inputs: bool
+    """Whether some layers have 8-bit inputs, which transformers keeps only where it does not make weights floats as it loads."""
+    loaded_by: str
+    name: str = "compressed-tensors"
+    scales: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, bundle: Bundle, layers: Mapping[str, Quantized]) -> CompressedTensors:
+        linears = [layer for layer in layers.values() if not why_no_linear(layer)]
+        rounds_inputs = any(input_grid(layer) is not None for layer in linears)
+        why_not = ""
+        if rounds_inputs and any(isinstance(layer, PackedLinear) for layer in linears):
+            # Where it is not to make floats, compressed-tensors 0.20 expects packed zero points unpacked, and refuses the file.
+            why_not = "4-bit layers beside those with 8-bit inputs"
+        if any(
+            isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1
+            for entry in get_model_conversion_mapping(bundle.model)
+        ):
+            # transformers 5.23 knows how to cut older checkpoints of DINOv2, and adds the layout's tensors to what it cuts.
+            why_not = "models whose older checkpoints it would have to cut"
+        package = " and transformers with the package compressed-tensors"
+        return cls(rounds_inputs, f"vLLM{f' (not transformers, which refuses {why_not})' if why_not else package}")
+
+    def refusal(self, path: str, layer: Quantized) -> str:
+        return why_no_linear(layer)
+
+    def kind(self, layer: Quantized) -> str:
+        return "int-quantized" if input_grid(layer) is not None else "pack-quantized"
+
+    def tensors(self, layer: Quantized) -> dict[str, Tensor]:
+        if isinstance(layer, PackedLinear):
+            return layouts.compressed_tensors_int4(layer.grouped())
+        assert isinstance(layer, QuantizedLinear), f"{type(layer).__name__} was refused"
+        zero_point = input_grid(layer)
+        if zero_point is None:
+            return layouts.compressed_tensors_int8(layer.weight_int8, layer.weight_scale)
+        assert layer.input_scale is not None, "an input has a scale and a zero point"
+        made = {
+            "weight": layer.weight_int8,
+            "weight_scale": layer.weight_scale[:, None],
+            "input_scale": layer.input_scale[None],
+        }
+        if zero_point.dtype == torch.uint8:
+            made["input_zero_point"] = (zero_point.to(torch.int16) - 128).to(torch.int8)[None]
+        return made
+
+    def config(self, said: Mapping[str, Quantized], floats: Sequence[str]) -> dict[str, Any]:
+        kinds = {path: _CompressedKind.of(layer) for path, layer in said.items()}
+        groups = {}
+        for number, (kind, _) in enumerate(Counter(kinds.values()).most_common()):
+            own = [path for path in said if kinds[path] == kind]
+            groups[f"group_{number}"] = kind.group(["Linear"] if len(own) == len(said) else own)
+        formats = {group["format"] for group in groups.values()}
+        return {
+            "quant_method": self.name,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": list(floats),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "dequantize": not self.rounds_inputs,
+        }
+
+
+@dataclass(frozen=True)
+class _CompressedKind:
+    """What one entry of `config_groups` says."""
+
+    bits: int
+    group_size: int
+    """0: one scale per output."""
+    inputs: torch.dtype | None
+
+    @classmethod
+    def of(cls, layer: Quantized) -> _CompressedKind:
+        if isinstance(layer, PackedLinear):
+            return cls(4, 0 if layer.group_size == layer.in_features else layer.group_size, None)
+        zero_point = input_grid(layer)
+        return cls(8, 0, None if zero_point is None else zero_point.dtype)
+
+    def group(self, targets: list[str]) -> dict[str, Any]:
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": self.bits == 8,
+            "strategy": "group" if self.group_size else "channel",
+            "group_size": self.group_size or None,
+            "dynamic": False,
+        }
+        inputs = None
+        if self.inputs is not None:
+            inputs = {"num_bits": 8, "type": "int", "symmetric": self.inputs == torch.int8, "strategy": "tensor"}
+            inputs["dynamic"] = False
+        return {
+            "targets": targets,
+            "weights": weights,
+            "input_activations": inputs,
+            "output_activations": None,
+            "format": "pack-quantized" if inputs is None else "int-quantized",
+        }

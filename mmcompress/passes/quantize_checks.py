@@ -1,0 +1,79 @@
+"""Which parameters of `quantize` go together, whatever the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmcompress.errors import UsageError, closest
+from mmcompress.ops.grouped import GROUP_SIZES
+from mmcompress.passes.quantize_budget import require_budget
+from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, SCHEMES
+
+if TYPE_CHECKING:
+    from mmcompress.passes.quantize import Quantize
+
+
+def require_sensible(settings: Quantize) -> None:
+    """Raise UsageError for a value that is out of range, or asks for what another one rules out."""
+    for field, given in {
+        "scheme": settings.scheme,
+        **{f"{k}_scheme": v for k, v in settings.own_schemes.items()},
+    }.items():
+        if given.upper() not in SCHEMES:
+            known = ", ".join(SCHEMES)
+            raise UsageError(f"quantize.{field} is '{given}'; known schemes: {known}", hint=closest(given, SCHEMES))
+    if not 0 < settings.percentile <= 100:
+        raise UsageError(
+            f"quantize.percentile is {settings.percentile:g}; expected 0 < percentile <= 100",
+            hint="99.9 to 99.999 are usual",
+        )
+    if not -1 <= settings.min_cosine < 1:
+        raise UsageError(
+            f"quantize.min_cosine is {settings.min_cosine:g}; expected -1 <= min_cosine < 1",
+            hint="0.99 is a usual limit; 1 would allow no rounding at all",
+        )
+    if not 0 <= settings.smooth <= 1:
+        raise UsageError(
+            f"quantize.smooth is {settings.smooth:g}; expected 0 <= smooth <= 1", hint="0.5 to 0.85 are usual"
+        )
+    if settings.group_size not in (0, *GROUP_SIZES):
+        raise UsageError(
+            f"quantize.group_size is {settings.group_size}; expected 0 or one of {', '.join(map(str, sorted(GROUP_SIZES)))}",
+            hint="32 is usual; larger groups are a little smaller and faster, and less accurate",
+        )
+    if "W4A16" in settings.used and settings.target == "tensorrt":
+        raise UsageError(
+            "quantize.scheme W4A16 does not go to tensorrt, which cannot read its 4-bit layers",
+            hint="use W8A8 or W8A16, or another target",
+        )
+    if settings.scaling != "none" and not settings.used & {"W4A16", "W8A16", AUTO}:
+        raise UsageError(
+            f"quantize.scaling is '{settings.scaling}', which is for weights alone, and no tower gets W4A16 or W8A16",
+            hint="use smooth for W8A8",
+        )
+    if settings.clip and not settings.used & {"W4A16", AUTO}:
+        raise UsageError(
+            "quantize.clip is for 4-bit weights, and no tower gets W4A16", hint="leave it out, or use scheme W4A16"
+        )
+    if settings.balance != "none" and not settings.looks_at_samples:
+        raise UsageError(
+            f"quantize.balance is '{settings.balance}', but nothing is asked for that looks at tokens",
+            hint="use it with scaling awq, clip, or rounding gptq and W4A16",
+        )
+    require_budget(settings, AUTO in settings.used)
+    coded = [name for name in FLOAT_CODES if name in settings.used]
+    if len(coded) > 1:
+        raise UsageError(
+            "quantize has towers of NF4 and of FP4, which no checkpoint of bitsandbytes can say",
+            hint="use one of them",
+        )
+    if coded and settings.target not in ("cpu", "cuda"):
+        raise UsageError(
+            f"quantize.scheme {coded[0]} does not go to {settings.target}; only torch computes with bitsandbytes' layers",
+            hint="use W4A16 for openvino, W8A8 or W8A16 for tensorrt, or --target cuda",
+        )
+    if settings.sensitivity_samples < 0:
+        raise UsageError(
+            f"quantize.sensitivity_samples is {settings.sensitivity_samples}; expected 0 or more",
+            hint="0 skips the measurement",
+        )
