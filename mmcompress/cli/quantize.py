@@ -9,5 +9,6 @@ command = single_pass(
     "quantize",
     """  mmc quantize MODEL -o OUT --scheme W8A8 --data pairs/
   mmc quantize MODEL -o OUT --scheme W8A8 --text-scheme W8A16 --target tensorrt --data pairs/
+  mmc quantize MODEL -o OUT --scheme auto --bits 6 --data pairs/ --sensitivity
   mmc quantize VLM -o OUT --scheme W8A16 --language-scheme W4A16 --rounding gptq --data questions/""",
 )

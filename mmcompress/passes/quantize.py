@@ -20,6 +20,7 @@ from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_mixed import plan_mixed
 from mmcompress.passes.quantize_plan import plan_tower
 from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, OFF, SCHEMES
+from mmcompress.passes.quantize_times import TIMING_SECONDS
 from mmcompress.surgery.float_codes import is_float_coded, loading_config, require_bitsandbytes
 from mmcompress.surgery.folding import fold
 from mmcompress.surgery.freeing import give_back_freed
@@ -34,7 +35,8 @@ class Quantize:
     8-bit weights get one scale per output channel, activations one per tensor, from calibration samples. 4-bit weights, of Linears
     alone, get a scale and a zero point for each group of inputs; everything else takes 8 bits there. What stays more precise is
     decided by measurement: where a tower's embeddings change by more than `min_cosine` allows, every group of layers is quantized
-    alone, and groups are given back, worst first, until it holds: from 4 bits to 8, then to float.
+    alone, and groups are given back, worst first, until it holds: from 4 bits to 8, then to float. With scheme auto a budget is
+    given instead, every group of layers is quantized alone in each scheme, and those are chosen that lose least within it.
     """
 
     name: ClassVar[str] = "quantize"
@@ -133,12 +135,13 @@ class Quantize:
             looks = max(looks, quantize_fit.looks(self, bundle, tower))
             looks = max(looks, 2 if SCHEMES[scheme].inputs == "static" else 0)
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
-        judged = (
-            2
-            * (parts + 3 if self.sensitivity or AUTO in self.used else 2)
-            * min(self.sensitivity_samples, work.samples)
-        )
-        return (looks * work.samples + judged) * work.forward
+        runs = parts + 3 if self.sensitivity else 2
+        if AUTO in self.used:
+            runs = 2 * parts + 5 if self.assign == "measured" else 0
+            looks = 2 if self.latency_ms is not None else looks
+        judged = 2 * runs * min(self.sensitivity_samples, work.samples)
+        timed = TIMING_SECONDS if self.latency_ms is not None else 0.0
+        return (looks * work.samples + judged) * work.forward + timed
 
     def check(self, bundle: Bundle) -> None:
         """Refuse schemes for towers that are not there, towers quantized already, broken ties, and patterns that match nothing."""

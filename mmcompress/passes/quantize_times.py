@@ -28,6 +28,8 @@ from mmcompress.views import Tower
 if TYPE_CHECKING:
     from mmcompress.passes.quantize import Quantize
 
+TIMING_SECONDS = 120.0
+"""About, to time the products of a model of a hundred million parameters, and to export and time a few choices."""
 TRIALS = 4
 """How many choices are exported and timed at most."""
 

@@ -178,7 +178,7 @@ def test_one_weight_that_two_layers_share_is_counted_once(bits: float) -> None:
     ((table, last),) = tower.tied
     vocabulary = bundle.module(table).weight.numel()
     made = Quantize(scheme="auto", bits=bits, group_size=16, towers=("decoder",), min_cosine=-1.0)
-    plan = made.plan(bundle, Context(data=decoding.data(), num_samples=4, batch_size=4, progress=Talk()))
+    plan = made.plan(bundle, Context(data=tiny.spoken(6), num_samples=6, batch_size=3, progress=Talk()))
     layers = plan.decisions["layers"]
     assert (table in layers) == (last in layers)
     options = {(o["layers"], o["scheme"]): o for o in plan.decisions["towers"]["decoder"]["options"]}

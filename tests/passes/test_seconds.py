@@ -32,6 +32,10 @@ WORK = Work(samples=10, dataset=100, forward=0.5)
         ("quantize", {"scheme": "W4A16", "rounding": "gptq", "sensitivity_samples": 0}, 1 * 10 * 0.5),
         ("quantize", {"sensitivity_samples": 0}, 2 * 10 * 0.5),
         ("quantize", {"scheme": "W16A16"}, 0),
+        # Each of the deepest tower's six parts in 4 and in 8 bits, and five runs for what is whole: 2 * (2 * 6 + 5).
+        ("quantize", {"scheme": "auto", "bits": 5}, 2 * 17 * 10 * 0.5),
+        ("quantize", {"scheme": "auto", "bits": 5, "assign": "random"}, 0),
+        ("quantize", {"scheme": "auto", "latency_ms": 5}, (2 * 10 + 2 * 17 * 10) * 0.5 + 120),
         ("quantize", {"scheme": "W16A16", "text_scheme": "W8A8", "sensitivity": True}, (2 * 10 + 2 * 7 * 10) * 0.5),
         ("distill", {"epochs": 2}, (3 * 200 + 100) * 0.5),
         ("distill", {"steps": 4, "batch_size": 8, "accumulate": 2}, (3 * 64 + 100) * 0.5),
