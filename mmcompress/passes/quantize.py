@@ -12,12 +12,13 @@ from mmcompress.errors import UsageError, closest
 from mmcompress.ops.grouped import GROUP_SIZES, nearest
 from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
+from mmcompress.ops.token_rounding import TOKEN_INT8, TOKEN_UINT8, TokenGrid
 from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_plan import plan_tower
-from mmcompress.passes.quantize_schemes import OFF, SCHEMES
+from mmcompress.passes.quantize_schemes import OFF, SCHEMES, refuse_target, with_activations
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
 from mmcompress.surgery.quantized_base import Quantized
@@ -36,8 +37,10 @@ class Quantize:
     name: ClassVar[str] = "quantize"
 
     scheme: str = "W8A8"
-    """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster), W4A16 (4-bit weights
-    of Linears: smallest, and in onnxruntime fastest where tokens come one by one) or W16A16 (off)."""
+    """W8A8 (weights and activations; fastest for prompts and pictures), W8A16 (weights only), W4A16 (4-bit weights of Linears:
+    smallest, and in onnxruntime fastest where tokens come one by one), W4A8 (the same, and what is measured in torch is what a
+    runtime computes that rounds the inputs it multiplies to 8 bits), FP8 (8-bit floats, for GPUs of 2022 or later) or W16A16 (off).
+    """
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
@@ -52,7 +55,11 @@ class Quantize:
     """Towers to quantize; empty means all."""
     target: Literal["cpu", "openvino", "cuda", "tensorrt"] = "cpu"
     """Where it will run: cpu gives unsigned activations with a zero point (fast in onnxruntime and in OpenVINO), the others signed
-    ones with zero point 0, which TensorRT demands and OpenVINO multiplies a little faster, at some loss of accuracy."""
+    ones with zero point 0, which TensorRT demands and OpenVINO multiplies a little faster, at some loss of accuracy. Where weights
+    alone are integers, cpu lets engines round inputs to 8 bits in blocks as they multiply: that makes single tokens fast."""
+    activations: Literal["static", "dynamic"] = "static"
+    """For W8A8 and FP8: static rounds a layer's inputs on one grid, found by calibration, so it needs data; dynamic gives each token
+    its own while it runs, which needs none and is more accurate, at some speed. W4A8 is always dynamic."""
     observer: Literal["min-max", "percentile", "mse"] = "min-max"
     """How an activation's range is chosen: cover everything, cut off rare outliers, or least squared error. Vision
     transformers keep what matters in a few huge values, which clipping destroys."""
@@ -106,11 +113,8 @@ class Quantize:
                 f"quantize.group_size is {self.group_size}; expected 0 or one of {', '.join(map(str, sorted(GROUP_SIZES)))}",
                 hint="32 is usual; larger groups are a little smaller and faster, and less accurate",
             )
-        if self._uses("W4A16") and self.target == "tensorrt":
-            raise UsageError(
-                "quantize.scheme W4A16 does not go to tensorrt, which cannot read its 4-bit layers",
-                hint="use W8A8 or W8A16, or another target",
-            )
+        for name in self._used:
+            refuse_target(name, self.target, self.observer)
         if self.sensitivity_samples < 0:
             raise UsageError(
                 f"quantize.sensitivity_samples is {self.sensitivity_samples}; expected 0 or more",
@@ -122,9 +126,9 @@ class Quantize:
 
     def streams(self) -> bool:
         """Whether weights alone are rounded: each layer's by itself."""
-        used = {name: SCHEMES[name] for name in {self.scheme.upper(), *map(str.upper, self._own_schemes.values())}}
-        static = any(scheme.inputs == "static" for scheme in used.values())
-        fitted = self.rounding == "gptq" and any(scheme.weights == "int4" for scheme in used.values())
+        used = [with_activations(name, self.activations) for name in self._used]
+        static = any(scheme.inputs == "static" for scheme in used)
+        fitted = self.rounding == "gptq" and any(scheme.weights == "int4" for scheme in used)
         return not static and not fitted
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
@@ -134,13 +138,13 @@ class Quantize:
             return 0.0
         looks = 0
         for tower in towers:
-            scheme = self.scheme_of(tower.name)
-            if SCHEMES[scheme].weights == "int4" and self.rounding == "gptq":
+            scheme = with_activations(self.scheme_of(tower.name), self.activations)
+            if scheme.weights == "int4" and self.rounding == "gptq":
                 sizes = group_sizes(
                     bundle, tower, candidates(bundle, tower, self.embeddings, self.keep_float), self.group_size
                 )
                 looks = max(looks, quantize_moments.looks(bundle, tower, sizes))
-            looks = max(looks, 2 if SCHEMES[scheme].inputs == "static" else 0)
+            looks = max(looks, 2 if scheme.inputs == "static" else 0)
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
         judged = 2 * (parts + 3 if self.sensitivity else 2) * min(self.sensitivity_samples, work.samples)
         return (looks * work.samples + judged) * work.forward
@@ -216,7 +220,14 @@ class Quantize:
             smooth=self.smooth > 0,
             rounding=nearest if self.rounding == "nearest" else half_quadratic,
             rounds_inputs=self.target == "cpu",
+            tokens=self._tokens,
         )
+
+    @property
+    def _tokens(self) -> TokenGrid | None:
+        if self.activations == "static":
+            return None
+        return TOKEN_UINT8 if self.target == "cpu" else TOKEN_INT8
 
     def scheme_of(self, tower: str) -> str:
         """Return the name of the scheme a tower gets."""
@@ -224,8 +235,10 @@ class Quantize:
             return OFF
         return self._own_schemes.get(tower, self.scheme).upper()
 
-    def _uses(self, scheme: str) -> bool:
-        return scheme in (given.upper() for given in (self.scheme, *self._own_schemes.values()))
+    @property
+    def _used(self) -> list[str]:
+        """The names of the schemes asked for."""
+        return sorted({given.upper() for given in (self.scheme, *self._own_schemes.values())})
 
     @property
     def _own_schemes(self) -> dict[str, str]:

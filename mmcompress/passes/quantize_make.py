@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from mmcompress.ops.rounding import Levels
+from mmcompress.ops.token_rounding import TOKEN_INT8, TokenGrid
 from mmcompress.passes.base import Plan
+from mmcompress.passes.quantize_schemes import SCHEMES
+from mmcompress.surgery.float8 import Float8Linear
 from mmcompress.surgery.packed import PackedLinear, Rounding
-from mmcompress.surgery.quantized import quantized
+from mmcompress.surgery.quantized import QuantizedLinear, quantized
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,19 @@ class Maker:
     rounding: Rounding
     """How 4-bit weights are rounded that the plan does not hold."""
     rounds_inputs: bool
-    """Whether runtimes may round the inputs of 4-bit weights."""
+    """Whether runtimes may round the inputs of weights that alone are integers."""
+    tokens: TokenGrid | None = None
+    """What each token's inputs are rounded to, where they have no one grid."""
 
     def made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None = None) -> nn.Module:
         """Return what takes the place of `module`; `table` is the quantized embedding whose weight it shares."""
         scheme = plan.decisions["layers"][path]
-        if scheme == "W4A16":
-            return self._packed(module, path, plan)
-        if scheme == "W8A16":
-            return quantized(module, None, self.weights, None, table)
+        if SCHEMES[scheme].weights == "int4":
+            return self._packed(module, path, plan, rounds=SCHEMES[scheme].inputs == "dynamic")
+        if SCHEMES[scheme].weights == "float8":
+            return self._float8(module, path, plan)
+        if scheme == "W8A16" or self.tokens is not None:
+            return self._by_token(module, scheme, table)
         gain = plan.tensors.get(f"{path}.gain")
         # A plan that was read back has no tensors: the structure is made, and a checkpoint fills it.
         if gain is None and table is None and self.smooth and isinstance(module, nn.Linear):
@@ -44,11 +51,27 @@ class Maker:
             made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
         return made
 
-    def _packed(self, module: nn.Module, path: str, plan: Plan) -> nn.Module:
+    def _by_token(self, module: nn.Module, scheme: str, table: nn.Module | None) -> nn.Module:
+        """Return a layer whose inputs have no grid of their own: floats, or rounded token by token."""
+        made = quantized(module, None, self.weights, None, table)
+        if isinstance(made, QuantizedLinear):
+            made.rounds_inputs = scheme == "W8A16" and self.rounds_inputs
+            made.tokens = None if scheme == "W8A16" else self.tokens
+        return made
+
+    def _float8(self, module: nn.Module, path: str, plan: Plan) -> nn.Module:
+        assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have 8-bit floats"
+        made = Float8Linear(module, static=self.tokens is None)
+        if f"{path}.scale" in plan.tensors:
+            made.set_input_grid(plan.tensors[f"{path}.scale"])
+        return made.train(module.training)
+
+    def _packed(self, module: nn.Module, path: str, plan: Plan, rounds: bool) -> nn.Module:
         assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have 4 bits"
         known = f"{path}.weight_int4" in plan.tensors
         size = plan.decisions["groups"][path]
-        made = PackedLinear(module, size, None if known else self.rounding, self.rounds_inputs)
+        made = PackedLinear(module, size, None if known else self.rounding, self.rounds_inputs or rounds)
+        made.tokens = TOKEN_INT8 if rounds else None
         if known:
             for name, buffer in made.named_buffers():
                 buffer.copy_(plan.tensors[f"{path}.{name}"])

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.ops.float8 import FLOAT8
 from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_calibrate import calibrate, offers
 from mmcompress.passes.quantize_judge import Judge, judge_tower
-from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes, told, whole_ties
-from mmcompress.passes.quantize_schemes import SCHEMES
+from mmcompress.passes.quantize_layers import by_token, bytes_of, candidates, group_sizes, told, whole_ties
+from mmcompress.passes.quantize_schemes import Scheme, with_activations
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -26,14 +27,16 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     Raises UsageError where it needs data and has none, or where nothing of the tower can be quantized.
     """
     name = settings.scheme_of(tower.name)
-    scheme = SCHEMES[name]
+    scheme = with_activations(name, settings.activations)
     paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
     report: dict[str, Any] = {"scheme": name, "bytes_before": bytes_of(bundle, tower)}
     if scheme.inputs == "static":
-        called = _calibrate(settings, bundle, tower, paths, context, made.tensors)
+        called = _calibrate(settings, bundle, tower, paths, scheme, context, made.tensors)
         schemes = {path: name if f"{path}.scale" in made.tensors else scheme.otherwise for path in called}
     else:
         schemes = dict.fromkeys(paths, scheme.otherwise or name)
+        if scheme.inputs == "dynamic" and scheme.weights != "int4":
+            schemes |= dict.fromkeys(by_token(bundle, tower, paths, scheme.weights), name)
     if scheme.weights == "int4":
         sizes = group_sizes(bundle, tower, paths, settings.group_size)
         schemes |= dict.fromkeys(sizes, name)
@@ -59,16 +62,30 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
 
 
 def _calibrate(
-    settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], context: Context, tensors: dict[str, Tensor]
+    settings: Quantize,
+    bundle: Bundle,
+    tower: Tower,
+    paths: list[str],
+    scheme: Scheme,
+    context: Context,
+    tensors: dict[str, Tensor],
 ) -> list[str]:
     """Add the grids of the layers' inputs to `tensors`; return `paths` without the layers that are never called.
 
     Their owner reads them: their input cannot be rounded, nor their weight replaced safely.
     """
     linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
-    how: dict[str, Any] = {"method": settings.observer, "percentile": settings.percentile, "smooth": settings.smooth}
-    grids = calibrate(bundle, tower, linears, settings.maker.inputs, context, **how)
+    floats = scheme.weights == "float8"
+    how: dict[str, Any] = {
+        "method": settings.observer,
+        "percentile": settings.percentile,
+        "smooth": 0.0 if floats else settings.smooth,
+    }
+    grids = calibrate(bundle, tower, linears, FLOAT8 if floats else settings.maker.inputs, context, **how)
+    rounded = by_token(bundle, tower, linears, scheme.weights) if floats else linears
     for path, grid in grids.items():
+        if path not in rounded:
+            continue
         tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
         if grid.gain is not None:
             tensors[f"{path}.gain"] = grid.gain
