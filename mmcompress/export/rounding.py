@@ -112,7 +112,6 @@ def torch_grids(module: Traced) -> set[Grid]:
 def graph_grids(graph: onnx.ModelProto) -> set[Grid]:
     """Return the grids of the graph's QuantizeLinear nodes."""
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in graph.graph.node if node.op_type == "Constant"}
 
     def value(name: str) -> float:
         return float(onnx.numpy_helper.to_array(constants[name]).astype(np.float64))

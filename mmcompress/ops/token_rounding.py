@@ -39,7 +39,9 @@ TOKEN_FLOAT8 = TokenGrid(FLOAT8.high, FLOAT8.dtype)
 
 def token_scale(x: Tensor, grid: TokenGrid) -> Tensor:
     """Return s (…, 1) of `x` (…, C), a positive number even where all of a token is 0."""
-    return (x.abs().amax(-1, keepdim=True) / grid.largest).clamp_min(torch.finfo(x.dtype).tiny)
+    scale = x.abs().amax(-1, keepdim=True) / grid.largest
+    # Not clamped: of that TensorRT's parser says that it loses precision, in half precision.
+    return torch.maximum(scale, torch.full_like(scale, torch.finfo(x.dtype).tiny))
 
 
 class _StraightThrough(torch.autograd.Function):

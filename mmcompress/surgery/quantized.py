@@ -90,6 +90,13 @@ class _Int8(Quantized):
             return None
         return float(self.input_scale), int(self.input_zero_point)
 
+    @property
+    def reason_for_cpus(self) -> str:
+        grid = self.input_zero_point
+        if (grid is not None and (grid.dtype == torch.uint8 or bool(grid))) or (self.tokens and self.tokens.zero_point):
+            return "rounds its input with a zero point; TensorRT takes symmetric int8 only"
+        return ""
+
     def _rounded(self, x: Tensor) -> Tensor:
         if self.tokens is not None:
             return round_tokens(x, self.tokens)
@@ -146,6 +153,11 @@ class QuantizedLinear(_Int8):
             return product_int8(x, self.weight_int8, self.weight_scale)
         matrix = torch.ops.mmcompress.int8_matrix(self.weight_int8, self.weight_scale)
         return self._rounded(x) @ matrix if self.tokens is None else token_product(x, matrix, self.tokens)
+
+    @property
+    def reason_for_cpus(self) -> str:
+        blocks = "is multiplied in blocks, as onnxruntime and OpenVINO do; TensorRT takes whole matrices only"
+        return blocks if self._in_blocks else super().reason_for_cpus
 
     @property
     def _in_blocks(self) -> bool:

@@ -51,6 +51,11 @@ class Quantized(nn.Module, ABC):
         return 0
 
     @property
+    def reason_for_cpus(self) -> str:
+        """Why TensorRT cannot read what the layer leaves as; "" where it can."""
+        return ""
+
+    @property
     @abstractmethod
     def weight_shape(self) -> torch.Size:
         """The shape of `weight`, for free."""
