@@ -26,7 +26,7 @@ from mmcompress.export.graph import simplify
 from mmcompress.export.onnx import DEFAULT_OPSETS
 from mmcompress.export.trace import trace, traced
 from mmcompress.measure.latency import compare, interleaved
-from mmcompress.measure.machine import describe
+from mmcompress.measure.machine import machine_facts
 from mmcompress.measure.runner import Arrays, Runner
 from mmcompress.measure.runners import open_runner
 from mmcompress.parts import BATCH, PAST, TOKENS
@@ -97,7 +97,6 @@ def main() -> None:
         bundle = checkpoint.load(assets.smolvlm())
         timed = inputs_of(bundle)
         texts = texts_of(bundle, timed["prompt"])
-        base: Any = None
         for engine in RUNNERS:
             runners = {name: open_runner(engine, path, given.threads) for name, path in graphs.items()}
             wanted = [runners["fp32"].run(text)["logits"][0] for text in texts]
@@ -105,16 +104,15 @@ def main() -> None:
             for what, inputs in timed.items():
                 steps = {name: runner.bind(inputs) for name, runner in runners.items()}
                 taken = interleaved(steps, rounds=given.rounds)
-                base = taken["fp32"]
                 for name, samples in taken.items():
                     row = {"runner": engine, "what": what, "side": name, "p50_ms": samples.summary().p50_ms.to_json()}
-                    row |= {"times_as_fast": compare(base, samples).to_json(), "cosine": round(cosines[name], 6)}
+                    row |= {"times_as_fast": compare(taken["fp32"], samples).to_json(), "cosine": round(cosines[name], 6)}
                     rows.append(row)
                     print(json.dumps(row), flush=True)
             for runner in runners.values():
                 runner.close()
         result = {"latency": rows, "bytes": {name: path.stat().st_size for name, path in graphs.items()}}
-    write("eight_bits", given, {}, {"machine": describe(), "parameters": SIDES, "length": LENGTH, "texts": TEXTS, **result})
+    write("eight_bits", given, {}, {"machine": machine_facts(given.threads), "parameters": SIDES, "length": LENGTH, "texts": TEXTS, **result})
 
 
 if __name__ == "__main__":

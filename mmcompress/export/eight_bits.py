@@ -29,7 +29,7 @@ def store_in_blocks(model: ir.Model) -> int:
         block = node.attributes.get_int("block_size", 0)
         blocked = (codes.view(np.uint8) ^ ZERO_POINT).reshape(len(codes), columns // block, block)
         made = initializer(model, blocked, f"{name(node.inputs[1])}_blocks")
-        _look_up_among(model, node.inputs[1], made)
+        _look_up_among(model, codes, made)
         node.replace_input_with(1, made)
         scales = np.repeat(scale[:, None], columns // block, axis=1)
         node.replace_input_with(2, initializer(model, scales, f"{name(node.inputs[2])}_blocks"))
@@ -37,17 +37,17 @@ def store_in_blocks(model: ir.Model) -> int:
     return count
 
 
-def _look_up_among(model: ir.Model, table: ir.Value | None, blocks: ir.Value) -> None:
-    """Let what looks up rows of `table` (R, C) find them in its `blocks` (R, K, S)."""
-    assert table is not None
-    for use in list(table.uses()):
-        node, shape = use.node, use.node.outputs[0].shape
-        along_rows = node.op_type == "GatherND" or (
-            node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0 and use.idx == 0
-        )
-        if not along_rows or shape is None:
+def _look_up_among(model: ir.Model, codes: np.ndarray, blocks: ir.Value) -> None:
+    """Let what looks up rows of a table of the same `codes` (R, C) find them in their `blocks` (R, K, S)."""
+    for node in nodes(model, "Gather", "GatherND"):
+        table, shape = constant(node.inputs[0]), node.outputs[0].shape
+        elsewhere = node.attributes.get_int("axis", 0) or node.attributes.get_int("batch_dims", 0)
+        if elsewhere or shape is None or table is None or table.dtype != np.int8:
             continue
-        found = ir.node(node.op_type, [blocks, *node.inputs[1:]], node.attributes, name=f"{node.name}_blocks")
+        # Not by name: on the way here the exporter has copied the table.
+        if not np.array_equal(table, codes):
+            continue
+        found = ir.node(node.op_type, [blocks, *node.inputs[1:]], name=f"{node.name}_blocks")
         wide = ir.node("Cast", found.outputs, {"to": ir.DataType.INT32}, name=f"{node.name}_wide")
         offset = initializer(model, np.array(ZERO_POINT, np.int32), f"{node.name}_zero_point")
         signed = ir.node("Sub", [wide.outputs[0], offset], name=f"{node.name}_signed")
