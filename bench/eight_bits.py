@@ -1,8 +1,8 @@
 """How 8-bit weights are best multiplied on a CPU: the language model of SmolVLM's shape (SmolLM2-135M), one token and a prompt.
 
-Each side is the same model, exported as another graph: fp32; int8 weights that are unpacked in every call (target openvino) or
-multiplied in blocks beside inputs rounded to 8 bits (target cpu); weights and inputs in 8 bits, each token on a grid of its own; and
-4-bit weights. All are timed in one interleaved run per engine, for one token after 256 and for a prompt of 256. What the rounding
+Each side is the same model, exported as another graph: fp32; int8 weights that are unpacked in every call (target openvino), or
+multiplied in blocks beside inputs rounded to 8 bits (target cpu); weights and inputs in 8 bits, each token on a grid of its own.
+All are timed in one interleaved run per engine, for one token after 256 and for a prompt of 256. What the rounding
 costs is said by the cosine of the logits that follow real texts with those of fp32, in the same engine.
 
     python -m bench.eight_bits [--rounds 15] [--work FOLDER]      writes bench/results/eight_bits.json
@@ -40,7 +40,6 @@ SIDES: dict[str, dict[str, Any]] = {
     "W8A16, unpacked": {"scheme": "W8A16", "target": "openvino"},
     "W8A16": {"scheme": "W8A16"},
     "W8A8, by token": {"scheme": "W8A8", "activations": "dynamic"},
-    "W4A16": {"scheme": "W4A16"},
 }
 
 
@@ -106,13 +105,21 @@ def main() -> None:
                 taken = interleaved(steps, rounds=given.rounds)
                 for name, samples in taken.items():
                     row = {"runner": engine, "what": what, "side": name, "p50_ms": samples.summary().p50_ms.to_json()}
-                    row |= {"times_as_fast": compare(taken["fp32"], samples).to_json(), "cosine": round(cosines[name], 6)}
+                    row |= {
+                        "times_as_fast": compare(taken["fp32"], samples).to_json(),
+                        "cosine": round(cosines[name], 6),
+                    }
                     rows.append(row)
                     print(json.dumps(row), flush=True)
             for runner in runners.values():
                 runner.close()
         result = {"latency": rows, "bytes": {name: path.stat().st_size for name, path in graphs.items()}}
-    write("eight_bits", given, {}, {"machine": machine_facts(given.threads), "parameters": SIDES, "length": LENGTH, "texts": TEXTS, **result})
+    write(
+        "eight_bits",
+        given,
+        {},
+        {"machine": machine_facts(given.threads), "parameters": SIDES, "length": LENGTH, "texts": TEXTS, **result},
+    )
 
 
 if __name__ == "__main__":

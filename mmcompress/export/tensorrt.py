@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 
 from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.errors import UsageError

@@ -1,4 +1,4 @@
-"""Numbers of 8 bits that float: E4M3, four bits of exponent, three of mantissa, no infinity (Micikevicius et al. 2022, arXiv 2209.05433).
+"""Floats of 8 bits: E4M3, four bits of exponent, three of mantissa, no infinity (Micikevicius et al. 2022, arXiv 2209.05433).
 
     values        (-1)^s 2^(e - 7) (1 + m / 8) for e > 0, (-1)^s 2^-6 m / 8 for e = 0; the largest is 448
     quantize      q = nearest(clamp(x / scale, -448, 448))        ties to the even mantissa

@@ -5,11 +5,12 @@
     weight_zero_point   (out, ceil(G / 2)) uint8, packed likewise:  weight = (code - zero point) * scale
     bias                as before, trainable
 
-Inputs stay floats, or each token's are rounded to 8 bits, block by block (`tokens`), as onnxruntime does. In torch the weight is made of its codes whenever the layer is called, a large one some rows at a time.
+Inputs stay floats, or each token's are rounded to 8 bits, block by block (`tokens`), as onnxruntime does. In torch the weight is
+made of its codes whenever the layer is called, a large one some rows at a time.
 Exported, the layer is one MatMulNBits, which onnxruntime and OpenVINO both multiply without unpacking it in memory.
 
 `rounds_inputs` lets onnxruntime round each token's inputs to 8 bits, block by block, while it multiplies: with it a
-single token is faster than in fp32 (python -m bench.four_bits), without it slower. OpenVINO asks its own settings.
+single token is faster than in fp32 (python -m bench.four_bits), without it slower.
 """
 
 from __future__ import annotations

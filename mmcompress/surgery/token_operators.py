@@ -93,7 +93,9 @@ def product_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 def token_table() -> dict[Any, Callable[..., Any]]:
     """Return the part of `custom_translation_table` for the operators of this file."""
     import onnx
-    from onnxscript import opset19 as op
+    from onnxscript import opset19
+
+    op: Any = opset19  # its annotations describe tensors, while constants are given as numbers here
 
     def constant(kind: int, value: float) -> Any:
         return op.Constant(value=onnx.helper.make_tensor("zero_point", kind, [], [value]))

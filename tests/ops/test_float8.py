@@ -66,4 +66,7 @@ def test_gradients_pass_inside_and_stop_outside() -> None:
 
 def test_half_precision_is_rounded_in_float32() -> None:
     x = torch.tensor([3.0, 100.0], dtype=torch.float16)
-    assert fake_float8(x, torch.tensor(0.25, dtype=torch.float16)).tolist() == [3.0, 96.0]  # 400 is between 384 (mantissa 4) and 416 (5)
+    assert fake_float8(x, torch.tensor(0.25, dtype=torch.float16)).tolist() == [
+        3.0,
+        96.0,
+    ]  # 400 is between 384 (mantissa 4) and 416 (5)
