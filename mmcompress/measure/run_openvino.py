@@ -3,7 +3,8 @@
 Its defaults are chosen for speed: float work goes to bf16 where the processor has it, and int8 weights multiply
 activations that are quantized on the fly. Both are pinned, so that a precision is the one asked for and a weight-only
 model is measured as one; a file whose packed products ask for rounded inputs gets them, in blocks of the size they name.
-Pinning threads to cores is off, because the engines it is compared with do not pin either. Only the core library is used: it sends no telemetry (the converter, which may, is never called).
+Pinning threads to cores is off, because the engines it is compared with do not pin either. Only the core library is used: it
+sends no telemetry (the converter, which may, is never called).
 """
 
 from __future__ import annotations
