@@ -59,7 +59,8 @@ class Quantize:
     alone are integers, cpu lets engines round inputs to 8 bits in blocks as they multiply: that makes single tokens fast."""
     activations: Literal["static", "dynamic"] = "static"
     """For W8A8 and FP8: static rounds a layer's inputs on one grid, found by calibration, so it needs data; dynamic gives each
-    token its own while it runs, which needs none and is more accurate, at some speed. W4A8 is always dynamic."""
+    token its own while it runs, which needs none. That costs some speed, and without `smooth` also accuracy where channels differ
+    much in size. W4A8 is always dynamic."""
     observer: Literal["min-max", "percentile", "mse"] = "min-max"
     """How an activation's range is chosen: cover everything, cut off rare outliers, or least squared error. Vision
     transformers keep what matters in a few huge values, which clipping destroys."""
