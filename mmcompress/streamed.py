@@ -239,7 +239,7 @@ class Shards:
         return self.place / f"weights-{number}"
 
     def finish(self, directory: Path | None = None) -> None:
-        """Write the last shard and the index where there are several, all under their names, in `directory` (None: where they lie)."""
+        """Write the last shard, and the index where there are several; all go into `directory` (None: they stay where they lie)."""
         self._write()
         directory = directory or self.place
         (self.place / JOURNAL).unlink(missing_ok=True)

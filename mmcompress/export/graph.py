@@ -30,6 +30,7 @@ from mmcompress.export.constants import (
     split_constants,
     transpose_constants,
 )
+from mmcompress.export.eight_bits import store_in_blocks
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -43,6 +44,7 @@ def simplify(model: ir.Model) -> dict[str, int]:
             split_constants,
             transpose_constants,
             reshape_constants,
+            store_in_blocks,
             share_tables,
             drop_open_masks,
             fold_channel_scales,

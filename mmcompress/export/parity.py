@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mmcompress.errors import GateFailed
-from mmcompress.export.rounding import check_grids, no_rounding, rounds, unrounded
+from mmcompress.export.rounding import check_grids, no_rounding, rounding_layers, rounds, unrounded
 from mmcompress.export.running import open_graph, run_torch, run_torch_blocks
 from mmcompress.export.trace import Traced
 from mmcompress.parts import BATCH, PAST, TOKENS
@@ -91,7 +91,7 @@ def check_parity(
     """
     inputs = list(corners(module, batches))
     strict = TOLERANCES[precision]
-    rounded = rounds(onnx.load(path, load_external_data=False))
+    rounded = rounds(onnx.load(path, load_external_data=False)) or bool(rounding_layers(module))
     if not rounded and precision != "bfloat16":
         return _compare_all(module, path, inputs, strict)
     graph = onnx.load(path)

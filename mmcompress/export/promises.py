@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from onnxscript import ir
+from torch import Tensor
 
 from mmcompress.errors import GateFailed
 from mmcompress.export.trace import Graph, Traced
+from mmcompress.surgery.quantized_base import Quantized
 
 SLACK_SHARE = 0.01
 SLACK_BYTES = 16 * 1024
 """Shapes, ranges and zero points that exist in a graph but not in a state dict."""
 
-_INTEGERS = {torch.int8, torch.uint8}
+_INTEGERS = {torch.int8, torch.uint8, torch.float8_e4m3fn}
+_STORED = ("INT8", "UINT8", "FLOAT8E4M3FN")
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,23 @@ class Promise:
 def promise(module: Traced, graph: Graph) -> Promise:
     """Count the parameters and buffers the part computes with, tied ones once."""
     stored = {**dict(module.model.named_parameters(remove_duplicate=False)), **dict(module.model.named_buffers())}
-    own = {(value.data_ptr(), value.shape): value for name, value in stored.items() if name in graph.used}.values()
+    own = list({(v.data_ptr(), v.shape): v for name, v in stored.items() if name in graph.used}.values())
     packed = [value for value in own if value.dtype in _INTEGERS and value.dim() >= 2]
     # Layers that have learned nothing yet are zeros, and the exporter keeps equal ones once.
-    blank = {value.shape: value for value in packed if not value.any()}
-    packed = [*(value for value in packed if value.any()), *blank.values()]
+    blank = {value.shape: value for value in packed if not value.view(torch.uint8).any()}
+    packed = [*(value for value in packed if value.view(torch.uint8).any()), *blank.values()]
     return Promise(
-        bytes=sum(value.nbytes for value in own) + module.part.tables,
+        bytes=sum(value.nbytes for value in own) + module.part.tables + _repeated(module, own),
         quantized=len(packed),
         quantized_bytes=sum(value.nbytes for value in packed),
     )
+
+
+def _repeated(module: Traced, own: Collection[Tensor]) -> int:
+    """Return the bytes of scales that the graph holds once for every block of a row."""
+    scales = {value.data_ptr() for value in own}
+    layers = [layer for layer in module.model.modules() if isinstance(layer, Quantized)]
+    return sum(layer.repeated_bytes for layer in layers if layer.weight_scale.data_ptr() in scales)
 
 
 def weights(model: ir.Model) -> dict[str, int]:
@@ -57,7 +68,7 @@ def quantized_matrices(model: ir.Model) -> int:
     return sum(
         value not in zero_points
         and value.const_value is not None
-        and value.const_value.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
+        and value.const_value.dtype.name in _STORED
         and len(value.const_value.shape) >= 2
         for value in model.graph.initializers.values()
     )
@@ -66,7 +77,7 @@ def quantized_matrices(model: ir.Model) -> int:
 def check_promise(model: ir.Model, promised: Promise, part: str) -> None:
     """Raise GateFailed when integers were unpacked or weights copied on the way into the graph."""
     found = weights(model)
-    integers = found.get("INT8", 0) + found.get("UINT8", 0)
+    integers = sum(found.get(dtype, 0) for dtype in _STORED)
     if integers < promised.quantized_bytes:
         raise GateFailed(
             f"the exported {part} part holds {integers} bytes of integer weights; the model has {promised.quantized_bytes}",

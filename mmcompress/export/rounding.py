@@ -20,6 +20,7 @@ from mmcompress.errors import GateFailed
 from mmcompress.export.running import run_torch
 from mmcompress.export.trace import Traced
 from mmcompress.parts import BATCH
+from mmcompress.surgery.quantized_base import Quantized
 from mmcompress.surgery.rounding_operators import FLOAT_INPUTS, ROUNDED_INPUTS
 
 Grid = tuple[float, int]
@@ -67,14 +68,19 @@ def level(node: onnx.NodeProto) -> onnx.AttributeProto:
 @contextlib.contextmanager
 def no_rounding(module: Traced) -> Iterator[None]:
     """While active, the module's quantized layers take their inputs as they come."""
-    held: dict[Any, Any] = {layer: layer.input_scale for layer in _rounding_layers(module)}
-    for layer in held:
-        layer.input_scale = None
+    held: dict[Any, dict[str, Any]] = {
+        layer: {name: value for name in ("input_scale", "tokens") if (value := getattr(layer, name, None)) is not None}
+        for layer in rounding_layers(module)
+    }
+    for layer, kept in held.items():
+        for name in kept:
+            setattr(layer, name, None)
     try:
         yield
     finally:
-        for layer, scale in held.items():
-            layer.input_scale = scale
+        for layer, kept in held.items():
+            for name, value in kept.items():
+                setattr(layer, name, value)
 
 
 def check_grids(module: Traced, graph: onnx.ModelProto) -> None:
@@ -93,14 +99,14 @@ def check_grids(module: Traced, graph: onnx.ModelProto) -> None:
 def torch_grids(module: Traced) -> set[Grid]:
     """Return the grids of the quantized layers that run when the part does."""
     inputs = module.example({BATCH: 1, **module.part.traced})
-    ran: list[Any] = []
-    handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in _rounding_layers(module)]
+    ran: list[Quantized] = []
+    handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in rounding_layers(module)]
     try:
         run_torch(module, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return {(float(layer.input_scale), int(layer.input_zero_point)) for layer in ran}
+    return {grid for layer in ran if (grid := layer.input_grid()) is not None}
 
 
 def graph_grids(graph: onnx.ModelProto) -> set[Grid]:
@@ -117,5 +123,7 @@ def graph_grids(graph: onnx.ModelProto) -> set[Grid]:
     }
 
 
-def _rounding_layers(module: Traced) -> list[Any]:
-    return [layer for layer in module.model.modules() if getattr(layer, "input_scale", None) is not None]
+def rounding_layers(module: Traced) -> list[Quantized]:
+    """Return the layers that round their inputs in torch."""
+    layers = [layer for layer in module.model.modules() if isinstance(layer, Quantized)]
+    return [layer for layer in layers if getattr(layer, "input_scale", None) is not None or layer.tokens is not None]

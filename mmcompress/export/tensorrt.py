@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 
 from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.errors import UsageError
@@ -27,6 +26,7 @@ from mmcompress.export.onnx import ExportReport, write_onnx
 from mmcompress.export.tensorrt_api import Api, ApiName, load_api, logger_of
 from mmcompress.progress import Progress, Silent
 from mmcompress.staging import staging
+from mmcompress.surgery.quantized_base import Quantized
 
 FILE_NAME = "engine.json"
 
@@ -262,15 +262,9 @@ def _refuse_unused(api: Api, options: EngineOptions) -> None:
 def _refuse_unsigned_layers(bundle: Bundle, names: Sequence[str] | None) -> None:
     """Say before minutes of tracing what `refuse_unsigned` would say after them."""
     towers = [tower for tower in bundle.towers() if not names or tower.name in names]
-    for name, buffer in bundle.model.named_buffers():
-        if not any(tower.owns(name) for tower in towers):
-            continue
-        if name.endswith(".input_zero_point") and (buffer.dtype == torch.uint8 or bool(buffer)):
-            layer = name.removesuffix(".input_zero_point")
-            raise UsageError(
-                f"{layer} rounds its input with a zero point; TensorRT takes symmetric int8 only",
-                hint="quantize with --target tensorrt",
-            )
+    for layer, module in bundle.model.named_modules():
+        if isinstance(module, Quantized) and module.reason_for_cpus and any(tower.owns(layer) for tower in towers):
+            raise UsageError(f"{layer} {module.reason_for_cpus}", hint="quantize with --target tensorrt")
 
 
 def refuse_unsigned(path: Path) -> None:

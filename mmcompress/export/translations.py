@@ -19,6 +19,7 @@ import torch
 from onnxscript import ir, opset18
 
 from mmcompress.surgery.rounding_operators import translation_table
+from mmcompress.surgery.token_operators import token_table
 
 op: Any = opset18
 """Builds nodes; its annotations describe tensors, while constants are given as numbers here."""
@@ -74,4 +75,4 @@ def _repeat_heads(tensor: Any, groups: int) -> Any:
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return the table torch.onnx.export takes as `custom_translation_table`."""
-    return {torch.ops.aten.scaled_dot_product_attention.default: attention, **translation_table()}
+    return {torch.ops.aten.scaled_dot_product_attention.default: attention, **translation_table(), **token_table()}

@@ -123,3 +123,15 @@ def _dtype(number: int) -> tuple[str, int]:
         if name in names:
             return name, bits
     return name, 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).itemsize
+
+
+def rounded_blocks(model: onnx.ModelProto) -> int:
+    """Return in how small blocks the file's products may round their inputs to 8 bits; 0 where none may."""
+    sizes = [
+        attributes["block_size"]
+        for node in every_node(model.graph)
+        if node.op_type == "MatMulNBits"
+        for attributes in [{attribute.name: attribute.i for attribute in node.attribute}]
+        if attributes.get("accuracy_level") == 4
+    ]
+    return min(sizes, default=0)

@@ -2,7 +2,7 @@
 
 A session that cannot use the provider it was asked for quietly takes the CPU. Here that is an error: the session's
 providers are compared with the request, and on CUDA no matrix product may have been placed on the CPU. TF32 is off, and
-so is the quantization of activations that meet weight-only int8 linears, so that a file runs as stored; a file whose 4-bit
+so is the quantization of activations that meet weight-only int8 linears, so that a file runs as stored; a file whose packed
 products ask for it gets it for all of them. Idle worker threads stop spinning after each run: in interleaved rounds they would
 otherwise take cores from whoever is measured next (about 20 ms of processor time after every run, measured on two cores).
 """
@@ -12,17 +12,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mmcompress.errors import MissingError, UsageError
-from mmcompress.measure.onnx_graph import every_node, external_files, read_graph
+from mmcompress.measure.onnx_graph import external_files, read_graph, rounded_blocks
 from mmcompress.measure.onnx_rules import NO_RULE, RULES
 from mmcompress.measure.runner import Array, Arrays, Declared, Step, fitted, stored_precision_only
-
-if TYPE_CHECKING:
-    import onnx
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALL = {"cpu": "pip install 'mmcompress[cpu]'", "cuda": "pip install 'mmcompress[cuda]'"}
@@ -127,7 +124,7 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OnnxRuntim
     except ImportError as error:
         raise MissingError("onnxruntime is not installed", hint=_INSTALL[device]) from error
     path, provider = Path(artifact), _PROVIDERS[device]
-    rounds = _may_round_inputs(read_graph(path))
+    rounds = rounded_blocks(read_graph(path)) > 0
     external_files(path)
     if provider not in onnxruntime.get_available_providers():
         raise MissingError(f"this onnxruntime was built without {provider}", hint=_INSTALL[device])
@@ -168,15 +165,6 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OnnxRuntim
             hint="quantize with --target cuda and export that, or run it on the CPU",
         )
     return OnnxRuntimeRunner(session, threads, device, on_cpu)
-
-
-def _may_round_inputs(model: onnx.ModelProto) -> bool:
-    """Whether the file asks for it, in its 4-bit products: its 8-bit ones are then multiplied in the same way."""
-    return any(
-        node.op_type == "MatMulNBits" and attribute.name == "accuracy_level" and attribute.i == 4
-        for node in every_node(model.graph)
-        for attribute in node.attribute
-    )
 
 
 def _placed_on_cpu(session: Any) -> dict[str, int]:

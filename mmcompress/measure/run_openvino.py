@@ -2,8 +2,9 @@
 
 Its defaults are chosen for speed: float work goes to bf16 where the processor has it, and int8 weights multiply
 activations that are quantized on the fly. Both are pinned, so that a precision is the one asked for and a weight-only
-model is measured as one. Pinning threads to cores is off, because the engines it is compared with do not pin either. Only the
-core library is used: it sends no telemetry (the converter, which may, is never called).
+model is measured as one; a file whose packed products ask for rounded inputs gets them, in blocks of the size they name.
+Pinning threads to cores is off, because the engines it is compared with do not pin either. Only the core library is used: it
+sends no telemetry (the converter, which may, is never called).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmcompress.errors import MissingError, UsageError
-from mmcompress.measure.onnx_graph import external_files, read_graph
+from mmcompress.measure.onnx_graph import external_files, read_graph, rounded_blocks
 from mmcompress.measure.runner import Array, Arrays, Declared, Step, fitted
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -96,8 +97,10 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OpenVinoRu
         if not path.is_file():
             raise UsageError(f"no OpenVINO file at '{path}'", hint="check the path")
         names: list[str] = []
+        blocks = 0
     else:
-        names = [output.name for output in read_graph(path).graph.output]
+        graph = read_graph(path)
+        names, blocks = [output.name for output in graph.graph.output], rounded_blocks(graph)
         external_files(path)
     core = openvino.Core()
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -111,7 +114,7 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OpenVinoRu
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": blocks,
     }
     try:
         model = core.read_model(str(path))

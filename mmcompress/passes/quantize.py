@@ -12,6 +12,7 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.grouped import nearest
 from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
+from mmcompress.ops.token_rounding import TOKEN_INT8, TOKEN_UINT8, TokenGrid
 from mmcompress.passes import quantize_fit
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize_checks import require_sensible
@@ -19,7 +20,7 @@ from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_mixed import plan_mixed
 from mmcompress.passes.quantize_plan import plan_tower
-from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, OFF, SCHEMES
+from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, with_activations
 from mmcompress.passes.quantize_times import TIMING_SECONDS
 from mmcompress.surgery.float_codes import is_float_coded, loading_config, require_bitsandbytes
 from mmcompress.surgery.folding import fold
@@ -42,10 +43,12 @@ class Quantize:
     name: ClassVar[str] = "quantize"
 
     scheme: str = "W8A8"
-    """W8A8 (weights and activations; calibrated, so it needs data), W8A16 (weights only: smaller, not faster), W4A16 (4-bit weights
-    of Linears: smallest, and in onnxruntime fastest where tokens come one by one), NF4 or FP4 (4-bit floats of Linears, by
-    bitsandbytes: plain transformers loads them; made for GPUs, and no other runtime has them), auto (each group of layers 4 bits,
-    8 bits or float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or W16A16 (off)."""
+    """W8A8 (weights and activations; fastest for prompts and pictures), W8A16 (weights only), W4A16 (4-bit weights of Linears:
+    smallest, and in onnxruntime fastest where tokens come one by one), W4A8 (the same, and what is measured in torch is what a
+    runtime computes that rounds the inputs it multiplies to 8 bits), FP8 (8-bit floats, for GPUs of 2022 or later), NF4 or FP4
+    (4-bit floats of Linears, by bitsandbytes: plain transformers loads them, no other runtime does), auto (each group of layers 4
+    bits, 8 bits or float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or W16A16
+    (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
@@ -71,7 +74,12 @@ class Quantize:
     """Towers to quantize; empty means all."""
     target: Literal["cpu", "openvino", "cuda", "tensorrt"] = "cpu"
     """Where it will run: cpu gives unsigned activations with a zero point (fast in onnxruntime and in OpenVINO), the others signed
-    ones with zero point 0, which TensorRT demands and OpenVINO multiplies a little faster, at some loss of accuracy."""
+    ones with zero point 0, which TensorRT demands and OpenVINO multiplies a little faster, at some loss of accuracy. Where weights
+    alone are integers, cpu lets engines round inputs to 8 bits in blocks as they multiply: that makes single tokens fast."""
+    activations: Literal["static", "dynamic"] = "static"
+    """For W8A8 and FP8: static rounds a layer's inputs on one grid, found by calibration, so it needs data; dynamic gives each
+    token its own while it runs, which needs none. That costs some speed, and without `smooth` also accuracy where channels differ
+    much in size. W4A8 is always dynamic."""
     observer: Literal["min-max", "percentile", "mse"] = "min-max"
     """How an activation's range is chosen: cover everything, cut off rare outliers, or least squared error. Vision
     transformers keep what matters in a few huge values, which clipping destroys."""
@@ -120,7 +128,7 @@ class Quantize:
 
     def streams(self) -> bool:
         """Whether weights alone are rounded: each layer's by itself."""
-        used = {SCHEMES[name] for name in self.used}
+        used = [with_activations(name, self.activations) for name in self.used]
         looks = any(scheme.inputs == "static" for scheme in used) or self.looks_at_samples
         return not looks and not self.used & {AUTO, *FLOAT_CODES}
 
@@ -131,9 +139,9 @@ class Quantize:
             return 0.0
         looks = 0
         for tower in towers:
-            scheme = self.scheme_of(tower.name)
+            scheme = with_activations(self.scheme_of(tower.name), self.activations)
             looks = max(looks, quantize_fit.looks(self, bundle, tower))
-            looks = max(looks, 2 if SCHEMES[scheme].inputs == "static" else 0)
+            looks = max(looks, 2 if scheme.inputs == "static" else 0)
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
         runs = parts + 3 if self.sensitivity else 2
         if AUTO in self.used:
@@ -234,7 +242,14 @@ class Quantize:
             smooth=self.smooth > 0,
             rounding=nearest if self.rounding == "nearest" else half_quadratic,
             rounds_inputs=self.target == "cpu",
+            tokens=self._tokens,
         )
+
+    @property
+    def _tokens(self) -> TokenGrid | None:
+        if self.activations == "static":
+            return None
+        return TOKEN_UINT8 if self.target == "cpu" else TOKEN_INT8
 
     def scheme_of(self, tower: str) -> str:
         """Return the name of the scheme a tower gets."""
@@ -250,7 +265,7 @@ class Quantize:
     @property
     def looks_at_samples(self) -> bool:
         """Whether weights are rounded to what samples show of their inputs."""
-        return self.scaling == "awq" or self.clip or (self.rounding == "gptq" and bool(self.used & {"W4A16", AUTO}))
+        return self.scaling == "awq" or self.clip or (self.rounding == "gptq" and bool(self.used & FOUR_BITS))
 
     @property
     def own_schemes(self) -> dict[str, str]:

@@ -90,6 +90,11 @@ def require_budget(settings: Quantize, auto: bool) -> None:
             f"quantize.scaling is '{settings.scaling}', and scheme auto makes every layer in several schemes, unscaled",
             hint="leave scaling out, or give a scheme by name",
         )
+    if auto and settings.activations != "static":
+        raise UsageError(
+            "quantize.activations is 'dynamic', and scheme auto knows grids of calibration samples alone",
+            hint="leave activations out, or give a scheme by name",
+        )
     if auto and settings.assign == "measured" and settings.sensitivity_samples == 0:
         raise UsageError(
             "quantize.sensitivity_samples is 0, and scheme auto decides by them", hint="give 16, or a scheme by name"

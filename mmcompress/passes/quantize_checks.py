@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mmcompress.errors import UsageError, closest
 from mmcompress.ops.grouped import GROUP_SIZES
 from mmcompress.passes.quantize_budget import require_budget
-from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, SCHEMES
+from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, SCHEMES, refuse_target
 
 if TYPE_CHECKING:
     from mmcompress.passes.quantize import Quantize
@@ -41,17 +41,14 @@ def require_sensible(settings: Quantize) -> None:
             f"quantize.group_size is {settings.group_size}; expected 0 or one of {', '.join(map(str, sorted(GROUP_SIZES)))}",
             hint="32 is usual; larger groups are a little smaller and faster, and less accurate",
         )
-    if "W4A16" in settings.used and settings.target == "tensorrt":
-        raise UsageError(
-            "quantize.scheme W4A16 does not go to tensorrt, which cannot read its 4-bit layers",
-            hint="use W8A8 or W8A16, or another target",
-        )
-    if settings.scaling != "none" and not settings.used & {"W4A16", "W8A16", AUTO}:
+    for name in sorted(settings.used):
+        refuse_target(name, settings.target, settings.observer)
+    if settings.scaling != "none" and not settings.used & {"W8A16", *FOUR_BITS}:
         raise UsageError(
             f"quantize.scaling is '{settings.scaling}', which is for weights alone, and no tower gets W4A16 or W8A16",
             hint="use smooth for W8A8",
         )
-    if settings.clip and not settings.used & {"W4A16", AUTO}:
+    if settings.clip and not settings.used & FOUR_BITS:
         raise UsageError(
             "quantize.clip is for 4-bit weights, and no tower gets W4A16", hint="leave it out, or use scheme W4A16"
         )

@@ -25,7 +25,7 @@ from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_balance import balance_for
 from mmcompress.passes.quantize_layers import candidates, group_sizes
 from mmcompress.passes.quantize_moments import Inputs, inputs_of, linears_of, runs
-from mmcompress.passes.quantize_schemes import SCHEMES
+from mmcompress.passes.quantize_schemes import AUTO, FOUR_BITS, with_activations
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedLinear
 from mmcompress.surgery.quantized_base import chunks
@@ -42,8 +42,8 @@ def fitted_paths(settings: Quantize, tower: Tower, schemes: Mapping[str, str]) -
 
     A layer that shares its weight with an embedding table is none: the table's rows would be scaled too.
     """
-    wanted = {"W4A16"} if settings.clip or settings.rounding == "gptq" else set()
-    wanted |= {"W4A16", "W8A16"} if settings.scaling == "awq" else set()
+    wanted = FOUR_BITS if settings.clip or settings.rounding == "gptq" else set()
+    wanted = {"W8A16", *FOUR_BITS} if settings.scaling == "awq" else wanted
     tied = {linear for _, linear in tower.tied}
     return [path for path, scheme in schemes.items() if scheme in wanted and path not in tied]
 
@@ -123,7 +123,8 @@ def _error(layers: Mapping[str, nn.Linear], made: Made, moment: Tensor) -> float
 def looks(settings: Quantize, bundle: Bundle, tower: Tower) -> int:
     """Return how often the samples are run through `tower`; a run with gradients is counted as three."""
     name = settings.scheme_of(tower.name)
-    scheme = SCHEMES[name]
+    name = "W4A16" if name == AUTO else name
+    scheme = with_activations(name, settings.activations)
     if scheme.inputs == "static":
         return 0
     paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)

@@ -62,6 +62,15 @@ def float_codable(bundle: Bundle, tower: Tower, paths: Sequence[str]) -> list[st
     return found
 
 
+def by_token(bundle: Bundle, tower: Tower, paths: Sequence[str], weights: str) -> list[str]:
+    """Return those of `paths` whose inputs can be rounded token by token, or be 8-bit floats: Linears.
+
+    One that shares its weight with an embedding table has that table's integers, and so no floats.
+    """
+    tied = {linear for _, linear in tower.tied} if weights == "float8" else set()
+    return [path for path in paths if isinstance(bundle.module(path), nn.Linear) and path not in tied]
+
+
 def told(sizes: Mapping[str, int], eight_bit: Sequence[str]) -> str:
     """Return which layers take 4 bits and which 8, for a person."""
     counts = Counter(sizes.values()).most_common()

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.ops.rounding import Levels
+from mmcompress.ops.token_rounding import TOKEN_INT8, TokenGrid
 from mmcompress.passes.base import Plan
-from mmcompress.passes.quantize_schemes import FLOAT_CODES
+from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES
+from mmcompress.surgery.float8 import Float8Linear
 from mmcompress.surgery.float_codes import float_coded
 from mmcompress.surgery.packed import PackedLinear, Rounding
-from mmcompress.surgery.quantized import quantized
+from mmcompress.surgery.quantized import QuantizedLinear, quantized
 from mmcompress.surgery.quantized_base import Quantized
 
 
@@ -29,7 +31,9 @@ class Maker:
     rounding: Rounding
     """How 4-bit weights are rounded that the plan does not hold."""
     rounds_inputs: bool
-    """Whether runtimes may round the inputs of 4-bit weights."""
+    """Whether runtimes may round the inputs of weights that alone are integers."""
+    tokens: TokenGrid | None = None
+    """What each token's inputs are rounded to, where they have no one grid."""
 
     def made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None = None) -> nn.Module:
         """Return what takes the place of `module`; `table` is the quantized embedding whose weight it shares."""
@@ -43,15 +47,17 @@ class Maker:
         if scheme in FLOAT_CODES:
             assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have float codes"
             return float_coded(module, "nf4" if scheme == "NF4" else "fp4")
+        if SCHEMES[scheme].weights == "float8":
+            return self._float8(module, path, plan)
         gain = plan.tensors.get(f"{path}.gain")
         # A plan that was read back has no tensors: the structure is made, and a checkpoint fills it.
         shape_only = torch.ones(module.in_features, device="meta") if isinstance(module, nn.Linear) else None
-        if scheme in ("W4A16", "W8A16"):
+        if not (scheme == "W8A8" and self.tokens is None):
             scaled = path in plan.decisions.get("scaled", {})
             gain = (shape_only if gain is None else gain) if scaled else None
-            if scheme == "W4A16":
-                return self._packed(module, path, plan, gain)
-            return quantized(module, None, self.weights, gain, table)
+            if SCHEMES[scheme].weights == "int4":
+                return self._packed(module, path, plan, gain, rounds=SCHEMES[scheme].inputs == "dynamic")
+            return self._by_token(module, scheme, gain, table)
         if gain is None and table is None and self.smooth:
             gain = shape_only
         made = quantized(module, self.inputs, self.weights, gain, table)
@@ -59,11 +65,27 @@ class Maker:
             made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
         return made
 
-    def _packed(self, module: nn.Module, path: str, plan: Plan, gain: Tensor | None) -> PackedLinear:
+    def _by_token(self, module: nn.Module, scheme: str, gain: Tensor | None, table: nn.Module | None) -> nn.Module:
+        """Return a layer whose inputs have no grid of their own: floats, or rounded token by token."""
+        made = quantized(module, None, self.weights, gain, table)
+        if isinstance(made, QuantizedLinear):
+            made.rounds_inputs = scheme == "W8A16" and self.rounds_inputs
+            made.tokens = None if scheme == "W8A16" else self.tokens
+        return made
+
+    def _float8(self, module: nn.Module, path: str, plan: Plan) -> nn.Module:
+        assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have 8-bit floats"
+        made = Float8Linear(module, static=self.tokens is None)
+        if f"{path}.scale" in plan.tensors:
+            made.set_input_grid(plan.tensors[f"{path}.scale"])
+        return made.train(module.training)
+
+    def _packed(self, module: nn.Module, path: str, plan: Plan, gain: Tensor | None, rounds: bool) -> PackedLinear:
         assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have 4 bits"
         known = f"{path}.weight_int4" in plan.tensors
         size = plan.decisions["groups"][path]
-        made = PackedLinear(module, size, None if known else self.rounding, self.rounds_inputs, gain)
+        made = PackedLinear(module, size, None if known else self.rounding, self.rounds_inputs or rounds, gain)
+        made.tokens = TOKEN_INT8 if rounds else None
         if known:
             for name, buffer in made.packed_buffers():
                 buffer.copy_(plan.tensors[f"{path}.{name}"])

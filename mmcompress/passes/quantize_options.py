@@ -78,7 +78,7 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
     sizes = group_sizes(bundle, tower, paths, settings.group_size) if "W4A16" in schemes else {}
     tensors: dict[str, Tensor] = {}
     if "W8A8" in schemes:
-        input_grids(settings, bundle, tower, paths, context, tensors)
+        input_grids(settings, bundle, tower, paths, SCHEMES["W8A8"], context, tensors)
     trial = Plan({"groups": sizes, "scaled": {}}, tensors)
     fit_weights(settings, bundle, tower, dict.fromkeys(sizes, "W4A16"), context, trial)
     named = groups_of(tower, paths)

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.ops.float8 import FLOAT8
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_calibrate import calibrate, offers
 from mmcompress.passes.quantize_fit import fit_weights
 from mmcompress.passes.quantize_folds import folds_of
 from mmcompress.passes.quantize_judge import Judge, judge_tower
 from mmcompress.passes.quantize_layers import (
+    by_token,
     bytes_of,
     candidates,
     float_codable,
@@ -21,7 +23,7 @@ from mmcompress.passes.quantize_layers import (
     told,
     whole_ties,
 )
-from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES
+from mmcompress.passes.quantize_schemes import FLOAT_CODES, Scheme, with_activations
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -34,24 +36,26 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     Raises UsageError where it needs data and has none, or where nothing of the tower can be quantized.
     """
     name = settings.scheme_of(tower.name)
-    scheme = SCHEMES[name]
+    scheme = with_activations(name, settings.activations)
     paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
     report: dict[str, Any] = {"scheme": name, "bytes_before": bytes_of(bundle, tower)}
     if name in FLOAT_CODES:
         paths = float_codable(bundle, tower, paths)
         context.progress.say(f"{tower.name}: {len(paths)} Linears take {name}, all else stays float")
     if scheme.inputs == "static":
-        called = input_grids(settings, bundle, tower, paths, context, made.tensors)
+        called = input_grids(settings, bundle, tower, paths, scheme, context, made.tensors)
         schemes = {path: name if f"{path}.scale" in made.tensors else scheme.otherwise for path in called}
     else:
         schemes = dict.fromkeys(paths, scheme.otherwise or name)
+        if scheme.inputs == "dynamic" and scheme.weights != "int4":
+            schemes |= dict.fromkeys(by_token(bundle, tower, paths, scheme.weights), name)
     if scheme.weights == "int4":
         sizes = group_sizes(bundle, tower, paths, settings.group_size)
         schemes |= dict.fromkeys(sizes, name)
         report["eight_bit"] = eight = [path for path in paths if path not in sizes]
         context.progress.say(f"{tower.name}: {told(sizes, eight)}")
         made.decisions["groups"] |= sizes
-    if scheme.inputs == "float":
+    if scheme.inputs != "static":
         report |= fit_weights(settings, bundle, tower, schemes, context, made)
     made.decisions["layers"] |= schemes
     made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in schemes}
@@ -71,16 +75,30 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
 
 
 def input_grids(
-    settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], context: Context, tensors: dict[str, Tensor]
+    settings: Quantize,
+    bundle: Bundle,
+    tower: Tower,
+    paths: list[str],
+    scheme: Scheme,
+    context: Context,
+    tensors: dict[str, Tensor],
 ) -> list[str]:
     """Add the grids of the layers' inputs to `tensors`; return `paths` without the layers that are never called.
 
     Their owner reads them: their input cannot be rounded, nor their weight replaced safely.
     """
     linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
-    how: dict[str, Any] = {"method": settings.observer, "percentile": settings.percentile, "smooth": settings.smooth}
-    grids = calibrate(bundle, tower, linears, settings.maker.inputs, context, **how)
+    floats = scheme.weights == "float8"
+    how: dict[str, Any] = {
+        "method": settings.observer,
+        "percentile": settings.percentile,
+        "smooth": 0.0 if floats else settings.smooth,
+    }
+    grids = calibrate(bundle, tower, linears, FLOAT8 if floats else settings.maker.inputs, context, **how)
+    rounded = by_token(bundle, tower, linears, scheme.weights) if floats else linears
     for path, grid in grids.items():
+        if path not in rounded:
+            continue
         tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
         if grid.gain is not None:
             tensors[f"{path}.gain"] = grid.gain

@@ -6,11 +6,12 @@
     input_gain          (in,) what the input is multiplied by, the weight having been divided by it (AWQ). Optional.
     bias                as before, trainable
 
-Inputs stay floats. In torch the weight is made of its codes whenever the layer is called, a large one some rows at a time.
+Inputs stay floats, or each token's are rounded to 8 bits, block by block (`tokens`), as onnxruntime does. In torch the weight is
+made of its codes whenever the layer is called, a large one some rows at a time.
 Exported, the layer is one MatMulNBits, which onnxruntime and OpenVINO both multiply without unpacking it in memory.
 
 `rounds_inputs` lets onnxruntime round each token's inputs to 8 bits, block by block, while it multiplies: with it a
-single token is faster than in fp32 (python -m bench.four_bits), without it slower. OpenVINO asks its own settings.
+single token is faster than in fp32 (python -m bench.four_bits), without it slower.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.ops.grouped import Grouped, block_size_for, pack, unpack
+from mmcompress.ops.token_rounding import round_blocks
 from mmcompress.surgery.quantized_base import Quantized, chunks
 from mmcompress.surgery.rounding_operators import product_int4
 
@@ -88,12 +90,20 @@ class PackedLinear(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_gain is None else x * self.input_gain
-        if not torch.compiler.is_exporting():
-            return self._linear(x, self.bias)
         block = block_size_for(self.in_features, self.group_size)
+        if not torch.compiler.is_exporting():
+            return self._linear(x if self.tokens is None else round_blocks(x, block, self.tokens), self.bias)
         y = product_int4(x, self.weight_int4, self.weight_scale, self.weight_zero_point, block, self.rounds_inputs)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def repeated_bytes(self) -> int:
+        """Of a single group, of a whole row, a graph holds scale and zero point for every block."""
+        groups = self.weight_scale.shape[1]
+        blocks = self.in_features // block_size_for(self.in_features, self.group_size)
+        points = (blocks + 1) // 2 - self.weight_zero_point.shape[1]
+        return (blocks - groups) * self.weight_scale[:, :1].nbytes + points * self.out_features
+
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, W4A16 in groups of {self.group_size}"
+        return f"{sizes}, {'W4A16' if self.tokens is None else 'W4A8'} in groups of {self.group_size}"

@@ -10,6 +10,10 @@ A quantized layer takes the place of an nn.Linear, nn.Conv2d or nn.Embedding and
                         it: channels of very different size then share one grid (SmoothQuant). Optional.
     bias                as before, trainable
 
+Instead of an input's one grid each token may have its own (`tokens`, see `ops.token_rounding`): nothing is stored then. A Linear
+whose weights alone are integers may let runtimes round its inputs while they multiply (`rounds_inputs`), which in onnxruntime makes
+a single token twenty times as fast, as it then unpacks nothing (python -m bench.eight_bits).
+
 Where a Linear shares its weight with an embedding table, as language models' last layers do, a scale per row of the table is a
 scale per output channel of the Linear. So a `TiedLinear` has no integers and scales of its own: it reads the table's.
 
@@ -34,8 +38,10 @@ from mmcompress.ops.rounding import (
     fake_quantize,
     quantize,
 )
+from mmcompress.ops.token_rounding import round_tokens
 from mmcompress.surgery.quantized_base import Quantized, chunks
 from mmcompress.surgery.rounding_operators import levels_of
+from mmcompress.surgery.token_operators import block_of, product_int8, token_product
 
 
 class _Int8(Quantized):
@@ -77,7 +83,23 @@ class _Int8(Quantized):
         self.input_scale.copy_(scale)
         self.input_zero_point.copy_(zero_point)
 
+    def input_grid(self) -> tuple[float, int] | None:
+        if self.tokens is not None:
+            return 1.0, self.tokens.zero_point
+        if self.input_scale is None or self.input_zero_point is None:
+            return None
+        return float(self.input_scale), int(self.input_zero_point)
+
+    @property
+    def reason_for_cpus(self) -> str:
+        grid = self.input_zero_point
+        if (grid is not None and (grid.dtype == torch.uint8 or bool(grid))) or (self.tokens and self.tokens.zero_point):
+            return "rounds its input with a zero point; TensorRT takes symmetric int8 only"
+        return ""
+
     def _rounded(self, x: Tensor) -> Tensor:
+        if self.tokens is not None:
+            return round_tokens(x, self.tokens)
         if self.input_scale is None or self.input_zero_point is None:
             return x
         if torch.compiler.is_exporting():
@@ -85,6 +107,8 @@ class _Int8(Quantized):
         return fake_quantize(x, self.input_scale, self.input_zero_point, levels_of(self.input_zero_point))
 
     def _grid_name(self) -> str:
+        if self.tokens is not None:
+            return f"W8A8, {str(self.tokens.dtype)[6:]} inputs by token"
         return "W8A16" if self.input_zero_point is None else f"W8A8, {str(self.input_zero_point.dtype)[6:]} inputs"
 
 
@@ -102,6 +126,9 @@ def _rounded_rows(weight: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
 class QuantizedLinear(_Int8):
     """nn.Linear with int8 weights; inputs (..., in) -> (..., out)."""
 
+    rounds_inputs = False
+    """Whether runtimes may round inputs to 8 bits, block by block, that are floats here."""
+
     def __init__(
         self, linear: nn.Linear, inputs: Levels | None, levels: Levels = WEIGHT_INT8, gain: Tensor | None = None
     ) -> None:
@@ -114,11 +141,32 @@ class QuantizedLinear(_Int8):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._rounded(x if self.input_gain is None else x * self.input_gain)
+        x = x if self.input_gain is None else x * self.input_gain
         if torch.compiler.is_exporting():
-            y = x @ torch.ops.mmcompress.int8_matrix(self.weight_int8, self.weight_scale)
+            y = self._product(x)
             return y if self.bias is None else y + self.bias
-        return self._linear(x, self.bias)
+        return self._linear(self._rounded(x), self.bias)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return x weight' as a graph computes it."""
+        if self._in_blocks:
+            return product_int8(x, self.weight_int8, self.weight_scale)
+        matrix = torch.ops.mmcompress.int8_matrix(self.weight_int8, self.weight_scale)
+        return self._rounded(x) @ matrix if self.tokens is None else token_product(x, matrix, self.tokens)
+
+    @property
+    def reason_for_cpus(self) -> str:
+        blocks = "is multiplied in blocks, as onnxruntime and OpenVINO do; TensorRT takes whole matrices only"
+        return blocks if self._in_blocks else super().reason_for_cpus
+
+    @property
+    def _in_blocks(self) -> bool:
+        return self.rounds_inputs and self.input_grid() is None and block_of(self.in_features) > 0
+
+    @property
+    def repeated_bytes(self) -> int:
+        blocks = self.in_features // block_of(self.in_features) if self._in_blocks else 1
+        return (blocks - 1) * self.weight_scale.nbytes
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._grid_name()}"

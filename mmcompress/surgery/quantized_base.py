@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmcompress.ops.token_rounding import TokenGrid
+
 AT_ONCE = 2**23
 """Numbers of a weight that are rounded, or floats, together: 32 MiB, and as much again a few times over."""
 
@@ -37,6 +39,22 @@ class Quantized(nn.Module, ABC):
 
     weight_scale: Tensor
     input_gain: Tensor | None
+    tokens: TokenGrid | None = None
+    """What each token's inputs are rounded to while the layer is called, if they are."""
+
+    def input_grid(self) -> tuple[float, int] | None:
+        """Return (scale, zero point) of the QuantizeLinear before the product when exported; None without one."""
+        return None
+
+    @property
+    def repeated_bytes(self) -> int:
+        """Bytes of scales that a graph holds more often than the layer: one for a row's every block."""
+        return 0
+
+    @property
+    def reason_for_cpus(self) -> str:
+        """Why TensorRT cannot read what the layer leaves as; "" where it can."""
+        return ""
 
     @property
     @abstractmethod
