@@ -5,7 +5,7 @@ and with those of rounding to nearest. SmolLM2-135M inside a model of SmolVLM's 
 pictures. The mini-VLM's language model answers held-out questions about drawings; what its vision tower makes of them is made once.
 `greedy` is the share of answers of which each token is the most probable one.
 
-    python -m bench.fitted_weights [--samples 100] [--questions 400] [--only smollm2]      writes bench/results/fitted_weights.json
+    python -m bench.fitted_weights [--samples 64] [--questions 300] [--only smollm2]      writes bench/results/fitted_weights.json
 """
 
 from __future__ import annotations
@@ -136,24 +136,26 @@ def paired(before: Read, after: Read) -> dict[str, Any]:
 def main() -> None:
     """Make, measure, write bench/results/fitted_weights.json."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--samples", type=int, default=100, help="passages")
-    options.add_argument("--questions", type=int, default=400)
+    options.add_argument("--samples", type=int, default=64, help="passages")
+    options.add_argument("--questions", type=int, default=300)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--only", choices=("smollm2", "mini_vlm"), help="keep what is known of the other")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
-    document = json.loads(RESULT.read_text()) if given.only else {}
+    found: dict[str, Any] = {}
     if given.only != "mini_vlm":
         passages = open_data(str(assets.passages("test"))).subset(given.samples, 0)
         known = open_data(str(assets.passages("calibration")))
-        document["smollm2"] = compared(assets.smolvlm(), WAYS, passages, known, 30)
+        found["smollm2"] = compared(assets.smolvlm(), WAYS, passages, known, 30)
     if given.only != "smollm2":
         questions = open_data(str(assets.vqa("heldout"))).subset(given.questions, 0)
         known = open_data(str(assets.vqa("training")))
-        document["mini_vlm"] = compared(assets.mini_vlm(), WAYS | SHOWN, questions, known, 64)
+        found["mini_vlm"] = compared(assets.mini_vlm(), WAYS | SHOWN, questions, known, 64)
+    known_before = json.loads(RESULT.read_text()) if given.only else {}
     command = f"python -m bench.fitted_weights --samples {given.samples} --questions {given.questions}"
     versions = {"mmc": mmcompress.__version__, "torch": torch.__version__}
-    RESULT.write_text(json.dumps({"command": command, "versions": versions, **document}, indent=1) + "\n")
+    document = {**known_before, "command": command, "versions": versions, **found}
+    RESULT.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
