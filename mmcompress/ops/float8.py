@@ -5,8 +5,8 @@
     dequantize    x' = q * scale
 
 Every binade has eight steps, so a value is off by a sixteenth of itself at most, whatever its size: outliers cost small values
-nothing, and no zero point or smoothing is needed. What is too large becomes 448, as in ONNX QuantizeLinear with `saturate`, whatever
-torch's own conversion makes of it.
+nothing, and no zero point or smoothing is needed. What is too large becomes 448, as in ONNX QuantizeLinear with `saturate`,
+whatever torch's own conversion makes of it.
 """
 
 from __future__ import annotations

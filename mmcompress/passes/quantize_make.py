@@ -41,7 +41,7 @@ class Maker:
         if SCHEMES[scheme].weights == "float8":
             return self._float8(module, path, plan)
         if scheme == "W8A16" or self.tokens is not None:
-            return self._by_token(module, scheme, table)
+            return self._by_token(module, path, plan, table)
         gain = plan.tensors.get(f"{path}.gain")
         # A plan that was read back has no tensors: the structure is made, and a checkpoint fills it.
         if gain is None and table is None and self.smooth and isinstance(module, nn.Linear):
@@ -51,9 +51,13 @@ class Maker:
             made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
         return made
 
-    def _by_token(self, module: nn.Module, scheme: str, table: nn.Module | None) -> nn.Module:
-        """Return a layer whose inputs have no grid of their own: floats, or rounded token by token."""
-        made = quantized(module, None, self.weights, None, table)
+    def _by_token(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None) -> nn.Module:
+        """Return a layer whose inputs have no one grid: floats, or rounded token by token."""
+        scheme, gain = plan.decisions["layers"][path], None
+        if scheme != "W8A16" and path in plan.decisions.get("gains", ()):
+            assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have gains"
+            gain = plan.tensors.get(f"{path}.gain", torch.ones(module.in_features, device="meta"))
+        made = quantized(module, None, self.weights, gain, table)
         if isinstance(made, QuantizedLinear):
             made.rounds_inputs = scheme == "W8A16" and self.rounds_inputs
             made.tokens = None if scheme == "W8A16" else self.tokens

@@ -36,7 +36,13 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     else:
         schemes = dict.fromkeys(paths, scheme.otherwise or name)
         if scheme.inputs == "dynamic" and scheme.weights != "int4":
-            schemes |= dict.fromkeys(by_token(bundle, tower, paths, scheme.weights), name)
+            rounded = by_token(bundle, tower, paths, scheme.weights)
+            schemes |= dict.fromkeys(rounded, name)
+            smooths = settings.smooth > 0 and scheme.weights == "int8"
+            if smooths and offers(bundle, context, tower.name, context.num_samples):
+                gains = _gains(settings, bundle, tower, rounded, context)
+                made.tensors.update({f"{path}.gain": gain for path, gain in gains.items()})
+                made.decisions.setdefault("gains", []).extend(gains)
     if scheme.weights == "int4":
         sizes = group_sizes(bundle, tower, paths, settings.group_size)
         schemes |= dict.fromkeys(sizes, name)
@@ -59,6 +65,13 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
             hint="lower min_cosine, use scheme W8A16, or keep_float fewer layers",
         )
     made.decisions["towers"][tower.name] = report
+
+
+def _gains(settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], context: Context) -> dict[str, Tensor]:
+    """Return what inputs are multiplied by that then are rounded token by token: one grid for all channels needs it as well."""
+    how: dict[str, Any] = {"method": "min-max", "percentile": settings.percentile, "smooth": settings.smooth}
+    grids = calibrate(bundle, tower, paths, settings.maker.inputs, context, **how)
+    return {path: grid.gain for path, grid in grids.items() if grid.gain is not None}
 
 
 def _calibrate(
