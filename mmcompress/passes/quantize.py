@@ -78,8 +78,8 @@ class Quantize:
     alone are integers, cpu lets engines round inputs to 8 bits in blocks as they multiply: that makes single tokens fast."""
     activations: Literal["static", "dynamic"] = "static"
     """For W8A8 and FP8: static rounds a layer's inputs on one grid, found by calibration, so it needs data; dynamic gives each
-    token its own while it runs, which needs none. That costs some speed, and without `smooth` also accuracy where channels differ
-    much in size. W4A8 is always dynamic."""
+    token its own while it runs, which needs none and costs some speed; with data W8A8 is smoothed, which makes it more accurate.
+    W4A8 is always dynamic."""
     observer: Literal["min-max", "percentile", "mse"] = "min-max"
     """How an activation's range is chosen: cover everything, cut off rare outliers, or least squared error. Vision
     transformers keep what matters in a few huge values, which clipping destroys."""
@@ -115,7 +115,7 @@ class Quantize:
     sensitivity: bool = False
     """Judge every group of layers alone even where none has to be given back: the report then shows what costs how much."""
     smooth: float = 0.75
-    """For W8A8: how much of the spread between an activation's channels moves into the weights (SmoothQuant); 0 is off."""
+    """For W8A8, with data: how much of the spread of an activation's channels moves into the weights (SmoothQuant); 0 is off."""
     reduce_range: bool = False
     """Use 7 of the 8 bits of weights: for x86 CPUs without VNNI or AMX, whose 16-bit sums of u8*s8 products overflow."""
 
@@ -141,7 +141,8 @@ class Quantize:
         for tower in towers:
             scheme = with_activations(self.scheme_of(tower.name), self.activations)
             looks = max(looks, quantize_fit.looks(self, bundle, tower))
-            looks = max(looks, 2 if scheme.inputs == "static" else 0)
+            smoothed = scheme.inputs == "dynamic" and scheme.weights == "int8"
+            looks = max(looks, 2 if scheme.inputs == "static" else int(smoothed))
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
         runs = parts + 3 if self.sensitivity else 2
         if AUTO in self.used:

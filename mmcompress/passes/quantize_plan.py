@@ -48,7 +48,13 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     else:
         schemes = dict.fromkeys(paths, scheme.otherwise or name)
         if scheme.inputs == "dynamic" and scheme.weights != "int4":
-            schemes |= dict.fromkeys(by_token(bundle, tower, paths, scheme.weights), name)
+            rounded = by_token(bundle, tower, paths, scheme.weights)
+            schemes |= dict.fromkeys(rounded, name)
+            smooths = settings.smooth > 0 and scheme.weights == "int8"
+            if smooths and offers(bundle, context, tower.name, context.num_samples):
+                gains = _gains(settings, bundle, tower, rounded, context)
+                made.tensors.update({f"{path}.gain": gain for path, gain in gains.items()})
+                made.decisions["scaled"] |= dict.fromkeys(gains, settings.smooth)
     if scheme.weights == "int4":
         sizes = group_sizes(bundle, tower, paths, settings.group_size)
         schemes |= dict.fromkeys(sizes, name)
@@ -72,6 +78,13 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     if settings.fold:
         made.decisions["folds"] |= folds_of(bundle, tower, made)
     made.decisions["towers"][tower.name] = report
+
+
+def _gains(settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], context: Context) -> dict[str, Tensor]:
+    """Return what inputs are multiplied by that then are rounded token by token: one grid for all channels needs it as well."""
+    how: dict[str, Any] = {"method": "min-max", "percentile": settings.percentile, "smooth": settings.smooth}
+    grids = calibrate(bundle, tower, paths, settings.maker.inputs, context, **how)
+    return {path: grid.gain for path, grid in grids.items() if grid.gain is not None}
 
 
 def input_grids(

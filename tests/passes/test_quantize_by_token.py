@@ -158,6 +158,21 @@ def test_gradients_reach_what_is_trainable(params: dict[str, Any]) -> None:
     assert sum(grad is not None and bool(grad.abs().sum() > 0) for grad in grads) > 10
 
 
+def test_with_data_channels_of_different_size_share_a_token_s_grid(tmp_path: Path) -> None:
+    original = tiny.bundle(FAMILY)
+    with torch.no_grad():
+        for block in original.tower("vision").blocks:
+            original.module(f"{block.path}.norm2").weight[::7] *= 60  # type: ignore[index,operator]
+    want, path = embeddings(original)["vision"], original.tower("vision").blocks[0].mlp.writers[0]
+    errors = {}
+    for name, data in (("smoothed", None), ("plain", Context())):
+        made = run({**W8A8, "towers": ("vision",)}, copy.deepcopy(original), data)
+        errors[name] = (embeddings(made)["vision"] - want).square().mean().item()
+        assert (made.module(path).input_gain is None) == (name == "plain")
+        assert ("gains" in made.history[-1].plan) == (name == "smoothed")
+    assert errors["smoothed"] < 0.7 * errors["plain"]
+
+
 def test_each_token_for_itself_is_nearer_than_one_grid_for_all() -> None:
     original = tiny.bundle(FAMILY)
     with torch.no_grad():
