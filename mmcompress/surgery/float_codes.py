@@ -61,7 +61,7 @@ def float_coded(linear: nn.Linear, kind: Kind) -> nn.Module:
     made.bias = linear.bias
     weight = linear.weight.detach()
     if not weight.is_meta:
-        parameter = bitsandbytes.nn.Params4bit(
+        parameter: Any = bitsandbytes.nn.Params4bit(
             weight.contiguous(), requires_grad=False, blocksize=BLOCK, module=made, **settings
         )
         made.weight = parameter.to(weight.device)  # quantized by that
