@@ -57,7 +57,7 @@ def dots(tower: str, found: Sequence[Row]) -> Markup:
     schemes = sorted({row.scheme for row in found})
     names = shortened(list(groups))
     shown = list(groups.items())[:SHOWN]
-    left = 16 + max(len(names[name]) for name, _ in shown) * LETTER
+    left = 24 + max(len(names[name]) for name, _ in shown) * LETTER
     bottom = TOP + LINE * len(shown)
     losses = [max(row.loss, LEAST) for _, each in shown for row in each]
     low, high = math.floor(math.log10(min(losses))), math.ceil(math.log10(max(losses)) + 1e-9)
