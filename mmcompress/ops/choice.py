@@ -36,6 +36,12 @@ class Option:
 Groups = Sequence[Sequence[Option]]
 
 
+def require_solver() -> None:
+    """Raise MissingError without highspy."""
+    if importlib.util.find_spec("highspy") is None:
+        raise MissingError("choosing a scheme for each layer needs highspy", hint="pip install 'mmcompress[mixed]'")
+
+
 def cost_of(groups: Groups, chosen: Sequence[int]) -> Fraction:
     """Return what a choice costs, added up exactly."""
     return sum((Fraction(options[index].cost) for options, index in zip(groups, chosen, strict=True)), Fraction(0))
@@ -109,8 +115,7 @@ def worth_having(options: Sequence[Option]) -> list[int]:
 
 
 def _solved(groups: Groups, budget: int | float) -> list[int]:
-    if importlib.util.find_spec("highspy") is None:
-        raise MissingError("choosing a scheme for each layer needs highspy", hint="pip install 'mmcompress[mixed]'")
+    require_solver()
     import highspy
     import numpy as np
 

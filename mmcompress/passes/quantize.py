@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError, closest
+from mmcompress.ops.choice import require_solver
 from mmcompress.ops.grouped import GROUP_SIZES, nearest
 from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
@@ -198,6 +199,8 @@ class Quantize:
                         f"{table} and {linear} hold different weights, and config.json says they share one",
                         hint="set tie_word_embeddings to false in config.json",
                     )
+        if self._uses(AUTO) and self.assign == "measured":
+            require_solver()  # not after everything was judged
         for pattern in self.keep_float:
             if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in bundle.model.named_modules()):
                 raise UsageError(
