@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 from mmcompress.errors import MissingError
 
@@ -139,7 +140,8 @@ def _solved(groups: Groups, budget: int | float) -> list[int]:
     model.a_matrix_.value_ = np.concatenate([np.ones(count), costs])
 
     # Without what Python adds to it, which prints two lines on stdout as it is made (1.16).
-    solver = highspy.Highs.__base__()
+    bare: Any = highspy.Highs.__base__
+    solver = bare()
     # One thread: the same instance has the same solution everywhere.
     settings = {"output_flag": False, "threads": 1, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0,
                 "mip_feasibility_tolerance": TIGHT, "primal_feasibility_tolerance": TIGHT}  # fmt: skip

@@ -37,6 +37,6 @@ def test_several_schemes_in_one_graph(tmp_path: Path) -> None:
     assert nodes["MatMulNBits"] == 2
     assert nodes["QuantizeLinear"] == 1
     assert nodes["DequantizeLinear"] == 3  # two weights and an input
-    assert report.component.weights["int8"] == sum(linears[path].weight.numel() for path in (weights_only, static))
-    assert report.component.weights["uint8"] >= sum(linears[path].weight.numel() // 2 for path in packed)
+    assert report.component.weights["INT8"] == sum(linears[path].weight.numel() for path in (weights_only, static))
+    assert report.component.weights["UINT8"] >= sum(linears[path].weight.numel() // 2 for path in packed)
     assert min(row.cosine for row in report.parity) > 0.999
