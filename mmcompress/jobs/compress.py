@@ -24,9 +24,10 @@ from mmcompress.data import Dataset, Sample, open_data
 from mmcompress.errors import GateFailed, MmcError
 from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
-from mmcompress.jobs import sensitivity, token_pictures
+from mmcompress.jobs import token_pictures
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.refusals import require_alone, require_usable, with_tasks
+from mmcompress.jobs.sensitivity import Row, judged_groups, mixed_findings
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.jobs.stopwatch import stopwatch, target_stopwatch
@@ -53,7 +54,7 @@ class Result:
     gates: tuple[GateResult, ...] = ()
     pictures: tuple[Path, ...] = ()
     """Drawings of what became of patches."""
-    sensitivity: tuple[sensitivity.Row, ...] = ()
+    sensitivity: tuple[Row, ...] = ()
     """What quantizing each group of layers alone did, where that was asked for."""
 
     def to_json(self) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Sa
     )
     busy = [Finding("note", machine["busy"])] if speeds and machine["busy"] else []
     here = bundle.history[run.earlier :]
-    said = (*sensitivity.findings(here), *verdict(facts, recipe.seed), *run.findings, *busy)
+    said = (*mixed_findings(here), *verdict(facts, recipe.seed), *run.findings, *busy)
     findings = tuple(sorted(said, key=_badness))
     gates = judge(recipe.gates, facts, speeds)
     measured = {
@@ -241,7 +242,7 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Sa
     failed = [gate for gate in gates if not gate.passed]
     target = free_name(output.with_name(output.name + ".rejected")) if failed else output
     pictures = tuple(target / "reports" / name for name in drawn)
-    judged = tuple(sensitivity.rows([record for record in here if record.params.get("sensitivity")]))
+    judged = tuple(judged_groups([record for record in here if record.params.get("sensitivity")]))
     result = Result(output, manifest, findings, tuple(run.rows), speeds, gates, pictures, judged)
     publish(final, target)
     place.remove()

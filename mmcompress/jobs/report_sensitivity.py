@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mmcompress.jobs.report_html import Markup, join, table, tag
 from mmcompress.jobs.report_plots import COLOURS, LETTER, px
 from mmcompress.jobs.report_points import MIB
-from mmcompress.jobs.sensitivity import Row, rows
+from mmcompress.jobs.sensitivity import Row, judged_groups
 
 if TYPE_CHECKING:
     from mmcompress.jobs.report import Run
@@ -36,7 +36,7 @@ LEAST = 1e-8
 
 def sensitivity(run: Run) -> Markup:
     """What quantizing each group of layers alone did, where it was measured: a summary, a drawing and a table for each tower."""
-    found = rows(run.manifest.records)
+    found = judged_groups(run.manifest.records)
     made: list[Markup] = []
     for record in run.manifest.records:
         for tower, report in record.plan.get("towers", {}).items() if record.name == "quantize" else ():
@@ -57,7 +57,7 @@ def dots(tower: str, found: Sequence[Row]) -> Markup:
     schemes = sorted({row.scheme for row in found})
     names = shortened(list(groups))
     shown = list(groups.items())[:SHOWN]
-    left = 16 + max(len(names[name]) for name, _ in shown) * LETTER
+    left = 24 + max(len(names[name]) for name, _ in shown) * LETTER
     bottom = TOP + LINE * len(shown)
     losses = [max(row.loss, LEAST) for _, each in shown for row in each]
     low, high = math.floor(math.log10(min(losses))), math.ceil(math.log10(max(losses)) + 1e-9)

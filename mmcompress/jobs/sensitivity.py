@@ -24,7 +24,7 @@ class Row:
     """Whether the layers have this scheme now."""
 
 
-def rows(records: Sequence[Record]) -> list[Row]:
+def judged_groups(records: Sequence[Record]) -> list[Row]:
     """Return what was judged, the worst first; float layers, which lose nothing, are left out."""
     found = []
     for record in records:
@@ -42,7 +42,7 @@ def rows(records: Sequence[Record]) -> list[Row]:
     return sorted(found, key=lambda row: (-row.loss, row.tower, row.layers, row.scheme))
 
 
-def findings(records: Sequence[Record]) -> list[Finding]:
+def mixed_findings(records: Sequence[Record]) -> list[Finding]:
     """Return how scheme auto compares with one scheme for all layers, on the samples it was decided by."""
     made = []
     for record in records:

@@ -37,6 +37,12 @@ class Option:
 Groups = Sequence[Sequence[Option]]
 
 
+def require_solver() -> None:
+    """Raise MissingError without highspy."""
+    if importlib.util.find_spec("highspy") is None:
+        raise MissingError("choosing a scheme for each layer needs highspy", hint="pip install 'mmcompress[mixed]'")
+
+
 def cost_of(groups: Groups, chosen: Sequence[int]) -> Fraction:
     """Return what a choice costs, added up exactly."""
     return sum((Fraction(options[index].cost) for options, index in zip(groups, chosen, strict=True)), Fraction(0))
@@ -110,8 +116,7 @@ def worth_having(options: Sequence[Option]) -> list[int]:
 
 
 def _solved(groups: Groups, budget: int | float) -> list[int]:
-    if importlib.util.find_spec("highspy") is None:
-        raise MissingError("choosing a scheme for each layer needs highspy", hint="pip install 'mmcompress[mixed]'")
+    require_solver()
     import highspy
     import numpy as np
 
@@ -135,8 +140,8 @@ def _solved(groups: Groups, budget: int | float) -> list[int]:
     model.a_matrix_.value_ = np.concatenate([np.ones(count), costs])
 
     # Without what Python adds to it, which prints two lines on stdout as it is made (1.16).
-    quiet: Any = highspy.Highs.__base__
-    solver = quiet()
+    bare: Any = highspy.Highs.__base__
+    solver = bare()
     # One thread: the same instance has the same solution everywhere.
     settings = {"output_flag": False, "threads": 1, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0,
                 "mip_feasibility_tolerance": TIGHT, "primal_feasibility_tolerance": TIGHT}  # fmt: skip

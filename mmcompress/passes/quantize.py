@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.ops.choice import require_solver
 from mmcompress.ops.grouped import nearest
 from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
@@ -190,6 +191,8 @@ class Quantize:
                 f"quantize.balance is '{self.balance}', but no tower to be quantized is given both image and text tokens",
                 hint="it is for the language tower of models that are shown pictures",
             )
+        if AUTO in self.used and self.assign == "measured":
+            require_solver()  # not after everything was judged
         for pattern in self.keep_float:
             if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in bundle.model.named_modules()):
                 raise UsageError(

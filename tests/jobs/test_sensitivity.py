@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmcompress.jobs.report_sensitivity import LINE, SHOWN, TOP, dots, shortened
-from mmcompress.jobs.sensitivity import Row, findings, rows
+from mmcompress.jobs.sensitivity import Row, judged_groups, mixed_findings
 from mmcompress.manifest import Record
 
 
@@ -39,17 +39,19 @@ MIXED = {
 
 
 def test_rows_are_the_worst_first_and_without_floats() -> None:
-    assert [(row.layers, row.scheme, row.bytes_saved, row.loss, row.chosen) for row in rows([record(MIXED)])] == [
+    assert [
+        (row.layers, row.scheme, row.bytes_saved, row.loss, row.chosen) for row in judged_groups([record(MIXED)])
+    ] == [
         ("blocks.0.mlp", "W4A16", 300, 0.02, False),
         ("head", "W4A16", 30, 0.003, True),
         ("blocks.0.mlp", "W8A16", 200, 0.0001, True),
     ]
-    assert rows([record(MIXED, "prune")]) == []
+    assert judged_groups([record(MIXED, "prune")]) == []
 
 
 def test_older_records_have_neither_bytes_nor_several_schemes() -> None:
     plan = {"towers": {"text": {"scheme": "W8A8", "sensitivity": {"a": 0.1, "b": 0.2}, "kept_float": ["b"]}}}
-    assert rows([record(plan)]) == [
+    assert judged_groups([record(plan)]) == [
         Row("text", "b", "W8A8", None, 0.2, False),
         Row("text", "a", "W8A8", None, 0.1, True),
     ]
@@ -64,7 +66,7 @@ def test_older_records_have_neither_bytes_nor_several_schemes() -> None:
 )
 def test_findings_say_which_was_better(kept: str, level: str, said: str) -> None:
     mixed = {"budget": {"bits": 5.0}, "kept": kept, "measured_loss": 0.002, "uniform_loss": {"W4A16": 0.001}}
-    (found,) = findings([record({"mixed": mixed})])
+    (found,) = mixed_findings([record({"mixed": mixed})])
     assert found.level == level
     assert said in found.text
     assert "W4A16 1.00e-03" in found.text
@@ -73,11 +75,11 @@ def test_findings_say_which_was_better(kept: str, level: str, said: str) -> None
 
 
 def test_what_was_drawn_at_random_is_no_finding() -> None:
-    assert findings([record({"mixed": {"budget": {"bits": 5.0}, "assigned": "random"}}), record({})]) == []
+    assert mixed_findings([record({"mixed": {"budget": {"bits": 5.0}, "assigned": "random"}}), record({})]) == []
 
 
 def test_a_line_for_each_group_and_a_filled_dot_for_what_it_has() -> None:
-    drawing = dots("vision", rows([record(MIXED)]))
+    drawing = dots("vision", judged_groups([record(MIXED)]))
     circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="[\d.]+" class="([^"]+)"', drawing)
     assert [style for _, _, style in circles[:2]] == ["run0", "run1"]  # the legend
     placed = {(float(y), style): float(x) for x, y, style in circles[2:]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import subprocess
 import sys
@@ -85,6 +86,31 @@ def test_it_is_the_best_of_all(seed: int) -> None:
     assert found is not None
     assert cost_of(groups, found) <= budget
     assert loss_of(groups, found) == pytest.approx(min(loss_of(groups, chosen) for chosen in allowed), rel=1e-9)
+
+
+def least_loss(groups: list[list[Option]], budget: int) -> float:
+    """By a table over every cost up to the budget (dynamic programming)."""
+    table = [0.0] + [math.inf] * budget
+    for options in groups:
+        reached = [math.inf] * (budget + 1)
+        for option in options:
+            for spent in range(int(option.cost), budget + 1):
+                reached[spent] = min(reached[spent], table[spent - int(option.cost)] + option.loss)
+        table = reached
+    return min(table)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_it_is_the_best_of_many_groups_however_small_losses_are(seed: int, size: float) -> None:
+    rng = random.Random(100 + seed)
+    groups = [
+        [Option(size * rng.uniform(1, 2) * (3 - k), 7 * k + rng.randint(1, 9)) for k in range(3)] for _ in range(25)
+    ]
+    budget = rng.randint(250, 400)
+    found = best_choice(groups, budget)
+    assert found is not None
+    assert loss_of(groups, found) == pytest.approx(least_loss(groups, budget), rel=1e-9)
 
 
 def test_costs_may_be_fractions() -> None:
