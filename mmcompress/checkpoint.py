@@ -38,7 +38,7 @@ from mmcompress.preprocessing import quiet, read_processor
 from mmcompress.room import require_room
 from mmcompress.staging import staging
 from mmcompress.surgery.deferred import empty
-from mmcompress.surgery.float_codes import is_float_coded
+from mmcompress.surgery.float_codes import empty_codes, is_float_coded
 from mmcompress.surgery.quantized_base import weights_unread
 from mmcompress.weights import digest, locate, read_json, stored_dtype, weight_files
 
@@ -141,6 +141,9 @@ def outline(model: str | Path, *, allow_pickle: bool = False) -> Bundle:
     made.__class__ = base.__mro__[1]
     made.eval()
     empty(made)
+    for module in made.modules():
+        if is_float_coded(module):
+            empty_codes(module)
     made.tie_weights()
     return Bundle(made, read_processor(directory), family, source, list(records))
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mmcompress.bundle import Bundle
+from mmcompress.checkpoint import plain_model
 from mmcompress.errors import UsageError
 from mmcompress.export.layout import why_no_linear
 from mmcompress.ops import layouts
@@ -56,12 +59,19 @@ class _FourBits:
 class Awq(_FourBits):
     """AutoAWQ's "gemm" layout."""
 
+    left: tuple[str, ...] = ()
+    """Layers that transformers leaves as they are whatever config.json says: the last one, and the output embeddings."""
     name: str = "awq"
     loaded_by: str = "vLLM and transformers with the package gptqmodel"
 
     @classmethod
     def of(cls, bundle: Bundle, layers: Mapping[str, Quantized]) -> Awq:
-        return cls(cheapest_size(layers.values()))
+        return cls(cheapest_size(layers.values()), left=tuple(sorted(get_keys_to_not_convert(plain_model(bundle)))))
+
+    def refusal(self, path: str, layer: Quantized) -> str:
+        reason = super().refusal(path, layer)
+        left = not should_convert_module(path, list(self.left))
+        return reason or ("transformers leaves it as it is" if left else "")
 
     def tensors(self, layer: Quantized) -> dict[str, Tensor]:
         return layouts.awq(self._grouped(layer))

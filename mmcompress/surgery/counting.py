@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from mmcompress.surgery.float_codes import codes_unread
 from mmcompress.surgery.quantized_base import weights_unread
 from mmcompress.surgery.watch import meter
 
@@ -34,7 +35,7 @@ def macs_within(modules: Sequence[torch.nn.Module], call: Callable[[], Any]) -> 
 def counting() -> Iterator[FlopCounterMode]:
     """Yield a counter of what runs inside, two FLOPs for a MAC. Weights need no values; integers are not unpacked."""
     counter = FlopCounterMode(display=False, custom_mapping=_MISSING_RULES)
-    with torch.no_grad(), weights_unread(), _no_fused_attention(), NothingMultiplied(), counter:
+    with torch.no_grad(), weights_unread(), codes_unread(), _no_fused_attention(), NothingMultiplied(), counter:
         yield counter
 
 

@@ -17,10 +17,14 @@ A layer that was called on a CPU with AVX512-BF16 would repack itself, round abs
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from mmcompress.errors import MissingError
 
@@ -67,12 +71,54 @@ def float_coded(linear: nn.Linear, kind: Kind) -> nn.Module:
         made.weight = parameter.to(weight.device)  # quantized by that
     # What transformers notes of a layer it has put in place; it asks it of those it finds when it loads (5.23).
     made.source_cls = nn.Linear
+    made.float_kind = kind
     return made.train(linear.training)
 
 
 def is_float_coded(module: nn.Module) -> bool:
     """Whether a layer is bitsandbytes' Linear of 4 bits; without importing it."""
     return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes.")
+
+
+def empty_codes(layer: Any) -> None:
+    """Give a layer without values parts of the shapes they will have, that take no memory: to be counted."""
+    import bitsandbytes
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros((), dtype=dtype).expand(shape)
+
+    weights = layer.in_features * layer.out_features
+    state = bitsandbytes.functional.QuantState(
+        absmax=zeros(-(-weights // BLOCK)),
+        shape=torch.Size((layer.out_features, layer.in_features)),
+        code=zeros(16),
+        blocksize=BLOCK,
+        quant_type=layer.float_kind,
+        dtype=torch.float32,
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        zeros(-(-weights // 2), 1, dtype=torch.uint8), requires_grad=False, quant_state=state, bnb_quantized=True
+    )
+
+
+@contextmanager
+def codes_unread() -> Iterator[None]:
+    """While active, such layers multiply by zeros of their weight's shape, which counters see: for counting what they multiply."""
+    if "bitsandbytes" not in sys.modules:
+        yield
+        return
+    layer: Any = sys.modules["bitsandbytes"].nn.Linear4bit
+    before = layer.forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = torch.zeros((), dtype=x.dtype, device=x.device).expand(self.out_features, self.in_features)
+        return functional.linear(x, weight, self.bias)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        layer.forward = before
 
 
 def loading_config(model: nn.Module, dtype: str) -> dict[str, Any] | None:
@@ -87,7 +133,7 @@ def loading_config(model: nn.Module, dtype: str) -> dict[str, Any] | None:
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": coded[0].weight.quant_type,
+        "bnb_4bit_quant_type": coded[0].float_kind,
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",

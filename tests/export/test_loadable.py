@@ -296,6 +296,16 @@ def test_what_others_could_not_load_is_refused(made: Any, name: str, message: st
     assert not list(tmp_path.iterdir())
 
 
+def test_awq_leaves_what_transformers_leaves(tmp_path: Path) -> None:
+    """AwqQuantizer never converts the last layer: its integers would be unexpected, and its weight made up."""
+    bundle = quantized("dual_encoder_vit", sensitivity_samples=0)
+    last = next(reversed([name for name, _ in tiny.bundle("dual_encoder_vit").model.named_parameters()]))
+    path = last.removesuffix(".weight")
+    change(bundle, path, torch.randn(32, bundle.module(path).in_features), 16)  # type: ignore[arg-type]
+    layout = Awq.of(bundle, {path: bundle.module(path)})  # type: ignore[dict-item]
+    assert layout.refusal(path, bundle.module(path)) == "transformers leaves it as it is"  # type: ignore[arg-type]
+
+
 def test_awq_refuses_names_its_readers_would_mistake(vlm: Bundle) -> None:
     layer = vlm.module("lm_head")
     with pytest.raises(UsageError, match="awq cannot leave proj floats and say model.block.o_proj"):

@@ -16,6 +16,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import MissingError, NotExportable, UsageError
 from mmcompress.export.onnx import export_onnx
 from mmcompress.manifest import Source
+from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.prune import Prune
 from mmcompress.passes.quantize import Quantize
@@ -183,6 +184,18 @@ def test_a_coded_tower_is_neither_quantized_again_nor_pruned_nor_exported(tmp_pa
     with pytest.raises(NotExportable, match="weights of 4-bit floats") as caught:
         export_onnx(bundle, tmp_path / "out")
     assert "W4A16" in caught.value.hint
+
+
+def test_what_it_multiplies_is_counted_and_an_outline_has_its_bytes(tmp_path: Path) -> None:
+    bundle, original = run(), wide()
+    before, after = cost_of(original), cost_of(bundle)
+    assert after.parameters == before.parameters
+    assert {name: tower.macs for name, tower in after.towers.items()} == {
+        name: tower.macs for name, tower in before.towers.items()
+    }
+    checkpoint.save(bundle, tmp_path / "out")
+    outlined = cost_of(checkpoint.outline(tmp_path / "out"))
+    assert outlined == after
 
 
 def test_it_is_not_written_layer_by_layer() -> None:
