@@ -12,7 +12,7 @@ A quantized layer takes the place of an nn.Linear, nn.Conv2d or nn.Embedding and
 
 Instead of an input's one grid each token may have its own (`tokens`, see `ops.token_rounding`): nothing is stored then. A Linear
 whose weights alone are integers may let runtimes round its inputs while they multiply (`rounds_inputs`), which in onnxruntime makes
-a single token twenty times as fast, as it then unpacks nothing (python -m bench.eight_bits).
+a single token ten times as fast, as it then unpacks nothing (python -m bench.eight_bits).
 
 Where a Linear shares its weight with an embedding table, as language models' last layers do, a scale per row of the table is a
 scale per output channel of the Linear. So a `TiedLinear` has no integers and scales of its own: it reads the table's.
