@@ -108,9 +108,12 @@ def require_possible(budget: Budget, groups: Sequence[Group], towers: Sequence[s
     names = " and ".join(towers)
     if budget.spent(groups, least) > budget.limit:
         reached = budget.shown(budget.spent(groups, least))
+        why = "tables and layers that no group divides take 8 bits"
+        if budget.key == "latency_ms":
+            why = "all else takes its time too, and on a busy machine longer"
         raise UsageError(
             f"quantize.{budget.key} is {budget.given:g}; the least that {names} can have is {reached:.3f}",
-            hint=f"give {budget.key} {reached * 1.005 + 0.005:.2f} or more; tables and layers that no group divides take 8 bits",
+            hint=f"give {budget.key} {reached * 1.005 + 0.005:.2f} or more; {why}",
         )
     if budget.spent(groups, most) <= budget.limit:
         raise UsageError(
