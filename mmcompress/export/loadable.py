@@ -24,6 +24,7 @@ from mmcompress.export.loadable_card import card
 from mmcompress.progress import Progress, Silent
 from mmcompress.staging import staging
 from mmcompress.streamed import Shards
+from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.surgery.quantized_base import Quantized, weights_unread
 
 SHARD_BYTES = 2**32
@@ -64,6 +65,11 @@ def export_layout(
     if name not in LAYOUTS:
         raise UsageError(f"there is no layout '{name}'", hint=closest(name, LAYOUTS))
     quantized = {path: layer for path, layer in bundle.model.named_modules() if isinstance(layer, Quantized)}
+    if any(is_float_coded(module) for module in bundle.model.modules()):
+        raise UsageError(
+            f"{bundle.source.id} has bitsandbytes' layers, which {name} cannot say",
+            hint="load it as it is with transformers or vLLM and bitsandbytes, or quantize the original with --scheme W4A16",
+        )
     if not quantized:
         raise UsageError(f"nothing of {bundle.source.id} is quantized", hint="mmc quantize MODEL -o OUT --scheme W4A16")
     layout = LAYOUTS[name](bundle, quantized)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
 from mmcompress.errors import MissingError, NotExportable, UsageError
+from mmcompress.export.loadable import export_layout
 from mmcompress.export.onnx import export_onnx
 from mmcompress.manifest import Source
 from mmcompress.measure.cost import cost_of
@@ -184,6 +185,8 @@ def test_a_coded_tower_is_neither_quantized_again_nor_pruned_nor_exported(tmp_pa
     with pytest.raises(NotExportable, match="weights of 4-bit floats") as caught:
         export_onnx(bundle, tmp_path / "out")
     assert "W4A16" in caught.value.hint
+    with pytest.raises(UsageError, match="bitsandbytes' layers, which awq cannot say"):
+        export_layout(bundle, tmp_path / "out", "awq")
 
 
 def test_what_it_multiplies_is_counted_and_an_outline_has_its_bytes(tmp_path: Path) -> None:
