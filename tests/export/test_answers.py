@@ -24,7 +24,7 @@ from mmcompress.measure.onnx_graph import read_graph, rounded_blocks
 from mmcompress.ops.masks import HIDDEN, causal_mask
 from mmcompress.passes.base import Context, Plan
 from mmcompress.surgery.packed import PackedLinear
-from mmcompress.surgery.quantized import QuantizedEmbedding, QuantizedLinear
+from mmcompress.surgery.quantized import QuantizedEmbedding, QuantizedLinear, TiedLinear
 from mmcompress.surgery.quantized_base import Quantized
 from tests import tiny
 from tests.export.test_parity import edited, initializer_of
@@ -181,14 +181,18 @@ def test_in_4_bits_it_answers_the_same_and_keeps_its_bytes(tmp_path: Path, bundl
     made.apply(bundle, made.plan(bundle, Context()))
     report = export_onnx(bundle, tmp_path / "out", batches=(1, 2))
     layers = [module for module in bundle.model.modules() if isinstance(module, PackedLinear)]
+    # The output layer, which shares the word table, is multiplied in blocks too, of 8 bits.
+    blocks = [module for module in bundle.model.modules() if isinstance(module, TiedLinear) and target == "cpu"]
+    assert len(blocks) == (target == "cpu")
     promised = sum(layer.weight_int4.nbytes + layer.weight_zero_point.nbytes for layer in layers)
+    promised += sum(layer.weight_int8.nbytes for layer in blocks)
     stored = [component.component.weights for component in report.components]
     # Cross-attention's keys and values lie with the encoder: each layer is in one of the parts.
     assert sum(weights["UINT8"] for weights in stored) == promised
     eight_bits = [m for m in bundle.model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
     tables = {module.weight_int8.data_ptr() for module in eight_bits}
     assert sum(part.component.quantized for part in report.components) == len(layers) + len(tables)
-    assert sum(component.component.nodes["MatMulNBits"] for component in report.components) == len(layers)
+    assert sum(component.component.nodes["MatMulNBits"] for component in report.components) == len(layers + blocks)
     for component in report.components:
         exact = [row for row in component.parity if not row.rounding or target == "openvino"]
         assert max(row.relative for row in exact) <= 1e-4
