@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import tempfile
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import mmcompress
 from bench import assets
@@ -141,7 +143,6 @@ def by_torchao(how: str) -> Callable[[], Any]:
 def by_bitsandbytes(kind: str) -> Callable[[], Any]:
     def make() -> Any:
         import bitsandbytes
-        import torch
 
         bundle = checkpoint.load(assets.dual_encoder())
         tower = bundle.module("vision_model")
@@ -190,11 +191,7 @@ def make(name: str, work: str) -> dict[str, Any]:
 
 
 def _bytes_in_torch(bundle: Any) -> int:
-    """What the tower takes when it is pickled: tensors of other tools are not told apart by their shape."""
-    import io
-
-    import torch
-
+    """What the tower takes as torch stores it: tensors of other tools do not say by their shape."""
     held = io.BytesIO()
     torch.save(bundle.module("vision_model").state_dict(), held)
     return held.getbuffer().nbytes
@@ -250,8 +247,6 @@ def steps(original: Artifact, files: dict[str, Path | None], batch: int, stack: 
 
 
 def _in_torch(bundle: Any, inputs: dict[str, np.ndarray]) -> Callable[[], None]:
-    import torch
-
     held = {key: torch.from_numpy(value) for key, value in inputs.items()}
 
     def step() -> None:

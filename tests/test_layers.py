@@ -17,7 +17,7 @@ ORDER = (
     {"families"},
     {"passes"},
     {"data"},
-    {"preprocessing", "checkpoint", "pipeline", "streamed"},
+    {"preprocessing", "plainly", "checkpoint", "pipeline", "streamed"},
     {"evaluate"},
     {"export"},
     {"measure"},

@@ -13,11 +13,11 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mmcompress.bundle import Bundle
-from mmcompress.checkpoint import plain_model
 from mmcompress.errors import UsageError
 from mmcompress.export.layout import why_no_linear
 from mmcompress.ops import layouts
 from mmcompress.ops.grouped import GROUP_SIZES, Grouped
+from mmcompress.plainly import plain_model
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized_base import Quantized
 

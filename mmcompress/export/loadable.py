@@ -16,11 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
-from mmcompress.checkpoint import DTYPES, loads_plainly, plain_model, save_configs, set_config_dtype
+from mmcompress.checkpoint import DTYPES, save_configs, set_config_dtype
 from mmcompress.errors import UsageError, closest
 from mmcompress.export.layout import Layout
 from mmcompress.export.layouts import LAYOUTS
 from mmcompress.export.loadable_card import card
+from mmcompress.plainly import loads_plainly, plain_model
 from mmcompress.progress import Progress, Silent
 from mmcompress.staging import staging
 from mmcompress.streamed import Shards
