@@ -115,9 +115,9 @@ def _require_sayable(bundle: Bundle, name: str, said: dict[str, Quantized], floa
     gained = [path for path, layer in said.items() if getattr(layer, "input_gain", None) is not None]
     if gained:
         raise UsageError(
-            f"{len(gained)} layers such as {gained[0]} multiply their input by a gain before they round it, "
+            f"{len(gained)} layers such as {gained[0]} multiply their input by a gain that no norm could take over, "
             f"which {name} cannot say",
-            hint="quantize again with --smooth 0, or with weights alone: --scheme W8A16",
+            hint="quantize again without: --scaling none, and for W8A8 --smooth 0",
         )
     if not said:
         path, reason = next(iter(floats.items()))
