@@ -31,7 +31,7 @@ from bench import assets
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
-from mmcompress.errors import UsageError
+from mmcompress.errors import GateFailed, UsageError
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
 from mmcompress.evaluate.tasks import TASKS
 from mmcompress.evaluate.verdict import random_findings
@@ -165,12 +165,11 @@ def timed(contest: Contest, methods: list[str], keep: float, rounds: int) -> dic
         export_onnx(checkpoint.load(contest.model()), sides["original"], batches=(1,))
         for method in methods:
             try:
-                bundle = reduced(contest, method, keep)
-            except UsageError as refused:
+                export_onnx(reduced(contest, method, keep), Path(work) / method, batches=(1,))
+            except (UsageError, GateFailed) as refused:
                 print(f"{method} {keep:g}: {refused}", flush=True)
                 continue
             sides[method] = Path(work) / method
-            export_onnx(bundle, sides[method], batches=(1,))
         return timed_sides(sides, contest.stages, contest.batches, rounds)
 
 
@@ -234,7 +233,9 @@ def main() -> None:
         for name, made in rows_of(contest, keep, methods, data, original):
             document["refused" if "refused" in made else "rows"][name] = made
             RESULT.write_text(json.dumps(whole, indent=1) + "\n")
-            print(name, json.dumps(made["accuracy"]["results"][contest.task] if "accuracy" in made else made), flush=True)
+            print(
+                name, json.dumps(made["accuracy"]["results"][contest.task] if "accuracy" in made else made), flush=True
+            )
     for keep in options.timed or ():
         document["timings"][f"{keep:g}"] = timed(contest, methods, keep, options.rounds)
         RESULT.write_text(json.dumps(whole, indent=1) + "\n")

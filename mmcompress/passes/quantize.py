@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
-
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError, closest
 from mmcompress.ops.grouped import GROUP_SIZES, nearest
@@ -16,16 +14,13 @@ from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
 from mmcompress.passes import quantize_moments
 from mmcompress.passes.base import Context, Plan, Work
-from mmcompress.passes.quantize_calibrate import calibrate, offers
-from mmcompress.passes.quantize_judge import Judge, judge_tower
-from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes, told, whole_ties
+from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes
 from mmcompress.passes.quantize_make import Maker
+from mmcompress.passes.quantize_plan import plan_tower
+from mmcompress.passes.quantize_schemes import OFF, SCHEMES
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
 from mmcompress.surgery.quantized_base import Quantized
-from mmcompress.views import Tower
-
-SCHEMES = ("W8A8", "W8A16", "W4A16", "W16A16")
 
 
 @dataclass(frozen=True)
@@ -127,20 +122,25 @@ class Quantize:
 
     def streams(self) -> bool:
         """Whether weights alone are rounded: each layer's by itself."""
-        return not self._uses("W8A8") and not (self._uses("W4A16") and self.rounding == "gptq")
+        used = {name: SCHEMES[name] for name in {self.scheme.upper(), *map(str.upper, self._own_schemes.values())}}
+        static = any(scheme.inputs == "static" for scheme in used.values())
+        fitted = self.rounding == "gptq" and any(scheme.weights == "int4" for scheme in used.values())
+        return not static and not fitted
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Looks at the samples for ranges or moments; then a tower is judged, or each part of its blocks, in rounded arithmetic."""
-        towers = [tower for tower in bundle.towers() if self._scheme(tower.name) != "W16A16"]
+        towers = [tower for tower in bundle.towers() if self.scheme_of(tower.name) != OFF]
         if not towers:
             return 0.0
         looks = 0
         for tower in towers:
-            scheme = self._scheme(tower.name)
-            if scheme == "W4A16" and self.rounding == "gptq":
-                sizes = group_sizes(bundle, tower, self._candidates(bundle, tower), self.group_size)
+            scheme = self.scheme_of(tower.name)
+            if SCHEMES[scheme].weights == "int4" and self.rounding == "gptq":
+                sizes = group_sizes(
+                    bundle, tower, candidates(bundle, tower, self.embeddings, self.keep_float), self.group_size
+                )
                 looks = max(looks, quantize_moments.looks(bundle, tower, sizes))
-            looks = max(looks, 2 if scheme == "W8A8" else 0)
+            looks = max(looks, 2 if SCHEMES[scheme].inputs == "static" else 0)
         parts = max(sum(2 + (block.cross is not None) for block in tower.blocks) for tower in towers)
         judged = 2 * (parts + 3 if self.sensitivity else 2) * min(self.sensitivity_samples, work.samples)
         return (looks * work.samples + judged) * work.forward
@@ -157,7 +157,7 @@ class Quantize:
                 hint="name it in both or neither",
             )
         for tower in towers.values():
-            if self._scheme(tower.name) == "W16A16":
+            if self.scheme_of(tower.name) == OFF:
                 continue
             done = [
                 path
@@ -186,9 +186,8 @@ class Quantize:
         """Choose layers, calibrate, measure sensitivity; what was computed of samples travels as tensors."""
         made = Plan({"target": self.target, "layers": {}, "groups": {}, "tied": {}, "towers": {}})
         for tower in bundle.towers():
-            scheme = self._scheme(tower.name)
-            if scheme != "W16A16":
-                self._plan_tower(bundle, tower, scheme, context, made)
+            if self.scheme_of(tower.name) != OFF:
+                plan_tower(self, bundle, tower, context, made)
         if not made.decisions["groups"]:
             del made.decisions["groups"]
         return made
@@ -199,7 +198,7 @@ class Quantize:
         # A table, then at once the Linear that shares its weight.
         for path in sorted(layers, key=lambda path: (tied.get(path, path), path in tied)):
             module = bundle.layer(path)
-            made = self._maker.made(module, path, plan, bundle.module(tied[path]) if path in tied else None)
+            made = self.maker.made(module, path, plan, bundle.module(tied[path]) if path in tied else None)
             del module  # where layers are written as they are made, its floats are gone before a file is
             bundle.replace(path, made)
             give_back_freed()
@@ -210,7 +209,7 @@ class Quantize:
         return {"bytes": {tower.name: bytes_of(bundle, tower) for tower in bundle.towers()}}
 
     @property
-    def _maker(self) -> Maker:
+    def maker(self) -> Maker:
         return Maker(
             inputs=UINT8 if self.target == "cpu" else INT8,
             weights=WEIGHT_INT7 if self.reduce_range else WEIGHT_INT8,
@@ -219,9 +218,10 @@ class Quantize:
             rounds_inputs=self.target == "cpu",
         )
 
-    def _scheme(self, tower: str) -> str:
+    def scheme_of(self, tower: str) -> str:
+        """Return the name of the scheme a tower gets."""
         if self.towers and tower not in self.towers:
-            return "W16A16"
+            return OFF
         return self._own_schemes.get(tower, self.scheme).upper()
 
     def _uses(self, scheme: str) -> bool:
@@ -232,52 +232,3 @@ class Quantize:
         """Tower -> its own scheme, where one is given."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_scheme")}
         return {name.removesuffix("_scheme"): scheme for name, scheme in given.items() if scheme is not None}
-
-    def _candidates(self, bundle: Bundle, tower: Tower) -> list[str]:
-        return candidates(bundle, tower, self.embeddings, self.keep_float)
-
-    def _plan_tower(self, bundle: Bundle, tower: Tower, scheme: str, context: Context, made: Plan) -> None:
-        """Add to `made` which layers of a tower become what, what `apply` sets, and what to report."""
-        paths = self._candidates(bundle, tower)
-        report: dict[str, Any] = {"scheme": scheme, "bytes_before": bytes_of(bundle, tower)}
-        if scheme == "W8A8":
-            called = self._calibrate(bundle, tower, paths, context, made.tensors)
-            schemes = {path: "W8A8" if f"{path}.scale" in made.tensors else "W8A16" for path in called}
-        else:
-            schemes = dict.fromkeys(paths, "W8A16")
-        if scheme == "W4A16":
-            sizes = group_sizes(bundle, tower, paths, self.group_size)
-            schemes |= dict.fromkeys(sizes, scheme)
-            if self.rounding == "gptq":
-                for path, buffers in quantize_moments.rounded(bundle, tower, sizes, context):
-                    made.tensors.update({f"{path}.{name}": value for name, value in buffers.items()})
-            report["eight_bit"] = eight = [path for path in paths if path not in sizes]
-            context.progress.say(f"{tower.name}: {told(sizes, eight)}")
-            made.decisions["groups"] |= sizes
-        made.decisions["layers"] |= schemes
-        made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in schemes}
-        if schemes and self.sensitivity_samples and offers(bundle, context, tower.name, self.sensitivity_samples):
-            judge = Judge(bundle, tower.name, context, self.sensitivity_samples)
-            report |= judge_tower(judge, tower, list(schemes), made, self._maker, self.min_cosine, self.sensitivity)
-        if not any(path in made.decisions["layers"] for path in schemes):
-            raise UsageError(
-                f"no layer of the {tower.name} tower can be quantized within min_cosine {self.min_cosine:g}",
-                hint="lower min_cosine, use scheme W8A16, or keep_float fewer layers",
-            )
-        made.decisions["towers"][tower.name] = report
-
-    def _calibrate(
-        self, bundle: Bundle, tower: Tower, paths: list[str], context: Context, tensors: dict[str, Tensor]
-    ) -> list[str]:
-        """Add the grids of the layers' inputs to `tensors`; return `paths` without the layers that are never called.
-
-        Their owner reads them: their input cannot be rounded, nor their weight replaced safely.
-        """
-        linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
-        settings: dict[str, Any] = {"method": self.observer, "percentile": self.percentile, "smooth": self.smooth}
-        grids = calibrate(bundle, tower, linears, self._maker.inputs, context, **settings)
-        for path, grid in grids.items():
-            tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
-            if grid.gain is not None:
-                tensors[f"{path}.gain"] = grid.gain
-        return whole_ties([path for path in paths if path in grids or path not in linears], tower)

@@ -1,0 +1,75 @@
+"""What `quantize` decides for one tower: which layers become what, what of the samples `apply` is given, and what to report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.passes import quantize_moments
+from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.quantize_calibrate import calibrate, offers
+from mmcompress.passes.quantize_judge import Judge, judge_tower
+from mmcompress.passes.quantize_layers import bytes_of, candidates, group_sizes, told, whole_ties
+from mmcompress.passes.quantize_schemes import SCHEMES
+from mmcompress.views import Tower
+
+if TYPE_CHECKING:
+    from mmcompress.passes.quantize import Quantize
+
+
+def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Context, made: Plan) -> None:
+    """Add to `made` the schemes of a tower's layers, the tensors they are made of, and the tower's report.
+
+    Raises UsageError where it needs data and has none, or where nothing of the tower can be quantized.
+    """
+    name = settings.scheme_of(tower.name)
+    scheme = SCHEMES[name]
+    paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
+    report: dict[str, Any] = {"scheme": name, "bytes_before": bytes_of(bundle, tower)}
+    if scheme.inputs == "static":
+        called = _calibrate(settings, bundle, tower, paths, context, made.tensors)
+        schemes = {path: name if f"{path}.scale" in made.tensors else scheme.otherwise for path in called}
+    else:
+        schemes = dict.fromkeys(paths, scheme.otherwise or name)
+    if scheme.weights == "int4":
+        sizes = group_sizes(bundle, tower, paths, settings.group_size)
+        schemes |= dict.fromkeys(sizes, name)
+        if settings.rounding == "gptq":
+            for path, buffers in quantize_moments.rounded(bundle, tower, sizes, context):
+                made.tensors.update({f"{path}.{name}": value for name, value in buffers.items()})
+        report["eight_bit"] = eight = [path for path in paths if path not in sizes]
+        context.progress.say(f"{tower.name}: {told(sizes, eight)}")
+        made.decisions["groups"] |= sizes
+    made.decisions["layers"] |= schemes
+    made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in schemes}
+    if schemes and settings.sensitivity_samples and offers(bundle, context, tower.name, settings.sensitivity_samples):
+        judge = Judge(bundle, tower.name, context, settings.sensitivity_samples)
+        report |= judge_tower(
+            judge, tower, list(schemes), made, settings.maker, settings.min_cosine, settings.sensitivity
+        )
+    if not any(path in made.decisions["layers"] for path in schemes):
+        raise UsageError(
+            f"no layer of the {tower.name} tower can be quantized within min_cosine {settings.min_cosine:g}",
+            hint="lower min_cosine, use scheme W8A16, or keep_float fewer layers",
+        )
+    made.decisions["towers"][tower.name] = report
+
+
+def _calibrate(
+    settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], context: Context, tensors: dict[str, Tensor]
+) -> list[str]:
+    """Add the grids of the layers' inputs to `tensors`; return `paths` without the layers that are never called.
+
+    Their owner reads them: their input cannot be rounded, nor their weight replaced safely.
+    """
+    linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
+    how: dict[str, Any] = {"method": settings.observer, "percentile": settings.percentile, "smooth": settings.smooth}
+    grids = calibrate(bundle, tower, linears, settings.maker.inputs, context, **how)
+    for path, grid in grids.items():
+        tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
+        if grid.gain is not None:
+            tensors[f"{path}.gain"] = grid.gain
+    return whole_ties([path for path in paths if path in grids or path not in linears], tower)
