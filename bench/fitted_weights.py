@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +104,11 @@ def compared(
     context = Context(data=known, num_samples=samples, batch_size=BATCH)
     for groups, size in GROUPS.items():
         for way, parameters in ways.items():
-            name, bundle, started = f"{way}, {groups}", copy.deepcopy(original), time.monotonic()
+            name, bundle = f"{way}, {groups}", copy.deepcopy(original)
             made = Quantize(**{**FIXED, "towers": ("language",), "scheme": "W4A16", "group_size": size, **parameters})
             made.check(bundle)
             plan = made.plan(bundle, context)
             made.apply(bundle, plan)
-            seconds = time.monotonic() - started
             reads[name] = read(bundle, inputs)
             rows[name] = {
                 "log_likelihood": bootstrap(reads[name].log).to_json(),
@@ -119,10 +117,9 @@ def compared(
                 "scaled": len(plan.decisions.get("scaled", {})),
                 "folded_norms": len(plan.decisions.get("folds", {})),
                 "image_tokens_count": plan.decisions["towers"]["language"].get("image_tokens_count", {}),
-                "seconds_to_make": round(seconds, 1),
             }
             print(name, json.dumps(rows[name]), flush=True)
-    return rows
+            yield rows
 
 
 def paired(before: Read, after: Read) -> dict[str, Any]:
@@ -139,23 +136,27 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=64, help="passages")
     options.add_argument("--questions", type=int, default=300)
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--only", choices=("smollm2", "mini_vlm"), help="keep what is known of the other")
+    options.add_argument("--only", choices=("smollm2", "mini_vlm"), help="leave the other as it is known")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
-    found: dict[str, Any] = {}
     if given.only != "mini_vlm":
         passages = open_data(str(assets.passages("test"))).subset(given.samples, 0)
         known = open_data(str(assets.passages("calibration")))
-        found["smollm2"] = compared(assets.smolvlm(), WAYS, passages, known, 30)
+        for rows in compared(assets.smolvlm(), WAYS, passages, known, 30):
+            write(given, "smollm2", rows)
     if given.only != "smollm2":
         questions = open_data(str(assets.vqa("heldout"))).subset(given.questions, 0)
         known = open_data(str(assets.vqa("training")))
-        found["mini_vlm"] = compared(assets.mini_vlm(), WAYS | SHOWN, questions, known, 64)
-    known_before = json.loads(RESULT.read_text()) if given.only else {}
-    command = f"python -m bench.fitted_weights --samples {given.samples} --questions {given.questions}"
-    versions = {"mmc": mmcompress.__version__, "torch": torch.__version__}
-    document = {**known_before, "command": command, "versions": versions, **found}
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+        for rows in compared(assets.mini_vlm(), WAYS | SHOWN, questions, known, 64):
+            write(given, "mini_vlm", rows)
+
+
+def write(given: argparse.Namespace, name: str, rows: dict[str, Any]) -> None:
+    """Write what is known of a model; what is known of the other stays."""
+    document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    document["command"] = f"python -m bench.fitted_weights --samples {given.samples} --questions {given.questions}"
+    document["versions"] = {"mmc": mmcompress.__version__, "torch": torch.__version__}
+    RESULT.write_text(json.dumps(document | {name: rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
