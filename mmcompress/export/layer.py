@@ -27,10 +27,15 @@ class _Alone(nn.Module):
 
 
 def export_layer(layer: nn.Module, rows: int, columns: int, path: Path) -> None:
-    """Write a Linear, quantized or not, that takes "x" of (1, rows, columns) in float32."""
+    """Write a Linear, quantized or not, that takes "x" of (batch, rows, columns) in float32.
+
+    The batch stays open as in a model: with every size known, onnxruntime (1.32) makes one Gemm of product and bias before it looks
+    for rounded inputs, and multiplies floats.
+    """
     alone = _Alone(layer).eval()
     with quiet(), torch.no_grad():
-        program = torch.export.export(alone, (torch.zeros(1, rows, columns),), strict=False)
+        open_batch = ({0: torch.export.Dim.DYNAMIC},)
+        program = torch.export.export(alone, (torch.zeros(3, rows, columns),), dynamic_shapes=open_batch, strict=False)
         model = to_onnx(program, ["x"], ["y"], DEFAULT_OPSETS["float32"])
     simplify(model)
     ir.save(model, path)

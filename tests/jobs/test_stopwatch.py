@@ -65,6 +65,17 @@ def test_a_layer_alone_is_what_it_is_in_a_model(name: str, operators: set[str], 
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_onnxruntime_multiplies_integers_as_in_a_model(tmp_path: Path) -> None:
+    export_layer(layers()["W8A8"], 5, 32, tmp_path / "layer.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # what it writes here is for this machine only, it warns
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(tmp_path / "layer.onnx", options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+    assert "MatMulIntegerToFloat" in operators
+    assert not operators & {"Gemm", "MatMul"}
+
+
 def test_each_shape_and_scheme_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[tuple[str, int]] = []
 
