@@ -31,7 +31,7 @@ PRECISIONS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"
     type=click.Choice(("onnx", "tensorrt", *export_layout.NAMES)),
     default="onnx",
     show_default=True,
-    help="What to write: graphs, or a quantized checkpoint as vLLM and transformers load it.",
+    help="What to write: graphs, or a quantized checkpoint in a layout of other tools.",
 )
 @options.tower_option
 @click.option(
@@ -101,8 +101,9 @@ def command(
     MODEL is a checkpoint, or for tensorrt also a directory that mmc export wrote. Exit 3 when a file does not compute
     or hold what the model does.
 
-    With compressed-tensors, gptq or awq, write the quantized checkpoint MODEL in that layout, the same integers in it, for vLLM and
-    plain transformers. gptq and awq hold the 4-bit Linears of W4A16, compressed-tensors those of W8A16 and W8A8 too.
+    With compressed-tensors, gptq or awq, write the quantized checkpoint MODEL in that layout, the same integers in it; what is
+    written beside it says who loads it. gptq and awq hold the 4-bit Linears of W4A16, compressed-tensors those of W8A16
+    and W8A8 too.
     """
     batches = numbers(check_batches, "--check-batches", ",")
     stored = PRECISIONS[precision] if precision else None

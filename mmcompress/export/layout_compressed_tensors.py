@@ -44,8 +44,10 @@ class CompressedTensors:
         ):
             # transformers 5.23 knows how to cut older checkpoints of DINOv2, and adds the layout's tensors to what it cuts.
             why_not = "models whose older checkpoints it would have to cut"
-        package = " and transformers with the package compressed-tensors"
-        return cls(rounds_inputs, f"vLLM{f' (not transformers, which refuses {why_not})' if why_not else package}")
+        untried = "written for vLLM, which was not tried"
+        if why_not:
+            return cls(rounds_inputs, f"no one known ({untried}; not transformers, which refuses {why_not})")
+        return cls(rounds_inputs, f"transformers with the package compressed-tensors; {untried}")
 
     def refusal(self, path: str, layer: Quantized) -> str:
         return why_no_linear(layer)

@@ -62,7 +62,7 @@ class Awq(_FourBits):
     left: tuple[str, ...] = ()
     """Layers that transformers leaves as they are whatever config.json says: the last one, and the output embeddings."""
     name: str = "awq"
-    loaded_by: str = "vLLM and transformers with the package gptqmodel"
+    loaded_by: str = "transformers with the package gptqmodel; written for vLLM too, which was not tried"
 
     @classmethod
     def of(cls, bundle: Bundle, layers: Mapping[str, Quantized]) -> Awq:
@@ -105,7 +105,7 @@ class Gptq(_FourBits):
     first_format: bool = True
     """Zero points less 1, which everything reads; impossible where one is 0."""
     name: str = "gptq"
-    loaded_by: str = "vLLM and transformers with the packages gptqmodel and optimum"
+    loaded_by: str = "transformers with the packages gptqmodel and optimum; written for vLLM too, which was not tried"
 
     @classmethod
     def of(cls, bundle: Bundle, layers: Mapping[str, Quantized]) -> Gptq:
