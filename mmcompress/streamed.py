@@ -220,7 +220,8 @@ class Shards:
             return
         converts = parameter and tensor.is_floating_point()
         taken = (tensor.to(self.dtype) if converts else tensor).detach().contiguous()
-        if taken.is_floating_point() and not taken.isfinite().all():
+        # Of floats of 8 bits torch does not tell (2.13); ours are cut off at their ends, and so are finite where their scales are.
+        if taken.is_floating_point() and taken.itemsize > 1 and not taken.isfinite().all():
             raise MmcError(f"{name} has NaN or infinity", hint="the checkpoint is damaged, or its dtype too small")
         if taken.nbytes + sum(value.nbytes for value in self.waiting.values()) > self.limit:
             self._write()

@@ -159,7 +159,7 @@ def _export_part(
     onnx.checker.check_model(str(path), full_check=True)
     progress.advance(note=f"{name} written")
     operators = Counter(node.op_type for node in model.graph)
-    rows = check_parity(module, path, precision=precision, batches=batches)
+    rows = check_parity(module, path, precision=precision, batches=batches, used=graph.used)
     progress.advance(note=f"{name} agrees with torch")
     component = Component(
         name=name,

@@ -13,7 +13,7 @@ Shape alphabet: B batch, N tokens, C channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,16 @@ def corners(module: Traced, batches: Sequence[int]) -> Iterator[dict[str, Tensor
 
 
 def check_parity(
-    module: Traced, path: Path, *, precision: str, batches: Sequence[int] = (1, 2, 7)
+    module: Traced,
+    path: Path,
+    *,
+    precision: str,
+    batches: Sequence[int] = (1, 2, 7),
+    used: Collection[str] | None = None,
 ) -> tuple[ParityRow, ...]:
     """Compare the graph at `path` with the torch module at every corner.
+
+    `used`: names of the tensors that the part's outputs are computed from (`trace.Graph`); None: of all it runs.
 
     Raises GateFailed naming the part, the shape, the difference and the first block that differs.
     """
@@ -97,7 +104,7 @@ def check_parity(
     graph = onnx.load(path)
     if not rounded:
         return _compare_all(module, graph, inputs, strict)
-    check_grids(module, graph)
+    check_grids(module, graph, used)
     with no_rounding(module):
         rows = _compare_all(module, unrounded(graph), inputs, strict)
     loose = TOLERANCES["quantized"]

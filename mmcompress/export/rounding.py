@@ -10,7 +10,7 @@ such parameters: they are told not to for the first part.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -83,9 +83,12 @@ def no_rounding(module: Traced) -> Iterator[None]:
                 setattr(layer, name, value)
 
 
-def check_grids(module: Traced, graph: onnx.ModelProto) -> None:
-    """Raise GateFailed unless activations are rounded with the scales and zero points of the torch module, and no others."""
-    want, got = torch_grids(module), graph_grids(graph)
+def check_grids(module: Traced, graph: onnx.ModelProto, used: Collection[str] | None = None) -> None:
+    """Raise GateFailed unless activations are rounded with the scales and zero points of the torch module, and no others.
+
+    `used`: see `torch_grids`.
+    """
+    want, got = torch_grids(module, used), graph_grids(graph)
     if want != got:
         odd = sorted(want ^ got)[0]
         where = "the torch model" if odd in want else "the exported graph"
@@ -96,8 +99,11 @@ def check_grids(module: Traced, graph: onnx.ModelProto) -> None:
         )
 
 
-def torch_grids(module: Traced) -> set[Grid]:
-    """Return the grids of the quantized layers that run when the part does."""
+def torch_grids(module: Traced, used: Collection[str] | None = None) -> set[Grid]:
+    """Return the grids of the quantized layers that run when the part does.
+
+    `used`: names of the tensors that its outputs are computed from; None: of all. A layer that runs for nothing is in no graph.
+    """
     inputs = module.example({BATCH: 1, **module.part.traced})
     ran: list[Quantized] = []
     handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in rounding_layers(module)]
@@ -106,6 +112,10 @@ def torch_grids(module: Traced) -> set[Grid]:
     finally:
         for handle in handles:
             handle.remove()
+    if used is not None:
+        # A layer that shares its weight has the scales of another one.
+        scales = {id(buffer) for name, buffer in module.model.named_buffers() if name in used}
+        ran = [layer for layer in ran if id(layer.weight_scale) in scales]
     return {grid for layer in ran if (grid := layer.input_grid()) is not None}
 
 

@@ -111,19 +111,20 @@ def export_tensorrt(
     parse), GateFailed (see `export_onnx`).
     """
     options, progress = options or EngineOptions(), progress or Silent()
-    api = load_api(options.api)
     if not source.embedding if isinstance(source, Artifact) else not isinstance(source.family, DualEncoder):
         raise UsageError(
             "engines are built of models that embed; the cache of one that answers in text starts empty, and no engine takes that",
             hint="mmc export --to onnx, and run it in onnxruntime (--device cuda uses the GPU)",
         )
+    if not isinstance(source, Artifact):
+        _refuse_unsigned_layers(source, towers)
+    api = load_api(options.api)
     _refuse_unused(api, options)
     with staging(Path(out)) as directory:
         if isinstance(source, Artifact):
             shutil.copytree(source.directory, directory, dirs_exist_ok=True)
             artifact = Artifact(**{**vars(source), "directory": directory})
         else:
-            _refuse_unsigned_layers(source, towers)
             report: ExportReport = write_onnx(
                 source, directory, towers=towers, precision=precision, batches=batches, progress=progress
             )

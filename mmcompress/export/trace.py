@@ -208,14 +208,20 @@ def to_onnx(program: torch.export.ExportedProgram, inputs: list[str], outputs: l
 
 
 def _used(program: torch.export.ExportedProgram) -> frozenset[str]:
-    """Names of the parameters and buffers that some operator of the program reads, without the module around the model."""
+    """Names of the parameters and buffers that the outputs are computed from, without the module around the model.
+
+    Not of those that are computed with for nothing, as the last block of a vision tower whose connector reads the one before:
+    the exporter drops such operators.
+    """
     signature = program.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return frozenset(
-        targets[node.name].removeprefix("model.")
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.users and node.name in targets
-    )
+    reached, waiting = set[str](), [node for node in program.graph.nodes if node.op == "output"]
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node.name not in reached:
+                reached.add(node.name)
+                waiting.append(node)
+    return frozenset(targets[name].removeprefix("model.") for name in reached & targets.keys())
 
 
 def _should_fold(node: ir.Node) -> bool | None:

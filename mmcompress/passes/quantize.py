@@ -104,7 +104,7 @@ class Quantize:
     """Let the norm before layers do the scaling of their inputs, where nothing else reads it: the same, one multiplication less."""
     embeddings: bool = True
     """Quantize large embedding tables too, one scale per row. A table that shares its weight with a Linear shares its integers with
-    it: both are quantized, or neither."""
+    it: both are quantized, or neither. Target tensorrt leaves them floats: it looks up no integers."""
     keep_float: tuple[str, ...] = ()
     """Layers to leave alone, as path patterns such as "vision_model.encoder.layer.0.*"."""
     min_cosine: float = 0.99
@@ -270,6 +270,11 @@ class Quantize:
     def looks_at_samples(self) -> bool:
         """Whether weights are rounded to what samples show of their inputs."""
         return self.scaling == "awq" or self.clip or (self.rounding == "gptq" and bool(self.used & FOUR_BITS))
+
+    @property
+    def tables(self) -> bool:
+        """Whether embedding tables are quantized: TensorRT (RTX 1.7) has integers in no other place than before a product."""
+        return self.embeddings and self.target != "tensorrt"
 
     @property
     def own_schemes(self) -> dict[str, str]:

@@ -127,7 +127,7 @@ def looks(settings: Quantize, bundle: Bundle, tower: Tower) -> int:
     scheme = with_activations(name, settings.activations)
     if scheme.inputs == "static":
         return 0
-    paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
+    paths = candidates(bundle, tower, settings.tables, settings.keep_float)
     sizes = group_sizes(bundle, tower, paths, settings.group_size) if scheme.weights == "int4" else {}
     schemes = dict.fromkeys(paths, scheme.otherwise or name) | dict.fromkeys(sizes, name)
     linears = linears_of(bundle, fitted_paths(settings, tower, schemes))

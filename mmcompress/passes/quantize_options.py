@@ -74,7 +74,7 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
 
     Memory: the tower once more in each scheme, in 8 and 4 bits together 0.4 of its floats.
     """
-    paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
+    paths = candidates(bundle, tower, settings.tables, settings.keep_float)
     sizes = group_sizes(bundle, tower, paths, settings.group_size) if "W4A16" in schemes else {}
     tensors: dict[str, Tensor] = {}
     if "W8A8" in schemes:

@@ -37,7 +37,7 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     """
     name = settings.scheme_of(tower.name)
     scheme = with_activations(name, settings.activations)
-    paths = candidates(bundle, tower, settings.embeddings, settings.keep_float)
+    paths = candidates(bundle, tower, settings.tables, settings.keep_float)
     report: dict[str, Any] = {"scheme": name, "bytes_before": bytes_of(bundle, tower)}
     if name in FLOAT_CODES:
         paths = float_codable(bundle, tower, paths)

@@ -15,10 +15,21 @@ from mmcompress.export import tensorrt as building
 from mmcompress.export.artifact import Component, TensorSpec, open_artifact, sha256
 from mmcompress.export.tensorrt import EngineOptions, Profile, export_tensorrt, load_api, profile_shapes
 from mmcompress.export.tensorrt_api import Api
+from mmcompress.passes import build
+from mmcompress.passes.base import Context
+from tests import tiny
 
 rtx = pytest.mark.skipif(
     find_spec("tensorrt_rtx_bindings") is None, reason="tensorrt_rtx_bindings is not installed (extra rtx)"
 )
+
+
+def quantized(**params):
+    bundle = tiny.bundle("clip")
+    made = build("quantize", {"min_cosine": -1.0, **params})
+    made.apply(bundle, made.plan(bundle, Context(data=tiny.data("clip", 4), num_samples=4, batch_size=4)))
+    return bundle
+
 
 PIXELS = TensorSpec("pixel_values", "float32", ("batch", 3, 8, 8))
 IDS = TensorSpec("input_ids", "int64", ("batch", "tokens"))
@@ -85,6 +96,38 @@ def test_only_the_towers_that_are_exported_must_be_symmetric(unsigned):
     building._refuse_unsigned_layers(unsigned, ["text"])
     with pytest.raises(UsageError, match="symmetric int8 only"):
         building._refuse_unsigned_layers(unsigned, ["vision"])
+
+
+@pytest.mark.parametrize("params", [{"activations": "dynamic"}, {"scheme": "W8A16"}], ids=["by token", "weights"])
+def test_what_is_made_for_cpus_is_refused_with_or_without_tensorrt(params, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "load_api", lambda _name: pytest.fail("the model is looked at first"))
+    with pytest.raises(UsageError, match="TensorRT") as caught:
+        export_tensorrt(quantized(**params), tmp_path / "out")
+    assert caught.value.hint == "quantize with --target tensorrt"
+    assert list(tmp_path.iterdir()) == []
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("params", "towers"),
+    [
+        ({}, ["vision", "text"]),
+        ({"activations": "dynamic"}, ["vision"]),
+        ({"scheme": "FP8"}, ["vision"]),
+        ({"scheme": "FP8", "activations": "dynamic"}, ["vision"]),
+    ],
+    ids=["int8", "int8 by token", "float8", "float8 by token"],
+)
+def test_what_is_quantized_for_it_builds(params, towers, tmp_path):
+    """Word tables included, which stay floats: it looks up no integers."""
+    options = EngineOptions(api="tensorrt_rtx", batch=Profile(1, 2, 4), capabilities=("SM89",))
+    report = export_tensorrt(
+        quantized(target="tensorrt", **params), tmp_path / "out", options, towers=towers, batches=(1,)
+    )
+    assert [engine.name for engine in report.engines] == towers
+    assert all((tmp_path / "out" / engine.file).stat().st_size == engine.bytes > 0 for engine in report.engines)
+    stored = report.artifact.component("vision").weights
+    assert stored["FLOAT8E4M3FN" if "scheme" in params else "INT8"] > stored["FLOAT16"] / 4
 
 
 @rtx

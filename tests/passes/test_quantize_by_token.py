@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.export.onnx import export_onnx
-from mmcompress.export.tensorrt import EngineOptions, Profile, export_tensorrt
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize import Quantize
 from mmcompress.recipe import Step
@@ -225,25 +223,6 @@ def test_graphs_hold_what_is_stored_and_agree(params: dict[str, Any], dtype: str
     whole = [row for row in made.parity if row.rounding]
     # Where torch rounds as the graph does, they differ by what goes the other way at a tie; else by the rounding itself.
     assert min(row.cosine for row in whole) > (0.999 if dtype == "UINT8" else 0.99999)
-
-
-@pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="tensorrt_rtx_bindings is not installed")
-@pytest.mark.parametrize("params", [FP8_BY_TOKEN, {**W8A8, "target": "tensorrt"}], ids=["fp8", "int8"])
-def test_tensorrt_builds_what_is_rounded_by_token_or_in_8_bit_floats(params: dict[str, Any], tmp_path: Path) -> None:
-    bundle = run({**params, "towers": ("vision",)})
-    options = EngineOptions(api="tensorrt_rtx", batch=Profile(1, 2, 4), capabilities=("SM89",))
-    export_tensorrt(bundle, tmp_path / "out", options, towers=["vision"], precision="float16", batches=(1,))
-    assert (tmp_path / "out" / "vision.engine").stat().st_size > 0
-
-
-@pytest.mark.parametrize("params", [W8A8, {"scheme": "W8A16"}])
-def test_what_is_made_for_cpus_does_not_go_to_tensorrt(params: dict[str, Any], tmp_path: Path) -> None:
-    if find_spec("tensorrt_rtx_bindings") is None:
-        pytest.skip("tensorrt_rtx_bindings is not installed")
-    bundle = run({**params, "towers": ("vision",)}, data=Context())
-    with pytest.raises(UsageError, match="TensorRT") as caught:
-        export_tensorrt(bundle, tmp_path / "out", towers=["vision"])
-    assert caught.value.hint == "quantize with --target tensorrt"
 
 
 def test_the_decision_is_replayed_without_values() -> None:
