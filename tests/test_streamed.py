@@ -30,6 +30,8 @@ RUNS: list[tuple[str, list[dict[str, Any]]]] = [
     ("llava_dinov2", [SHORTEN, CUT, CUT]),
     ("qwen2_5_vl", [SHORTEN, ROUND]),
     *((name, [FOUR_BITS]) for name in ("llava_dinov2", "qwen2_5_vl", "whisper")),
+    ("llava_dinov2", [{"quantize": {"scheme": "FP8", "activations": "dynamic", "target": "cuda"}}]),
+    ("whisper", [{"quantize": {"scheme": "W8A8", "activations": "dynamic"}}]),
     ("clip", [MERGE, CUT, ROUND]),
     ("siglip", [MERGE]),
     (

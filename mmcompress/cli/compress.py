@@ -120,7 +120,7 @@ def next_steps(manifest: Manifest, output: Path) -> list[str]:
     if schemes & {"NF4", "FP4"}:
         return [f"mmc eval {output} --data HELD-OUT"]  # no graph and no other layout has them
     graphs = f"mmc export {output} -o {output}-onnx --to onnx"
-    others = f"mmc export {output} -o {output}-vllm --to compressed-tensors (or gptq, awq)"
+    others = f"mmc export {output} -o {output}-packed --to compressed-tensors (or gptq, awq)"
     return [graphs, others] if schemes else [graphs]
 
 

@@ -22,7 +22,7 @@ PRECISIONS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"
     "export",
     epilog="\b\nExamples:\n  mmc export MODEL -o MODEL-onnx\n  mmc export OUT -o OUT-trt --to tensorrt --batch 1:8:32\n"
     "  mmc export OUT-onnx -o OUT-rtx --to tensorrt --api tensorrt_rtx --capability SM89\n"
-    "  mmc export QUANTIZED -o OUT-vllm --to compressed-tensors",
+    "  mmc export QUANTIZED -o OUT-packed --to compressed-tensors",
 )
 @options.model_argument
 @options.output_option()

@@ -23,7 +23,7 @@ def run(model: str, output: Path, layout: str, precision: str | None, terminal: 
         render.document(document(report))
         return
     show(report)
-    terminal.next_step(f"vllm serve {output}, or load it with transformers as {output / 'README.md'} says")
+    terminal.next_step(f"{output / 'README.md'} says what loads it, and how")
 
 
 def document(report: LayoutReport) -> dict[str, Any]:

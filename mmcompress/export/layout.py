@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mmcompress.surgery.float8 import Float8Linear
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedLinear, TiedLinear
 from mmcompress.surgery.quantized_base import Quantized
@@ -44,6 +45,8 @@ def why_no_linear(layer: Quantized) -> str:
     """Return why a layer is no Linear with a weight of its own; "" where it is one."""
     if isinstance(layer, TiedLinear):
         return "its weight is an embedding table's"
+    if isinstance(layer, Float8Linear):
+        return "8-bit floats"
     if not isinstance(layer, PackedLinear | QuantizedLinear):
         return f"{type(layer).__name__.removeprefix('Quantized')}, no Linear"
     return ""
@@ -52,3 +55,8 @@ def why_no_linear(layer: Quantized) -> str:
 def input_grid(layer: Quantized) -> Tensor | None:
     """Return the zero point of a layer's rounded input, None where it is not rounded."""
     return getattr(layer, "input_zero_point", None)
+
+
+def loses_rounding(layer: Quantized, said: bool) -> bool:
+    """Whether a layer's inputs were rounded and are not where it is loaded: a layout keeps one grid for all tokens, if any."""
+    return layer.tokens is not None or (not said and getattr(layer, "input_scale", None) is not None)

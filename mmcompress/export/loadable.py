@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.checkpoint import DTYPES, save_configs, set_config_dtype
 from mmcompress.errors import UsageError, closest
-from mmcompress.export.layout import Layout
+from mmcompress.export.layout import Layout, loses_rounding
 from mmcompress.export.layouts import LAYOUTS
 from mmcompress.export.loadable_card import card
 from mmcompress.plainly import loads_plainly, plain_model
@@ -45,7 +45,7 @@ class LayoutReport:
     floats: dict[str, str]
     """Path of each quantized layer that became floats -> why."""
     unrounded: tuple[str, ...]
-    """Those among them whose input was rounded, and is not any more."""
+    """Quantized layers whose input was rounded, and is not any more: those among them, and those that round token by token."""
     scales_off: float
     """The most a scale was rounded by, relative to itself."""
     bytes: int
@@ -101,7 +101,7 @@ def export_layout(
             precision=stored,
             kinds=dict(Counter(layout.kind(layer) for layer in said.values()).most_common()),
             floats=floats,
-            unrounded=tuple(path for path in floats if getattr(quantized[path], "input_scale", None) is not None),
+            unrounded=tuple(path for path, layer in quantized.items() if loses_rounding(layer, path in said)),
             scales_off=_scales_off(layout, said.values()),
             bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
             integer_bytes=integers,
@@ -120,7 +120,8 @@ def _require_sayable(bundle: Bundle, name: str, said: dict[str, Quantized], floa
             hint="quantize again without: --scaling none, and for W8A8 --smooth 0",
         )
     if not said:
-        path, reason = next(iter(floats.items()))
+        reason = Counter(floats.values()).most_common(1)[0][0]
+        path = next(path for path, why in floats.items() if why == reason)
         raise UsageError(
             f"{name} can say none of the {len(floats)} quantized layers ({path}: {reason})",
             hint="gptq and awq hold 4-bit Linears (--scheme W4A16); compressed-tensors holds 8-bit ones too",

@@ -56,5 +56,5 @@ def rounded(report: LayoutReport) -> list[str]:
         more = f" and {len(own) - 1} more are" if len(own) > 1 else " is"
         lines.append(f"`{own[0]}`{more} written as floats: {reason}")
     if report.unrounded:
-        lines.append(f"the inputs of {len(report.unrounded)} of these are not rounded to 8 bits any more")
+        lines.append(f"inputs of {len(report.unrounded)} quantized layers: not rounded to 8 bits any more")
     return lines

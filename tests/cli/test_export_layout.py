@@ -23,13 +23,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_quantized_checkpoint_becomes_one_that_others_load(model: Path, mmc: Mmc, tmp_path: Path) -> None:
     made = mmc("quantize", model, "-o", tmp_path / "q", "--scheme", "W4A16", "--group-size", 16)
     assert made.code == 0
-    assert f"next: mmc export {tmp_path / 'q'} -o {tmp_path / 'q'}-vllm --to compressed-tensors" in made.err
+    assert f"next: mmc export {tmp_path / 'q'} -o {tmp_path / 'q'}-packed --to compressed-tensors" in made.err
     assert "--to compressed-tensors` (or `gptq`, `awq`, `onnx`)" in (tmp_path / "q" / "README.md").read_text()
     done = mmc("export", tmp_path / "q", "-o", tmp_path / "awq", "--to", "awq")
     assert done.code == 0
     assert "4 bits in groups of 16" in done.out
     assert "`model.language_model.embed_tokens` is written as floats: Embedding, no Linear" in done.out
-    assert "next: vllm serve" in done.err
+    assert f"next: {tmp_path / 'awq' / 'README.md'} says what loads it" in done.err
     with safe_open(tmp_path / "awq" / "model.safetensors", "pt") as opened:
         assert "model.language_model.layers.0.self_attn.q_proj.qweight" in opened.keys()  # noqa: SIM118
     config = json.loads((tmp_path / "awq" / "config.json").read_text())

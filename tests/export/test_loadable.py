@@ -259,6 +259,21 @@ def test_grids_of_inputs_are_said_with_their_zero_points(target: Any, symmetric:
     assert (stored["input_zero_point"].item() if not symmetric else stored.get("input_zero_point")) == zero_point
 
 
+@pytest.mark.parametrize(
+    "params", [{"scheme": "W8A8", "activations": "dynamic"}, {"scheme": "W4A8"}], ids=["W8A8", "W4A8"]
+)
+def test_inputs_rounded_by_token_are_said_to_be_floats_there(params: dict[str, Any], tmp_path: Path) -> None:
+    bundle = quantized(**params, smooth=0.0)
+    report, _, config = written(bundle, tmp_path / "out", "compressed-tensors")
+    rounding = [path for path, layer in bundle.model.named_modules() if getattr(layer, "tokens", None) is not None]
+    assert rounding
+    assert report.unrounded == tuple(rounding)
+    groups = config["quantization_config"]["config_groups"].values()
+    assert all(group["input_activations"] is None for group in groups)
+    told = f"inputs of {len(rounding)} quantized layers: not rounded to 8 bits any more"
+    assert told in (tmp_path / "out" / "README.md").read_text()
+
+
 def pruned() -> Bundle:
     bundle = tiny.bundle("dual_encoder_dinov2")
     cut = Prune(ratio=0.3, compensate="none", score="magnitude")
@@ -283,6 +298,7 @@ def merged() -> Bundle:
         (lambda: tiny.bundle(VLM), "awq", "nothing of llava_clip is quantized"),
         (lambda: quantized(scheme="W8A16"), "gptq", "gptq can say none of the 44 quantized layers"),
         (lambda: quantized(scheme="W8A8"), "compressed-tensors", "multiply their input by a gain"),
+        (lambda: quantized(scheme="FP8", target="cuda"), "compressed-tensors", "q_proj: 8-bit floats"),
         (pruned, "compressed-tensors", "other tools cannot rebuild this model: config.json cannot say the shapes"),
         (merged, "compressed-tensors", "reduce tokens; plain transformers would run without that"),
         (lambda: quantized(), "ggml", "there is no layout 'ggml'"),
