@@ -30,7 +30,7 @@ from mmcompress.jobs.refusals import require_alone, require_usable, with_tasks
 from mmcompress.jobs.sensitivity import Row, judged_groups, mixed_findings
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.jobs.stages import Measurements, headlines, load_again
-from mmcompress.jobs.stopwatch import stopwatch, target_stopwatch
+from mmcompress.jobs.stopwatch import stopwatch
 from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts, usable_cores
@@ -109,8 +109,7 @@ def compress(
         batch_size=recipe.data.batch_size,
         seed=recipe.seed,
         progress=progress,
-        latency=stopwatch(recipe.export),
-        stopwatch=target_stopwatch(recipe.export),
+        stopwatch=stopwatch(recipe.export),
     )
     run = Measurements(model, recipe, place, context, evaluation_data, allow_pickle=allow_pickle)
     run.context = dataclasses.replace(context, teacher=run.fresh)

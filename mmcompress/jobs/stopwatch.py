@@ -6,7 +6,6 @@ import functools
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +26,27 @@ ENGINES = {"cpu": "onnxruntime", "openvino": "openvino"}
 """The runner that each target of `quantize` is timed in."""
 
 
-def stopwatch(export: Export) -> Callable[[Bundle, tuple[str, ...]], float]:
-    """Return what tells how many milliseconds stages of a bundle take together, in the fastest of the runners of `export`.
+class ExportedStopwatch:
+    """Times in the engine of one target, or in the fastest of the runners of `export`. See `passes.base.Stopwatch`."""
 
-    A stage is a part or what `jobs.bench` calls one; medians of `ROUNDS` calls at `export.batch` are added. It raises UsageError
-    for a stage the exported model has not, and what exporting raises.
-    """
+    def __init__(self, export: Export, target: str = "") -> None:
+        self._export, self._threads = export, export.threads or usable_cores()
+        self._asked = (ENGINES[target],) if target else export.runners
+        self._known: dict[tuple[str, int], float] = {}
 
-    def milliseconds(bundle: Bundle, stages: tuple[str, ...]) -> float:
-        runners = usable_runners(export.runners)
+    def model(self, bundle: Bundle, stages: tuple[str, ...]) -> float:
+        """Return the sum of the stages' medians of `ROUNDS` calls at `export.batch`; a stage is one of `jobs.bench`, or a part.
+
+        Raises UsageError for a stage the exported model has not, and what exporting raises.
+        """
+        export = self._export
         settings = Settings(
-            runners=runners, towers=stages, batch=export.batch, threads=export.threads, rounds=ROUNDS, memory=False
+            runners=usable_runners(self._asked),
+            towers=stages,
+            batch=export.batch,
+            threads=export.threads,
+            rounds=ROUNDS,
+            memory=False,
         )
         with tempfile.TemporaryDirectory(prefix="mmc-latency-") as scratch:
             exported = Path(scratch) / "trial"
@@ -48,26 +57,12 @@ def stopwatch(export: Export) -> Callable[[Bundle, tuple[str, ...]], float]:
             taken[row.timing.runner].append(row.timing.latency.p50_ms.value)
         return min(sum(times) for times in taken.values() if len(times) == len(stages))
 
-    return milliseconds
-
-
-class TargetStopwatch:
-    """Times in the engine of one target; what a layer of one kind and shape takes is asked once. See `passes.base.Stopwatch`."""
-
-    def __init__(self, export: Export, target: str) -> None:
-        self._runner, self._threads = ENGINES[target], export.threads or usable_cores()
-        self._batch = export.batch
-        self._model = stopwatch(replace(export, runners=(self._runner,)))
-        self._known: dict[tuple[str, int], float] = {}
-
-    def model(self, bundle: Bundle, stages: tuple[str, ...]) -> float:
-        return self._model(bundle, stages)
-
     def layer(self, layer: nn.Module, rows: int) -> float:
+        """Return the median of one Linear, quantized or not; of one kind and shape it is asked once."""
         # What a layer is printed as names its kind, its sizes and its scheme.
         key = (repr(layer), rows)
         if key not in self._known:
-            self._known[key] = self._timed(layer, rows * self._batch)
+            self._known[key] = self._timed(layer, rows * self._export.batch)
         return self._known[key]
 
     def _timed(self, layer: nn.Module, rows: int) -> float:
@@ -76,7 +71,7 @@ class TargetStopwatch:
         with tempfile.TemporaryDirectory(prefix="mmc-latency-") as scratch:
             file = Path(scratch) / "layer.onnx"
             export_layer(layer, rows, columns, file)
-            runner = open_runner(self._runner, file, self._threads, "cpu")
+            runner = open_runner(usable_runners(self._asked)[0], file, self._threads, "cpu")
             try:
                 found = interleaved({"layer": runner.bind({"x": values})}, rounds=ROUNDS)
             finally:
@@ -84,6 +79,6 @@ class TargetStopwatch:
         return found["layer"].summary().p50_ms.value
 
 
-def target_stopwatch(export: Export) -> Callable[[str], TargetStopwatch]:
+def stopwatch(export: Export) -> Callable[[str], ExportedStopwatch]:
     """Return what makes the stopwatch of a target, one for each."""
-    return functools.cache(functools.partial(TargetStopwatch, export))
+    return functools.cache(functools.partial(ExportedStopwatch, export))

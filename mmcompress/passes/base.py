@@ -77,10 +77,8 @@ class Context:
     teacher: Callable[[], Bundle] | None = None
     """Loads the uncompressed original."""
     progress: Progress = field(default_factory=Silent)
-    latency: Callable[[Bundle, tuple[str, ...]], float] | None = None
-    """Milliseconds that parts of a bundle take together once they are exported, on this machine: towers, or the "prompt"."""
     stopwatch: Callable[[str], Stopwatch] | None = None
-    """Returns what times for a target ("cpu", "openvino")."""
+    """Returns what times for a target ("cpu", "openvino"), or for "" in the fastest of the run's engines."""
     workdir: Path | None = None
     """Where a long `fit` keeps what it needs to resume after being killed. None: it starts over."""
 
@@ -92,11 +90,11 @@ class Context:
             )
         return self.data
 
-    def require_latency(self, what: str) -> Callable[[Bundle, tuple[str, ...]], float]:
-        """Return what times a bundle. Raises UsageError saying that `what` needs it."""
-        if self.latency is None:
-            raise UsageError(f"{what} needs a run that may export and time the model", hint="use keep")
-        return self.latency
+    def require_stopwatch(self, what: str, target: str, hint: str) -> Stopwatch:
+        """Return what times for a target. Raises UsageError saying that `what` needs it, and with `hint` what else there is."""
+        if self.stopwatch is None:
+            raise UsageError(f"{what} needs a run that may export and time the model", hint=hint)
+        return self.stopwatch(target)
 
 
 def require_one(name: str, **given: Any) -> None:

@@ -39,7 +39,7 @@ def solved(
     `at` makes the pass `name` that keeps a share, from `least` to 1. Raises UsageError where even `least` takes longer, naming how
     long, where nothing can be timed, and on a machine so busy that fewer tokens take longer again and again.
     """
-    milliseconds = context.require_latency(f"{name}.latency_ms")
+    milliseconds = context.require_stopwatch(f"{name}.latency_ms", target="", hint="use keep").model
     tried: dict[str, Any] = {}
 
     def cost(share: float) -> float:

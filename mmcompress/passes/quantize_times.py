@@ -41,12 +41,9 @@ class Timing:
     """
 
     def __init__(self, settings: Quantize, bundle: Bundle, towers: Sequence[Tower], context: Context) -> None:
-        if context.stopwatch is None:
-            raise UsageError(
-                "quantize.latency_ms needs a run that may export and time the model", hint="use bits or size_mib"
-            )
         assert settings.latency_ms is not None, "there is a budget of milliseconds"
-        self.stopwatch, self.given = context.stopwatch(settings.target), settings.latency_ms
+        self.given = settings.latency_ms
+        self.stopwatch = context.require_stopwatch("quantize.latency_ms", settings.target, hint="use bits or size_mib")
         self.bundle, self.towers, self.progress = bundle, towers, context.progress
         # The tower that writes: what reading a prompt takes.
         answering = getattr(bundle.family, "answering", "")

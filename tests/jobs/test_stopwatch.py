@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmcompress.export.layer import export_layer
-from mmcompress.jobs.stopwatch import TargetStopwatch, target_stopwatch
+from mmcompress.jobs.stopwatch import ExportedStopwatch, stopwatch
 from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import UINT8
 from mmcompress.recipe import Export
@@ -79,12 +79,12 @@ def test_onnxruntime_multiplies_integers_as_in_a_model(tmp_path: Path) -> None:
 def test_each_shape_and_scheme_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[tuple[str, int]] = []
 
-    def time_it(self: TargetStopwatch, layer: nn.Module, rows: int) -> float:
+    def time_it(self: ExportedStopwatch, layer: nn.Module, rows: int) -> float:
         timed.append((type(layer).__name__, rows))
         return float(len(timed))
 
-    monkeypatch.setattr(TargetStopwatch, "_timed", time_it)
-    watch = target_stopwatch(Export(batch=2, threads=1))
+    monkeypatch.setattr(ExportedStopwatch, "_timed", time_it)
+    watch = stopwatch(Export(batch=2, threads=1))
     assert watch("cpu") is watch("cpu")
     first, again = layers(), layers()
     assert [watch("cpu").layer(layer, 5) for layer in first.values()] == [1, 2, 3, 4, 5]
@@ -95,6 +95,6 @@ def test_each_shape_and_scheme_is_timed_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_layer_takes_some_time() -> None:
-    watch = target_stopwatch(Export(threads=1))("cpu")
+    watch = stopwatch(Export(threads=1))("cpu")
     small, large = watch.layer(nn.Linear(16, 16), 1), watch.layer(nn.Linear(1024, 1024), 64)
     assert 0 < small < large

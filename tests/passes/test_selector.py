@@ -26,6 +26,7 @@ from mmcompress.recipe import Step
 from mmcompress.surgery.reducing import handed_on, selector_of
 from mmcompress.surgery.selector import TokenTransformer, sines_of_places
 from tests import tiny
+from tests.passes.timing import timed_by
 
 PROJECTOR = "model.multi_modal_projector"
 ASKED: dict[str, Any] = {"method": "selector", "keep": 0.3, "selector_epochs": 2, "selector_width": 16}
@@ -223,7 +224,7 @@ def test_within_a_latency_untrained_ones_are_timed() -> None:
     def timer(trial: Bundle, stages: tuple[str, ...]) -> float:
         return handed_on(trial.module(PROJECTOR), 16) / 10
 
-    bundle, given = tiny.bundle("llava_clip"), replace(context(), latency=timer)
+    bundle, given = tiny.bundle("llava_clip"), replace(context(), stopwatch=timed_by(timer))
     made = build("reduce-visual-tokens", {"method": "selector", "latency_ms": 0.8, "selector_epochs": 1})
     plan = made.plan(bundle, given)
     made.apply(bundle, plan)

@@ -22,6 +22,7 @@ from mmcompress.recipe import Export, parse
 from mmcompress.surgery.reducing import handed_on
 from mmcompress.surgery.reduction import tokens_left
 from tests import tiny
+from tests.passes.timing import timed_by
 
 
 def test_the_largest_share_within_a_budget_by_hand() -> None:
@@ -103,7 +104,7 @@ def timer(bundle: Bundle, stages: tuple[str, ...]) -> float:
 
 def test_the_most_tokens_within_a_latency_are_kept() -> None:
     bundle = tiny.bundle("clip")
-    plan = merged(bundle, Context(latency=timer), latency_ms=3.0)
+    plan = merged(bundle, Context(stopwatch=timed_by(timer)), latency_ms=3.0)
     left = tokens_left(bundle.module(bundle.tower("vision").blocks[-1].path), 50)
     assert 27 <= left <= 30
     assert plan.decisions["tried_ms"]["1.0000"] == 5.0
@@ -119,7 +120,7 @@ def test_the_most_image_tokens_within_a_latency_are_kept() -> None:
     bundle = tiny.bundle("llava_clip")
     made = build("reduce-visual-tokens", {"latency_ms": 1.0})
     made.check(bundle)
-    plan = made.plan(bundle, Context(latency=timer))
+    plan = made.plan(bundle, Context(stopwatch=timed_by(timer)))
     made.apply(bundle, plan)
     assert timer(bundle, ("vision", "prompt")) <= 1.0
     assert plan.decisions["kept"] in (9, 10)
@@ -154,7 +155,7 @@ def test_refusals_say_what_there_can_be(name: str, family: str, settings: dict[s
     def plan() -> None:
         bundle, made = tiny.bundle(family), build(name, settings)
         made.check(bundle)
-        made.plan(bundle, Context(latency=timer))
+        made.plan(bundle, Context(stopwatch=timed_by(timer)))
 
     with pytest.raises(UsageError, match=message) as raised:
         plan()
@@ -172,7 +173,7 @@ def test_the_control_of_a_run_follows_what_was_solved_also_behind_earlier_passes
     folder = tiny.write_pairs(tmp_path / "data", 6)
     pruned = parse({"steps": [{"prune": {"ratio": 0.1, "score": "magnitude", "compensate": "none"}}]})
     compress(tiny.bundle("clip"), pruned, tmp_path / "pruned")
-    monkeypatch.setattr("mmcompress.jobs.compress.stopwatch", lambda export: timer)
+    monkeypatch.setattr("mmcompress.jobs.compress.stopwatch", lambda export: timed_by(timer))
     solved: list[Any] = []
     plan = MergeTokens.plan
 
@@ -201,10 +202,10 @@ def test_a_machine_that_is_busy_now_and_then_is_asked_again_and_one_that_always_
         calls.append(timer(bundle, stages) + (10.0 if len(calls) in (2, 3) else 0.0))
         return calls[-1]
 
-    plan = merged(tiny.bundle("clip"), Context(latency=disturbed), latency_ms=3.0)
+    plan = merged(tiny.bundle("clip"), Context(stopwatch=timed_by(disturbed)), latency_ms=3.0)
     assert (
         plan.decisions["merged"]
-        == merged(tiny.bundle("clip"), Context(latency=timer), latency_ms=3.0).decisions["merged"]
+        == merged(tiny.bundle("clip"), Context(stopwatch=timed_by(timer)), latency_ms=3.0).decisions["merged"]
     )
     assert len(calls) == 9
 
@@ -214,7 +215,7 @@ def test_a_machine_that_is_busy_now_and_then_is_asked_again_and_one_that_always_
     with pytest.raises(
         UsageError, match=r"cannot be solved: keep 0\.\d+ takes 9.\d+ ms, and with more tokens it took 5.00 ms"
     ):
-        merged(tiny.bundle("clip"), Context(latency=contrary), latency_ms=3.0)
+        merged(tiny.bundle("clip"), Context(stopwatch=timed_by(contrary)), latency_ms=3.0)
 
 
 def test_what_is_timed_prepares_prompts_with_as_few_tokens(tmp_path: Path) -> None:
@@ -229,7 +230,9 @@ def test_what_is_timed_prepares_prompts_with_as_few_tokens(tmp_path: Path) -> No
             asked.append((int((ids == bundle.model.config.image_token_id).sum()), round(10 * timer(bundle, stages))))
         return timer(bundle, stages)
 
-    build("reduce-visual-tokens", {"latency_ms": 1.0}).plan(tiny.bundle("llava_clip"), Context(latency=counting))
+    build("reduce-visual-tokens", {"latency_ms": 1.0}).plan(
+        tiny.bundle("llava_clip"), Context(stopwatch=timed_by(counting))
+    )
     assert asked == [(16, 16), (1, 1), (8, 8)]
 
 
@@ -247,14 +250,13 @@ def test_a_latency_is_checked_against_the_least_that_can_be_kept() -> None:
 
 def test_a_run_times_the_exported_tower(tmp_path: Path) -> None:
     """Far more than the tiny tower takes keeps every token; far less is refused, and what it takes is told."""
-    whole = stopwatch(Export(runners=("onnxruntime",), threads=1))(tiny.bundle("clip"), ("vision",))
+    watch = stopwatch(Export(runners=("onnxruntime",), threads=1))("")
+    whole = watch.model(tiny.bundle("clip"), ("vision",))
     assert 0 < whole < 1000
-    first_token = stopwatch(Export(runners=("onnxruntime",), threads=1))(
-        tiny.bundle("llava_clip"), ("vision", "prompt")
-    )
+    first_token = watch.model(tiny.bundle("llava_clip"), ("vision", "prompt"))
     assert 0 < first_token < 1000
     with pytest.raises(UsageError, match="has no tower 'audio'"):
-        stopwatch(Export(runners=("onnxruntime",), threads=1))(tiny.bundle("clip"), ("audio",))
+        watch.model(tiny.bundle("clip"), ("audio",))
     recipe: dict[str, Any] = {
         "steps": [{"merge-tokens": {"latency_ms": 1000.0}}],
         "export": {"runners": ["onnxruntime"]},
