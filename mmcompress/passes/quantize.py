@@ -89,9 +89,10 @@ class Quantize:
     group_size: int = 32
     """For W4A16: how many neighbouring inputs share a scale (16, 32, 64 or 128; 0: all of a row). Where it does not divide them,
     the largest that does; Linears that none divides take 8 bits."""
-    rounding: Literal["nearest", "hqq", "gptq"] = "hqq"
-    """For W4A16: to the nearest place of a grid that covers a group; of the grid that suits most of its weights (HQQ); or so that
-    outputs change least on the calibration samples (GPTQ, on HQQ's grids; it needs data). 8-bit weights go to the nearest."""
+    rounding: Literal["nearest", "hqq", "gptq"] = "nearest"
+    """For W4A16: to the nearest place of a grid that covers a group; of the grid that suits most of its weights (HQQ; on SmolLM2 no
+    better, python -m bench.fitted_weights); or so that outputs change least on the calibration samples (GPTQ, on HQQ's grids; it
+    needs data). 8-bit weights go to the nearest."""
     scaling: Literal["none", "awq"] = "none"
     """For weights alone (W4A16, W8A16): scale the inputs' channels so that weights which multiply large inputs are rounded more
     finely, as strongly as outputs on the calibration samples change least (AWQ; it needs data). With W8A8, see `smooth`."""
