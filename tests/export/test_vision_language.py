@@ -17,7 +17,10 @@ from mmcompress.jobs.bench_answers import AnswerTarget
 from mmcompress.jobs.bench_targets import Source
 from mmcompress.jobs.generate import generate, samples_of
 from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
+from mmcompress.passes import build
+from mmcompress.passes.base import Context
 from mmcompress.progress import Silent
+from mmcompress.surgery.quantized_base import Quantized
 from tests import tiny
 
 MODELS = ("llava_clip", "paligemma")
@@ -79,6 +82,21 @@ def test_stages_of_a_benchmark(exported: tuple[Bundle, Artifact], tmp_path: Path
         assert torch_target.macs(stage, 16) == target.macs(stage, 16)
     # torch runs the encoder's last block too where the connector reads the one before; no graph holds what nobody reads.
     assert torch_target.macs("vision", 16) >= target.macs("vision", 16)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16"])
+def test_quantized_blocks_that_nobody_reads_are_in_no_graph(scheme: str, tmp_path: Path) -> None:
+    """The connector reads the block before the last: the last one's integers are neither exported nor missed."""
+    bundle = tiny.bundle("llava_clip")
+    made = build("quantize", {"scheme": scheme, "min_cosine": -1.0, "keep_float": ("model.language_model.*",)})
+    made.apply(bundle, made.plan(bundle, Context(data=tiny.data("llava_clip", 4), num_samples=4, batch_size=2)))
+    blocks = bundle.tower("vision").blocks
+    quantized = [module for module in bundle.module(blocks[-1].path).modules() if isinstance(module, Quantized)]
+    artifact = export_onnx(bundle, tmp_path / "out", batches=(1,)).artifact
+    names = [value.name for value in onnx.load(artifact.path("vision")).graph.initializer]
+    assert quantized
+    assert any(f"layers.{len(blocks) - 2}.mlp" in name for name in names)
+    assert not any(f"layers.{len(blocks) - 1}." in name for name in names)
 
 
 def test_an_answer_ends_where_the_model_has_no_place_left() -> None:
