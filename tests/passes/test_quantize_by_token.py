@@ -98,7 +98,7 @@ def test_on_cpus_8_bit_weights_alone_may_be_multiplied_in_blocks(target: Any) ->
 
 
 def test_a_table_and_the_linear_that_shares_its_weight() -> None:
-    """Integers they share, and inputs are rounded by token all the same; 8-bit floats they do not have, nor TensorRT the integers."""
+    """Integers they share, and inputs are rounded by token all the same; not with 8-bit floats, nor for TensorRT."""
     last = run(W8A8, decoding.bundle(), Context()).module(decoding.LAST)
     assert isinstance(last, TiedLinear)
     assert last.tokens is not None
