@@ -115,7 +115,7 @@ def compared(
                 "against_original": paired(reads["original"], reads[name]),
                 "against_nearest": paired(reads[f"nearest, {groups}"], reads[name]),
                 "scaled": len(plan.decisions.get("scaled", {})),
-                "folded_norms": len(plan.decisions.get("folds", {})),
+                "folded": len(plan.decisions.get("folds", {})),
                 "image_tokens_count": plan.decisions["towers"]["language"].get("image_tokens_count", {}),
             }
             print(name, json.dumps(rows[name]), flush=True)

@@ -74,7 +74,7 @@ def export_layout(
     if not quantized:
         raise UsageError(f"nothing of {bundle.source.id} is quantized", hint="mmc quantize MODEL -o OUT --scheme W4A16")
     layout = LAYOUTS[name](bundle, quantized)
-    floats = {path: reason for path, layer in quantized.items() if (reason := layout.refusal(path, layer))}
+    floats = {path: reason for path, layer in quantized.items() if (reason := _refusal(layout, path, layer))}
     said = {path: layer for path, layer in quantized.items() if path not in floats}
     _require_sayable(bundle, name, said, floats)
     stored = precision or bundle.source.dtype
@@ -110,15 +110,15 @@ def export_layout(
     return report
 
 
+def _refusal(layout: Layout, path: str, layer: Quantized) -> str:
+    """Return why a layer becomes floats; "" where it keeps its integers."""
+    reason = layout.refusal(path, layer)
+    gained = not reason and getattr(layer, "input_gain", None) is not None
+    return "its input is multiplied by a gain that nothing before could take over" if gained else reason
+
+
 def _require_sayable(bundle: Bundle, name: str, said: dict[str, Quantized], floats: dict[str, str]) -> None:
     """Raise UsageError where a loader could not make this model of the files."""
-    gained = [path for path, layer in said.items() if getattr(layer, "input_gain", None) is not None]
-    if gained:
-        raise UsageError(
-            f"{len(gained)} layers such as {gained[0]} multiply their input by a gain that no norm could take over, "
-            f"which {name} cannot say",
-            hint="quantize again without: --scaling none, and for W8A8 --smooth 0",
-        )
     if not said:
         reason = Counter(floats.values()).most_common(1)[0][0]
         path = next(path for path, why in floats.items() if why == reason)
@@ -151,7 +151,8 @@ def _floats(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
     for path, layer in bundle.model.named_modules():
         if isinstance(layer, Quantized):
-            yield f"{path}.weight", layer.weight
+            gain = getattr(layer, "input_gain", None)
+            yield f"{path}.weight", layer.weight if gain is None else layer.weight * gain
 
 
 def _tensors(

@@ -16,6 +16,7 @@ from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
 from mmcompress.ops.token_rounding import TOKEN_INT8, TOKEN_UINT8, TokenGrid
 from mmcompress.passes import quantize_fit
 from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.quantize_channels import Channels, channels_of
 from mmcompress.passes.quantize_checks import require_sensible
 from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.passes.quantize_make import Maker
@@ -28,6 +29,7 @@ from mmcompress.surgery.folding import fold
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
 from mmcompress.surgery.quantized_base import Quantized
+from mmcompress.views import Tower
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Quantize:
     """What `scaling`, `clip` and gptq look at in a language model that is shown pictures: every token alike; image and text tokens
     by how much errors there change the answers (MBQ; one backward pass); or text tokens alone, to compare with."""
     fold: bool = True
-    """Let the norm before layers do the scaling of their inputs, where nothing else reads it: the same, one multiplication less."""
+    """Let what makes layers' inputs do the scaling of them, where that computes the same: the norm before, if nothing else reads
+    it; the values of an attention; the linear half of a gated MLP. Other tools can say no scaling beside (mmc export --to)."""
     embeddings: bool = True
     """Quantize large embedding tables too, one scale per row. A table that shares its weight with a Linear shares its integers with
     it: both are quantized, or neither. Target tensorrt leaves them floats: it looks up no integers."""
@@ -226,10 +229,10 @@ class Quantize:
             del module  # where layers are written as they are made, its floats are gone before a file is
             bundle.replace(path, made)
             give_back_freed()
-        for norm, readers in plan.decisions.get("folds", {}).items():
-            # A plan that was read back has no tensors: a checkpoint holds the norm as it became.
-            if f"{readers[0]}.gain" in plan.tensors:
-                fold(bundle.module(norm), plan.tensors[f"{readers[0]}.gain"])
+        for maker in plan.decisions.get("folds", {}):
+            # Quantized ones were made so. A plan that was read back has no tensors: a checkpoint holds what they became.
+            if maker not in layers and f"{maker}.fold" in plan.tensors:
+                fold(bundle.module(maker), plan.tensors[f"{maker}.fold"])
         drop_ties(bundle.model)
         loading = loading_config(bundle.model, bundle.source.dtype)
         if loading:
@@ -276,6 +279,10 @@ class Quantize:
     def tables(self) -> bool:
         """Whether embedding tables are quantized: TensorRT (RTX 1.7) has integers in no other place than before a product."""
         return self.embeddings and self.target != "tensorrt"
+
+    def channels(self, tower: Tower) -> dict[str, Channels]:
+        """Return the layers whose gains rows of another take over, where that is wanted."""
+        return channels_of(tower) if self.fold else {}
 
     @property
     def own_schemes(self) -> dict[str, str]:

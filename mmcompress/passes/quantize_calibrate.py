@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,13 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.observers import ChannelRange, Method, MinMax, observer
 from mmcompress.ops.rounding import Levels, scale_from_range, smoothing
 from mmcompress.passes.base import Context
+from mmcompress.passes.quantize_channels import Channels
 from mmcompress.progress import track
 from mmcompress.surgery.watch import evaluating, padding_mask, watch_inputs
 from mmcompress.views import Tower
 
 Inputs = dict[str, Tensor]
+NO_CHANNELS: Mapping[str, Channels] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,11 @@ def calibrate(
     method: Method,
     percentile: float,
     smooth: float,
+    channels: Mapping[str, Channels] = NO_CHANNELS,
 ) -> dict[str, Grid]:
     """Return the input grid of each layer that is called; those without one are read by their owner but never called.
+
+    `channels`: layers whose gains the rows that make their inputs are to take over.
 
     Memory: two rows of channels and at most one histogram of 128 KiB per layer, whatever the number of samples.
     """
@@ -97,7 +104,7 @@ def calibrate(
                 f"the input of {path} is not finite on the calibration samples",
                 hint="the model itself overflows: load it in float32, or leave bad samples out of the data",
             )
-    gains = _gains(tower, called, ranges, smooth) if smooth else {}
+    gains = _gains(tower, called, ranges, smooth, channels) if smooth else {}
     observers: dict[str, MinMax] = {path: observer(method, percentile) for path in called}
     if method != "min-max":
 
@@ -138,7 +145,11 @@ def watch(
 
 
 def _gains(
-    tower: Tower, modules: Mapping[str, nn.Module], ranges: Mapping[str, ChannelRange], smooth: float
+    tower: Tower,
+    modules: Mapping[str, nn.Module],
+    ranges: Mapping[str, ChannelRange],
+    smooth: float,
+    channels: Mapping[str, Channels],
 ) -> dict[str, Tensor]:
     """Return the gain of every Linear; layers that read the same input share one, so that it is rounded only once.
 
@@ -150,7 +161,11 @@ def _gains(
         linears = {path: module for path in group if isinstance(module := modules[path], nn.Linear)}
         if linears:
             largest = torch.stack([linear.weight.detach().abs().amax(0).float() for linear in linears.values()]).amax(0)
-            gain = 1 / smoothing(ranges[next(iter(linears))].largest(), largest, smooth)
+            path = next(iter(linears))
+            seen = ranges[path].largest()
+            if path in channels:
+                seen, largest = (channels[path].once(each, partial(torch.amax, dim=1)) for each in (seen, largest))
+            gain = 1 / smoothing(seen, largest, smooth)
             gains.update(dict.fromkeys(linears, gain))
     return gains
 

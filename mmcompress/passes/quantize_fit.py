@@ -8,10 +8,11 @@ judged once more as weights are really rounded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
@@ -76,8 +77,11 @@ def fit_weights(
     balance = balance_for(settings.balance, bundle, tower, context)
     what = f"rounding the weights by {' and '.join(ways)}"
     awq = settings.scaling == "awq"
+    channels = settings.channels(tower)
     for group, seen in inputs_of(bundle, tower, linears, context, balance, awq, what):
         layers = {path: linears[path] for path in group}
+        if group[0] in channels and seen.mean_sizes is not None:
+            seen = replace(seen, mean_sizes=channels[group[0]].once(seen.mean_sizes, partial(torch.mean, dim=1)))
         strength, best = _best(settings, layers, sizes, seen)
         for path, layer in best.items():
             if strength:

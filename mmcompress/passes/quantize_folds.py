@@ -1,31 +1,47 @@
-"""Which gains of quantized layers go into the norm before them: those of all that read it, where nothing else does.
+"""Which gains of quantized layers go into what makes their inputs: a norm, the values' Linear, or the linear half of a gated MLP.
 
-Only norms inside a block, before layers of that block: what lies elsewhere may belong to another tower, or be given out.
+Into a Linear where what lies between is linear in its rows (`quantize_channels`); rows have scales of their own, so that what
+rounding does to them does not change. Into a norm where all that read it have one gain, and nothing else does; only norms inside a
+block, before layers of that block: what lies elsewhere may belong to another tower, or be given out.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.passes.base import Plan
+from mmcompress.passes.quantize_channels import channels_of
 from mmcompress.passes.quantize_moments import linears_of
 from mmcompress.surgery.folding import can_fold, may_fold, watch_readers
 from mmcompress.surgery.watch import evaluating
 from mmcompress.views import Tower
 
 
-def folds_of(bundle: Bundle, tower: Tower, made: Plan) -> dict[str, list[str]]:
-    """Return norm -> the layers whose gains it takes over, of the layers that stay quantized.
+def add_folds(bundle: Bundle, tower: Tower, made: Plan) -> None:
+    """Add to `made` maker -> the layers whose gains it takes over, of the layers that stay quantized, and what it is multiplied by.
 
     Takes one run of the tower's example inputs, where there is a gain at all.
     """
     gains = {
         path: made.tensors[f"{path}.gain"]
         for path in made.decisions["layers"]
-        if tower.owns(path) and f"{path}.gain" in made.tensors and _block_of(tower, path)
+        if tower.owns(path) and f"{path}.gain" in made.tensors
     }
+    for reader, channels in channels_of(tower).items():
+        maker = bundle.module(channels.maker)
+        if reader in gains and isinstance(maker, nn.Linear):
+            made.decisions["folds"][channels.maker] = [reader]
+            made.tensors[f"{channels.maker}.fold"] = channels.factors(gains.pop(reader), maker.out_features)
+    for norm, readers in _norms(bundle, tower, gains).items():
+        made.decisions["folds"][norm] = readers
+        made.tensors[f"{norm}.fold"] = gains[readers[0]]
+
+
+def _norms(bundle: Bundle, tower: Tower, gains: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Return norm -> the layers that read it, where they have one gain and nothing else reads it."""
+    gains = {path: gain for path, gain in gains.items() if _block_of(tower, path)}
     if not gains:
         return {}
     inside = [

@@ -13,6 +13,7 @@ from mmcompress.passes.base import Plan
 from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES
 from mmcompress.surgery.float8 import Float8Linear
 from mmcompress.surgery.float_codes import float_coded
+from mmcompress.surgery.folding import fold
 from mmcompress.surgery.packed import PackedLinear, Rounding
 from mmcompress.surgery.quantized import QuantizedLinear, quantized
 from mmcompress.surgery.quantized_base import Quantized
@@ -39,7 +40,9 @@ class Maker:
         """Return what takes the place of `module`; `table` is the quantized embedding whose weight it shares."""
         made = self._made(module, path, plan, table)
         if isinstance(made, Quantized) and any(path in each for each in plan.decisions.get("folds", {}).values()):
-            made.input_gain = None  # the norm before it has it
+            made.input_gain = None  # what makes its input has it
+        if f"{path}.fold" in plan.tensors:
+            fold(made, plan.tensors[f"{path}.fold"])
         return made
 
     def _made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None) -> nn.Module:

@@ -18,7 +18,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.ops.choice import best_choice, random_choice
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_budget import Budget, by_bits, by_size, require_possible
-from mmcompress.passes.quantize_folds import folds_of
+from mmcompress.passes.quantize_folds import add_folds
 from mmcompress.passes.quantize_judge import Judge
 from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.passes.quantize_options import Group, Options, judged, options_of
@@ -92,7 +92,7 @@ def plan_mixed(settings: Quantize, bundle: Bundle, towers: Sequence[Tower], cont
             reported["judged_on"] = {"samples": judge.samples, "runs": judge.runs}
         made.decisions["towers"][tower.name] = {"bytes_before": bytes_of(bundle, tower), **reported}
         if settings.fold:
-            made.decisions["folds"] |= folds_of(bundle, tower, made)
+            add_folds(bundle, tower, made)
 
 
 def _schemes(settings: Quantize) -> tuple[str, ...]:

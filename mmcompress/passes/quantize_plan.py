@@ -12,7 +12,7 @@ from mmcompress.ops.float8 import FLOAT8
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_calibrate import calibrate, offers
 from mmcompress.passes.quantize_fit import fit_weights
-from mmcompress.passes.quantize_folds import folds_of
+from mmcompress.passes.quantize_folds import add_folds
 from mmcompress.passes.quantize_judge import Judge, judge_tower
 from mmcompress.passes.quantize_layers import (
     by_token,
@@ -76,13 +76,18 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
             hint="lower min_cosine, use scheme W8A16, or keep_float fewer layers",
         )
     if settings.fold:
-        made.decisions["folds"] |= folds_of(bundle, tower, made)
+        add_folds(bundle, tower, made)
     made.decisions["towers"][tower.name] = report
 
 
 def _gains(settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], context: Context) -> dict[str, Tensor]:
     """Return what inputs are multiplied by that then are rounded token by token: one grid for all channels needs it as well."""
-    how: dict[str, Any] = {"method": "min-max", "percentile": settings.percentile, "smooth": settings.smooth}
+    how: dict[str, Any] = {
+        "method": "min-max",
+        "percentile": settings.percentile,
+        "smooth": settings.smooth,
+        "channels": settings.channels(tower),
+    }
     grids = calibrate(bundle, tower, paths, settings.maker.inputs, context, **how)
     return {path: grid.gain for path, grid in grids.items() if grid.gain is not None}
 
@@ -106,6 +111,7 @@ def input_grids(
         "method": settings.observer,
         "percentile": settings.percentile,
         "smooth": 0.0 if floats else settings.smooth,
+        "channels": settings.channels(tower),
     }
     grids = calibrate(bundle, tower, linears, FLOAT8 if floats else settings.maker.inputs, context, **how)
     rounded = by_token(bundle, tower, linears, scheme.weights) if floats else linears

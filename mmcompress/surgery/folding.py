@@ -1,9 +1,10 @@
-"""Fold what a Linear's input is multiplied by into the norm that makes it.
+"""Fold what a Linear's input is multiplied by into what makes it: the norm, or another Linear's rows.
 
     Linear(norm(x) * gain)  =  Linear(norm'(x))        weight' = weight * gain,  bias' = bias * gain
 
 That holds where the norm ends in  … * weight + bias,  and where nothing but these Linears reads what it gives out. Neither is known
 of a class by its name (some norms multiply by 1 + weight; some blocks add a norm's output to their own), so both are looked at.
+A quantized weight's rows are multiplied by way of their scales: its integers stay.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from mmcompress.surgery.quantized_base import Quantized
+
 
 @torch.no_grad()
-def fold(norm: nn.Module, gain: Tensor) -> None:
-    """Multiply what `norm` gives out by `gain` (C,)."""
-    for parameter in norm.parameters(recurse=False):
-        parameter.mul_(gain.to(parameter))
+def fold(maker: nn.Module, gain: Tensor) -> None:
+    """Multiply what a norm or a Linear, quantized or not, gives out by `gain` (C,), in place."""
+    scales = [maker.weight_scale] if isinstance(maker, Quantized) else []
+    for tensor in (*maker.parameters(recurse=False), *scales):
+        tensor.mul_(gain.to(tensor).view(-1, *[1] * (tensor.dim() - 1)))
 
 
 def may_fold(module: nn.Module) -> bool:

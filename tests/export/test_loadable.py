@@ -297,7 +297,6 @@ def merged() -> Bundle:
     [
         (lambda: tiny.bundle(VLM), "awq", "nothing of llava_clip is quantized"),
         (lambda: quantized(scheme="W8A16"), "gptq", "gptq can say none of the 44 quantized layers"),
-        (lambda: quantized(scheme="W8A8"), "compressed-tensors", "multiply their input by a gain"),
         (lambda: quantized(scheme="FP8", target="cuda"), "compressed-tensors", "k_proj: 8-bit floats"),
         (pruned, "compressed-tensors", "other tools cannot rebuild this model: config.json cannot say the shapes"),
         (merged, "compressed-tensors", "reduce tokens; plain transformers would run without that"),

@@ -1,8 +1,9 @@
-"""quantize with gains folded into norms: which are, that nothing else changes, and that graphs multiply less."""
+"""quantize with gains folded into norms and rows: which are, that nothing else changes, and that graphs multiply less."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mmcompress.export.trace import quiet
 from mmcompress.export.translations import translations
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize import Quantize
+from mmcompress.passes.quantize_channels import Channels
 from mmcompress.surgery.folding import fold
 from tests import tiny
 
@@ -57,7 +59,8 @@ def test_norms_whose_output_is_added_to_something_keep_out_of_it() -> None:
     """BERT's blocks are post-norm: what a norm gives out is also what the next attention adds to."""
     bundle = tiny.bundle(FAMILY)
     plan = run(bundle, FAMILY, towers=("text",))
-    assert "folds" not in plan.decisions
+    values = [block.attention.writers[-1] for block in bundle.tower("text").blocks]
+    assert list(plan.decisions["folds"]) == values
     for block in bundle.tower("text").blocks:
         assert all(bundle.module(path).input_gain is not None for path in block.attention.writers)
 
@@ -65,10 +68,48 @@ def test_norms_whose_output_is_added_to_something_keep_out_of_it() -> None:
 def test_norms_that_multiply_by_one_more_than_their_weight_keep_out_of_it() -> None:
     bundle = tiny.bundle("paligemma")
     plan = run(bundle, "paligemma")
-    assert plan.decisions["folds"]
-    assert all(norm.startswith("model.vision_tower") for norm in plan.decisions["folds"])
+    norms = [path for path in plan.decisions["folds"] if "norm" in path]
+    assert norms
+    assert all(norm.startswith("model.vision_tower") for norm in norms)
     for block in bundle.tower("language").blocks:
         assert all(bundle.module(path).input_gain is not None for path in block.mlp.writers)
+
+
+@pytest.mark.parametrize("family", PRE_NORM)
+def test_values_and_the_linear_half_of_gated_mlps_take_the_gain_of_what_reads_them(family: str) -> None:
+    bundle = tiny.bundle(family)
+    plan = run(bundle, family)
+    for tower in bundle.towers():
+        for block in tower.blocks:
+            for attention in filter(None, (block.attention, block.cross)):
+                assert plan.decisions["folds"][attention.writers[-1]] == [attention.reader]
+            mlp = block.mlp
+            assert (plan.decisions["folds"].get(mlp.writers[-1]) == [mlp.reader]) == (len(mlp.writers) == 2)
+            assert (bundle.module(mlp.reader).input_gain is None) == (len(mlp.writers) == 2)
+
+
+def test_heads_that_look_at_the_same_values_share_what_folds_into_them() -> None:
+    """Golden: 4 heads of 2 channels, made of 2 heads of rows that come after 3 others."""
+    channels = Channels("values", heads=4, kv_heads=2, width=2, first=3)
+    sizes = torch.tensor([1.0, 2, 3, 1, 5, 6, 9, 2])
+    gain = channels.once(sizes, partial(torch.amax, dim=1))
+    assert gain.tolist() == [3, 2, 3, 2, 9, 6, 9, 6]
+    assert channels.factors(gain, rows=8).tolist() == [1, 1, 1, 3, 2, 9, 6, 1]
+
+
+def test_what_a_quantized_weight_takes_over_goes_into_its_scales() -> None:
+    made = {}
+    for way in (True, False):
+        made[way] = tiny.bundle("llava_clip")
+        params = {"scheme": "W4A16", "scaling": "awq", "group_size": 16, "towers": ("language",)}
+        run(made[way], "llava_clip", fold=way, **params)
+    mlp = made[True].tower("language").blocks[0].mlp
+    folded, plain = (bundle.module(mlp.writers[1]) for bundle in made.values())
+    assert torch.equal(folded.weight_int4, plain.weight_int4)  # type: ignore[arg-type]
+    reader = made[False].module(mlp.reader)
+    assert folded.input_gain is None
+    wanted: Any = plain.weight_scale * reader.input_gain[:, None]  # type: ignore[index, operator]
+    torch.testing.assert_close(folded.weight_scale, wanted, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", ["siglip", "llava_siglip", "whisper", "qwen2_vl"])
@@ -80,10 +121,10 @@ def test_folding_alone_changes_nothing(family: str) -> None:
     for bundle in (original, folded):
         bundle.model.double()
     with torch.no_grad():
-        for norm, paths in plan.decisions["folds"].items():
+        for maker, paths in plan.decisions["folds"].items():
             gain = plan.tensors[f"{paths[0]}.gain"].double()
             assert (gain - 1).abs().max() > 0.1
-            fold(folded.module(norm), gain)
+            fold(folded.module(maker), plan.tensors[f"{maker}.fold"].double())
             for path in paths:
                 folded.module(path).weight /= gain  # type: ignore[operator]
     for tower in original.towers():
@@ -145,4 +186,4 @@ def test_graphs_multiply_once_less_where_a_gain_is_folded() -> None:
             made = torch.onnx.export(program, dynamo=True, custom_translation_table=translations(), verbose=False)
         assert made is not None
         counts[way] = sum(node.op_type == "Mul" for node in made.model.graph)
-    assert counts[False] - counts[True] == 1
+    assert counts[False] - counts[True] == 2  # after the norm, and before the second product
