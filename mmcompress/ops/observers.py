@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mmcompress.ops.rounding import Levels, dequantize, quantize, scale_from_range
 
-Method = Literal["min-max", "percentile", "mse"]
+Method = Literal["min-max", "percentile", "mse", "entropy"]
 BINS = 1 << 14
 SHRINKS = torch.linspace(1.0, 0.4, 61)
-"""The shares of the full range that `LeastError` tries."""
+"""The shares of the full range that a `Cut` tries."""
 
 
 class MinMax:
@@ -62,7 +62,7 @@ class ChannelRange:
 
 
 class Histogram(MinMax):
-    """Counts values, so that rare outliers can be cut off. Subclasses say where."""
+    """Counts values, so that rare outliers can be cut off; subclasses say where."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,8 +118,8 @@ class Percentile(Histogram):
         return max(lowest, min(edges[first].item(), 0.0)), min(highest, max(edges[last + 1].item(), 0.0))
 
 
-class LeastError(Histogram):
-    """Cuts both ends to where the expected squared error of rounding and clipping together is least.
+class Cut(Histogram):
+    """Cuts both ends to where a loss is least that subclasses know.
 
     The upper end is searched with the lower one fixed, then the lower one, then both again: one-sided activations (GELU)
     need only one of them cut.
@@ -129,27 +129,64 @@ class LeastError(Histogram):
         lowest, highest = super().range()
         seen = self.counts > 0
         edges = self.edges()
-        centres = ((edges[:-1] + edges[1:]) / 2)[seen].float()
-        weights = self.counts[seen].double()
+        centres = ((edges[:-1] + edges[1:]) / 2)[seen].float().clamp(lowest, highest)
+        counts = self.counts[seen].double()
         low_share = high_share = 1.0
         for _ in range(2):
-            high_share = self._best(centres, weights, levels, lambda s, low=low_share: (lowest * low, highest * s))
-            low_share = self._best(centres, weights, levels, lambda s, high=high_share: (lowest * s, highest * high))
+            ends = torch.tensor(lowest) * low_share, torch.tensor(highest) * SHRINKS
+            high_share = self._best(centres, counts, levels, *ends)
+            ends = torch.tensor(lowest) * SHRINKS, torch.tensor(highest) * high_share
+            low_share = self._best(centres, counts, levels, *ends)
         return scale_from_range(torch.tensor(lowest * low_share), torch.tensor(highest * high_share), levels)
 
-    @staticmethod
-    def _best(centres: Tensor, weights: Tensor, levels: Levels, cut) -> float:  # type: ignore[no-untyped-def]
-        shares = SHRINKS
-        lowest, highest = cut(shares)
-        ranges = torch.as_tensor(lowest).expand_as(shares), torch.as_tensor(highest).expand_as(shares)
-        scale, zero_point = scale_from_range(*ranges, levels)
-        values = centres.expand(len(shares), -1)
-        rounded = dequantize(quantize(values, scale, zero_point, levels, axis=0), scale, zero_point, axis=0)
-        return shares[((rounded - values).double().square() @ weights).argmin()].item()
+    def _best(self, centres: Tensor, counts: Tensor, levels: Levels, low: Tensor, high: Tensor) -> float:
+        scale, zero_point = scale_from_range(low.expand_as(SHRINKS), high.expand_as(SHRINKS), levels)
+        values = centres.expand(len(SHRINKS), -1)
+        codes = quantize(values, scale, zero_point, levels, axis=0)
+        inside = (values >= low.view(-1, 1)) & (values <= high.view(-1, 1))
+        rounded = dequantize(codes, scale, zero_point, axis=0)
+        return SHRINKS[self.losses(values, counts, codes.long() - levels.low, rounded, inside).argmin()].item()
+
+    def losses(self, values: Tensor, counts: Tensor, codes: Tensor, rounded: Tensor, inside: Tensor) -> Tensor:
+        """Return the loss (S,) of S ranges.
+
+        Of the bins that anything fell into: `values` (S, K) their centres, `counts` (K,); of each range `codes` (S, K) from 0,
+        what those stand for, `rounded`, and which bins lie `inside` it.
+        """
+        raise NotImplementedError
+
+
+class LeastError(Cut):
+    """Cuts where the expected squared error of rounding and clipping together is least."""
+
+    def losses(self, values: Tensor, counts: Tensor, codes: Tensor, rounded: Tensor, inside: Tensor) -> Tensor:
+        return (rounded - values).double().square() @ counts
+
+
+class LeastDivergence(Cut):
+    """Cuts where what is left of the distribution tells most of it: the least Kullback-Leibler divergence.
+
+    As in TensorRT's calibration (Migacz, "8-bit inference with TensorRT", GTC 2017): P is the histogram with what lies outside put
+    into the outermost bins inside, Q spreads what fell on each level evenly over the bins on it that anything fell into.
+    """
+
+    def losses(self, values: Tensor, counts: Tensor, codes: Tensor, rounded: Tensor, inside: Tensor) -> Tensor:
+        own = torch.where(inside, counts, 0.0)
+        # A bin's number among those inside: bins are in order, so what lies outside goes to the first or the last of them.
+        first, last = inside.double().argmax(1), inside.shape[1] - 1 - inside.flip(1).double().argmax(1)
+        places = torch.arange(len(counts)).expand_as(codes).clamp(first[:, None], last[:, None])
+        reference = torch.zeros_like(own).scatter_add_(1, places, counts.expand_as(own))
+        levels = torch.zeros(len(own), int(codes.max()) + 1, dtype=own.dtype)
+        total = levels.scatter_add(1, codes, own).gather(1, codes)
+        spread = torch.where(inside, total / levels.scatter_add(1, codes, inside.double()).gather(1, codes), 0.0)
+        p, q = (each / each.sum(1, keepdim=True) for each in (reference, spread))
+        # Each bin inside gives its level something: q is 0 only where p is.
+        divergence = torch.where(inside, p * (p / q).log(), 0.0).sum(1)
+        return torch.where(inside.any(1), divergence, torch.inf)
 
 
 def observer(method: Method, percentile: float) -> MinMax:
     """Return a fresh observer."""
-    if method == "min-max":
-        return MinMax()
-    return Percentile(percentile) if method == "percentile" else LeastError()
+    if method == "percentile":
+        return Percentile(percentile)
+    return {"min-max": MinMax, "mse": LeastError, "entropy": LeastDivergence}[method]()

@@ -83,9 +83,9 @@ class Quantize:
     """For W8A8 and FP8: static rounds a layer's inputs on one grid, found by calibration, so it needs data; dynamic gives each
     token its own while it runs, which needs none and costs some speed; with data W8A8 is smoothed, which makes it more accurate.
     W4A8 is always dynamic."""
-    observer: Literal["min-max", "percentile", "mse"] = "min-max"
-    """How an activation's range is chosen: cover everything, cut off rare outliers, or least squared error. Vision
-    transformers keep what matters in a few huge values, which clipping destroys."""
+    observer: Literal["min-max", "percentile", "mse", "entropy"] = "min-max"
+    """How an activation's range is chosen: cover everything, cut off rare outliers, least squared error, or least divergence of
+    the distributions (TensorRT's). Vision transformers keep what matters in a few huge values, which clipping destroys."""
     percentile: float = 99.99
     """For observer percentile: the percent of values inside the range."""
     group_size: int = 32

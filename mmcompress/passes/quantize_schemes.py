@@ -64,8 +64,8 @@ def refuse_target(name: str, target: str, observer: str) -> None:
             f"quantize.scheme {name} does not go to {target}: no CPU multiplies 8-bit floats, they would be widened each time",
             hint="use W8A8, or target tensorrt or cuda",
         )
-    if weights == "float8" and observer == "mse":
+    if weights == "float8" and observer in ("mse", "entropy"):
         raise UsageError(
-            f"quantize.observer mse weighs the steps of integers, which {name} has not",
+            f"quantize.observer {observer} weighs the steps of integers, which {name} has not",
             hint="use min-max or percentile",
         )

@@ -5,15 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmcompress.ops.observers import BINS, ChannelRange, Histogram, LeastError, Method, MinMax, Percentile, observer
-from mmcompress.ops.rounding import INT8, UINT8, dequantize, quantize
+from mmcompress.ops.observers import (
+    BINS,
+    SHRINKS,
+    ChannelRange,
+    Histogram,
+    LeastDivergence,
+    LeastError,
+    Method,
+    MinMax,
+    Percentile,
+    observer,
+)
+from mmcompress.ops.rounding import INT8, UINT8, Levels, dequantize, quantize
 
 
 def values(count: int = 20_000) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(0)) * 2 + 0.3
 
 
-@pytest.mark.parametrize("method", ["min-max", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["min-max", "percentile", "mse", "entropy"])
 @pytest.mark.parametrize("levels", [UINT8, INT8])
 def test_order_and_batching_do_not_matter(method: Method, levels: object) -> None:
     x = torch.cat([values(), torch.tensor([300.0, -7.0])])
@@ -83,6 +94,41 @@ def test_least_error_beats_min_max_with_an_outlier() -> None:
     assert error(LeastError()) < error(MinMax())
 
 
+def divergence(x: torch.Tensor, high: float, levels: int) -> float:
+    """By hand: of whole numbers in 0..n, cut above `high`, on so many levels from 0 to `high`."""
+    counts = torch.bincount(x.long()).double()
+    inside = torch.arange(len(counts)) <= high
+    reference = counts * inside
+    reference[int(high)] += counts[~inside].sum()
+    level = (torch.arange(len(counts)) / (high / (levels - 1))).round().long()
+    spread = torch.zeros_like(counts)
+    for each in range(levels):
+        own = (level == each) & inside & (counts > 0)
+        spread[own] = counts[own].sum() / own.sum()
+    p, q = reference / reference.sum(), spread / spread.sum()
+    return sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def test_least_divergence_is_what_the_formula_gives() -> None:
+    """Golden: whole numbers, the larger the rarer; of the shares that are tried, none of which ends in a bin, on four levels."""
+    x = torch.arange(41.0).repeat_interleave((400 / (1 + torch.arange(41.0)) ** 2).ceil().long())
+    x = torch.cat([x, torch.tensor([41.7])])
+    watcher = LeastDivergence()
+    watcher.watch(x)
+    scale, _ = watcher.scale(Levels(0, 3, torch.uint8, symmetric=False))
+    best = min(SHRINKS.tolist(), key=lambda share: round(divergence(x, 41.7 * share, 4), 9))
+    assert divergence(x, 41.7 * best, 4) < divergence(x, 41.7, 4)
+    assert scale.item() == pytest.approx(41.7 * best / 3, rel=1e-5)
+
+
+def test_least_divergence_covers_everything_where_nothing_is_rare_and_one_value_where_there_is_no_other() -> None:
+    even, one = LeastDivergence(), LeastDivergence()
+    even.watch(torch.arange(256.0))
+    assert even.scale(UINT8)[0].item() == pytest.approx(1.0)
+    one.watch(torch.tensor([5.0, 5.0]))
+    assert one.scale(UINT8)[0].item() == pytest.approx(5 / 255, rel=1e-3)
+
+
 def test_channel_ranges() -> None:
     watcher = ChannelRange()
     watcher.watch(torch.tensor([[[1.0, -3.0], [2.0, 0.5]]]))
@@ -92,7 +138,7 @@ def test_channel_ranges() -> None:
     assert watcher.largest().tolist() == [4, 3]
 
 
-@pytest.mark.parametrize("method", ["min-max", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["min-max", "percentile", "mse", "entropy"])
 def test_nothing_seen_and_not_finite_are_errors(method: Method) -> None:
     with pytest.raises(ValueError, match="nothing seen, or not finite"):
         observer(method, 99.9).scale(INT8)
