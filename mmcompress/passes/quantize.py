@@ -100,6 +100,9 @@ class Quantize:
     finely, as strongly as outputs on the calibration samples change least (AWQ; it needs data). With W8A8, see `smooth`."""
     clip: bool = False
     """For W4A16: cut a group's few largest weights off where outputs on the calibration samples change less for it; needs data."""
+    correct_bias: bool = False
+    """For weights alone (W4A16, W8A16): take what rounding adds to outputs on average over the calibration samples off the biases,
+    of layers that have one; needs data."""
     balance: Literal["none", "modality", "text"] = "none"
     """What `scaling`, `clip` and gptq look at in a language model that is shown pictures: every token alike; image and text tokens
     by how much errors there change the answers (MBQ; one backward pass); or text tokens alone, to compare with."""
@@ -273,7 +276,12 @@ class Quantize:
     @property
     def looks_at_samples(self) -> bool:
         """Whether weights are rounded to what samples show of their inputs."""
-        return self.scaling == "awq" or self.clip or (self.rounding == "gptq" and bool(self.used & FOUR_BITS))
+        return (
+            self.scaling == "awq"
+            or self.clip
+            or self.correct_bias
+            or (self.rounding == "gptq" and bool(self.used & FOUR_BITS))
+        )
 
     @property
     def tables(self) -> bool:

@@ -90,6 +90,11 @@ def require_budget(settings: Quantize, auto: bool) -> None:
             f"quantize.scaling is '{settings.scaling}', and scheme auto makes every layer in several schemes, unscaled",
             hint="leave scaling out, or give a scheme by name",
         )
+    if auto and settings.correct_bias:
+        raise UsageError(
+            "quantize.correct_bias is for layers whose scheme is known, and scheme auto makes each in several",
+            hint="leave it out, or give a scheme by name",
+        )
     if auto and settings.activations != "static":
         raise UsageError(
             "quantize.activations is 'dynamic', and scheme auto knows grids of calibration samples alone",

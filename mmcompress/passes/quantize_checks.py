@@ -48,6 +48,10 @@ def require_sensible(settings: Quantize) -> None:
             f"quantize.scaling is '{settings.scaling}', which is for weights alone, and no tower gets W4A16 or W8A16",
             hint="use smooth for W8A8",
         )
+    if settings.correct_bias and not settings.used & {"W8A16", *FOUR_BITS}:
+        raise UsageError(
+            "quantize.correct_bias is for weights alone, and no tower gets W4A16 or W8A16", hint="leave it out"
+        )
     if settings.clip and not settings.used & FOUR_BITS:
         raise UsageError(
             "quantize.clip is for 4-bit weights, and no tower gets W4A16", hint="leave it out, or use scheme W4A16"

@@ -1,4 +1,5 @@
-"""Weights alone, rounded to calibration samples: the inputs' channels scaled (AWQ), ranges clipped, errors made up for (GPTQ).
+"""Weights alone, rounded to calibration samples: the inputs' channels scaled (AWQ), ranges clipped, errors made up for (GPTQ), what
+is left of them on average taken off (bias correction).
 
 Everything is judged by what rounding does to a layer's outputs on the samples, and kept where that is less: scales for all Linears
 that read one input together, clipped ranges row by row. Scales are searched with weights rounded to nearest, as in the paper, and
@@ -44,7 +45,7 @@ def fitted_paths(settings: Quantize, tower: Tower, schemes: Mapping[str, str]) -
     A layer that shares its weight with an embedding table is none: the table's rows would be scaled too.
     """
     wanted = FOUR_BITS if settings.clip or settings.rounding == "gptq" else set()
-    wanted = {"W8A16", *FOUR_BITS} if settings.scaling == "awq" else wanted
+    wanted = {"W8A16", *FOUR_BITS} if settings.scaling == "awq" or settings.correct_bias else wanted
     tied = {linear for _, linear in tower.tied}
     return [path for path, scheme in schemes.items() if scheme in wanted and path not in tied]
 
@@ -71,6 +72,7 @@ def fit_weights(
             ("gptq", settings.rounding == "gptq"),
             ("awq", settings.scaling == "awq"),
             ("clip", settings.clip),
+            ("corrected biases", settings.correct_bias),
         )
         if used
     ]
@@ -90,6 +92,8 @@ def fit_weights(
                 made.tensors[f"{path}.gain"] = layer.input_gain
             if isinstance(layer, PackedLinear):
                 made.tensors.update({f"{path}.{name}": value for name, value in layer.packed_buffers()})
+            if settings.correct_bias and linears[path].bias is not None:
+                made.tensors[f"{path}.bias"] = linears[path].bias.detach() + _shift(linears[path], layer, seen.mean)
     return {"image_tokens_count": balance.ratios} if balance.ratios else {}
 
 
@@ -122,6 +126,17 @@ def _error(layers: Mapping[str, nn.Linear], made: Made, moment: Tensor) -> float
             rounded = rounded if gain is None else rounded * gain
             total += float(output_error(linear.weight.detach()[rows], rounded, moment).sum())
     return total
+
+
+def _shift(linear: nn.Linear, made: PackedLinear | QuantizedLinear, mean: Tensor) -> Tensor:
+    """Return what rounding takes from the outputs on average, (W - W') E[x] (R,) (Nagel et al. 2019, arXiv 1906.04721, 4.2)."""
+    seen = mean.double()
+    gained = seen if made.input_gain is None else seen * made.input_gain
+    parts = []
+    for rows in chunks(linear.weight):
+        rounded = made.weight_rows(rows.start, min(rows.stop, linear.out_features))
+        parts.append(linear.weight.detach()[rows].double() @ seen - rounded.double() @ gained)
+    return torch.cat(parts).to(linear.weight)
 
 
 def looks(settings: Quantize, bundle: Bundle, tower: Tower) -> int:

@@ -155,9 +155,10 @@ def judge_tower(
         def eight_bits(path: str) -> nn.Module:
             if sizes.pop(path, 0):
                 layers[path] = "W8A16"
-                # Its scales were those of 4 bits.
+                # Its scales and bias were those of 4 bits.
                 plan.decisions["scaled"].pop(path, None)
-                plan.tensors.pop(f"{path}.gain", None)
+                for own in ("gain", "bias"):
+                    plan.tensors.pop(f"{path}.{own}", None)
             return maker.made(bundle.module(path), path, plan)
 
         packed = {name: own for name, own in groups.items() if sizes.keys() & set(own)}

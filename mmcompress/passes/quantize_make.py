@@ -41,6 +41,8 @@ class Maker:
         made = self._made(module, path, plan, table)
         if isinstance(made, Quantized) and any(path in each for each in plan.decisions.get("folds", {}).values()):
             made.input_gain = None  # what makes its input has it
+        if f"{path}.bias" in plan.tensors:
+            made.bias = nn.Parameter(plan.tensors[f"{path}.bias"].clone())
         if f"{path}.fold" in plan.tensors:
             fold(made, plan.tensors[f"{path}.fold"])
         return made

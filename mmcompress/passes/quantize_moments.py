@@ -32,6 +32,8 @@ class Inputs:
 
     moment: Tensor
     """E[x x'] (C, C)."""
+    mean: Tensor
+    """E[x] (C,)."""
     mean_sizes: Tensor | None
     """E|x| (C,), where it was asked for."""
 
@@ -66,7 +68,7 @@ def inputs_of(
         for group in part:
             found = moments.pop(group[0])
             if found.second is not None:  # else read by its owner without being called
-                yield group, Inputs(found.second_moment(), means[group[0]].mean() if sizes else None)
+                yield group, Inputs(found.second_moment(), found.mean(), means[group[0]].mean() if sizes else None)
 
 
 def runs(tower: Tower, linears: Mapping[str, nn.Linear]) -> list[list[list[str]]]:

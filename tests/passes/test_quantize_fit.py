@@ -146,7 +146,7 @@ def test_a_weight_that_is_shared_with_a_table_is_not_scaled() -> None:
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("family", [FAMILY, VLM, "paligemma"])
 def test_a_checkpoint_is_what_was_saved(family: str, fold: bool, tmp_path: Any) -> None:
-    bundle, plan = run(spread(family), context(family), scaling="awq", clip=True, fold=fold)
+    bundle, plan = run(spread(family), context(family), scaling="awq", clip=True, correct_bias=True, fold=fold)
     checkpoint.save(bundle, tmp_path / "model")
     again = checkpoint.load(tmp_path / "model")
     assert bool(plan.decisions.get("folds")) == fold
@@ -158,21 +158,47 @@ def test_a_checkpoint_is_what_was_saved(family: str, fold: bool, tmp_path: Any) 
         assert torch.equal(bundle.encode(tower.name, inputs), again.encode(tower.name, inputs))
 
 
-def test_what_goes_back_to_8_bits_or_float_loses_its_scales() -> None:
+@pytest.mark.parametrize("params", [{}, {"scaling": "awq"}, {"scheme": "W8A16"}])
+def test_corrected_biases_leave_outputs_where_they_were_on_average(params: dict[str, Any]) -> None:
+    original = spread()
+    paths = [path for block in original.tower("vision").blocks for path in (block.mlp.reader, block.attention.reader)]
+    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
+    handles = [
+        original.module(path).register_forward_pre_hook(lambda module, args, path=path: seen[path].append(args[0]))
+        for path in paths
+    ]
+    Quantize(scheme="W4A16", clip=True, sensitivity_samples=0, towers=("vision",)).plan(original, context())
+    for handle in handles:
+        handle.remove()
+    plain, _ = run(copy.deepcopy(original), context(), fold=False, **params)
+    made, _ = run(copy.deepcopy(original), context(), fold=False, correct_bias=True, **params)
+    for path in paths:
+        inputs = torch.cat(seen[path])
+        with torch.no_grad():
+            wanted, one, other = (each.module(path)(inputs) for each in (original, plain, made))
+        off, left = (float((found - wanted).mean((0, 1)).abs().max()) for found in (one, other))
+        assert left < off / 20
+
+
+def test_what_goes_back_to_8_bits_or_float_loses_its_scales_and_its_bias() -> None:
     original = spread()
     settings: dict[str, Any] = {"towers": ("vision",), "group_size": 0, "rounding": "nearest", "scaling": "awq"}
-    settings |= {"sensitivity_samples": 8}
+    settings |= {"sensitivity_samples": 8, "correct_bias": True}
     _, everything = run(copy.deepcopy(original), context(), **settings)
-    limit = (1 + everything.decisions["towers"]["vision"]["cosine"]) / 2
+    limit = 1 - (1 - everything.decisions["towers"]["vision"]["cosine"]) / 4
     bundle, plan = run(copy.deepcopy(original), context(), **{**settings, "min_cosine": limit})
     back = plan.decisions["towers"]["vision"]["given_8_bits"]
     assert set(back) & set(everything.decisions["scaled"])
     assert not set(back) & set(plan.decisions["scaled"])
     folded = {path for readers in plan.decisions["folds"].values() for path in readers}
     assert not folded & set(back)
-    for path in back:
+    unscaled = [path for path in back if path not in plan.decisions["folds"]]
+    assert any(original.module(path).bias is not None for path in unscaled)
+    for path in unscaled:
         layer: Any = bundle.module(path)
         assert layer.input_gain is None
+        bias = original.module(path).bias
+        assert bias is None or torch.equal(layer.bias, bias)  # type: ignore[arg-type]
         torch.testing.assert_close(layer.weight, original.module(path).weight, rtol=0, atol=0.05)  # type: ignore[arg-type]
 
 
@@ -181,6 +207,11 @@ def test_what_goes_back_to_8_bits_or_float_loses_its_scales() -> None:
     [
         ({"scheme": "W8A8", "scaling": "awq"}, "quantize.scaling is 'awq', which is for weights alone"),
         ({"scheme": "W8A16", "clip": True}, "quantize.clip is for 4-bit weights"),
+        ({"scheme": "W8A8", "correct_bias": True}, "quantize.correct_bias is for weights alone"),
+        (
+            {"scheme": "auto", "bits": 6, "correct_bias": True},
+            "quantize.correct_bias is for layers whose scheme is known",
+        ),
         ({"scheme": "W4A16", "balance": "modality"}, "quantize.balance is 'modality', but nothing is asked for"),
     ],
 )
