@@ -8,8 +8,10 @@ Shape alphabet: B batch, T text tokens, N patches with their class token, S = T 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -59,9 +61,22 @@ def states(base: Any, known: Distances, ids: Tensor, boxes: Tensor, mask: Tensor
         everywhere = torch.cat([boxes, base.visual_bbox[None].expand(batch, -1, -1)], dim=1)
         across = _bias(everywhere[:, :, 0], encoder.rel_pos_x_bias, known.places)
         places = across + _bias(everywhere[:, :, 3], encoder.rel_pos_y_bias, known.places)
+    biases = _as_blocks_take(encoder.layer[0], order, places, base.config)
     for block in encoder.layer:
-        hidden = block(hidden, looked, rel_pos=order, rel_2d_pos=places)
+        hidden = block(hidden, looked, **biases)
     return hidden
+
+
+def _as_blocks_take(
+    block: nn.Module, order: Tensor | None, places: Tensor | None, config: Any
+) -> dict[str, Tensor | None]:
+    """Return the biases by keyword: two that the block divides, or (transformers from 5.24 on) their sum, divided."""
+    if "position_bias" not in signature(block.forward).parameters:
+        return {"rel_pos": order, "rel_2d_pos": places}
+    if order is None:
+        return {"position_bias": None}
+    both = order if places is None else order + places
+    return {"position_bias": both / math.sqrt(config.hidden_size // config.num_attention_heads)}
 
 
 def _bias(numbers: Tensor, linear: nn.Linear, buckets: tuple[int, ...]) -> Tensor:
