@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmcompress.bundle import Bundle
@@ -12,9 +12,10 @@ from mmcompress.errors import UsageError
 from mmcompress.manifest import Record
 from mmcompress.ops.budget import largest_within
 from mmcompress.passes.base import Context, Pass, Plan
+from mmcompress.views import Tower
 
 TRIALS = 5
-"""Halvings between the fewest tokens and all of them."""
+"""Halvings between the least that can be kept and all."""
 SECONDS = (TRIALS + 2) * 15.0
 """About, to export and time so many models of a hundred million parameters."""
 AGAIN = 3
@@ -33,18 +34,22 @@ def solved(
     least: float,
     bundle: Bundle,
     context: Context,
+    *,
+    instead: str = "keep",
+    planned: Callable[[Any, Bundle, bool], Plan] | None = None,
 ) -> Plan:
     """Return the plan of the largest share whose exported `stages` take `budget` milliseconds at most, with what was timed.
 
-    `at` makes the pass `name` that keeps a share, from `least` to 1. Raises UsageError where even `least` takes longer, naming how
-    long, where nothing can be timed, and on a machine so busy that fewer tokens take longer again and again.
+    `at` makes the pass `name` that keeps a share, from `least` to 1. `instead` is the parameter that says the share; `planned`
+    makes plans in place of the pass, and is told whether they are only to be timed. Raises UsageError where even `least` takes
+    longer, naming how long, where nothing can be timed, and on a machine so busy that less takes longer again and again.
     """
-    milliseconds = context.require_stopwatch(f"{name}.latency_ms", target="", hint="use keep").model
+    milliseconds = context.require_stopwatch(f"{name}.latency_ms", target="", hint=f"use {instead}").model
     tried: dict[str, Any] = {}
 
     def cost(share: float) -> float:
         trial, made = copy.deepcopy(bundle), at(share)
-        plan = made.plan(trial, context)
+        plan = planned(made, trial, True) if planned else made.plan(trial, context)
         made.apply(trial, plan)
         # What is exported prepares its inputs by what its records say.
         trial.history.append(Record(name, _given(made), plan.decisions))
@@ -55,9 +60,9 @@ def solved(
                 found = min(found, round(milliseconds(trial, stages), 3))
         if found > limit:
             raise UsageError(
-                f"{name}.latency_ms cannot be solved: keep {share:.3f} takes {found:.2f} ms, and with more tokens it took "
+                f"{name}.latency_ms cannot be solved: keep {share:.3f} takes {found:.2f} ms, and with more kept it took "
                 f"{limit / NOISE:.2f} ms",
-                hint="the machine is busy; run it again when it is idle, or give keep",
+                hint=f"the machine is busy; run it again when it is idle, or give {instead}",
             )
         context.progress.say(f"keep {share:.3f}: {' and '.join(stages)} take {found:.2f} ms")
         tried[f"{share:.4f}"] = found
@@ -66,12 +71,19 @@ def solved(
     share = largest_within(cost, budget, least, TRIALS)
     if share is None:
         raise UsageError(
-            f"{name}.latency_ms is {budget:g}, but with the fewest tokens (keep {least:.3f}) {' and '.join(stages)} take "
+            f"{name}.latency_ms is {budget:g}, but with the least that can stay (keep {least:.3f}) {' and '.join(stages)} take "
             f"{tried[f'{least:.4f}']:.2f} ms",
-            hint="allow more, or prune and quantize as well",
+            hint="allow more, or compress it in other ways as well",
         )
-    plan = at(share).plan(bundle, context)
+    made = at(share)
+    plan = planned(made, bundle, False) if planned else made.plan(bundle, context)
     return dataclasses.replace(plan, decisions={**plan.decisions, TRIED: tried})
+
+
+def stages_of(bundle: Bundle, towers: Sequence[Tower]) -> tuple[str, ...]:
+    """Return what is timed of `towers`: of the one that writes, what reading a prompt takes."""
+    answering = getattr(bundle.family, "answering", "")
+    return tuple("prompt" if tower.name == answering else tower.name for tower in towers)
 
 
 def _given(made: Pass) -> dict[str, Any]:

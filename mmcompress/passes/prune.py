@@ -13,21 +13,23 @@ the least damage per parameter or MAC goes first; Taylor scores mean just that. 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmcompress.bundle import Bundle, DualEncoder
-from mmcompress.errors import UsageError, closest
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
 from mmcompress.manifest import Json
 from mmcompress.passes import prune_scores
 from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.latency import SECONDS
 from mmcompress.passes.prune_budget import Bounds, choose, pools, require_possible, worth
+from mmcompress.passes.prune_checks import require_prunable, require_sensible
 from mmcompress.passes.prune_crosscheck import crosscheck
 from mmcompress.passes.prune_cut import cut_blocks, cut_heads, cut_neurons, set_parameters
+from mmcompress.passes.prune_latency import plan_within_latency
 from mmcompress.passes.prune_repair import repaired_readers
 from mmcompress.passes.prune_units import (
     Costs,
@@ -38,12 +40,8 @@ from mmcompress.passes.prune_units import (
     read_ranges,
     write_ranges,
 )
-from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.views import Tower
-
-KINDS = ("heads", "neurons", "blocks")
-BLOCK_SCORES = ("block-influence", "taylor", "random")
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,9 @@ class Prune:
     """Share of the towers' parameters or MACs to remove, embeddings and projections counted in; 0 changes nothing."""
     target: float | None = None
     """Instead of `ratio` and `ratios`: the parameters or MACs all chosen towers may have together afterwards."""
+    latency_ms: float | None = None
+    """Instead of `ratio`: milliseconds that the exported towers may take together on this machine; a model that writes: to read its
+    prompt. Shares of the MACs are tried and timed."""
     ratios: dict[str, float] = field(default_factory=dict)
     """Separate ratios for towers, such as vision=0.5,text=0.1; the other towers share `ratio`."""
     budget: Literal["parameters", "macs"] = "parameters"
@@ -91,35 +92,16 @@ class Prune:
     """Compare what belongs to a unit with torch-pruning's dependency graph first (needs torch-pruning)."""
 
     def __post_init__(self) -> None:
-        for key, value in {"ratio": self.ratio, **{f"ratios.{k}": v for k, v in self.ratios.items()}}.items():
-            if not 0 <= value < 1:
-                raise UsageError(f"prune.{key} is {value}; expected 0 <= ratio < 1", hint="it is the share removed")
-        if self.target is not None and not 1 <= self.target < math.inf:
-            raise UsageError(f"prune.target is {self.target}; expected at least 1", hint=f"it counts {self.budget}")
-        if self.target is not None and self.ratios:
-            raise UsageError("prune has both target and ratios", hint="give one of them")
-        if not 0 <= self.min_keep <= 1:
-            raise UsageError(f"prune.min_keep is {self.min_keep}; expected 0..1", hint="it is the share that stays")
-        if self.multiple < 1:
-            raise UsageError(f"prune.multiple is {self.multiple}; expected at least 1", hint="8 suits most kernels")
-        if not 0 <= self.ridge < math.inf:
-            raise UsageError(f"prune.ridge is {self.ridge}; expected 0 or more", hint="0.01 is the default")
-        unknown = [unit for unit in self.units if unit not in KINDS]
-        if unknown or not self.units:
-            raise UsageError(f"prune.units is {list(self.units)}", hint=closest(unknown[0] if unknown else "", KINDS))
-        if "blocks" in self.units and len(set(self.units)) > 1:
-            raise UsageError("prune.units mixes blocks with parts of blocks", hint="use two prune steps, blocks first")
-        if ("blocks" in self.units) != (self.score == "block-influence") and self.score not in BLOCK_SCORES[1:]:
-            fitting = BLOCK_SCORES if "blocks" in self.units else ("taylor", "activation", "magnitude", "random")
-            raise UsageError(
-                f"prune.score {self.score} does not rank {' and '.join(self.units)}", hint="use " + ", ".join(fitting)
-            )
-        if self.uniform and self.protect:
-            raise UsageError("prune.uniform and prune.protect contradict each other", hint="drop one of them")
+        require_sensible(self)
 
     def control(self, decisions: Mapping[str, Any] | None = None) -> Prune | None:
         """Return the pass that removes as much at random, repaired the same way."""
-        return None if self.score == "random" else dataclasses.replace(self, score="random")
+        if self.score == "random":
+            return None
+        if self.latency_ms is not None and decisions is not None:
+            left = sum(costs["macs"] for costs in decisions["after"].values())
+            return dataclasses.replace(self, score="random", latency_ms=None, budget="macs", target=float(left))
+        return dataclasses.replace(self, score="random")
 
     def streams(self) -> bool:
         """Whether scores come from one block's weights at a time, and nothing is repaired."""
@@ -130,48 +112,32 @@ class Prune:
         """One look at the samples for the scores, with gradients for Taylor's, and two for the repair."""
         scores = {"taylor": 3, "activation": 1, "block-influence": 1}.get(self.score, 0)
         repair = 2 if self.compensate != "none" and "blocks" not in self.units else 0
-        return (scores + repair) * work.samples * work.forward
+        timed = SECONDS if self.latency_ms is not None else 0.0
+        return (scores + repair) * work.samples * work.forward + timed
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers, modules and ratios this cannot work on."""
-        towers = self._chosen(bundle)
-        if self.score == "taylor" and self.objective == "contrastive" and not isinstance(bundle.family, DualEncoder):
-            raise UsageError(
-                f"prune.objective is contrastive, and {bundle.family.name} models embed nothing into a shared space",
-                hint="use objective=embedding",
-            )
-        for tower in towers:
-            self._require_plain(bundle, tower)
-        if "blocks" in self.units and any(record.name == "merge-tokens" for record in bundle.history):
-            raise UsageError(
-                "tokens are already merged, with a schedule per block; removing blocks would break it",
-                hint="put prune before merge-tokens",
-            )
-        for tower in towers:
-            whole = [part.why_whole for block in tower.blocks for part in (block.attention, block.cross) if part]
-            if set(self.units) == {"heads"} and all(whole):
-                raise UsageError(
-                    f"heads of the {tower.name} tower cannot be removed: {whole[0]}",
-                    hint="prune its neurons or blocks, or name other towers with --towers",
-                )
-            if "blocks" in self.units and tower.why_fixed_depth:
-                raise UsageError(
-                    f"blocks of the {tower.name} tower cannot be removed: {tower.why_fixed_depth}",
-                    hint="prune its heads and neurons, or name other towers with --towers",
-                )
-        self._survey(bundle, towers)
+        towers = self.chosen(bundle)
+        require_prunable(self, bundle, towers)
+        self.survey(bundle, towers)
         if self.crosscheck:
             crosscheck(bundle, towers)
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Score, price and choose; with `compensate`, also compute the new readers."""
-        towers = self._chosen(bundle)
-        totals, groups, bounds, wanted = self._survey(bundle, towers)
+        if self.latency_ms is not None:
+            return plan_within_latency(self, bundle, context)
+        return self.planned(bundle, context)
+
+    def planned(self, bundle: Bundle, context: Context, scores: Sequence[Tensor] | None = None) -> Plan:
+        """Return the plan for a share that is given; `scores` are those of all groups, where they are known."""
+        totals, groups, bounds, wanted = self.survey(bundle, self.chosen(bundle))
         chosen: dict[Group, list[int]] = {}
         if wanted:
             names = {name for pool in wanted for name in pool.towers}
             groups = [group for group in groups if group.tower in names]
-            values = worth(groups, self._scores(bundle, groups, context), self._normalise(), self.budget)
+            found = self.scores(bundle, groups, context) if scores is None else scores
+            values = worth(groups, found, self._normalise(), self.budget)
             for pool in wanted:
                 chosen |= choose(bundle.family.name, pool, groups, values, bounds, self.budget)
         cut = {group: kept for group, kept in chosen.items() if len(kept) < group.units}
@@ -198,9 +164,10 @@ class Prune:
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Tune nothing; recount what the cut model costs."""
-        return {"recount": {tower.name: asdict(count_costs(bundle, tower)) for tower in self._chosen(bundle)}}
+        return {"recount": {tower.name: asdict(count_costs(bundle, tower)) for tower in self.chosen(bundle)}}
 
-    def _chosen(self, bundle: Bundle) -> list[Tower]:
+    def chosen(self, bundle: Bundle) -> list[Tower]:
+        """Return the towers to prune."""
         for name in self.ratios:
             if self.towers and name not in self.towers:
                 raise UsageError(
@@ -210,30 +177,7 @@ class Prune:
             bundle.tower(name)
         return [tower for tower in bundle.towers() if not self.towers or tower.name in self.towers]
 
-    def _require_plain(self, bundle: Bundle, tower: Tower) -> None:
-        for block in tower.blocks:
-            parts = [part for part in (block.attention, block.cross, block.mlp) if part]
-            readers = [part.reader for part in parts]
-            for path in (*(path for part in parts for path in part.writers), *readers):
-                module = bundle.module(path)
-                if not isinstance(module, nn.Linear) or is_float_coded(module):
-                    raise UsageError(
-                        f"{path} is a {type(module).__name__}; prune cuts nn.Linear", hint="put prune before quantize"
-                    )
-                if self.compensate == "bias" and module.bias is None and path in readers:
-                    raise UsageError(f"{path} has no bias to fold into", hint="use compensate=least-squares or none")
-        for kind, widths in (
-            ("heads", {block.attention.heads for block in tower.blocks}),
-            ("heads", {block.cross.heads for block in tower.blocks if block.cross}),
-            ("neurons", {block.mlp.neurons for block in tower.blocks}),
-        ):
-            if self.uniform and kind in self.units and len(widths) > 1:
-                raise UsageError(
-                    f"{tower.name} has blocks of {min(widths)} to {max(widths)} {kind}; uniform needs equal ones",
-                    hint="use uniform in the first prune step as well",
-                )
-
-    def _survey(self, bundle: Bundle, towers: Sequence[Tower]) -> tuple[Any, ...]:
+    def survey(self, bundle: Bundle, towers: Sequence[Tower]) -> tuple[Any, ...]:
         """Return what the towers cost, their groups, bounds and pools. Raises UsageError when the budget cannot be met."""
         totals = {tower.name: count_costs(bundle, tower) for tower in towers}
         tokens = {path: count for tower in towers for path, count in count_tokens(bundle, tower).items()}
@@ -248,12 +192,14 @@ class Prune:
         if not groups:
             raise UsageError("prune matched nothing: every block is protected", hint="protect fewer blocks")
         bounds = Bounds(self.min_keep, self.multiple, self.uniform, {tower.name: len(tower.blocks) for tower in towers})
-        wanted = pools(totals, self.budget, self.ratio, self.target, self.ratios)
+        ratio = 0.0 if self.latency_ms is not None else self.ratio  # what has to go is found out later
+        wanted = pools(totals, self.budget, ratio, self.target, self.ratios)
         for pool in wanted:
             require_possible(bundle.family.name, pool, groups, bounds, self.budget)
         return totals, groups, bounds, wanted
 
-    def _scores(self, bundle: Bundle, groups: Sequence[Group], context: Context) -> list[Tensor]:
+    def scores(self, bundle: Bundle, groups: Sequence[Group], context: Context) -> list[Tensor]:
+        """Return what the units of each group matter (U,). Raises UsageError where that is not finite, or needs data."""
         scores = self._measured(bundle, groups, context)
         for group, found in zip(groups, scores, strict=True):
             if not found.isfinite().all():

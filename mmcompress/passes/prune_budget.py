@@ -73,16 +73,22 @@ def _pool(towers: tuple[str, ...], total: int, ratio: float) -> Pool:
     return Pool(towers, total, math.ceil(Fraction(str(ratio)) * total), f"ratio {ratio}")
 
 
-def require_possible(family: str, pool: Pool, groups: Iterable[Group], bounds: Bounds, measure: str) -> None:
-    """Raise UsageError when the pool's units cannot pay for what has to go, naming what could."""
+def most_removable(pool: Pool, groups: Iterable[Group], bounds: Bounds, measure: str) -> int:
+    """Return how much of the pool's parameters or MACs can go within the lower bounds."""
     mine = [group for group in groups if group.tower in pool.towers]
     layers = [bounds.layer(group, [0.0] * group.units, measure) for group in mine if group.kind != "blocks"]
     most = allocation.removable_cost(layers)
     for name in pool.towers:
         costs = sorted(g.cost.of(measure) for g in mine if g.kind == "blocks" and g.tower == name)
         most += sum(costs[len(costs) - min(len(costs), bounds.depths[name] - _staying(name, bounds)) :])
+    return most
+
+
+def require_possible(family: str, pool: Pool, groups: Sequence[Group], bounds: Bounds, measure: str) -> None:
+    """Raise UsageError when the pool's units cannot pay for what has to go, naming what could."""
+    most = most_removable(pool, groups, bounds, measure)
     if pool.remove > most:
-        _refuse(family, pool, mine, most, measure)
+        _refuse(family, pool, [group for group in groups if group.tower in pool.towers], most, measure)
 
 
 def choose(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context
+from mmcompress.passes.latency import stages_of
 from mmcompress.passes.quantize_budget import Budget, by_latency
 from mmcompress.passes.quantize_options import Candidate, Group
 from mmcompress.progress import track
@@ -45,9 +46,7 @@ class Timing:
         self.given = settings.latency_ms
         self.stopwatch = context.require_stopwatch("quantize.latency_ms", settings.target, hint="use bits or size_mib")
         self.bundle, self.towers, self.progress = bundle, towers, context.progress
-        # The tower that writes: what reading a prompt takes.
-        answering = getattr(bundle.family, "answering", "")
-        self.stages = tuple("prompt" if tower.name == answering else tower.name for tower in towers)
+        self.stages = stages_of(bundle, towers)
 
     def timed(self, groups: Sequence[Group]) -> list[Group]:
         """Return the groups with what the products of each candidate take; patches and looking rows up take the same in all."""

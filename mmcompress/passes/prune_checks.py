@@ -1,0 +1,107 @@
+"""Which parameters of `prune` go together, and which models it can work on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from mmcompress.bundle import Bundle, DualEncoder
+from mmcompress.errors import UsageError, closest
+from mmcompress.passes.base import require_milliseconds, require_one
+from mmcompress.surgery.float_codes import is_float_coded
+from mmcompress.views import Tower
+
+if TYPE_CHECKING:
+    from mmcompress.passes.prune import Prune
+
+KINDS = ("heads", "neurons", "blocks")
+BLOCK_SCORES = ("block-influence", "taylor", "random")
+
+
+def require_sensible(settings: Prune) -> None:
+    """Raise UsageError for a value that is out of range, or asks for what another one rules out."""
+    for key, value in {"ratio": settings.ratio, **{f"ratios.{k}": v for k, v in settings.ratios.items()}}.items():
+        if not 0 <= value < 1:
+            raise UsageError(f"prune.{key} is {value}; expected 0 <= ratio < 1", hint="it is the share removed")
+    if settings.target is not None and not 1 <= settings.target < math.inf:
+        raise UsageError(f"prune.target is {settings.target}; expected at least 1", hint=f"it counts {settings.budget}")
+    require_one("prune", target=settings.target, ratios=settings.ratios or None, latency_ms=settings.latency_ms)
+    require_milliseconds("prune.latency_ms", settings.latency_ms)
+    if not 0 <= settings.min_keep <= 1:
+        raise UsageError(f"prune.min_keep is {settings.min_keep}; expected 0..1", hint="it is the share that stays")
+    if settings.multiple < 1:
+        raise UsageError(f"prune.multiple is {settings.multiple}; expected at least 1", hint="8 suits most kernels")
+    if not 0 <= settings.ridge < math.inf:
+        raise UsageError(f"prune.ridge is {settings.ridge}; expected 0 or more", hint="0.01 is the default")
+    unknown = [unit for unit in settings.units if unit not in KINDS]
+    if unknown or not settings.units:
+        raise UsageError(f"prune.units is {list(settings.units)}", hint=closest(unknown[0] if unknown else "", KINDS))
+    if "blocks" in settings.units and len(set(settings.units)) > 1:
+        raise UsageError("prune.units mixes blocks with parts of blocks", hint="use two prune steps, blocks first")
+    if ("blocks" in settings.units) != (settings.score == "block-influence") and settings.score not in BLOCK_SCORES[1:]:
+        fitting = BLOCK_SCORES if "blocks" in settings.units else ("taylor", "activation", "magnitude", "random")
+        raise UsageError(
+            f"prune.score {settings.score} does not rank {' and '.join(settings.units)}",
+            hint="use " + ", ".join(fitting),
+        )
+    if settings.uniform and settings.protect:
+        raise UsageError("prune.uniform and prune.protect contradict each other", hint="drop one of them")
+
+
+def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -> None:
+    """Raise UsageError where layers of `towers` cannot be cut, or the score does not suit the model."""
+    if (
+        settings.score == "taylor"
+        and settings.objective == "contrastive"
+        and not isinstance(bundle.family, DualEncoder)
+    ):
+        raise UsageError(
+            f"prune.objective is contrastive, and {bundle.family.name} models embed nothing into a shared space",
+            hint="use objective=embedding",
+        )
+    for tower in towers:
+        _require_plain(settings, bundle, tower)
+    if "blocks" in settings.units and any(record.name == "merge-tokens" for record in bundle.history):
+        raise UsageError(
+            "tokens are already merged, with a schedule per block; removing blocks would break it",
+            hint="put prune before merge-tokens",
+        )
+    for tower in towers:
+        whole = [part.why_whole for block in tower.blocks for part in (block.attention, block.cross) if part]
+        if set(settings.units) == {"heads"} and all(whole):
+            raise UsageError(
+                f"heads of the {tower.name} tower cannot be removed: {whole[0]}",
+                hint="prune its neurons or blocks, or name other towers with --towers",
+            )
+        if "blocks" in settings.units and tower.why_fixed_depth:
+            raise UsageError(
+                f"blocks of the {tower.name} tower cannot be removed: {tower.why_fixed_depth}",
+                hint="prune its heads and neurons, or name other towers with --towers",
+            )
+
+
+def _require_plain(settings: Prune, bundle: Bundle, tower: Tower) -> None:
+    for block in tower.blocks:
+        parts = [part for part in (block.attention, block.cross, block.mlp) if part]
+        readers = [part.reader for part in parts]
+        for path in (*(path for part in parts for path in part.writers), *readers):
+            module = bundle.module(path)
+            if not isinstance(module, nn.Linear) or is_float_coded(module):
+                raise UsageError(
+                    f"{path} is a {type(module).__name__}; prune cuts nn.Linear", hint="put prune before quantize"
+                )
+            if settings.compensate == "bias" and module.bias is None and path in readers:
+                raise UsageError(f"{path} has no bias to fold into", hint="use compensate=least-squares or none")
+    for kind, widths in (
+        ("heads", {block.attention.heads for block in tower.blocks}),
+        ("heads", {block.cross.heads for block in tower.blocks if block.cross}),
+        ("neurons", {block.mlp.neurons for block in tower.blocks}),
+    ):
+        if settings.uniform and kind in settings.units and len(widths) > 1:
+            raise UsageError(
+                f"{tower.name} has blocks of {min(widths)} to {max(widths)} {kind}; uniform needs equal ones",
+                hint="use uniform in the first prune step as well",
+            )
