@@ -14,7 +14,8 @@ serves every family:
     image_mask (B, T)           1 at image tokens
     attention_mask_I (B, P_I + T_I)   where image tokens leave on the way: as attention_mask, of what is behind the I-th place.
                                 `asked` says how much of the prompt that is; each further token is one more
-    past_NAME (B, H, P, D)      what it gave out as present_NAME; empty at first. P_I behind the I-th place
+    past_NAME (B, H, P, D)      what it gave out as present_NAME; empty at first. P_I behind the I-th place. Of a cache that holds
+                                integers past_key_I are codes, and there is past_key_scale_I (B, H, P, 1); the same of values
     anything else               what an earlier part gave out under that name or `asked` made, the same in every call
 
     outputs of the writer

@@ -12,6 +12,7 @@ from torch import nn
 from mmcompress.bundle import Bundle
 from mmcompress.preprocessing import quiet
 from mmcompress.surgery.float_codes import is_float_coded
+from mmcompress.surgery.rounded_cache import rounds_cache
 
 
 def plain_model(bundle: Bundle) -> Any:
@@ -26,6 +27,7 @@ def loads_plainly(bundle: Bundle, have: Mapping[str, tuple[int, ...]] | None = N
     Found out by building it (on meta tensors) and comparing every name and shape, not by trusting what passes did. `have` are
     those of the stored tensors, where they are not the model's own.
     """
+    rounded = [name for name, module in bundle.model.named_modules() if rounds_cache(module)]
     bound = [name for name, module in bundle.model.named_modules() if _is_bound(module)]
     want = {name: tuple(tensor.shape) for name, tensor in plain_model(bundle).state_dict().items()}
     if have is None:
@@ -49,6 +51,10 @@ def loads_plainly(bundle: Bundle, have: Mapping[str, tuple[int, ...]] | None = N
         return (
             False,
             f"{len(bound)} modules such as {bound[0]} reduce tokens; plain transformers would run without that",
+        )
+    if rounded:
+        return False, (
+            f"{len(rounded)} attentions such as {rounded[0]} keep keys and values as integers; plain transformers would keep floats"
         )
     coded = any(is_float_coded(module) for module in bundle.model.modules())
     return True, "with bitsandbytes and accelerate, in bfloat16 on CPUs that have it" if coded else ""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mmcompress.errors import GateFailed
-from mmcompress.export.rounding import check_grids, no_rounding, rounding_layers, rounds, unrounded
+from mmcompress.export.rounding import check_grids, no_rounding, rounding_layers, rounds, unrounded, unrounded_inputs
 from mmcompress.export.running import open_graph, run_torch, run_torch_blocks
 from mmcompress.export.trace import Traced
 from mmcompress.parts import BATCH, PAST, TOKENS
@@ -106,7 +106,7 @@ def check_parity(
         return _compare_all(module, graph, inputs, strict)
     check_grids(module, graph, used)
     with no_rounding(module):
-        rows = _compare_all(module, unrounded(graph), inputs, strict)
+        rows = _compare_all(module, unrounded(graph), [unrounded_inputs(given) for given in inputs], strict)
     loose = TOLERANCES["quantized"]
     return (
         *(replace(row, rounding=False) for row in rows),

@@ -4,23 +4,26 @@ Two correct engines disagree on a quantized network: a value within 1e-6 of the 
 and down in the other, that step is as large as the quantization error itself, and it spreads through the layers behind
 it. So a quantized graph is checked in three parts: everything but the rounding to float accuracy, the rounding's own
 parameters for equality, and the whole within a loose cosine. Products that round their inputs at run time (MatMulNBits) have no
-such parameters: they are told not to for the first part.
+such parameters: they are told not to for the first part. Nor has a cache that keeps integers: for the first part it keeps floats.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
+from torch import Tensor
 
 from mmcompress.errors import GateFailed
 from mmcompress.export.running import run_torch
 from mmcompress.export.trace import Traced
 from mmcompress.parts import BATCH
 from mmcompress.surgery.quantized_base import Quantized
+from mmcompress.surgery.rounded_cache import codes_unrounded
 from mmcompress.surgery.rounding_operators import FLOAT_INPUTS, ROUNDED_INPUTS
 
 Grid = tuple[float, int]
@@ -28,9 +31,13 @@ Grid = tuple[float, int]
 
 
 def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which activations pass QuantizeLinear, DequantizeLinear and MatMulNBits unrounded; weights stay integers."""
+    """Return a copy in which activations pass QuantizeLinear, DequantizeLinear and MatMulNBits unrounded; weights stay integers.
+
+    Integers that the graph is given or gives out are floats then, not rounded either: see `unrounded_inputs`.
+    """
     made = onnx.ModelProto()
     made.CopyFrom(graph)
+    _pass_codes(made)
     source = {node.output[0]: node.input[0] for node in made.graph.node if node.op_type == "QuantizeLinear"}
     passed = {
         node.output[0]: source[node.input[0]]
@@ -52,6 +59,41 @@ def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
     return made
 
 
+def unrounded_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return inputs as `unrounded` graphs take them."""
+    return {name: value.float() if value.dtype == torch.int8 else value for name, value in inputs.items()}
+
+
+def _pass_codes(graph: onnx.ModelProto) -> None:
+    """Let codes of a cache go through the graph as floats: they come in, are made of new tokens, put together, and go out."""
+    codes = _codes(graph)
+    if not codes:
+        return
+    for node in graph.graph.node:
+        makes, reads = node.op_type == "QuantizeLinear", node.op_type == "DequantizeLinear"
+        if (makes and node.output[0] in codes) or (reads and node.input[0] in codes):
+            del node.input[1:], node.attribute[:]
+            node.op_type = "Identity"
+    for value in (*graph.graph.input, *graph.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.INT8:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    del graph.graph.value_info[:]  # they say integers
+
+
+def _codes(graph: onnx.ModelProto) -> set[str]:
+    """Return the values that are a cache's codes: all that leads from integers the graph is given to those it gives out."""
+    before: dict[str, onnx.NodeProto] = {output: node for node in graph.graph.node for output in node.output}
+    waiting = [value.name for value in graph.graph.output if value.type.tensor_type.elem_type == onnx.TensorProto.INT8]
+    found = set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            node = before.get(name)
+            waiting += [] if node is None or node.op_type == "QuantizeLinear" else node.input
+    return found
+
+
 def rounds(graph: onnx.ModelProto) -> bool:
     """Return whether activations are rounded anywhere, by the graph itself or by a product that may."""
     return any(
@@ -67,7 +109,7 @@ def level(node: onnx.NodeProto) -> onnx.AttributeProto:
 
 @contextlib.contextmanager
 def no_rounding(module: Traced) -> Iterator[None]:
-    """While active, the module's quantized layers take their inputs as they come."""
+    """While active, the module's quantized layers take their inputs as they come, and its cache keeps what it is given."""
     held: dict[Any, dict[str, Any]] = {
         layer: {name: value for name in ("input_scale", "tokens") if (value := getattr(layer, name, None)) is not None}
         for layer in rounding_layers(module)
@@ -76,7 +118,8 @@ def no_rounding(module: Traced) -> Iterator[None]:
         for name in kept:
             setattr(layer, name, None)
     try:
-        yield
+        with codes_unrounded():
+            yield
     finally:
         for layer, kept in held.items():
             for name, value in kept.items():
@@ -120,16 +163,17 @@ def torch_grids(module: Traced, used: Collection[str] | None = None) -> set[Grid
 
 
 def graph_grids(graph: onnx.ModelProto) -> set[Grid]:
-    """Return the grids of the graph's QuantizeLinear nodes."""
+    """Return the grids of the graph's QuantizeLinear nodes, but for those that make a cache's codes."""
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
 
     def value(name: str) -> float:
         return float(onnx.numpy_helper.to_array(constants[name]).astype(np.float64))
 
+    codes = _codes(graph)
     return {
         (value(node.input[1]), int(value(node.input[2])) if len(node.input) > 2 else 0)
         for node in graph.graph.node
-        if node.op_type == "QuantizeLinear"
+        if node.op_type == "QuantizeLinear" and node.output[0] not in codes
     }
 
 

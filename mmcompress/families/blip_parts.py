@@ -20,7 +20,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from mmcompress.families.anatomy import example_tokens
 from mmcompress.families.answers import require_known_settings
 from mmcompress.families.blip_views import example_pictures
-from mmcompress.families.caches import filled
+from mmcompress.families.caches import filled, held
 from mmcompress.ops.masks import HIDDEN, causal_mask
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
 from mmcompress.surgery.cache_lengths import CACHE
@@ -78,11 +78,7 @@ def write(model: Any, ids: Tensor, mask: Tensor | None, *caches: Tensor) -> tupl
             use_cache=True,
             is_decoder=True,
         ).last_hidden_state
-    layers: Any = cache.self_attention_cache.layers
-    return (
-        model.text_decoder.cls(hidden[:, -1]),
-        *(tensor for layer in layers for tensor in (layer.keys, layer.values)),
-    )
+    return (model.text_decoder.cls(hidden[:, -1]), *held(cache.self_attention_cache))
 
 
 def captioner_parts(model: Any) -> tuple[Part, ...]:

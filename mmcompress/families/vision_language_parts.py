@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.families.answers import require_known_settings
-from mmcompress.families.caches import filled
+from mmcompress.families.caches import CODES, FLOATS, filled, held, nothing
 from mmcompress.ops.masks import causal_mask, mask_both_ways
 from mmcompress.parts import BATCH, MASK, PAST, TOKENS, Decoding, Part, Sizes
 from mmcompress.surgery.cache_lengths import CACHE
 from mmcompress.surgery.dropping import dropping_of, given_rooms, rooms_for
 from mmcompress.surgery.reducing import choice_of
+from mmcompress.surgery.rounded_cache import rounds_cache
 
 
 def vision_part(look: Callable[..., Tensor], example: Callable[[int], dict[str, Tensor]], tables: int = 0) -> Part:
@@ -94,14 +95,17 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
     `both_ways`: the tokens given together look at one another in both directions. `axes`: how many positions a token has; with
     more than one position_ids is (B, axes, T). `deep`: K.
 
+    Where the cache holds integers, past_key_I are codes, with past_key_scale_I (B, H, P, 1), and so are values.
+
     Where image tokens leave on their way through the blocks, it also takes image_mask (B, T) and, for each place, a mask of what
     blocks behind it hold and are given: attention_mask_1 (B, P_1 + T_1), as the text of `parts` says.
     """
     config = model.config.text_config
     dropping = dropping_of(model.model)
     places = _places(model, language)
+    names = CODES if rounds_cache(model.get_submodule(language).layers[0].self_attn) else FLOATS
     past, present = (
-        tuple(f"{kind}_{what}_{layer}" for layer in range(len(places)) for what in ("key", "value"))
+        tuple(f"{kind}_{what}_{layer}" for layer in range(len(places)) for what in names)
         for kind in ("past", "present")
     )
     stages = range(1, 1 + len(dropping.drops) if dropping else 1)
@@ -109,7 +113,7 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
 
     def write(model: Any, rows: Tensor, mask: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         told, caches = more[: len(masks)], more[len(masks) :]
-        cache, before = filled(caches), caches[0].shape[2]
+        cache, before = filled(caches, names), caches[0].shape[2]
         rows, *further = rows.chunk(1 + deep, dim=-1)
         if both_ways:
             seen = mask_both_ways(rows.shape[1], rows.dtype, mask)
@@ -124,8 +128,7 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
                 **{CACHE: cache},
                 use_cache=True,
             ).last_hidden_state
-        held: Any = cache.layers
-        return (model.lm_head(hidden[:, -1]), *(tensor for layer in held for tensor in (layer.keys, layer.values)))
+        return (model.lm_head(hidden[:, -1]), *held(cache))
 
     def example(sizes: Sizes) -> dict[str, Tensor]:
         batch, before, count = sizes[BATCH], sizes[PAST], sizes[TOKENS]
@@ -142,8 +145,8 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
             rows = torch.cat([rows, further.to(model.dtype) * rows.std()], dim=-1)
             earlier = empty(batch)
             if before:
-                held = _told(mask[:, :before], [sizes[f"{PAST}_{stage}"] for stage in stages], {}) if masks else {}
-                parts = (rows[:, :before], mask[:, :before], positions[..., :before], *held.values())
+                told = _told(mask[:, :before], [sizes[f"{PAST}_{stage}"] for stage in stages], {}) if masks else {}
+                parts = (rows[:, :before], mask[:, :before], positions[..., :before], *told.values())
                 earlier = write(model, *parts, *earlier)[1:]
         made = {
             "inputs_embeds": rows[:, before:].float(),
@@ -151,15 +154,18 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
             "position_ids": positions[..., before:],
         }
         if masks:
-            made |= _told(mask[:, before:], [sizes[f"{TOKENS}_{stage}"] for stage in stages], held if before else {})
-        return made | {name: value.float() for name, value in zip(past, earlier, strict=True)}
+            made |= _told(mask[:, before:], [sizes[f"{TOKENS}_{stage}"] for stage in stages], told if before else {})
+        return made | {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in zip(past, earlier, strict=True)
+        }
 
     def empty(batch: int) -> tuple[Tensor, ...]:
-        tensors = []
+        tensors: list[Tensor] = []
         for layer in model.get_submodule(language).layers:
             width = layer.self_attn.head_dim
             heads = layer.self_attn.k_proj.out_features // width
-            tensors += [torch.zeros(batch, heads, 0, width, dtype=model.dtype)] * 2
+            tensors += nothing(torch.zeros(batch, heads, 0, width, dtype=model.dtype), names)
         return tuple(tensors)
 
     limit = int(getattr(config, "max_position_embeddings", 0))
@@ -176,7 +182,7 @@ def language_part(model: Any, language: str, both_ways: bool, axes: int, deep: i
         | {f"{MASK}_{stage}": (BATCH, f"{PAST}_{stage} + {TOKENS}_{stage}") for stage in stages}
         | {
             name: (BATCH, "", f"{PAST}_{place}" if place else PAST)
-            for name, place in zip(past, _twice(places), strict=True)
+            for name, place in zip(past, (place for place in places for _ in names), strict=True)
         },
         example,
         traced=_sized({TOKENS: 9, PAST: 8}, stages) if masks else {TOKENS: 3, PAST: 4},
@@ -207,11 +213,6 @@ def _places(model: Any, language: str) -> tuple[int, ...]:
     """Return for each block of the language model how many places where tokens leave lie before it."""
     dropping, count = dropping_of(model.model), len(model.get_submodule(language).layers)
     return tuple(sum(drop.after <= layer for drop in dropping.drops) if dropping else 0 for layer in range(count))
-
-
-def _twice(places: tuple[int, ...]) -> list[int]:
-    """Return each block's for its keys and its values."""
-    return [place for place in places for _ in ("key", "value")]
 
 
 def _sized(sizes: Sizes, stages: range) -> Sizes:

@@ -18,7 +18,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from mmcompress.families.anatomy import example_tokens
 from mmcompress.families.answers import require_known_settings
-from mmcompress.families.caches import filled
+from mmcompress.families.caches import filled, held
 from mmcompress.ops.masks import causal_mask
 from mmcompress.parts import BATCH, PAST, TOKENS, Decoding, Part, Sizes
 from mmcompress.surgery.cache_lengths import CACHE
@@ -52,8 +52,7 @@ def write(model: Any, ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         position_ids=(torch.arange(count) + before)[None],
         use_cache=True,
     ).last_hidden_state
-    layers: Any = cache.self_attention_cache.layers
-    return (model.proj_out(hidden[:, -1]), *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+    return (model.proj_out(hidden[:, -1]), *held(cache.self_attention_cache))
 
 
 def whisper_parts(model: Any, features: Any, start: list[int]) -> tuple[Part, ...]:

@@ -217,6 +217,4 @@ def _empty(spec: TensorSpec, batch: int) -> Array:
 
 def _bytes(value: Any) -> int:
     size = getattr(value, "nbytes", None)
-    if size is not None:
-        return int(size)
-    return int(np.prod(value.shape())) * 4  # an OrtValue; keys and values are float32 outside whatever is inside
+    return int(value.tensor_size_in_bytes() if size is None else size)  # an OrtValue says it by another name

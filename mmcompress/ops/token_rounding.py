@@ -10,6 +10,10 @@ for all tokens, as kernels take only one for a whole tensor.
 Since s differs by token only, it leaves the product:  x' W = s * (q W).  A graph thus rounds x / s with a scale of 1, the form in
 which runtimes recognise a product of integers, and multiplies by s afterwards.
 
+A cache of keys and values keeps codes and scales, one for each token of each head (`in_steps`), as KIVI (Liu et al. 2024, arXiv
+2402.02750, section 3) has it for values. Deliberate difference: keys too, which KIVI rounds channel by channel, in groups of tokens
+that stay floats until they are full; that is for 2 bits.
+
 Shape alphabet: C channels.
 """
 
@@ -65,6 +69,17 @@ def round_tokens(x: Tensor, grid: TokenGrid) -> Tensor:
     """
     rounded: Tensor = _StraightThrough.apply(x.float(), grid)
     return rounded.to(x.dtype)
+
+
+def in_steps(x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+    """Return x / s (…, C), whose nearest integers are the codes of `x`, and s (…, 1) in the dtype of `x`.
+
+    s is rounded to that dtype first, so that codes times s is exactly what is kept; no code then exceeds the largest. x / s is at
+    least float32: half precision does not hold it to the nearest integer. Without gradient.
+    """
+    scale = token_scale(x.detach(), grid)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.detach().to(wide) / scale.to(wide), scale
 
 
 def round_blocks(x: Tensor, size: int, grid: TokenGrid) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: B batch, P past tokens, M new ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,15 +28,26 @@ def held_by(cache: Any, layer: int) -> int:
     """Return P, how many tokens a block's cache holds. Raises UsageError for a cache of fixed size."""
     if cache is None or len(cache.layers) <= layer:
         return 0
-    held = cache.layers[layer]
-    if not isinstance(held, DynamicLayer):
-        raise UsageError(
-            f"dropping image tokens got a cache of {type(held).__name__}; expected one that grows with its tokens",
-            hint='leave out cache_implementation, or set it to "dynamic"',
-        )
+    held = growing(cache.layers[layer], "dropping image tokens")
     if held.keys is None or held.keys.dim() < 4:
         return 0
     return held.keys.shape[-2]
+
+
+def growing(layer: Any, who: str) -> DynamicLayer:
+    """Return a cache's layer. Raises UsageError, for `who` got it, where it does not grow with its tokens."""
+    if not isinstance(layer, DynamicLayer):
+        raise UsageError(
+            f"{who} got a cache of {type(layer).__name__}; expected one that grows with its tokens",
+            hint='leave out cache_implementation, or set it to "dynamic"',
+        )
+    return layer
+
+
+def change_held(layer: DynamicLayer, how: Callable[[Tensor], Tensor]) -> None:
+    """Put in place of what a cache's layer holds, tensors (B, H, P, D or 1), what `how` makes of each."""
+    for name in getattr(layer, "held_names", ("keys", "values")):
+        setattr(layer, name, how(getattr(layer, name)))
 
 
 def remember(cache: Any, place: int, past: int, room: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -32,9 +33,10 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.dropping import counts_kept, room_for
 from mmcompress.ops.masks import as_added, causal_mask, visible
 from mmcompress.surgery.attention import give_asked
-from mmcompress.surgery.cache_lengths import CACHE
+from mmcompress.surgery.cache_lengths import CACHE, change_held
 from mmcompress.surgery.noting import note_images
 from mmcompress.surgery.prompt_flow import SCORED, Chosen, Dropping, Flow, chosen, opened
+from mmcompress.surgery.token_operators import floats, integers
 
 ATTRIBUTE = "dropping"
 SKIPPING = "skipping"
@@ -166,7 +168,7 @@ def _forget(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = No
     made: Tensor = type(self).forward(self, hidden_states, attention_mask=mask, **kwargs)
     if cache is not None and (torch.compiler.is_exporting() or hidden_states.shape[1] > 1):
         held = cache.layers[self.get_submodule(own.attention).layer_idx]
-        held.keys, held.values = (_cut(tensor, flow.stays) for tensor in (held.keys, held.values))
+        change_held(held, partial(_cut, stays=flow.stays))
     return made
 
 
@@ -248,6 +250,8 @@ def _mask_beside(flow: Flow, stays: Chosen, mask: Tensor | None, tokens: Tensor)
 
 
 def _cut(held: Tensor, stays: Chosen) -> Tensor:
-    """Return keys or values (B, H, P + M, D) of those that are left, from all (B, H, P + T, D)."""
+    """Return keys or values (B, H, P + M, D) of those that are left, from all (B, H, P + T, D), or their codes or scales."""
     earlier, new = held[:, :, : stays.past], held[:, :, stays.past :]
-    return torch.cat([earlier, stays.rows[:, None].to(held.dtype) @ new], dim=2)
+    rows = stays.rows[:, None]  # of zeros and a single one: exact for integers too
+    left = rows.to(held.dtype) @ new if held.is_floating_point() else integers(rows @ floats(new, rows))
+    return torch.cat([earlier, left], dim=2)

@@ -23,6 +23,8 @@ _LIBRARY = torch.library.Library("mmcompress", "FRAGMENT")
 _LIBRARY.define("whole_uint8(Tensor x) -> Tensor")
 _LIBRARY.define("whole_int8(Tensor x) -> Tensor")
 _LIBRARY.define("whole_float8(Tensor x) -> Tensor")
+_LIBRARY.define("integers(Tensor steps) -> Tensor")
+_LIBRARY.define("floats(Tensor codes, Tensor like) -> Tensor")
 _LIBRARY.define("float8_input(Tensor x, Tensor scale) -> Tensor")
 _LIBRARY.define("float8_matrix(Tensor codes, Tensor scale) -> Tensor")
 
@@ -44,6 +46,16 @@ def _whole_float8(x: Tensor) -> Tensor:
     return nearest_float8(x)
 
 
+@torch.library.impl(_LIBRARY, "integers", "CompositeExplicitAutograd")
+def _integers(steps: Tensor) -> Tensor:
+    return steps.round().to(torch.int8)
+
+
+@torch.library.impl(_LIBRARY, "floats", "CompositeExplicitAutograd")
+def _floats(codes: Tensor, like: Tensor) -> Tensor:
+    return codes.to(like.dtype)
+
+
 @torch.library.impl(_LIBRARY, "float8_input", "CompositeExplicitAutograd")
 def _float8_input(x: Tensor, scale: Tensor) -> Tensor:
     return fake_float8(x, scale)
@@ -60,6 +72,16 @@ def token_product(x: Tensor, matrix: Tensor, grid: TokenGrid) -> Tensor:
     scale = token_scale(x, grid)
     whole: Callable[[Tensor], Tensor] = getattr(torch.ops.mmcompress, _WHOLE[grid.dtype])
     return (whole(x / scale) @ matrix) * scale
+
+
+def integers(steps: Tensor) -> Tensor:
+    """Return the nearest int8 codes of `steps` (…, C), which are within -127..127."""
+    return torch.ops.mmcompress.integers(steps) if torch.compiler.is_exporting() else _integers(steps)
+
+
+def floats(codes: Tensor, like: Tensor) -> Tensor:
+    """Return int8 `codes` in the dtype of `like`."""
+    return torch.ops.mmcompress.floats(codes, like) if torch.compiler.is_exporting() else codes.to(like.dtype)
 
 
 def block_of(columns: int) -> int:
@@ -107,6 +129,15 @@ def token_table() -> dict[Any, Callable[..., Any]]:
 
         return rounded
 
+    def integers(steps: Any) -> Any:
+        return op.QuantizeLinear(
+            steps, op.CastLike(op.Constant(value_float=1.0), steps), constant(onnx.TensorProto.INT8, 0)
+        )
+
+    def floats(codes: Any, like: Any) -> Any:
+        one = op.CastLike(op.Constant(value_float=1.0), like)
+        return op.DequantizeLinear(codes, one, constant(onnx.TensorProto.INT8, 0))
+
     def float8_input(x: Any, scale: Any) -> Any:
         zero = constant(onnx.TensorProto.FLOAT8E4M3FN, 0.0)
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
@@ -119,6 +150,8 @@ def token_table() -> dict[Any, Callable[..., Any]]:
         ops.whole_uint8.default: whole(onnx.TensorProto.UINT8, 128),
         ops.whole_int8.default: whole(onnx.TensorProto.INT8, 0),
         ops.whole_float8.default: whole(onnx.TensorProto.FLOAT8E4M3FN, 0.0),
+        ops.integers.default: integers,
+        ops.floats.default: floats,
         ops.float8_input.default: float8_input,
         ops.float8_matrix.default: float8_matrix,
     }
