@@ -69,11 +69,15 @@ def _pass_codes(graph: onnx.ModelProto) -> None:
     codes = _codes(graph)
     if not codes:
         return
+    kinds = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
     for node in graph.graph.node:
         makes, reads = node.op_type == "QuantizeLinear", node.op_type == "DequantizeLinear"
         if (makes and node.output[0] in codes) or (reads and node.input[0] in codes):
+            # Given and kept as float32; what is computed with has the type of the scale.
+            kind = onnx.TensorProto.FLOAT if makes else kinds[node.input[1]]
             del node.input[1:], node.attribute[:]
-            node.op_type = "Identity"
+            node.op_type = "Cast"
+            node.attribute.append(onnx.helper.make_attribute("to", kind))
     for value in (*graph.graph.input, *graph.graph.output):
         if value.type.tensor_type.elem_type == onnx.TensorProto.INT8:
             value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
@@ -81,16 +85,19 @@ def _pass_codes(graph: onnx.ModelProto) -> None:
 
 
 def _codes(graph: onnx.ModelProto) -> set[str]:
-    """Return the values that are a cache's codes: all that leads from integers the graph is given to those it gives out."""
-    before: dict[str, onnx.NodeProto] = {output: node for node in graph.graph.node for output in node.output}
-    waiting = [value.name for value in graph.graph.output if value.type.tensor_type.elem_type == onnx.TensorProto.INT8]
-    found = set[str]()
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            node = before.get(name)
-            waiting += [] if node is None or node.op_type == "QuantizeLinear" else node.input
+    """Return the values that are a cache's codes: those the graph is given, those it makes of new tokens, and what is cut of both.
+
+    What is made for a product alone is dequantized at once.
+    """
+    found = {value.name for value in graph.graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.INT8}
+    if not found:
+        return found
+    kept = {value.name for value in graph.graph.output}
+    kept |= {name for node in graph.graph.node if node.op_type != "DequantizeLinear" for name in node.input}
+    for node in graph.graph.node:  # in the order they run
+        makes = node.op_type == "QuantizeLinear" and node.output[0] in kept
+        if makes or (node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Shape") and found & set(node.input)):
+            found |= set(node.output)
     return found
 
 

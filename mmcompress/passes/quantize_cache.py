@@ -14,7 +14,7 @@ from mmcompress.views import Tower
 def cached_tower(bundle: Bundle, named: Sequence[str]) -> Tower:
     """Return the language model whose blocks keep keys and values.
 
-    Raises UsageError where there is none, where `named` towers, if any, leave it out, or where its cache is no simple one.
+    Raises UsageError where there is none, where `named` towers, if any, leave it out, or where its cache holds integers already.
     """
     towers = bundle.towers()
     tower = next((tower for tower in towers if tower.prompt), None)
@@ -34,12 +34,6 @@ def cached_tower(bundle: Bundle, named: Sequence[str]) -> Tower:
         raise UsageError(
             f"quantize.cache is that of the {tower.name} tower, which quantize.towers does not name",
             hint=f"name it, with --{tower.name}-scheme W16A16 to leave its weights alone",
-        )
-    windows = [block.attention.window for block in tower.blocks if block.attention.window]
-    if windows:
-        raise UsageError(
-            f"blocks of this {bundle.family.name} model see {windows[0]} tokens each, and their caches forget the others",
-            hint="leave quantize.cache at float",
         )
     if any(rounds_cache(bundle.module(block.attention.path)) for block in tower.blocks):
         raise UsageError(

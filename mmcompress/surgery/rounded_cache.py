@@ -52,7 +52,10 @@ def rounds_cache(attention: nn.Module) -> bool:
 
 
 class RoundedLayer(DynamicLayer):
-    """What a cache holds of one block: `keys` and `values` are codes (B, H, P, D), with a scale (B, H, P, 1) for each."""
+    """What a cache holds of one block: `keys` and `values` are codes (B, H, P, D), with a scale (B, H, P, 1) for each.
+
+    Of a block that sees a window of tokens as well it holds all; masks hide the others.
+    """
 
     held_names = ("keys", "key_scale", "values", "value_scale")
     keys: Any

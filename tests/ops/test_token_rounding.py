@@ -10,6 +10,7 @@ from mmcompress.ops.token_rounding import (
     TOKEN_INT8,
     TOKEN_UINT8,
     TokenGrid,
+    in_steps,
     round_blocks,
     round_tokens,
     token_scale,
@@ -28,6 +29,25 @@ def test_each_token_by_hand() -> None:
     assert token_scale(x, TOKEN_INT8).flatten().tolist() == pytest.approx([2.0, 0.01])
     found = round_tokens(x, TOKEN_INT8)
     assert found.flatten().tolist() == pytest.approx([254.0, 4.0, -4.0, 0.13, -1.27, 0.0])
+
+
+def test_what_is_kept_of_a_token_by_hand() -> None:
+    """Codes and scales: of the first token 127, 2.5 (to the even 2) and -1.55 steps of 2, of the second steps of 0.01."""
+    steps, scale = in_steps(torch.tensor([[254.0, 5.0, -3.1], [0.126, -1.27, 0.0]]), TOKEN_INT8)
+    assert scale.shape == (2, 1)
+    assert scale.flatten().tolist() == pytest.approx([2.0, 0.01])
+    assert steps[0].tolist() == pytest.approx([127.0, 2.5, -1.55])
+    assert steps.round().tolist() == [[127, 2, -2], [13, -127, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_code_exceeds_the_largest_in_any_precision(dtype: torch.dtype) -> None:
+    """Scales are rounded to it first: up or down, 127 and a bit is 127."""
+    x = torch.cat([states(500, 16) * size for size in (0.1, 1.0, 50.0)]).to(dtype)
+    steps, scale = in_steps(x, TOKEN_INT8)
+    assert scale.dtype == dtype
+    assert steps.round().abs().amax(-1).eq(127).all()
+    assert ((steps.round() * scale.float() - x.float()).abs() <= scale.float() * 0.5001).all()
 
 
 def test_float8_by_hand() -> None:
