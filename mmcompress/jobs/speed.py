@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +19,21 @@ from mmcompress.errors import MissingError, UsageError, closest
 from mmcompress.export.artifact import Artifact, open_artifact
 from mmcompress.export.onnx import export_onnx
 from mmcompress.jobs.arrays import TOKENS, arrays_for
+from mmcompress.measure.answerer import part_specs, torch_runner
 from mmcompress.measure.latency import Latency, LatencySamples, compare, interleaved
 from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.measure.runner import Arrays, Runner
 from mmcompress.measure.runners import RUNNERS, open_runner
 from mmcompress.ops.statistics import Estimate
-from mmcompress.parts import PAST
+from mmcompress.parts import PAST, Exportable
 from mmcompress.parts import TOKENS as TOKENS_AXIS
+from mmcompress.passes.quantize_cache import cache_bytes
 from mmcompress.progress import Progress
 from mmcompress.recipe import Export
 
 BEST = "best of each"
 HALF = "the original in bf16"
+FURTHER = "one further token"
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,16 @@ def _against_half(timings: Sequence[Timing], threads: int) -> list[TowerSpeed]:
 
 
 def example_arrays(artifact: Artifact, tower: str, batch: int, tokens: int = TOKENS) -> Arrays:
-    """Return deterministic inputs (B, …) of a component's graph; of one that writes, those of one further token."""
+    """Return deterministic inputs (B, …) of a component's graph; of one that writes, those of one further token.
+
+    That one stands behind a text and, where a picture always has as many tokens, a picture.
+    """
     specs = artifact.component(tower).inputs
     writes = any(PAST in spec.dims for spec in specs)
-    return arrays_for(specs, batch, tokens, {TOKENS_AXIS: 1, PAST: tokens} if writes else None)
+    outputs = (spec for component in artifact.components for spec in component.outputs)
+    seen = next((spec.dims[1] for spec in outputs if spec.name == "image_embeds"), 0)
+    past = tokens + (seen if isinstance(seen, int) else 0)
+    return arrays_for(specs, batch, tokens, {TOKENS_AXIS: 1, PAST: past} if writes else None)
 
 
 def speeds_between(before: str, after: str, timings: Sequence[Timing], threads: int) -> list[TowerSpeed]:
@@ -214,22 +222,33 @@ def compare_exports(
 def compare_in_torch(
     original: Bundle, bundle: Bundle, threads: int, rounds: int, progress: Progress
 ) -> tuple[TowerSpeed, ...]:
-    """Time the towers of two bundles against each other in torch, batch 1, on the device they are on."""
-    rows = []
+    """Time the towers of two bundles against each other in torch, batch 1, on the device they are on.
+
+    Of a bundle whose cache holds integers, one further token too: towers are timed without a cache.
+    """
+    sides = {"original": original, "compressed": bundle}
+    lanes: dict[str, list[Lane]] = {}
     for tower in bundle.towers():
-        with contextlib.ExitStack() as stack:
-            steps = {}
-            for side, made in (("original", original), ("compressed", bundle)):
-                inputs = {k: v.cpu().numpy() for k, v in made.example_inputs(tower.name).items()}
-                encode = functools.partial(_encode, made, tower.name)
-                runner = open_runner("torch", encode, threads, bundle.device.type)
-                stack.callback(runner.close)
-                steps[side] = runner.bind(inputs)
-            samples = interleaved(steps, rounds=rounds, progress=progress)
-        before, after = (samples[side].summary().p50_ms.value for side in ("original", "compressed"))
-        ratio = compare(samples["original"], samples["compressed"])
-        rows.append(TowerSpeed(tower.name, "torch", 1, threads, before, after, ratio))
+        for side, made in sides.items():
+            load = partial(open_runner, "torch", partial(_encode, made, tower.name), threads, bundle.device.type)
+            inputs = {name: value.cpu().numpy() for name, value in made.example_inputs(tower.name).items()}
+            lanes.setdefault(tower.name, []).append(Lane(side, "torch", load, inputs))
+    if cache_bytes(bundle):
+        lanes[FURTHER] = [_further(side, made, threads) for side, made in sides.items()]
+    rows = []
+    for name, pair in lanes.items():
+        before, after = time_lanes(pair, tower=name, batch=1, rounds=rounds, progress=progress)
+        rows.append(_ratio(before, after, "torch", threads))
     return tuple(rows)
+
+
+def _further(side: str, bundle: Bundle, threads: int) -> Lane:
+    """Return the part that writes in torch, given one token behind an example prompt."""
+    assert isinstance(bundle.family, Exportable), "it has a cache"
+    part = bundle.family.parts(bundle.model)[-1]
+    past = bundle.example_inputs(bundle.forced.answering)["input_ids"].shape[1]
+    inputs = arrays_for(part_specs(part), 1, sizes={TOKENS_AXIS: 1, PAST: past})
+    return Lane(side, "torch", partial(torch_runner, bundle, part, threads), inputs)
 
 
 def _encode(bundle: Bundle, tower: str, **inputs: Any) -> Any:

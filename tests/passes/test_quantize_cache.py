@@ -14,10 +14,12 @@ import torch
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.export.artifact import Artifact
 from mmcompress.export.onnx import export_onnx
+from mmcompress.jobs import speed
+from mmcompress.jobs.arrays import arrays_for
 from mmcompress.jobs.bench_answers import AnswerTarget
 from mmcompress.jobs.bench_targets import Source
+from mmcompress.jobs.speed import compare_in_torch, example_arrays
 from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
 from mmcompress.passes import build
 from mmcompress.passes.base import Context
@@ -186,18 +188,29 @@ def test_graphs_are_given_integers_and_give_them_out(tmp_path: Path) -> None:
     # Strictly where nothing is rounded, codes as they were before it; then loosely, which they are within by far.
     assert {row["rounding"] for row in rows} == {False, True}
     assert max(row["relative"] for row in rows if not row["rounding"]) < 1e-4
-    assert cache_mib(artifact, tmp_path) * 32 == pytest.approx(cache_mib(plain_artifact(tmp_path), tmp_path) * 12)
+    # What a benchmark says a whole answer of four tokens takes: keys and values of two heads in three blocks.
+    target = AnswerTarget(Source(artifact.directory, artifact=artifact), "x", "cpu", tmp_path, Silent(), 4)
+    tokens = target.asked(1)["input_ids"].shape[1] + 4
+    assert target.stages({}, 1)["cache_mib"] * 2**20 == 2 * 3 * 2 * tokens * (8 + 4)
+    # And what a run times: a token behind a text of 16 and a picture of 16.
+    assert example_arrays(artifact, "language", 1)["past_key_scale_0"].shape == (1, 2, 32, 1)
 
 
-def plain_artifact(folder: Path) -> Artifact:
-    return export_onnx(tiny.bundle("llava_clip"), folder / "plain", batches=(1,)).artifact
+def test_a_run_in_torch_times_one_further_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache of what an example asks: what its integers cost is seen there alone."""
+    plain, bundle = tiny.bundle("llava_clip"), made("llava_clip", CACHED)
+    assert [row.tower for row in compare_in_torch(plain, plain, 1, 2, Silent())] == ["vision", "language"]
+    held: list[int] = []
 
+    def noting(specs: Any, batch: int, **more: Any) -> Any:
+        arrays = arrays_for(specs, batch, **more)
+        held.append(arrays["past_key_0"].nbytes)
+        return arrays
 
-def cache_mib(artifact: Artifact, folder: Path) -> float:
-    """What `mmc bench` says of it."""
-    target = AnswerTarget(Source(artifact.directory, artifact=artifact), "x", "cpu", folder, Silent(), 4)
-    found: float = target.stages({}, 1)["cache_mib"]
-    return found
+    monkeypatch.setattr(speed, "arrays_for", noting)
+    rows = compare_in_torch(plain, bundle, 1, 2, Silent())
+    assert [row.tower for row in rows] == ["vision", "language", "one further token"]
+    assert held == [2 * 32 * 8 * 4, 2 * 32 * 8]  # floats, integers
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
