@@ -255,7 +255,10 @@ class Quantize:
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Change nothing; report the bytes each tower now takes, recounted, and those of a token in a cache of integers."""
-        return {"bytes": {tower.name: bytes_of(bundle, tower) for tower in bundle.towers()}, **cache_bytes(bundle)}
+        held = cache_bytes(bundle)
+        if self.cache == "int8":
+            context.progress.say("bytes of a token in the cache: {} before, now {}".format(*held.values()))
+        return {"bytes": {tower.name: bytes_of(bundle, tower) for tower in bundle.towers()}, **held}
 
     @property
     def maker(self) -> Maker:
