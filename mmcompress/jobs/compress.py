@@ -26,7 +26,7 @@ from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
 from mmcompress.jobs import token_pictures
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
-from mmcompress.jobs.refusals import require_alone, require_usable, with_tasks
+from mmcompress.jobs.refusals import require_alone, require_quantized, require_usable, with_tasks
 from mmcompress.jobs.sensitivity import Row, judged_groups, mixed_findings
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.jobs.stages import Measurements, headlines, load_again
@@ -102,6 +102,7 @@ def compress(
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
     evaluation_data = _evaluation_data(recipe)
     recipe = with_tasks(recipe, bundle, evaluation_data)
+    require_quantized(todo, bundle)
     place = Workplace(partial_path(output), _identity(bundle.source.sha256, recipe, data, evaluation_data), resume)
     context = Context(
         data=data,

@@ -14,13 +14,14 @@ from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, batches, open_data
 from mmcompress.evaluate.answers import abilities
 from mmcompress.jobs.compress import streams
-from mmcompress.jobs.refusals import require_usable, with_tasks
+from mmcompress.jobs.refusals import require_quantized, require_usable, trains_integers, with_tasks
 from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Work
 from mmcompress.progress import Progress
 from mmcompress.recipe import Recipe
 from mmcompress.room import available
 from mmcompress.staging import refuse_existing
+from mmcompress.surgery.master_weights import holders
 
 # Measured on the demo's CLIP and the DINOv2-S + MiniLM dual encoder, 2 cores: tracing, checking and writing one tower's graph,
 # and loading it into one runner; and a metric's intervals.
@@ -29,6 +30,9 @@ EXPORTED, STATISTICS = 15.0, 2.0
 STREAMED = 5.5e7
 # Times the model's size in memory: with room to work; with gradients, AdamW's two moments and the teacher beside it.
 HELD, TRAINED = 1.5, 5.5
+# Bytes of each integer that trains: its master weight, rounded in a forward with a byte that says whether it lies inside the grid;
+# and its gradient, two moments and the teacher's, where the model that is given holds integers already.
+ROUNDED, TAUGHT = 5, 4 + 3 * 4 + 4
 
 
 def estimate(
@@ -50,6 +54,7 @@ def estimate(
         else checkpoint.outline(model, allow_pickle=allow_pickle)
     )
     recipe = with_tasks(recipe, bundle, evaluation)
+    require_quantized(todo, bundle)
     for stage in todo:
         stage.made.check(bundle)
     forward = 0.0
@@ -81,6 +86,10 @@ def estimate(
     else:
         written = 0.0
         memory = round((TRAINED if trains else HELD) * size)
+        if any(trains_integers(stage) for stage in todo):
+            integers = sum(layer.weight_shape.numel() for layer in holders(bundle.model).values())
+            # Of a model that is still float, a step before makes them.
+            memory += (ROUNDED + TAUGHT) * integers if integers else ROUNDED * size // 4
         # A checkpoint after every step, the result, and both sides exported.
         copies = len(todo) + 1 + (2 if recipe.export.to else 0)
     return {

@@ -12,6 +12,7 @@ from mmcompress.evaluate.answers import abilities
 from mmcompress.evaluate.asked import require_able
 from mmcompress.evaluate.tasks import TASKS, usual_tasks
 from mmcompress.jobs.speed import usable_runners
+from mmcompress.passes.distill_job import INTEGERS, integer_layers
 from mmcompress.pipeline import Stage
 from mmcompress.recipe import Recipe
 
@@ -33,6 +34,25 @@ def require_alone(todo: list[Stage]) -> None:
                 f"{stage.step.name}.latency_ms cannot be solved by {os.environ['WORLD_SIZE']} processes at once",
                 hint="run that step alone first, then the others on its output",
             )
+
+
+def require_quantized(todo: list[Stage], bundle: Bundle) -> None:
+    """Raise UsageError where integers are to train that neither the model has nor a step before makes, or without a teacher."""
+    for stage in todo:
+        if stage.step.name == "quantize":
+            return
+        if trains_integers(stage):
+            integer_layers(bundle, getattr(stage.made, "towers", ()) or [tower.name for tower in bundle.towers()])
+            if stage.number == 1 and not getattr(stage.made, "teacher", ""):
+                raise UsageError(
+                    f"distill.train is '{INTEGERS}', and the teacher would be the quantized model itself",
+                    hint="give --teacher CHECKPOINT: the model before it was quantized",
+                )
+
+
+def trains_integers(stage: Stage) -> bool:
+    """Whether a step trains weights that are stored as integers."""
+    return getattr(stage.made, "train", "") == INTEGERS and not getattr(stage.made, "neutral", False)
 
 
 def with_tasks(recipe: Recipe, bundle: Bundle, data: Dataset | None) -> Recipe:

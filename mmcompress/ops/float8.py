@@ -46,6 +46,6 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_float8(x: Tensor, scale: Tensor) -> Tensor:
-    """Return `x` rounded to E4M3 in steps of the scalar `scale`, in the dtype of `x`; gradients pass straight through."""
+    """Return `x` rounded to E4M3 in steps of `scale`, which broadcasts, in the dtype of `x`; gradients pass straight through."""
     rounded: Tensor = _StraightThrough.apply(x.float(), scale.float())
     return rounded.to(x.dtype)

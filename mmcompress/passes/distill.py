@@ -7,6 +7,9 @@ Where images and texts do not belong together, the interactive loss gives way to
 Of a model that answers in text, the tower that writes learns the teacher's distributions of the next token along the data's
 answers (word-level distillation, Kim and Rush 2016), every other tower the teacher's hidden states; each tower by itself, so that
 any choice of towers can train.
+
+Quantized layers hold integers, which have no gradient: only their biases learn. With train: quantized-weights they hold floats
+while they train, rounded in every forward (quantization-aware training; see `surgery.master_weights`).
 """
 
 from __future__ import annotations
@@ -83,9 +86,10 @@ class Distill:
     """Whether image i belongs to text i; auto: if every sample has both."""
     towers: tuple[str, ...] = ()
     """Towers that train, the others stay as they are to the bit; empty: all the data has samples for."""
-    train: Literal["all", "norms-and-biases", "projection"] = "all"
+    train: Literal["all", "norms-and-biases", "projection", "quantized-weights"] = "all"
     """Which parameters of these towers train; norms-and-biases: everything one-dimensional; projection: what leads from a tower
-    into the shared space, or into the language model (the connector)."""
+    into the shared space, or into the language model (the connector); quantized-weights: all, and the weights that are stored as
+    integers or 8-bit floats, on the grids they have (quantization-aware training)."""
     augment: bool = False
     """Crop and recolour the images lightly, never mirror them."""
     cache_teacher: bool | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +18,16 @@ from mmcompress.manifest import Json
 from mmcompress.passes.base import Context
 from mmcompress.passes.distill_ranks import Ranks, world_size
 from mmcompress.passes.distill_train import Lesson
+from mmcompress.surgery.float_codes import is_float_coded
+from mmcompress.surgery.master_weights import holders
+from mmcompress.surgery.quantized_base import Quantized
 
 if TYPE_CHECKING:
     from mmcompress.data import Dataset
     from mmcompress.passes.distill import Distill
+
+INTEGERS = "quantized-weights"
+"""The value of `train` with which weights stored as integers train too."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +77,27 @@ class Job(ABC):
     def decisions(self, bundle: Bundle) -> dict[str, Json]:
         """Return what to record of all this."""
         parameters = trainable(bundle, self.towers, self.settings.train)
+        layers = self.integer_layers(bundle).values()
         return {
             "steps": self.steps,
             "samples_per_step": self.samples_per_step,
             "samples": self.size,
             "held_back": self.held_back,
             "towers": list(self.towers),
-            "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
+            "trained_parameters": sum(parameter.numel() for parameter in parameters.values())
+            + sum(layer.weight_shape.numel() for layer in layers),
         }
+
+    def integer_layers(self, bundle: Bundle) -> dict[str, Quantized]:
+        """Return the layers whose integers train, by path. Raises UsageError where some should, and none can."""
+        return integer_layers(bundle, self.towers) if self.settings.train == INTEGERS else {}
 
 
 def trainable(bundle: Bundle, towers: tuple[str, ...], train: str) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by name. Raises UsageError when there are none.
 
-    Integer weights are buffers, so a quantized layer contributes its bias at most. What the model holds constant (the positions of
-    Whisper's encoder are sines) stays so.
+    Integer weights are buffers, so a quantized layer contributes its bias at most, unless it holds a master weight. What the
+    model holds constant (the positions of Whisper's encoder are sines) stays so.
     """
     chosen = [bundle.tower(name) for name in towers]
     found = {
@@ -97,10 +109,32 @@ def trainable(bundle: Bundle, towers: tuple[str, ...], train: str) -> dict[str, 
         and (train != "norms-and-biases" or parameter.ndim == 1)
         and (train != "projection" or any(name.startswith(head + ".") for tower in chosen for head in tower.heads))
     }
-    if not found:
+    if not found and train != INTEGERS:
         raise UsageError(
             f"nothing can train: distill.train is '{train}' and the towers are {', '.join(towers) or 'none'}",
-            hint="distill before quantizing" if train == "all" else "use train: all",
+            hint=f"distill before quantizing, or use train: {INTEGERS}" if train == "all" else "use train: all",
+        )
+    return found
+
+
+def integer_layers(bundle: Bundle, towers: Sequence[str]) -> dict[str, Quantized]:
+    """Return the layers of `towers` that store weights of their own on a grid, by path.
+
+    Raises UsageError where there are none, or layers that have no grid.
+    """
+    chosen = [bundle.tower(name) for name in towers]
+    for path, module in bundle.model.named_modules():
+        if is_float_coded(module) and any(tower.owns(path) for tower in chosen):
+            raise UsageError(
+                f"distill.train is '{INTEGERS}', and {path} is bitsandbytes' (NF4, FP4): its codes and their scales are made "
+                "together, so they have no fixed grid to train on",
+                hint="quantize with W4A16 instead, or name the other towers in distill.towers",
+            )
+    found = {path: layer for path, layer in holders(bundle.model).items() if any(each.owns(path) for each in chosen)}
+    if not found:
+        raise UsageError(
+            f"distill.train is '{INTEGERS}', but no layer of {' or '.join(towers)} is quantized",
+            hint="quantize first, or use train: all",
         )
     return found
 

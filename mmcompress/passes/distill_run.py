@@ -24,6 +24,7 @@ from mmcompress.passes.distill_state import State
 from mmcompress.passes.distill_targets import digest
 from mmcompress.passes.distill_train import Schedule, Trainer
 from mmcompress.surgery.ledger import annealing
+from mmcompress.surgery.master_weights import Masters
 from mmcompress.surgery.reduction import TokenLedger, drops, ledger_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
         identity = {**asdict(settings), "save_minutes": None}
         run = digest(identity, job.seed, ranks.world, job.data.fingerprint(), teacher, bundle)
         lesson = job.lesson(bundle, teacher, ranks, folder, context, half)
+        masters = Masters.of(job.integer_layers(bundle), teacher.model)
         del teacher  # where everything it says is kept, its memory is free from here on
         state = State.open(folder, run)
         if ranks.agree(state.step) != state.step:
@@ -74,9 +76,9 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
             anneal=settings.anneal,
             seconds=settings.max_minutes and settings.max_minutes * 60 - (time.monotonic() - started),
         )  # fmt: skip
-        parameters = reached(bundle, job.towers, trainable(bundle, job.towers, settings.train))
         ledgers = merging_ledgers(bundle, job.towers) if settings.anneal else []
-        with annealing(ledgers) as to:
+        with masters.training(), annealing(ledgers) as to:
+            parameters = reached(bundle, job.towers, trainable(bundle, job.towers, settings.train))
             state = Trainer(bundle, parameters, lesson, schedule, ranks, context.progress, to).run(state)
         after = lesson.examine()
         bundle.model.to(home)
@@ -86,8 +88,15 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
             f"distill raised the loss on held-back samples from {before['loss']:.4g} to {after['loss']:.4g}; "
             f"lower distill.learning_rate (now {settings.learning_rate:g}), or make more steps"
         )
+    facts = job.decisions(bundle)
+    if masters.count:
+        facts["quantized_weights"] = {
+            "count": masters.count,
+            "from_teacher": round(masters.given / masters.count, 4),
+            "changed": round(masters.changed / masters.count, 4),
+        }
     return {
-        **job.decisions(bundle),
+        **facts,
         "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "steps": state.steps,
         "samples_seen": state.steps * lesson.samples,

@@ -22,6 +22,7 @@ from mmcompress.errors import UsageError
 from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_state import State
 from mmcompress.progress import Progress
+from mmcompress.surgery.quantized import QuantizedEmbedding
 
 PLAIN_ATTENTION = 256
 """Tokens up to which bfloat16 on a CPU computes attention as plain matrix products: torch 2.13's fused kernel has a slow
@@ -192,6 +193,7 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Return AdamW's groups: decay pulls at the weights of products only, not at norms, biases, positions and tables."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables |= {id(module.master) for module in model.modules() if isinstance(module, QuantizedEmbedding)}
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in parameters.items():
         decayed = parameter.ndim >= 2 and name.endswith("weight") and id(parameter) not in tables

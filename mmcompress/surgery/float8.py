@@ -44,6 +44,7 @@ class Float8Linear(Quantized):
         self.register_buffer("weight_scale", torch.cat(scales).to(weight.dtype))
         one = torch.ones((), dtype=weight.dtype, device=weight.device)
         self.register_buffer("input_scale", one if static else None)
+        self.register_buffer("input_gain", None)
         self.tokens: TokenGrid | None = None if static else TOKEN_FLOAT8
         self.bias = linear.bias
 
@@ -62,8 +63,14 @@ class Float8Linear(Quantized):
     def weight_shape(self) -> torch.Size:
         return self.weight_float8.shape
 
-    def weight_rows(self, start: int, stop: int) -> Tensor:
+    def stored_rows(self, start: int, stop: int) -> Tensor:
         return dequantize(self.weight_float8[start:stop], self.weight_scale[start:stop], axis=0)
+
+    def rounded(self, values: Tensor, rows: slice | Tensor) -> Tensor:
+        return fake_float8(values, self.weight_scale[rows][:, None])
+
+    def store_rows(self, values: Tensor, rows: slice) -> None:
+        self.weight_float8[rows] = to_float8(values, self.weight_scale[rows][:, None])
 
     def input_grid(self) -> tuple[float, int] | None:
         if self.tokens is not None:

@@ -21,7 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mmcompress.ops.grouped import Grouped, block_size_for, pack, unpack
+from mmcompress.ops.grouped import Grouped, block_size_for, on_grid, pack, unpack
+from mmcompress.ops.rounding import UINT4, fake_quantize
 from mmcompress.ops.token_rounding import round_blocks
 from mmcompress.surgery.quantized_base import Quantized, chunks
 from mmcompress.surgery.rounding_operators import product_int4
@@ -79,14 +80,25 @@ class PackedLinear(Quantized):
     def weight_shape(self) -> torch.Size:
         return torch.Size((self.out_features, self.in_features))
 
-    def weight_rows(self, start: int, stop: int) -> Tensor:
+    def stored_rows(self, start: int, stop: int) -> Tensor:
         return self.grouped(start, stop).dequantized()
+
+    def rounded(self, values: Tensor, rows: slice | Tensor) -> Tensor:
+        scale, zero_point = self._grid(rows)
+        steps = values.reshape(*scale.shape, -1)
+        return fake_quantize(steps, scale[..., None], zero_point[..., None], UINT4).reshape(values.shape)
+
+    def store_rows(self, values: Tensor, rows: slice) -> None:
+        self.weight_int4[rows] = pack(on_grid(values, *self._grid(rows)).codes)
+
+    def _grid(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Return (scale, zero point) of some rows, both (rows, G)."""
+        scale = self.weight_scale[rows]
+        return scale, unpack(self.weight_zero_point[rows], scale.shape[1])
 
     def grouped(self, start: int = 0, stop: int | None = None) -> Grouped:
         """Return some rows of the weight as codes, scales and zero points."""
-        scale = self.weight_scale[start:stop]
-        codes = unpack(self.weight_int4[start:stop], self.in_features)
-        return Grouped(codes, scale, unpack(self.weight_zero_point[start:stop], scale.shape[1]))
+        return Grouped(unpack(self.weight_int4[start:stop], self.in_features), *self._grid(slice(start, stop)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_gain is None else x * self.input_gain

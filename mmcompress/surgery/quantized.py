@@ -33,6 +33,7 @@ from torch.nn import functional
 from mmcompress.ops.rounding import (
     WEIGHT_INT8,
     Levels,
+    along,
     choose_scale,
     dequantize,
     fake_quantize,
@@ -55,6 +56,7 @@ class _Int8(Quantized):
     def __init__(self, weight: Tensor, levels: Levels, inputs: Levels | None) -> None:
         """Round `weight`, one scale per index of its first dimension; on meta tensors everything stays meta."""
         super().__init__()
+        self.levels = levels
         codes, scale = _rounded_rows(weight.detach(), levels)
         self.register_buffer("weight_int8", codes)
         self.register_buffer("weight_scale", scale.to(weight.dtype))
@@ -73,8 +75,16 @@ class _Int8(Quantized):
     def weight_shape(self) -> torch.Size:
         return self.weight_int8.shape
 
-    def weight_rows(self, start: int, stop: int) -> Tensor:
+    def stored_rows(self, start: int, stop: int) -> Tensor:
         return dequantize(self.weight_int8[start:stop], self.weight_scale[start:stop], axis=0)
+
+    def rounded(self, values: Tensor, rows: slice | Tensor) -> Tensor:
+        scale = along(self.weight_scale[rows], 0, values.ndim)
+        return fake_quantize(values, scale, torch.zeros_like(scale), self.levels)
+
+    def store_rows(self, values: Tensor, rows: slice) -> None:
+        scale = self.weight_scale[rows]
+        self.weight_int8[rows] = quantize(values, scale, torch.zeros_like(scale), self.levels, axis=0)
 
     def set_input_grid(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set what calibration found for the layer's input."""
@@ -202,6 +212,10 @@ class QuantizedEmbedding(_Int8):
         self.padding_idx = embedding.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.master is not None:
+            # Indexing would add gradients up in any order.
+            rows = functional.embedding(ids.flatten(), self.master, self.padding_idx)
+            return self.rounded(rows, ids.flatten()).reshape(*ids.shape, self.embedding_dim)
         return self.weight_int8[ids].to(self.weight_scale.dtype) * self.weight_scale[ids].unsqueeze(-1)
 
     def extra_repr(self) -> str:
@@ -233,6 +247,9 @@ class TiedLinear(QuantizedLinear):
     def weight_scale(self) -> Tensor:  # type: ignore[override]
         """The table's: (out,)."""
         return self.table.weight_scale
+
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        return self.table.weight_rows(start, stop)
 
 
 def quantized(

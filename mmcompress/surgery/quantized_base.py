@@ -1,4 +1,8 @@
-"""What all quantized layers share: a weight that is made of integers when it is asked for, and takes their place only."""
+"""What all quantized layers share: a weight that is made of integers when it is asked for, and takes their place only.
+
+While integers train, a layer also has `master_weight`, floats of the weight's shape: its weight is then those, rounded to the
+layer's own grid, with gradients straight through the rounding (see `surgery.master_weights`).
+"""
 
 from __future__ import annotations
 
@@ -62,8 +66,29 @@ class Quantized(nn.Module, ABC):
         """The shape of `weight`, for free."""
 
     @abstractmethod
+    def stored_rows(self, start: int, stop: int) -> Tensor:
+        """Return what the integers of some rows stand for, in the dtype of the scales."""
+
+    @abstractmethod
+    def rounded(self, values: Tensor, rows: slice | Tensor) -> Tensor:
+        """Return floats `values` of some rows at the nearest places of their grid; gradients are 1 inside it and 0 outside."""
+
+    @abstractmethod
+    def store_rows(self, values: Tensor, rows: slice) -> None:
+        """Make the integers of some rows those nearest to `values`; scales stay."""
+
+    @property
+    def master(self) -> nn.Parameter | None:
+        """The floats that train in the place of the integers, while they do."""
+        return self._parameters.get("master_weight")
+
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """Return some rows of `weight` as floats, in the dtype of the scales."""
+        master = self.master
+        if master is None:
+            return self.stored_rows(start, stop)
+        whole = start == 0 and stop >= len(master)
+        return self.rounded(master if whole else master[start:stop], slice(start, stop))
 
     @property
     def weight(self) -> Tensor:

@@ -17,18 +17,22 @@ from safetensors.torch import save_file
 
 from mmcompress.passes.base import Context
 from mmcompress.passes.distill import Distill
+from mmcompress.passes.distill_job import INTEGERS
 from mmcompress.passes.distill_state import State
 from tests import tiny
+from tests.passes import fitting
 
 
 def main(out: Path, workdir: Path, settings: dict[str, Any], family: str = "clip") -> None:
-    """Train a damaged tiny model; the first process writes its weights and the facts."""
+    """Train a damaged tiny model, of 4 bits where integers train; the first process writes its weights and the facts."""
     torch.set_num_threads(1)
     student = tiny.bundle(family)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in student.model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03)
+    if settings.get("train") == INTEGERS:
+        fitting.run(student, Context())
     given = {"batch_size": 8, "steps": 6, "learning_rate": 1e-3, "amp": False, **settings}
     data = tiny.spoken(24) if family in tiny.GENERATORS else tiny.dataset(24)
     context = Context(data=data, teacher=lambda: tiny.bundle(family), workdir=workdir)

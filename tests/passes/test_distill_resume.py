@@ -38,6 +38,8 @@ def run(out: Path, workdir: Path, settings: dict[str, Any], family: str = "clip"
         ("clip", {"augment": True, "ema": 0.9}),
         ("clip", {"accumulate": 2, "max_minutes": 60.0}),
         ("whisper", {"accumulate": 2, "ema": 0.9}),
+        ("clip", {"train": "quantized-weights", "augment": True, "ema": 0.9}),
+        ("whisper", {"train": "quantized-weights"}),
     ],
 )
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
@@ -61,18 +63,37 @@ PAIRS = {"augment": True, "feature": 1e-6, "interactive": 1e-6, "relational": 1e
 ANSWERS = {"answer": 1e-6, "cross_entropy": 1e-6, "hidden": 1e-6}
 
 
+def launched(folder: Path, settings: dict[str, Any], family: str) -> None:
+    """Train in two processes, with four samples in each; the result is `folder`/pair."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", distilling.__file__]
+    arguments = [str(folder / "pair"), str(folder / "work"), json.dumps({**settings, "batch_size": 4}), family]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("family", "losses"), [("clip", PAIRS), ("whisper", ANSWERS)])
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, family: str, losses: dict[str, Any]) -> None:
     pytest.importorskip("accelerate")
     settings = {"steps": 3, "clip": 0.0, "learning_rate": 1e-3, **losses}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", distilling.__file__]
-    arguments = [str(tmp_path / "pair"), str(tmp_path / "work"), json.dumps({**settings, "batch_size": 4}), family]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    launched(tmp_path, settings, family)
     run(tmp_path / "alone", tmp_path / "other", {**settings, "batch_size": 8}, family)
     one, two = load_file(tmp_path / "alone"), load_file(tmp_path / "pair")
     assert max((value - two[name]).abs().max().item() for name, value in one.items()) < 1e-5
     found = facts(tmp_path / "pair")
     assert found["processes"] == 2
     assert found["samples_seen"] == 24
+
+
+def test_two_processes_train_the_same_integers(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    settings = {"steps": 3, "clip": 0.0, "learning_rate": 1e-2, "train": "quantized-weights", **PAIRS}
+    launched(tmp_path, settings, "clip")
+    run(tmp_path / "alone", tmp_path / "other", {**settings, "batch_size": 8})
+    one, two = load_file(tmp_path / "alone"), load_file(tmp_path / "pair")
+    packed = [name for name in one if name.endswith("weight_int4")]
+    assert packed
+    # Sums in another order: a master on the border of two integers may go to either.
+    differing = sum(int((one[name] != two[name]).sum()) for name in packed)
+    assert differing <= 1e-3 * sum(one[name].numel() for name in packed)
+    assert facts(tmp_path / "pair")["quantized_weights"]["changed"] > 0.01
