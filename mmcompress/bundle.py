@@ -7,11 +7,11 @@ Shape alphabet: B batch, T tokens, C channels, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -168,6 +168,9 @@ class Bundle:
     source: Source
     history: list[Record] = field(default_factory=list)
 
+    in_step: ClassVar[bool] = False
+    """Whether `encode_all` runs all batches together, layer by layer."""
+
     def towers(self) -> tuple[Tower, ...]:
         """Return fresh views; never keep one across surgery."""
         return self.family.towers(self.model)
@@ -199,6 +202,28 @@ class Bundle:
     def encode(self, tower: str, inputs: dict[str, Tensor]) -> Tensor:
         """Return embeddings (B, C) of one tower, not normalised, with gradient."""
         return self.family.encode(self.model, tower, inputs)
+
+    def encode_all(
+        self,
+        tower: str,
+        batches: Iterable[dict[str, Tensor]],
+        goes_on: Callable[[dict[str, Tensor]], None] = lambda inputs: None,
+        reached: Callable[[Tensor], None] = lambda tensor: None,
+    ) -> Iterator[Tensor]:
+        """Yield what `encode` returns of each batch, without gradient; of a model that is not in memory, too (see `streamed`).
+
+        `goes_on(inputs)` is told which batch is run from here. `reached(tensor)` may be told that all batches have come to what
+        is computed with a parameter or buffer; those it is never told were reached when the last batch ended.
+        """
+        for inputs in batches:
+            goes_on(inputs)
+            with torch.inference_mode():
+                rows = self.encode(tower, inputs)
+            yield rows
+
+    def aside(self, path: str, module: nn.Module) -> nn.Module:
+        """Return `module`, made to be swapped in at `path` later, as it can be kept until then (see `streamed`)."""
+        return module
 
     def example_inputs(self, tower: str, batch: int = 1) -> dict[str, Tensor]:
         """Return deterministic valid inputs of `encode`, on the model's device."""

@@ -24,6 +24,7 @@ import torch
 from mmcompress import checkpoint, passes
 from mmcompress.bundle import Bundle
 from mmcompress.errors import MmcError, UsageError
+from mmcompress.kept import write_atomically
 from mmcompress.manifest import Record
 from mmcompress.passes.base import Context, Pass
 from mmcompress.recipe import Step
@@ -217,13 +218,6 @@ def _with_teacher(stage: Stage, context: Context) -> Context:
     """A pass that names its teacher gets that checkpoint; the others the uncompressed original."""
     named = getattr(stage.made, "teacher", "")
     return dataclasses.replace(context, teacher=lambda: checkpoint.load(named)) if named else context
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file that is either complete or absent."""
-    temporary = file.with_name(file.name + ".writing")
-    temporary.write_text(text)
-    temporary.replace(file)
 
 
 @contextlib.contextmanager

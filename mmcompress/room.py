@@ -13,6 +13,8 @@ from mmcompress.errors import OutOfMemory
 FLOATS = {"F64", "F32", "F16", "BF16"}
 BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 """Of integers with more than one byte; all others have one."""
+HELD = 1.5
+"""Times a model's size in memory, with room to work."""
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -28,9 +30,17 @@ def require_room(files: Sequence[Path], itemsize: int) -> None:
     if needed > free:
         raise OutOfMemory(
             f"the weights take {needed / 2**30:.1f} GiB of memory at {8 * itemsize} bits; {free / 2**30:.1f} GiB are available",
-            hint="what never holds the whole model: mmc inspect, and without data mmc quantize --scheme W8A16, mmc merge and "
+            hint="what never holds the whole model: mmc inspect, mmc quantize without --eval-data, and without data mmc merge and "
             "mmc prune --score magnitude --compensate none",
         )
+
+
+def fits(files: Sequence[Path], itemsize: int) -> bool:
+    """Whether a model of the tensors in safetensors `files` can be worked with in memory; also where nobody can tell."""
+    free = available()
+    if free is None or any(file.suffix != ".safetensors" for file in files):
+        return True
+    return HELD * bytes_as(files, itemsize) <= free
 
 
 def bytes_as(files: Sequence[Path], itemsize: int) -> int:

@@ -8,33 +8,38 @@ A first look decides every step and leads to the structure of the result; a seco
 kept in whole files, with a journal of what lies where: the run that goes on with it makes the layers behind and ends in the same
 bytes.
 
-Memory: the largest layer and one shard of the output.
+A step may also look at what samples do in the model (`Bundle.encode_all`): all batches are then run in step, each layer in memory
+while it is called (`surgery.lending`). What is decided is the same as in memory, in the same bits. What a step keeps of it lies in
+the run's working place, and a run that goes on after a kill computes none of that twice.
+
+Memory: the largest layer and one shard of the output; with samples also the states that all batches have between two layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
-from mmcompress.errors import MmcError, UsageError
+from mmcompress.errors import MmcError
+from mmcompress.kept import write_atomically
 from mmcompress.manifest import Manifest, Record
+from mmcompress.opened import opened, stored
 from mmcompress.passes.base import Context, Pass, Plan
-from mmcompress.pipeline import Stage, Workplace, named, write_atomically
+from mmcompress.pipeline import Stage, Workplace, named
 from mmcompress.surgery.deferred import defer, empty, is_deferred, lend, take_back, values
+from mmcompress.surgery.lending import run_in_step
 from mmcompress.weights import INDEX, locate, weight_files
 
 SHARD_BYTES = 2**29
@@ -45,31 +50,73 @@ JOURNAL = "written.json"
 class Streamable(Protocol):
     """What a pass adds that can do its work layer by layer, on values it sees once."""
 
-    def streams(self) -> bool:
-        """Whether, without data, the pass looks at the values of a few layers at a time, and through `Bundle.layer` alone.
+    def streams(self, data: bool) -> bool:
+        """Whether the pass looks at the values of a few layers at a time, and through `Bundle.layer` alone.
 
-        It may cut and replace layers in `apply`, and changes nothing in `fit`.
+        `data`: whether there are samples, at which it then looks through `Bundle.encode_all` alone. It may cut and replace layers
+        in `apply`, and changes nothing in `fit`.
         """
 
 
-def can_stream(made: Pass) -> bool:
-    """Return whether a pass can run on a model that is not in memory."""
-    return isinstance(made, Streamable) and made.streams()
+@runtime_checkable
+class Holding(Protocol):
+    """What a pass adds that computes with more than a layer's values."""
+
+    def holds(self, bundle: Bundle) -> int:
+        """Return how many bytes it takes at its peak for what it has gathered of one layer's inputs."""
 
 
-def memory_needed(bundle: Bundle) -> int:
-    """Return about how many bytes `run` takes at its peak: the largest layer as read and as floats, and a shard."""
+def can_stream(made: Pass, data: bool = False) -> bool:
+    """Return whether a pass can run, with or without `data`, on a model that is not in memory."""
+    return isinstance(made, Streamable) and made.streams(data)
+
+
+def memory_needed(bundle: Bundle, stages: Sequence[Stage], states: int = 0) -> int:
+    """Return about how many bytes `run` takes at its peak: the largest layer as read and as floats, and a shard.
+
+    With data also what passes gather, and `states`: the bytes that all samples have between two layers.
+    """
     layers = (module for module in bundle.model.modules() if next(module.children(), None) is None)
     largest = max(sum(parameter.nbytes for parameter in layer.parameters(recurse=False)) for layer in layers)
-    return 2 * largest + SHARD_BYTES
+    held = max((stage.made.holds(bundle) for stage in stages if isinstance(stage.made, Holding)), default=0)
+    return 2 * largest + max(SHARD_BYTES, held + states)
 
 
 class Streamed(Bundle):
-    """A bundle of deferred tensors whose layers have their values while they are asked for."""
+    """A bundle of deferred tensors whose layers have their values while they are asked for or called."""
+
+    in_step = True
+    place: Path
+    """Where layers are put aside."""
 
     def layer(self, path: str) -> nn.Module:
         """Return a copy of the layer at `path` with its values in float32."""
         return lend(self.module(path), lambda parameter: values(parameter).float())
+
+    def encode_all(
+        self,
+        tower: str,
+        batches: Iterable[dict[str, Tensor]],
+        goes_on: Callable[[dict[str, Tensor]], None] = lambda inputs: None,
+        reached: Callable[[Tensor], None] = lambda tensor: None,
+    ) -> Iterator[Tensor]:
+        """Yield what `encode` returns of each batch; all are in memory together, and of the model a layer."""
+        todo = list(batches)
+        calls = [functools.partial(self.family.encode, tower=tower, inputs=inputs) for inputs in todo]
+        return run_in_step(self.model, calls, lambda index: goes_on(todo[index]), reached)
+
+    def aside(self, path: str, module: nn.Module) -> nn.Module:
+        """Write what `module` holds itself beside the result to be, and return it with deferred tensors."""
+        take_back(module)
+        new = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if not is_deferred(tensor)}
+        self.place.mkdir(exist_ok=True)
+        file = self.place / f"{len(list(self.place.iterdir()))}-{path}.safetensors"
+        save_file({name: tensor.detach().contiguous() for name, tensor in new.items()}, file)
+        empty(module)
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if name in new:
+                defer(tensor, stored(file, name))
+        return module
 
 
 class Written(Streamed):
@@ -138,7 +185,7 @@ def run(
     stored in another shape than the model computes with, and what checks raise.
     """
     files = weight_files(locate(str(model)))
-    with _opened(model, files) as bundle:
+    with opened(model, files, to_run=context.data is not None) as bundle:
         after("original", bundle)
         for stage in stages:
             with named(stage):
@@ -146,14 +193,14 @@ def run(
         plans = []
         for stage in stages:
             with named(stage, stages):
-                plans.append(_decided(stage, bundle, context))
+                plans.append(_decided(stage, bundle, dataclasses.replace(context, workdir=place.scratch(stage))))
             after(stage.step.name, bundle)
     if not bundle.source.sha256:
         bundle.source = dataclasses.replace(bundle.source, sha256=sha256)
     source = bundle.source
 
     def write_weights(directory: Path) -> None:
-        with _opened(model, files) as again:
+        with opened(model, files) as again:
             written = Written(**vars(again))
             written.shards = Shards(place.directory, checkpoint.DTYPES[source.dtype], SHARD_BYTES)
             begun = f", going on behind {len(written.shards.where)} tensors" if written.shards.where else ""
@@ -171,26 +218,18 @@ def _decided(stage: Stage, bundle: Bundle, context: Context) -> Plan:
     """Decide a step and make the structure it leads to; append its record to the bundle's history."""
     started = time.perf_counter()
     stage.made.check(bundle)
-    plan = stage.made.plan(Streamed(**vars(bundle)), context)
+    streamed = Streamed(**vars(bundle))
+    assert context.workdir is not None, "what is put aside needs a place"
+    streamed.place = context.workdir / "aside"
+    shutil.rmtree(streamed.place, ignore_errors=True)  # a killed run's
+    plan = stage.made.plan(streamed, context)
+    shutil.rmtree(streamed.place, ignore_errors=True)
     stage.made.apply(Planned(**vars(bundle)), plan)
     decisions = json.loads(json.dumps(plan.decisions))
     facts = json.loads(json.dumps({**plan.facts, **stage.made.fit(bundle, context)}))
     seconds = round(time.perf_counter() - started, 3)
     bundle.history.append(Record(stage.step.name, stage.step.params, decisions, facts, seconds))
     return plan
-
-
-@contextmanager
-def _opened(model: str | Path, files: Sequence[Path]) -> Iterator[Bundle]:
-    """Yield the checkpoint's bundle, its stored tensors deferred for as long as its files are open.
-
-    Raises UsageError where one is missing.
-    """
-    bundle = checkpoint.outline(model)
-    with _reader(bundle.model, files) as reading:
-        for name, tensor in bundle.model.state_dict(keep_vars=True).items():
-            defer(tensor, reading(name))
-        yield bundle
 
 
 class Shards:
@@ -255,41 +294,3 @@ class Shards:
             "weight_map": {name: names[number] for name, number in sorted(self.where.items())},
         }
         (directory / INDEX).write_text(json.dumps(document, indent=2) + "\n")
-
-
-@contextmanager
-def _reader(model: Any, files: Sequence[Path]) -> Iterator[Callable[[str], Callable[[], Tensor]]]:
-    """Yield a function that returns what reads a tensor, by the name the model has for it.
-
-    Raises UsageError where a checkpoint's tensors have to be joined or cut first.
-    """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    own = model.state_dict()
-    with ExitStack() as stack:
-        found: dict[str, Callable[[], Tensor]] = {}
-        for file in files:
-            opened = stack.enter_context(safe_open(file, framework="pt", backend="pread"))
-            for key in opened.keys():  # noqa: SIM118 (not a dict)
-                name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-                if pattern is not None and name not in own:
-                    raise UsageError(
-                        f"{file} stores {key} in another shape than the model has it",
-                        hint="load and save it with transformers 5 first, which joins such tensors",
-                    )
-                found[name] = _slice(opened, key)
-
-        ties = dict(getattr(model, "all_tied_weights_keys", {}))
-
-        def reading(name: str) -> Callable[[], Tensor]:
-            name = name if name in found else ties.get(name, name)
-            if name not in found:
-                raise UsageError(f"the checkpoint lacks {name}", hint="it is incomplete; fetch it again")
-            return found[name]
-
-        yield reading
-
-
-def _slice(opened: Any, key: str) -> Callable[[], Tensor]:
-    return lambda: opened.get_tensor(key)

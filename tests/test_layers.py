@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "mmcompress"
 ORDER = (
-    {"errors", "progress", "recipe", "manifest", "staging", "card", "weights", "room"},
+    {"errors", "progress", "recipe", "manifest", "staging", "card", "weights", "room", "kept"},
     {"ops"},
     {"surgery"},
     {"views"},
@@ -17,7 +17,7 @@ ORDER = (
     {"families"},
     {"passes"},
     {"data"},
-    {"preprocessing", "plainly", "checkpoint", "pipeline", "streamed"},
+    {"preprocessing", "plainly", "checkpoint", "pipeline", "opened", "streamed"},
     {"evaluate"},
     {"export"},
     {"measure"},

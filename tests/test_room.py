@@ -47,5 +47,13 @@ def test_a_model_without_room_is_refused_before_it_is_loaded(tmp_path: Path, mon
     monkeypatch.setattr(checkpoint, "_build", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(OutOfMemory, match=r"the weights take 0\.0 GiB of memory at 32 bits") as caught:
         checkpoint.load(tmp_path / "model")
-    assert "mmc quantize --scheme W8A16" in caught.value.hint
+    assert "mmc quantize without --eval-data" in caught.value.hint
     assert caught.value.exit_code == 5
+
+
+def test_a_model_fits_where_there_is_room_to_work_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"weight": torch.zeros(100, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    for free, fits in ((599, False), (600, True), (None, True)):
+        monkeypatch.setattr(room, "available", lambda free=free: free)
+        assert room.fits([tmp_path / "model.safetensors"], 4) == fits
+    assert room.fits([tmp_path / "model.bin"], 4)

@@ -38,6 +38,7 @@ from mmcompress.passes.base import Context
 from mmcompress.pipeline import Stage, Workplace
 from mmcompress.progress import Progress, Silent
 from mmcompress.recipe import Gates, Recipe
+from mmcompress.room import fits
 from mmcompress.staging import free_name, partial_path, publish, refuse_existing
 
 
@@ -96,7 +97,7 @@ def compress(
     require_usable(recipe)
     require_alone(todo)
     shown = token_pictures.named(explain, question)
-    if isinstance(model, str | Path) and streams(recipe, todo) and not allow_pickle and not shown:
+    if isinstance(model, str | Path) and not allow_pickle and not shown and streams(recipe, todo, model):
         return _streamed(model, recipe, todo, output, progress, resume)
     bundle = load_again(model, recipe.device, allow_pickle)
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
@@ -130,12 +131,18 @@ def compress(
         place.close()
 
 
-def streams(recipe: Recipe, todo: list[Stage]) -> bool:
-    """Whether nothing has to be computed with the model, and no step needs more of it than a layer at a time."""
-    asks = (
-        recipe.data.calibration or recipe.data.evaluation or recipe.tasks or recipe.export.to or recipe.gates != Gates()
-    )
-    return not asks and all(streamed.can_stream(stage.made) for stage in todo)
+def streams(recipe: Recipe, todo: list[Stage], model: str | Path) -> bool:
+    """Whether nothing has to be measured, and no step needs more of the model than a layer at a time.
+
+    With data, where `model` does not fit into memory, of one step: the next would be shown what is not there to run yet. In memory
+    each layer is read once, whatever the number of looks; what is decided is the same.
+    """
+    if recipe.data.evaluation or recipe.tasks or recipe.export.to or recipe.gates != Gates():
+        return False
+    if not recipe.data.calibration:
+        return all(streamed.can_stream(stage.made) for stage in todo)
+    alone = len(todo) == 1 and recipe.device == "cpu" and streamed.can_stream(todo[0].made, data=True)
+    return alone and not fits(weights.weight_files(weights.locate(str(model))), torch.float32.itemsize)
 
 
 def _streamed(
@@ -164,9 +171,16 @@ def _streamed(
             "machine": {},
         }
 
-    context = Context(seed=recipe.seed, progress=progress)
+    data = open_data(recipe.data.calibration) if recipe.data.calibration else None
+    context = Context(
+        data=data,
+        num_samples=recipe.data.num_samples,
+        batch_size=recipe.data.batch_size,
+        seed=recipe.seed,
+        progress=progress,
+    )
     sha256 = weights.digest(weights.weight_files(weights.locate(str(model))))
-    place = Workplace(partial_path(output), _identity(sha256, recipe), resume)
+    place = Workplace(partial_path(output), _identity(sha256, recipe, data), resume)
     try:
         manifest = streamed.run(
             model, todo, output, context, place, sha256, after=after, measured=measured, recipe=recipe.to_dict()

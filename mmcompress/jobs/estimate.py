@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmcompress import checkpoint, pipeline, streamed
 from mmcompress.bundle import Bundle
@@ -19,7 +22,7 @@ from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Work
 from mmcompress.progress import Progress
 from mmcompress.recipe import Recipe
-from mmcompress.room import available
+from mmcompress.room import HELD, available
 from mmcompress.staging import refuse_existing
 from mmcompress.surgery.master_weights import holders
 
@@ -28,11 +31,16 @@ from mmcompress.surgery.master_weights import holders
 EXPORTED, STATISTICS = 15.0, 2.0
 # Bytes a second that are hashed, read, rounded and written layer by layer (bench/results/streaming.json).
 STREAMED = 5.5e7
+<<<<<<< HEAD
 # Times the model's size in memory: with room to work; with gradients, AdamW's two moments and the teacher beside it.
 HELD, TRAINED = 1.5, 5.5
 # Bytes of each integer that trains: its master weight, rounded in a forward with a byte that says whether it lies inside the grid;
 # and its gradient, two moments and the teacher's, where the model that is given holds integers already.
 ROUNDED, TAUGHT = 5, 4 + 3 * 4 + 4
+=======
+# Times the model's size in memory: with gradients, AdamW's two moments and the teacher beside it.
+TRAINED = 5.5
+>>>>>>> calib
 
 
 def estimate(
@@ -40,7 +48,8 @@ def estimate(
 ) -> dict[str, Any]:
     """Check the whole recipe against the model and data, time one batch, and return the plan as a document.
 
-    Where there is no data nothing has to run, and no weight is read. Raises what a real run would raise for bad input.
+    Where there is no data nothing has to run, and no weight is read; nor where the run goes layer by layer, which is timed with
+    zeros for weights. Raises what a real run would raise for bad input.
     """
     refuse_existing(Path(output))
     todo = pipeline.stages(recipe.steps)
@@ -48,19 +57,25 @@ def estimate(
     calibration = open_data(recipe.data.calibration) if recipe.data.calibration else None
     evaluation = open_data(recipe.data.evaluation) if recipe.data.evaluation else None
     shown = evaluation or calibration
+    layerwise = streams(recipe, todo, model)
     bundle = (
-        checkpoint.load(model, device=recipe.device, allow_pickle=allow_pickle)
-        if shown
-        else checkpoint.outline(model, allow_pickle=allow_pickle)
+        checkpoint.outline(model, allow_pickle=allow_pickle)
+        if layerwise or not shown
+        else checkpoint.load(model, device=recipe.device, allow_pickle=allow_pickle)
     )
+    if layerwise:
+        bundle = streamed.Streamed(**vars(bundle))
     recipe = with_tasks(recipe, bundle, evaluation)
     require_quantized(todo, bundle)
     for stage in todo:
         stage.made.check(bundle)
-    forward = 0.0
+    forward, states = 0.0, 0
     if shown:
         progress.say("timing one batch")
-        forward = _seconds_per_sample(bundle, shown, recipe.data.batch_size)
+        with _widest(bundle) as widest:
+            forward = _seconds_per_sample(bundle, shown, 1 if layerwise else recipe.data.batch_size)
+        # Between two layers there is a state beside what the widest was given and gives.
+        states = 2 * widest[0] * min(recipe.data.num_samples, len(shown))
     measured = 0.0
     if evaluation:
         count = min(len(evaluation), recipe.data.evaluation_samples or len(evaluation))
@@ -81,8 +96,10 @@ def estimate(
     size, free = cost_of(bundle).bytes, available()
     stored = bundle.source.bytes or size
     trains = any(stage.step.name == "distill" for stage in todo)
-    if streams(recipe, todo):
-        memory, copies, written = streamed.memory_needed(bundle), 1, stored / STREAMED
+    if layerwise:
+        memory = streamed.memory_needed(bundle, todo, states)
+        # The result; what is decided of samples, and layers put aside to be judged, take as much each.
+        copies, written = 3 if calibration else 1, stored / STREAMED
     else:
         written = 0.0
         memory = round((TRAINED if trains else HELD) * size)
@@ -101,6 +118,22 @@ def estimate(
         "disk_mib": round(copies * stored / 2**20),
         "disk_free_mib": round(shutil.disk_usage(_existing(Path(output).absolute())).free / 2**20),
     }
+
+
+@contextlib.contextmanager
+def _widest(bundle: Bundle) -> Iterator[list[int]]:
+    """Yield, as the one number of a list, the bytes that any Linear is given and gives in a call at most."""
+    most = [0]
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        most[0] = max(most[0], sum(each.nbytes for each in (*args, output)))
+
+    handles = [m.register_forward_hook(after) for m in bundle.model.modules() if isinstance(m, nn.Linear)]
+    try:
+        yield most
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _seconds_per_sample(bundle: Bundle, data: Dataset, batch: int) -> float:

@@ -14,7 +14,7 @@ Loading a checkpoint runs `apply` with the recorded decisions, then fills in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -38,7 +38,7 @@ class Plan:
     """
 
     decisions: dict[str, Json]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: MutableMapping[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,7 +80,7 @@ class Context:
     stopwatch: Callable[[str], Stopwatch] | None = None
     """Returns what times for a target ("cpu", "openvino"), or for "" in the fastest of the run's engines."""
     workdir: Path | None = None
-    """Where a long `fit` keeps what it needs to resume after being killed. None: it starts over."""
+    """Where a long `plan` or `fit` keeps what it needs to resume after being killed. None: it starts over."""
 
     def require_data(self, what: str) -> Dataset:
         """Return the data. Raises UsageError saying that `what` needs some."""

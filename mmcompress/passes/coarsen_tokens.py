@@ -52,9 +52,9 @@ class CoarsenTokens:
         """Return the pass that makes as many tokens coarse at random."""
         return None if self.method == "random" else dataclasses.replace(self, method="random")
 
-    def streams(self) -> bool:
+    def streams(self, data: bool = False) -> bool:
         """Whether no weight is looked at: none is."""
-        return True
+        return not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Nothing is looked at."""

@@ -129,9 +129,9 @@ class DropVisualTokens:
         plain = dataclasses.replace(self, method="random", recycle=False, adaptive=False, floor=FLOOR)
         return dataclasses.replace(plain, keep=keep, macs=None, latency_ms=None, after=places)
 
-    def streams(self) -> bool:
+    def streams(self, data: bool = False) -> bool:
         """Whether no weight is looked at: only a latency is that of the whole model, and what stands out is seen by it."""
-        return self.latency_ms is None and not self.adaptive
+        return self.latency_ms is None and not self.adaptive and not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Counting sees each question once; for a latency, some shares are exported and timed."""

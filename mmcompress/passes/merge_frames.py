@@ -53,9 +53,9 @@ class MergeFrames:
         """Return the pass that keeps a random layer of as many."""
         return None if self.method == "random" else MergeFrames(self.stride, "random", tower=self.tower)
 
-    def streams(self) -> bool:
+    def streams(self, data: bool = False) -> bool:
         """Whether no weight is looked at: none is, but new ones have values."""
-        return not self.convolution
+        return not self.convolution and not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Nothing is looked at."""

@@ -136,9 +136,9 @@ class MergeTokens:
             )
         return MergeTokens(merged=tuple(decisions["merged"]), method="random", tower=self.tower)
 
-    def streams(self) -> bool:
+    def streams(self, data: bool = False) -> bool:
         """Whether no weight is looked at: only a latency is that of the whole model, how alike tokens are, what is learned."""
-        return self.latency_ms is None and not self._looks and self.guide == "class"
+        return self.latency_ms is None and not self._looks and self.guide == "class" and not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """For a latency, some shares are exported and timed; how alike tokens are takes a few runs for each of these shares.

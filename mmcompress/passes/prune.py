@@ -103,10 +103,10 @@ class Prune:
             return dataclasses.replace(self, score="random", latency_ms=None, budget="macs", target=float(left))
         return dataclasses.replace(self, score="random")
 
-    def streams(self) -> bool:
+    def streams(self, data: bool = False) -> bool:
         """Whether scores come from one block's weights at a time, and nothing is repaired."""
         repairs = self.compensate != "none" and "blocks" not in self.units
-        return self.score in ("magnitude", "random") and not repairs and not self.crosscheck
+        return self.score in ("magnitude", "random") and not repairs and not self.crosscheck and not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """One look at the samples for the scores, with gradients for Taylor's, and two for the repair."""

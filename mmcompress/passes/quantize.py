@@ -22,7 +22,7 @@ from mmcompress.passes.quantize_checks import require_sensible
 from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_mixed import plan_mixed
-from mmcompress.passes.quantize_plan import plan_tower
+from mmcompress.passes.quantize_plan import begun, finished, plan_tower
 from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, with_activations
 from mmcompress.passes.quantize_times import TIMING_SECONDS
 from mmcompress.surgery.float_codes import is_float_coded, loading_config, require_bitsandbytes
@@ -140,11 +140,18 @@ class Quantize:
         """Return this pass with schemes drawn at random; None where they are given and nothing is selected."""
         return replace(self, assign="random") if AUTO in self.used and self.assign != "random" else None
 
-    def streams(self) -> bool:
-        """Whether weights alone are rounded: each layer's by itself."""
+    def streams(self, data: bool = False) -> bool:
+        """Whether weights alone are rounded, each layer's by itself; with data also to what samples show of each layer's inputs.
+
+        Not what looks at gradients, which takes all weights at once.
+        """
         used = [with_activations(name, self.activations) for name in self.used]
         looks = any(scheme.inputs == "static" for scheme in used) or self.looks_at_samples
-        return not looks and not self.used & {AUTO, *FLOAT_CODES}
+        return (data or not looks) and self.balance != "modality" and not self.used & {AUTO, *FLOAT_CODES}
+
+    def holds(self, bundle: Bundle) -> int:
+        """The moments of the widest layer's inputs, and what is computed of them."""
+        return max((quantize_fit.bytes_held(self, bundle, tower) for tower in bundle.towers()), default=0)
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """Looks at the samples for ranges or moments; then a tower is judged, or each part of its blocks, in rounded arithmetic."""
@@ -216,13 +223,16 @@ class Quantize:
                 )
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
-        """Choose layers, calibrate, measure sensitivity; what was computed of samples travels as tensors."""
-        sections: dict[str, Any] = {name: {} for name in ("layers", "groups", "scaled", "folds", "tied", "towers")}
-        made = Plan({"target": self.target, **sections})
+        """Choose layers, calibrate, measure sensitivity; what was computed of samples travels as tensors.
+
+        With a `workdir` they lie there, and what a killed run has computed is not computed again.
+        """
+        made = begun(self.target, context)
         towers = {tower: self.scheme_of(tower.name) for tower in bundle.towers()}
         for tower, scheme in towers.items():
-            if scheme not in (OFF, AUTO):
+            if scheme not in (OFF, AUTO) and tower.name not in made.decisions["towers"]:
                 plan_tower(self, bundle, tower, context, made)
+                finished(made, context)
         if AUTO in towers.values():
             plan_mixed(self, bundle, [tower for tower, scheme in towers.items() if scheme == AUTO], context, made)
         for name in ("groups", "scaled", "folds"):

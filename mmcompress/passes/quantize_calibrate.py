@@ -8,6 +8,7 @@ Shape alphabet: T tokens, C channels.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
-from mmcompress.errors import UsageError
+from mmcompress.errors import MmcError, UsageError
 from mmcompress.ops.observers import ChannelRange, Method, MinMax, observer
 from mmcompress.ops.rounding import Levels, scale_from_range, smoothing
 from mmcompress.passes.base import Context
@@ -104,7 +105,7 @@ def calibrate(
                 f"the input of {path} is not finite on the calibration samples",
                 hint="the model itself overflows: load it in float32, or leave bad samples out of the data",
             )
-    gains = _gains(tower, called, ranges, smooth, channels) if smooth else {}
+    gains = _gains(bundle, tower, called, ranges, smooth, channels) if smooth else {}
     observers: dict[str, MinMax] = {path: observer(method, percentile) for path in called}
     if method != "min-max":
 
@@ -131,20 +132,53 @@ def watch(
     label: str,
     what: str = "quantizing the activations",
     begin: Callable[[Inputs], None] = lambda inputs: None,
+    complete: Callable[[str], None] = lambda path: None,
 ) -> None:
     """Run the calibration samples and call `record(path, tokens (T, C))` with what each module is given.
 
-    `begin` is told the inputs of each batch before it is run.
+    `begin` is told the inputs of a batch whenever it is run or goes on, `complete` each path once its module has been given all
+    it will be, also one that is never called. Raises MmcError where a module is called again after that.
     """
-    elsewhere = _reads_encoder(tower)
-    with evaluating(bundle.model), torch.inference_mode(), watch_inputs(modules, record, elsewhere) as seen:
-        for inputs in batches(bundle, tower.name, context, context.num_samples, label, what):
-            seen.mask = padding_mask(inputs)
-            begin(inputs)
-            bundle.encode(tower.name, inputs)
+    holders = Counter(id(parameter) for _, parameter in bundle.model.named_parameters(remove_duplicate=False))
+    weights = {path: id(module.get_parameter("weight")) for path, module in modules.items()}
+    # Where a table shares the weight, it is the table that comes to it first.
+    alone = {weight: path for path, weight in weights.items() if holders[weight] == 1}
+    completed: set[str] = set()
+
+    def recorded(path: str, tokens: Tensor) -> None:
+        if path in completed:
+            raise MmcError(
+                f"{path} is called more than once, which cannot be followed layer by layer",
+                hint="use a machine with memory for the whole model",
+            )
+        record(path, tokens)
+
+    def reached(tensor: Tensor) -> None:
+        path = alone.get(id(tensor))
+        if path is not None and path not in completed:
+            if not completed:
+                context.progress.start(f"{tower.name} {label}, layer by layer", len(alone))
+            completed.add(path)
+            complete(path)
+            context.progress.advance()
+
+    def goes_on(inputs: Inputs) -> None:
+        seen.mask = padding_mask(inputs)
+        begin(inputs)
+
+    shown = batches(bundle, tower.name, context, context.num_samples, label, what)
+    with evaluating(bundle.model), watch_inputs(modules, recorded, _reads_encoder(tower)) as seen:
+        for _ in bundle.encode_all(tower.name, shown, goes_on, reached):
+            pass
+    if completed:
+        context.progress.finish()
+    for path in modules:
+        if path not in completed:
+            complete(path)
 
 
 def _gains(
+    bundle: Bundle,
     tower: Tower,
     modules: Mapping[str, nn.Module],
     ranges: Mapping[str, ChannelRange],
@@ -158,13 +192,13 @@ def _gains(
     tied = {linear for _, linear in tower.tied}
     gains = {}
     for group in readers_of_one_input(tower, [path for path in modules if path not in tied]):
-        linears = {path: module for path in group if isinstance(module := modules[path], nn.Linear)}
+        linears = [path for path in group if isinstance(modules[path], nn.Linear)]
         if linears:
-            largest = torch.stack([linear.weight.detach().abs().amax(0).float() for linear in linears.values()]).amax(0)
-            path = next(iter(linears))
-            seen = ranges[path].largest()
-            if path in channels:
-                seen, largest = (channels[path].once(each, partial(torch.amax, dim=1)) for each in (seen, largest))
+            each = [bundle.layer(path).get_parameter("weight").detach().abs().amax(0).float() for path in linears]
+            seen, largest = ranges[linears[0]].largest(), torch.stack(each).amax(0)
+            if linears[0] in channels:
+                own = channels[linears[0]]
+                seen, largest = (own.once(values, partial(torch.amax, dim=1)) for values in (seen, largest))
             gain = 1 / smoothing(seen, largest, smooth)
             gains.update(dict.fromkeys(linears, gain))
     return gains

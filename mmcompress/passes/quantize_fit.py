@@ -25,6 +25,7 @@ from mmcompress.ops.half_quadratic import half_quadratic_grid
 from mmcompress.ops.rounding import choose_scale, dequantize, quantize
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_balance import balance_for
+from mmcompress.passes.quantize_calibrate import readers_of_one_input
 from mmcompress.passes.quantize_layers import candidates, group_sizes
 from mmcompress.passes.quantize_moments import Inputs, inputs_of, linears_of, runs
 from mmcompress.passes.quantize_schemes import AUTO, FOUR_BITS, with_activations
@@ -60,12 +61,14 @@ def fit_weights(
 ) -> dict[str, object]:
     """Add to `made` the tensors of the layers that are fitted, and how strongly each is scaled; return what to report.
 
-    Raises UsageError without data for this tower.
+    Those whose tensors `made` has, of a run that was killed, are not fitted again. Raises UsageError without data for this tower.
     """
     sizes = made.decisions["groups"]
     linears = linears_of(bundle, fitted_paths(settings, tower, schemes))
     if not linears:
         return {}
+    groups = readers_of_one_input(tower, list(linears))
+    missing = [path for group in groups if f"{group[0]}.strength" not in made.tensors for path in group]
     ways = [
         name
         for name, used in (
@@ -80,21 +83,37 @@ def fit_weights(
     what = f"rounding the weights by {' and '.join(ways)}"
     awq = settings.scaling == "awq"
     channels = settings.channels(tower)
-    for group, seen in inputs_of(bundle, tower, linears, context, balance, awq, what):
-        layers = {path: linears[path] for path in group}
+
+    def fit(group: list[str], seen: Inputs) -> None:
         if group[0] in channels and seen.mean_sizes is not None:
             seen = replace(seen, mean_sizes=channels[group[0]].once(seen.mean_sizes, partial(torch.mean, dim=1)))
+        layers = {path: _linear(bundle, path) for path in group}
         strength, best = _best(settings, layers, sizes, seen)
         for path, layer in best.items():
             if strength:
-                made.decisions["scaled"][path] = strength
                 assert layer.input_gain is not None
                 made.tensors[f"{path}.gain"] = layer.input_gain
             if isinstance(layer, PackedLinear):
                 made.tensors.update({f"{path}.{name}": value for name, value in layer.packed_buffers()})
-            if settings.correct_bias and linears[path].bias is not None:
-                made.tensors[f"{path}.bias"] = linears[path].bias.detach() + _shift(linears[path], layer, seen.mean)
+            if settings.correct_bias and layers[path].bias is not None:
+                made.tensors[f"{path}.bias"] = layers[path].bias.detach() + _shift(layers[path], layer, seen.mean)
+        # The last of the group: with it, nothing is missing.
+        made.tensors[f"{group[0]}.strength"] = torch.tensor(strength, dtype=torch.float64)
+
+    if missing:
+        todo = {path: linears[path] for path in missing}
+        inputs_of(bundle, tower, todo, context, balance, awq, what, fit)
+    for group in groups:
+        strength = float(made.tensors.get(f"{group[0]}.strength", 0.0))
+        if strength:
+            made.decisions["scaled"] |= dict.fromkeys(group, strength)
     return {"image_tokens_count": balance.ratios} if balance.ratios else {}
+
+
+def _linear(bundle: Bundle, path: str) -> nn.Linear:
+    layer = bundle.layer(path)
+    assert isinstance(layer, nn.Linear), f"{path} is a {type(layer).__name__}"
+    return layer
 
 
 def _best(
@@ -141,17 +160,28 @@ def _shift(linear: nn.Linear, made: PackedLinear | QuantizedLinear, mean: Tensor
 
 def looks(settings: Quantize, bundle: Bundle, tower: Tower) -> int:
     """Return how often the samples are run through `tower`; a run with gradients is counted as three."""
+    linears = _to_fit(settings, bundle, tower)
+    backwards = 3 if linears and settings.balance == "modality" and tower.prompt else 0
+    return len(runs(bundle, tower, linears)) + backwards
+
+
+def bytes_held(settings: Quantize, bundle: Bundle, tower: Tower) -> int:
+    """Return what fitting the layer with the most inputs takes: their moment in float32, and its factor (see `ops.gptq`)."""
+    widest = max((linear.in_features for linear in _to_fit(settings, bundle, tower).values()), default=0)
+    return (32 if settings.rounding == "gptq" else 16) * widest**2
+
+
+def _to_fit(settings: Quantize, bundle: Bundle, tower: Tower) -> dict[str, nn.Linear]:
+    """Return the layers of `tower` that will be fitted."""
     name = settings.scheme_of(tower.name)
     name = "W4A16" if name == AUTO else name
     scheme = with_activations(name, settings.activations)
     if scheme.inputs == "static":
-        return 0
+        return {}
     paths = candidates(bundle, tower, settings.tables, settings.keep_float)
     sizes = group_sizes(bundle, tower, paths, settings.group_size) if scheme.weights == "int4" else {}
     schemes = dict.fromkeys(paths, scheme.otherwise or name) | dict.fromkeys(sizes, name)
-    linears = linears_of(bundle, fitted_paths(settings, tower, schemes))
-    backwards = 3 if linears and settings.balance == "modality" and tower.prompt else 0
-    return len(runs(tower, linears)) + backwards
+    return linears_of(bundle, fitted_paths(settings, tower, schemes))
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def _norms(bundle: Bundle, tower: Tower, gains: dict[str, Tensor]) -> dict[str, 
         for norm, paths in sorted(readers.alone().items())
         if {_block_of(tower, path) for path in paths} == {_block_of(tower, norm)}
         and _same(paths, gains)
-        and can_fold(norms[norm])
+        and can_fold(bundle.layer(norm))
     }
 
 

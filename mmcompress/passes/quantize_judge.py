@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from mmcompress.bundle import Bundle
 from mmcompress.passes.base import Context, Plan
-from mmcompress.passes.quantize_calibrate import Inputs, batches
+from mmcompress.passes.quantize_calibrate import batches
 from mmcompress.passes.quantize_layers import weighed
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_schemes import SCHEMES
@@ -68,7 +68,7 @@ class Judge:
         self.bundle, self.tower, self.progress = bundle, tower, context.progress
         self.inputs = list(batches(bundle, tower, context, samples, "sensitivity"))
         self.samples = sum(len(next(iter(inputs.values()))) for inputs in self.inputs)
-        self.wanted = [self._rows(inputs) for inputs in self.inputs]
+        self.wanted = list(self._rows())
         self.runs = 1
 
     def cosine(self, modules: Mapping[str, nn.Module]) -> float:
@@ -77,14 +77,14 @@ class Judge:
         cosines: list[Tensor] = []
         with swapped(self.bundle, modules):
             # Batch by batch: rows may be long (a vocabulary for each token) and as long as the longest of their batch.
-            for inputs, wanted in zip(self.inputs, self.wanted, strict=True):
-                pairs = zip(self._rows(inputs), wanted, strict=True)
+            for rows, wanted in zip(self._rows(), self.wanted, strict=True):
+                pairs = zip(rows, wanted, strict=True)
                 cosines += [functional.cosine_similarity(one.double(), other.double(), dim=0) for one, other in pairs]
         return torch.stack(cosines).mean().item()
 
-    def _rows(self, inputs: Inputs) -> Tensor:
-        with evaluating(self.bundle.model), torch.inference_mode():
-            return self.bundle.encode(self.tower, inputs)
+    def _rows(self) -> Iterator[Tensor]:
+        with evaluating(self.bundle.model):
+            yield from self.bundle.encode_all(self.tower, self.inputs)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def judge_tower(
     tables = {linear: table for table, linear in tower.tied}
     made: dict[str, nn.Module] = {}
     for path in sorted(paths, key=tables.__contains__):
-        made[path] = maker.made(bundle.module(path), path, plan, made.get(tables.get(path, "")))
+        layer = maker.made(bundle.layer(path), path, plan, made.get(tables.get(path, "")))
+        made[path] = bundle.aside(path, layer)
     groups = groups_of(tower, list(made))
     report: dict[str, Any] = {}
     everything = None
@@ -159,7 +160,7 @@ def judge_tower(
                 plan.decisions["scaled"].pop(path, None)
                 for own in ("gain", "bias"):
                     plan.tensors.pop(f"{path}.{own}", None)
-            return maker.made(bundle.module(path), path, plan)
+            return bundle.aside(path, maker.made(bundle.layer(path), path, plan))
 
         packed = {name: own for name, own in groups.items() if sizes.keys() & set(own)}
         first, schemes = dict(made), dict(layers)

@@ -2,16 +2,17 @@
 
 Deliberate difference from GPTQ's and AWQ's papers: every layer's inputs are those of the float model, not of one whose earlier
 layers are rounded already. Nothing has to be swapped in between, and the samples are run once for as many layers as have room for
-their moments.
+their moments; once for all where batches run in step (`surgery.lending`), as each layer's are complete before the next one's begin.
 
-Memory: `MOMENTS_BYTES` of moments, or those of one layer where they are more, whatever the number of layers and samples.
+Memory: `MOMENTS_BYTES` of moments, or those of one layer where they are more, whatever the number of layers and samples. In step:
+those of one layer.
 
 Shape alphabet: T tokens, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -46,12 +47,13 @@ def inputs_of(
     balance: Balance,
     sizes: bool,
     what: str,
-) -> Iterator[tuple[list[str], Inputs]]:
-    """Yield Linears that share an input, and what is known of it, `sizes` too; not those that are never called.
+    use: Callable[[list[str], Inputs], None],
+) -> None:
+    """Call `use` with Linears that share an input, and what is known of it, `sizes` too; not with those that are never called.
 
     Raises UsageError without data for this tower, saying that `what` needs it.
     """
-    for part in runs(tower, linears):
+    for part in runs(bundle, tower, linears):
         moments = {group[0]: Sums(full=True) for group in part}
         means = {group[0]: Sums(full=False) for group in part} if sizes else {}
         watched = {path: linears[path] for path in moments}
@@ -64,18 +66,28 @@ def inputs_of(
             if path in means:
                 means[path].add(tokens.abs(), counts)
 
-        watch(bundle, tower, watched, record, context, "moments", what, balance.begin)
-        for group in part:
-            found = moments.pop(group[0])
+        def complete(
+            path: str,
+            moments: dict[str, Sums] = moments,
+            means: dict[str, Sums] = means,
+            part: Sequence[list[str]] = part,
+        ) -> None:
+            found = moments.pop(path)
             if found.second is not None:  # else read by its owner without being called
-                yield group, Inputs(found.second_moment(), found.mean(), means[group[0]].mean() if sizes else None)
+                group = next(group for group in part if group[0] == path)
+                use(group, Inputs(found.second_moment(), found.mean(), means.pop(path).mean() if sizes else None))
+
+        watch(bundle, tower, watched, record, context, "moments", what, balance.begin, complete)
 
 
-def runs(tower: Tower, linears: Mapping[str, nn.Linear]) -> list[list[list[str]]]:
+def runs(bundle: Bundle, tower: Tower, linears: Mapping[str, nn.Linear]) -> list[list[list[str]]]:
     """Return which Linears to watch in each run of the samples, those of one input together: all, or as many as have room."""
     parts: list[list[list[str]]] = []
     room = 0
-    for group in readers_of_one_input(tower, list(linears)):
+    groups = readers_of_one_input(tower, list(linears))
+    if bundle.in_step and groups:
+        return [groups]
+    for group in groups:
         needed = 4 * linears[group[0]].in_features ** 2
         if needed > room:
             parts.append([])

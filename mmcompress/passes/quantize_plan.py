@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import MutableMapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.kept import Kept, write_atomically
 from mmcompress.ops.float8 import FLOAT8
 from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.distill_ranks import world_size
 from mmcompress.passes.quantize_calibrate import calibrate, offers
 from mmcompress.passes.quantize_fit import fit_weights
 from mmcompress.passes.quantize_folds import add_folds
@@ -28,6 +34,43 @@ from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from mmcompress.passes.quantize import Quantize
+
+
+DECISIONS = "decisions.json"
+
+
+def begun(target: str, context: Context) -> Plan:
+    """Return a plan without towers, or with those that a killed run had finished, and what it had computed for others."""
+    sections: dict[str, Any] = {name: {} for name in ("layers", "groups", "scaled", "folds", "tied", "towers")}
+    made = Plan({"target": target, **sections})
+    place = _place(context)
+    if place is None:
+        return made
+    tensors = Kept(place)
+    without: list[str] = []
+    if (place / DECISIONS).exists():
+        found = json.loads((place / DECISIONS).read_text())
+        made.decisions.update(found["decisions"])
+        without = found["without"]
+    # What layers are judged without: folds come after that.
+    without += [name for name in tensors if name.endswith(".fold") and name[:-5] not in made.decisions["folds"]]
+    for name in without:
+        tensors.pop(name, None)
+    return replace(made, tensors=tensors)
+
+
+def finished(made: Plan, context: Context) -> None:
+    """Keep what is decided so far: of whole towers."""
+    place = _place(context)
+    if place is not None:
+        assert isinstance(made.tensors, Kept), "the plan was not begun here"
+        found = {"decisions": made.decisions, "without": sorted(made.tensors.deleted)}
+        write_atomically(place / DECISIONS, json.dumps(found))
+
+
+def _place(context: Context) -> Path | None:
+    # Of several processes each computes all of it; none waits for another's files.
+    return context.workdir / "quantize" if context.workdir and world_size() == 1 else None
 
 
 def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Context, made: Plan) -> None:
@@ -99,7 +142,7 @@ def input_grids(
     paths: list[str],
     scheme: Scheme,
     context: Context,
-    tensors: dict[str, Tensor],
+    tensors: MutableMapping[str, Tensor],
 ) -> list[str]:
     """Add the grids of the layers' inputs to `tensors`; return `paths` without the layers that are never called.
 

@@ -131,9 +131,9 @@ class ReduceVisualTokens:
             amount = {"keep_tokens": int(decisions["kept"])}
         return ReduceVisualTokens(**amount, method="random", positions=self.positions, tower=self.tower)  # type: ignore[arg-type]
 
-    def streams(self) -> bool:
+    def streams(self, data: bool = False) -> bool:
         """Whether no weight is looked at: only a latency is that of the whole model, and features and scores are made by it."""
-        return self.latency_ms is None and not self.adaptive and self.method not in (LEARNED, RELEVANCE)
+        return self.latency_ms is None and not self.adaptive and self.method not in (LEARNED, RELEVANCE) and not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """For a latency, some shares are exported and timed; a selector sees each picture once, then learns from its features.

@@ -3,7 +3,7 @@
 A deferred tensor has a shape and a dtype, zeros that share one place in memory (a model of them runs, for shapes), and a function
 that makes its values. Cutting one gives another, whose values are made and then cut.
 
-Only `values` and `select` know: what else is computed from a deferred tensor is computed from zeros.
+Only `values`, `select`, `multiply` and `surgery.lending` know: what else is computed from a deferred tensor is computed from zeros.
 """
 
 from __future__ import annotations
@@ -66,6 +66,21 @@ def take_back(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             part._parameters[name] = getattr(parameter, _LENT, parameter)
+
+
+def is_read(parameter: Tensor) -> bool:
+    """Whether a parameter's values are those that are stored: it is deferred, or was lent."""
+    return is_deferred(parameter) or hasattr(parameter, _LENT)
+
+
+@torch.no_grad()
+def multiply(parameter: Tensor, factor: Tensor) -> nn.Parameter:
+    """Return what `is_read` times `factor`: of a deferred parameter a deferred one; of one that was lent, one that is not."""
+    if not is_deferred(parameter):
+        return nn.Parameter(parameter * factor, requires_grad=parameter.requires_grad)
+    made = nn.Parameter(hollow(parameter).detach(), requires_grad=parameter.requires_grad)
+    defer(made, lambda: values(parameter).to(parameter.dtype) * factor.to("cpu"))
+    return made
 
 
 def select(parameter: Tensor, dim: int, kept: Tensor) -> nn.Parameter:

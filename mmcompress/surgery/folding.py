@@ -21,15 +21,25 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from mmcompress.surgery.deferred import is_read, multiply
 from mmcompress.surgery.quantized_base import Quantized
 
 
 @torch.no_grad()
 def fold(maker: nn.Module, gain: Tensor) -> None:
     """Multiply what a norm or a Linear, quantized or not, gives out by `gain` (C,), in place."""
-    scales = [maker.weight_scale] if isinstance(maker, Quantized) else []
-    for tensor in (*maker.parameters(recurse=False), *scales):
-        tensor.mul_(gain.to(tensor).view(-1, *[1] * (tensor.dim() - 1)))
+    for name, parameter in list(maker.named_parameters(recurse=False)):
+        factor = _along_rows(gain, parameter)
+        if is_read(parameter):
+            setattr(maker, name, multiply(parameter, factor))
+        else:
+            parameter.mul_(factor)
+    if isinstance(maker, Quantized):
+        maker.weight_scale.mul_(_along_rows(gain, maker.weight_scale))
+
+
+def _along_rows(gain: Tensor, tensor: Tensor) -> Tensor:
+    return gain.to(tensor).view(-1, *[1] * (tensor.dim() - 1))
 
 
 def may_fold(module: nn.Module) -> bool:

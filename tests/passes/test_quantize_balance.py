@@ -14,7 +14,7 @@ from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context
 from mmcompress.passes.quantize import Quantize
 from mmcompress.passes.quantize_balance import Balance, balance_for, gradients, image_places
-from mmcompress.passes.quantize_moments import inputs_of, linears_of
+from mmcompress.passes.quantize_moments import Inputs, inputs_of, linears_of
 from tests import tiny
 from tests.passes.fitting import FAMILY, VLM, context, run, spread
 
@@ -86,8 +86,10 @@ def test_moments_count_tokens_as_they_are_told() -> None:
     balance = balance_for("modality", bundle, tower, data)
     ratio = balance.ratios["attention"][1]
     linears = linears_of(bundle, [path])
-    ((_, seen),) = inputs_of(bundle, tower, linears, data, balance, True, "a test")
-    ((_, texts),) = inputs_of(bundle, tower, linears, data, balance_for("text", bundle, tower, data), True, "a test")
+    found: list[Inputs] = []
+    for each in (balance, balance_for("text", bundle, tower, data)):
+        inputs_of(bundle, tower, linears, data, each, True, "a test", lambda group, known: found.append(known))
+    seen, texts = found
     assert data.data is not None
     items = [item for index in range(4) for item in bundle.items("language", data.data[index])]
     inputs = bundle.prepare("language", items)

@@ -140,12 +140,12 @@ def test_gptq_gives_the_same_however_little_room_its_moments_have(monkeypatch: p
     bundle = tiny.bundle(FAMILY)
     tower = bundle.tower("vision")
     linears = {path: m for path, m in bundle.model.named_modules() if isinstance(m, nn.Linear) and tower.owns(path)}
-    assert len(quantize_moments.runs(tower, linears)) == 1
+    assert len(quantize_moments.runs(bundle, tower, linears)) == 1
     settings: dict[str, Any] = {"rounding": "gptq", "towers": ("vision",), "sensitivity_samples": 0}
     _, once = run(data=context(), **settings)
     # Room for the moments of four inputs of 48 channels: a block has three, and one of its hidden neurons.
     monkeypatch.setattr(quantize_moments, "MOMENTS_BYTES", 4 * 4 * 48 * 48)
-    assert len(quantize_moments.runs(tower, linears)) > 3
+    assert len(quantize_moments.runs(bundle, tower, linears)) > 3
     _, often = run(data=context(), **settings)
     assert once.tensors.keys() == often.tensors.keys()
     assert all(torch.equal(once.tensors[name], value) for name, value in often.tensors.items())
