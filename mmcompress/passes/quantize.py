@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from mmcompress.bundle import Bundle
-from mmcompress.errors import UsageError
-from mmcompress.ops.choice import require_solver
 from mmcompress.ops.grouped import nearest
 from mmcompress.ops.half_quadratic import half_quadratic
 from mmcompress.ops.rounding import INT8, UINT8, WEIGHT_INT7, WEIGHT_INT8
@@ -18,18 +15,17 @@ from mmcompress.passes import quantize_fit
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize_cache import cache_bytes, cached_tower
 from mmcompress.passes.quantize_channels import Channels, channels_of
-from mmcompress.passes.quantize_checks import require_sensible
+from mmcompress.passes.quantize_checks import require_quantizable, require_sensible
 from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_mixed import plan_mixed
 from mmcompress.passes.quantize_plan import begun, finished, plan_tower
 from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, with_activations
 from mmcompress.passes.quantize_times import TIMING_SECONDS
-from mmcompress.surgery.float_codes import is_float_coded, loading_config, require_bitsandbytes
+from mmcompress.surgery.float_codes import loading_config
 from mmcompress.surgery.folding import fold
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.quantized import drop_ties
-from mmcompress.surgery.quantized_base import Quantized
 from mmcompress.surgery.rounded_cache import round_cache
 from mmcompress.views import Tower
 
@@ -175,52 +171,7 @@ class Quantize:
 
     def check(self, bundle: Bundle) -> None:
         """Refuse schemes for towers that are not there, towers quantized already, broken ties, and patterns that match nothing."""
-        if any(name in self.used for name in FLOAT_CODES):
-            require_bitsandbytes()
-        towers = {tower.name: tower for tower in bundle.towers()}
-        for name in (*self.towers, *self.own_schemes):
-            bundle.tower(name)
-        unlisted = [name for name in self.own_schemes if self.towers and name not in self.towers]
-        if unlisted:
-            raise UsageError(
-                f"quantize has a scheme for the {unlisted[0]} tower, which quantize.towers does not name",
-                hint="name it in both or neither",
-            )
-        for tower in towers.values():
-            if self.scheme_of(tower.name) == OFF:
-                continue
-            done = [
-                path
-                for path, module in bundle.model.named_modules()
-                if tower.owns(path) and (isinstance(module, Quantized) or is_float_coded(module))
-            ]
-            if done:
-                raise UsageError(
-                    f"the {tower.name} tower is quantized already ({done[0]} and {len(done) - 1} more)",
-                    hint=f"start from the checkpoint before that, or leave it alone with --{tower.name}-scheme W16A16",
-                )
-            for table, linear in tower.tied:
-                if bundle.module(table).weight is not bundle.module(linear).weight:
-                    raise UsageError(
-                        f"{table} and {linear} hold different weights, and config.json says they share one",
-                        hint="set tie_word_embeddings to false in config.json",
-                    )
-        shown = [tower for tower in towers.values() if tower.prompt and self.scheme_of(tower.name) != OFF]
-        if self.balance != "none" and not shown:
-            raise UsageError(
-                f"quantize.balance is '{self.balance}', but no tower to be quantized is given both image and text tokens",
-                hint="it is for the language tower of models that are shown pictures",
-            )
-        if AUTO in self.used and self.assign == "measured":
-            require_solver()  # not after everything was judged
-        if self.cache == "int8":
-            cached_tower(bundle, self.towers)
-        for pattern in self.keep_float:
-            if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in bundle.model.named_modules()):
-                raise UsageError(
-                    f"quantize.keep_float has '{pattern}', which matches no layer",
-                    hint="mmc inspect MODEL names the towers; patterns are such as 'text_model.*'",
-                )
+        require_quantizable(self, bundle)
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Choose layers, calibrate, measure sensitivity; what was computed of samples travels as tensors.

@@ -1,13 +1,19 @@
-"""Which parameters of `quantize` go together, whatever the model."""
+"""Which parameters of `quantize` go together, and which models it can work on."""
 
 from __future__ import annotations
 
+import fnmatch
 from typing import TYPE_CHECKING
 
+from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError, closest
+from mmcompress.ops.choice import require_solver
 from mmcompress.ops.grouped import GROUP_SIZES
 from mmcompress.passes.quantize_budget import require_budget
-from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, SCHEMES, refuse_target
+from mmcompress.passes.quantize_cache import cached_tower
+from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, SCHEMES, refuse_target
+from mmcompress.surgery.float_codes import is_float_coded, require_bitsandbytes
+from mmcompress.surgery.quantized_base import Quantized
 
 if TYPE_CHECKING:
     from mmcompress.passes.quantize import Quantize
@@ -78,3 +84,53 @@ def require_sensible(settings: Quantize) -> None:
             f"quantize.sensitivity_samples is {settings.sensitivity_samples}; expected 0 or more",
             hint="0 skips the measurement",
         )
+
+
+def require_quantizable(settings: Quantize, bundle: Bundle) -> None:
+    """Raise UsageError for schemes of towers that are not there, towers quantized already, broken ties, patterns that match nothing."""
+    if any(name in settings.used for name in FLOAT_CODES):
+        require_bitsandbytes()
+    towers = {tower.name: tower for tower in bundle.towers()}
+    for name in (*settings.towers, *settings.own_schemes):
+        bundle.tower(name)
+    unlisted = [name for name in settings.own_schemes if settings.towers and name not in settings.towers]
+    if unlisted:
+        raise UsageError(
+            f"quantize has a scheme for the {unlisted[0]} tower, which quantize.towers does not name",
+            hint="name it in both or neither",
+        )
+    for tower in towers.values():
+        if settings.scheme_of(tower.name) == OFF:
+            continue
+        done = [
+            path
+            for path, module in bundle.model.named_modules()
+            if tower.owns(path) and (isinstance(module, Quantized) or is_float_coded(module))
+        ]
+        if done:
+            raise UsageError(
+                f"the {tower.name} tower is quantized already ({done[0]} and {len(done) - 1} more)",
+                hint=f"start from the checkpoint before that, or leave it alone with --{tower.name}-scheme W16A16",
+            )
+        for table, linear in tower.tied:
+            if bundle.module(table).weight is not bundle.module(linear).weight:
+                raise UsageError(
+                    f"{table} and {linear} hold different weights, and config.json says they share one",
+                    hint="set tie_word_embeddings to false in config.json",
+                )
+    shown = [tower for tower in towers.values() if tower.prompt and settings.scheme_of(tower.name) != OFF]
+    if settings.balance != "none" and not shown:
+        raise UsageError(
+            f"quantize.balance is '{settings.balance}', but no tower to be quantized is given both image and text tokens",
+            hint="it is for the language tower of models that are shown pictures",
+        )
+    if AUTO in settings.used and settings.assign == "measured":
+        require_solver()  # not after everything was judged
+    if settings.cache == "int8":
+        cached_tower(bundle, settings.towers)
+    for pattern in settings.keep_float:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in bundle.model.named_modules()):
+            raise UsageError(
+                f"quantize.keep_float has '{pattern}', which matches no layer",
+                hint="mmc inspect MODEL names the towers; patterns are such as 'text_model.*'",
+            )
