@@ -31,16 +31,11 @@ from mmcompress.surgery.master_weights import holders
 EXPORTED, STATISTICS = 15.0, 2.0
 # Bytes a second that are hashed, read, rounded and written layer by layer (bench/results/streaming.json).
 STREAMED = 5.5e7
-<<<<<<< HEAD
-# Times the model's size in memory: with room to work; with gradients, AdamW's two moments and the teacher beside it.
-HELD, TRAINED = 1.5, 5.5
+# Times the model's size in memory: with gradients, AdamW's two moments and the teacher beside it.
+TRAINED = 5.5
 # Bytes of each integer that trains: its master weight, rounded in a forward with a byte that says whether it lies inside the grid;
 # and its gradient, two moments and the teacher's, where the model that is given holds integers already.
 ROUNDED, TAUGHT = 5, 4 + 3 * 4 + 4
-=======
-# Times the model's size in memory: with gradients, AdamW's two moments and the teacher beside it.
-TRAINED = 5.5
->>>>>>> calib
 
 
 def estimate(

@@ -87,7 +87,7 @@ def require_sensible(settings: Quantize) -> None:
 
 
 def require_quantizable(settings: Quantize, bundle: Bundle) -> None:
-    """Raise UsageError for schemes of towers that are not there, towers quantized already, broken ties, patterns that match nothing."""
+    """Raise UsageError for towers that are not there or quantized already, broken ties, and patterns that match nothing."""
     if any(name in settings.used for name in FLOAT_CODES):
         require_bitsandbytes()
     towers = {tower.name: tower for tower in bundle.towers()}
