@@ -11,7 +11,7 @@ Since s differs by token only, it leaves the product:  x' W = s * (q W).  A grap
 which runtimes recognise a product of integers, and multiplies by s afterwards.
 
 A cache of keys and values keeps codes and scales, one for each token of each head (`in_steps`), as KIVI (Liu et al. 2024, arXiv
-2402.02750, section 3) has it for values. Deliberate difference: keys too, which KIVI rounds channel by channel, in groups of tokens
+2402.02750) has it for values. Deliberate difference: keys too, which KIVI rounds channel by channel, in groups of tokens
 that stay floats until they are full; that is for 2 bits.
 
 Shape alphabet: C channels.

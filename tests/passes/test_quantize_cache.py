@@ -148,9 +148,9 @@ def test_the_run_says_what_a_token_takes() -> None:
 EXPORTED = [
     *(
         pytest.param("llava_clip", CHAINS[name], id=f"llava_clip-{name}")
-        for name in ("alone", "with weights", "then drop from blocks", "then drop from mlp", "after drop from cache")
+        for name in ("with weights", "then drop from blocks", "after drop from cache")
     ),
-    *(pytest.param(family, CHAINS["alone"], id=family) for family in ("smolvlm", "paligemma", "qwen3_vl")),
+    *(pytest.param(family, CHAINS["alone"], id=family) for family in ("paligemma", "qwen3_vl")),
 ]
 
 
@@ -213,9 +213,8 @@ def test_a_run_in_torch_times_one_further_token(monkeypatch: pytest.MonkeyPatch)
     assert held == [2 * 32 * 8 * 4, 2 * 32 * 8]  # floats, integers
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_half_precision_keeps_integers_too(precision: str, tmp_path: Path) -> None:
-    artifact = export_onnx(made("llava_clip", CACHED), tmp_path / "out", precision=precision, batches=(2,)).artifact
+def test_half_precision_keeps_integers_too(tmp_path: Path) -> None:
+    artifact = export_onnx(made("llava_clip", CACHED), tmp_path / "out", precision="float16", batches=(2,)).artifact
     kinds = {spec.name: spec.dtype for spec in artifact.component("language").inputs}
     assert (kinds["past_key_0"], kinds["past_key_scale_0"]) == ("int8", "float32")
 
