@@ -36,13 +36,15 @@ def solved(
     context: Context,
     *,
     instead: str = "keep",
+    grows: bool = True,
     planned: Callable[[Any, Bundle, bool], Plan] | None = None,
 ) -> Plan:
     """Return the plan of the largest share whose exported `stages` take `budget` milliseconds at most, with what was timed.
 
     `at` makes the pass `name` that keeps a share, from `least` to 1. `instead` is the parameter that says the share; `planned`
-    makes plans in place of the pass, and is told whether they are only to be timed. Raises UsageError where even `least` takes
-    longer, naming how long, where nothing can be timed, and on a machine so busy that less takes longer again and again.
+    makes plans in place of the pass, and is told whether they are only to be timed. `grows`: whether more kept takes longer, all
+    else being noise. Raises UsageError where even `least` takes longer, naming how long, where nothing can be timed, and with
+    `grows` on a machine so busy that less takes longer again and again.
     """
     milliseconds = context.require_stopwatch(f"{name}.latency_ms", target="", hint=f"use {instead}").model
     tried: dict[str, Any] = {}
@@ -58,7 +60,7 @@ def solved(
         for _ in range(AGAIN - 1):
             if found > limit:
                 found = min(found, round(milliseconds(trial, stages), 3))
-        if found > limit:
+        if grows and found > limit:
             raise UsageError(
                 f"{name}.latency_ms cannot be solved: keep {share:.3f} takes {found:.2f} ms, and with more kept it took "
                 f"{limit / NOISE:.2f} ms",

@@ -1,7 +1,8 @@
 """`prune` within a budget of milliseconds: how much has to go is found by exporting and timing what would be left.
 
-MACs say how much less there is to compute, not how much sooner a machine is done with it: narrow products use kernels worse, and
-what is not cut takes its time as before. So shares of the MACs are tried, each chosen by the same scores, cut, exported and timed.
+MACs say how much less there is to compute, not how much sooner a machine is done with it: narrow products use kernels worse, odd
+widths worse than larger even ones, and what is not cut takes its time as before. So shares of the MACs are tried, each chosen by
+the same scores, cut, exported and timed; what is taken was timed to keep the budget, though another share might, too.
 What only changes values is left out of the trials: the repair of what stays.
 """
 
@@ -50,5 +51,6 @@ def plan_within_latency(settings: Prune, bundle: Bundle, context: Context) -> Pl
         bundle,
         context,
         instead="ratio",
+        grows=False,
         planned=planned,
     )

@@ -68,6 +68,23 @@ def test_what_is_chosen_is_what_a_ratio_chooses_and_repaired_all_the_same() -> N
     assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in bundle.model.state_dict().items())
 
 
+def test_a_share_that_takes_longer_than_a_larger_one_is_no_reason_to_give_up() -> None:
+    """Odd widths are slow: here a third of all shares."""
+    whole = timer(tiny.bundle(FAMILY), ("vision", "text"))
+
+    def uneven(bundle: Bundle, stages: tuple[str, ...]) -> float:
+        took = timer(bundle, stages)
+        return took * (1.6 if 0.6 < took / whole < 0.8 else 1.0)
+
+    bundle = tiny.bundle(FAMILY)
+    made = Prune(latency_ms=0.95 * whole, **PLAIN)
+    plan = made.plan(bundle, Context(stopwatch=timed_by(uneven)))
+    made.apply(bundle, plan)
+    assert uneven(bundle, ("vision", "text")) <= 0.95 * whole
+    tried = sorted((float(share), took) for share, took in plan.decisions["tried_ms"].items())
+    assert [took for _, took in tried] != sorted(took for _, took in tried)
+
+
 def test_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     scores = Prune.scores
