@@ -85,6 +85,19 @@ def test_a_share_that_takes_longer_than_a_larger_one_is_no_reason_to_give_up() -
     assert [took for _, took in tried] != sorted(took for _, took in tried)
 
 
+def test_a_share_that_was_disturbed_is_timed_again() -> None:
+    """Every third timing is half as long again: nothing else is chosen for it."""
+    whole = timer(tiny.bundle(FAMILY), ("vision", "text"))
+    allowed, calls = 0.5 + 0.6 * (whole - 0.5), [0]
+
+    def disturbed(bundle: Bundle, stages: tuple[str, ...]) -> float:
+        calls[0] += 1
+        return timer(bundle, stages) * (1.5 if calls[0] % 3 == 0 else 1.0)
+
+    plan = Prune(latency_ms=allowed, **PLAIN).plan(tiny.bundle(FAMILY), Context(stopwatch=timed_by(disturbed)))
+    assert plan.decisions["kept"] == run(allowed)[1].decisions["kept"]
+
+
 def test_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     scores = Prune.scores
