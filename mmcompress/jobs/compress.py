@@ -105,14 +105,7 @@ def compress(
     recipe = with_tasks(recipe, bundle, evaluation_data)
     require_quantized(todo, bundle)
     place = Workplace(partial_path(output), _identity(bundle.source.sha256, recipe, data, evaluation_data), resume)
-    context = Context(
-        data=data,
-        num_samples=recipe.data.num_samples,
-        batch_size=recipe.data.batch_size,
-        seed=recipe.seed,
-        progress=progress,
-        stopwatch=stopwatch(recipe.export),
-    )
+    context = dataclasses.replace(_context(recipe, data, progress), stopwatch=stopwatch(recipe.export))
     run = Measurements(model, recipe, place, context, evaluation_data, allow_pickle=allow_pickle)
     run.context = dataclasses.replace(context, teacher=run.fresh)
     try:
@@ -145,6 +138,17 @@ def streams(recipe: Recipe, todo: list[Stage], model: str | Path) -> bool:
     return alone and not fits(weights.weight_files(weights.locate(str(model))), torch.float32.itemsize)
 
 
+def _context(recipe: Recipe, data: Dataset | None, progress: Progress) -> Context:
+    """Return what every run lets passes use."""
+    return Context(
+        data=data,
+        num_samples=recipe.data.num_samples,
+        batch_size=recipe.data.batch_size,
+        seed=recipe.seed,
+        progress=progress,
+    )
+
+
 def _streamed(
     model: str | Path, recipe: Recipe, todo: list[Stage], output: Path, progress: Progress, resume: bool
 ) -> Result:
@@ -172,13 +176,7 @@ def _streamed(
         }
 
     data = open_data(recipe.data.calibration) if recipe.data.calibration else None
-    context = Context(
-        data=data,
-        num_samples=recipe.data.num_samples,
-        batch_size=recipe.data.batch_size,
-        seed=recipe.seed,
-        progress=progress,
-    )
+    context = _context(recipe, data, progress)
     sha256 = weights.digest(weights.weight_files(weights.locate(str(model))))
     place = Workplace(partial_path(output), _identity(sha256, recipe, data), resume)
     try:

@@ -8,6 +8,7 @@ becomes one, and because a pair's edges are edges of the finer grid, that equals
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -118,7 +119,7 @@ class Percentile(Histogram):
         return max(lowest, min(edges[first].item(), 0.0)), min(highest, max(edges[last + 1].item(), 0.0))
 
 
-class Cut(Histogram):
+class Cut(Histogram, ABC):
     """Cuts both ends to where a loss is least that subclasses know.
 
     The upper end is searched with the lower one fixed, then the lower one, then both again: one-sided activations (GELU)
@@ -147,13 +148,13 @@ class Cut(Histogram):
         rounded = dequantize(codes, scale, zero_point, axis=0)
         return SHRINKS[self.losses(values, counts, codes.long() - levels.low, rounded, inside).argmin()].item()
 
+    @abstractmethod
     def losses(self, values: Tensor, counts: Tensor, codes: Tensor, rounded: Tensor, inside: Tensor) -> Tensor:
         """Return the loss (S,) of S ranges.
 
         Of the bins that anything fell into: `values` (S, K) their centres, `counts` (K,); of each range `codes` (S, K) from 0,
         what those stand for, `rounded`, and which bins lie `inside` it.
         """
-        raise NotImplementedError
 
 
 class LeastError(Cut):

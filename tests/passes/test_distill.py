@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,8 @@ from mmcompress.passes.distill import Distill
 from mmcompress.progress import Silent
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK: dict[str, Any] = {"batch_size": 8, "steps": 6, "learning_rate": 2e-3, "amp": False}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are ten times slower on two threads that others use too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def damaged(name: str = "clip", amount: float = 0.03) -> Bundle:

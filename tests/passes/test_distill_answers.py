@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,16 +19,8 @@ from mmcompress.progress import Silent
 from tests import tiny
 from tests.passes.test_distill import changed, distance, plain_steps, weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK: dict[str, Any] = {"batch_size": 4, "steps": 6, "learning_rate": 1e-3, "amp": False}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are ten times slower on two threads that others use too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def damaged(amount: float = 0.03) -> Bundle:

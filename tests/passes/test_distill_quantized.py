@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,11 @@ from mmcompress.surgery.quantized import QuantizedEmbedding
 from tests import tiny
 from tests.passes import fitting
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILY = "dual_encoder_dinov2"
 QUICK: dict[str, Any] = {
     "train": INTEGERS, "batch_size": 8, "steps": 6, "learning_rate": 1e-3, "amp": False, "towers": ("vision",),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are ten times slower on two threads that others use too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def integers(family: str = FAMILY, **params: Any) -> Bundle:
