@@ -12,4 +12,5 @@ command = single_pass(
   mmc merge MODEL -o OUT --similarity 0.99 --data pictures/
   mmc merge MODEL -o OUT --keep 0.5 --explain photo.jpg""",
     explains=True,
+    recovers=True,
 )

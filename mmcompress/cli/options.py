@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -85,6 +86,33 @@ def explain_option(function: F) -> F:
         multiple=True,
         type=click.Path(path_type=Path),
         help="An image: draw which of its patches become one token or go, in OUT/reports; repeatable.",
+    )(function)
+
+
+class Duration(click.ParamType[float]):
+    """Minutes, written as 90s, 10m or 1.5h."""
+
+    name = "duration"
+    units: ClassVar[dict[str, float]] = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the minutes that `value` says."""
+        try:
+            minutes = float(value[:-1]) * self.units[value[-1:]]
+        except (KeyError, ValueError):
+            minutes = 0.0
+        if not 0 < minutes < math.inf:
+            self.fail(f"'{value}' is no time; expected a number and its unit, such as 90s, 10m or 1h", param, ctx)
+        return minutes
+
+
+def recover_option(function: F) -> F:
+    """--recover, for what costs accuracy that training wins back."""
+    return click.option(
+        "--recover",
+        type=Duration(),
+        metavar="TIME",
+        help="Then train towards the original for so long, such as 10m: a step `distill` of that time, for the same towers.",
     )(function)
 
 

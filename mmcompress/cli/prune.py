@@ -8,5 +8,7 @@ command = single_pass(
     "prune",
     "prune",
     """  mmc prune MODEL -o OUT --ratio 0.3
-  mmc prune MODEL -o OUT --ratio 0.3 --score taylor --data pairs/ --eval-data held-out/""",
+  mmc prune MODEL -o OUT --ratio 0.3 --score taylor --data pairs/ --eval-data held-out/
+  mmc prune MODEL -o OUT --ratio 0.4 --recover 10m --data pairs/ --eval-data held-out/""",
+    recovers=True,
 )

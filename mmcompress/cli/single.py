@@ -1,7 +1,8 @@
-"""A command that runs one pass: a recipe of one step, with the pass's parameters as options."""
+"""A command that runs one pass: a recipe of one step (and of the training after it), with the pass's parameters as options."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from mmcompress.cli import options
 from mmcompress.recipe import Recipe, Step, parse
 
 
-def single_pass(command: str, pass_name: str, examples: str, explains: bool = False) -> click.Command:
+def single_pass(
+    command: str, pass_name: str, examples: str, explains: bool = False, recovers: bool = False
+) -> click.Command:
     """Return the click command `command` for the pass `pass_name`; `examples` end its help.
 
-    `explains`: it makes tokens fewer, and can draw which.
+    `explains`: it makes tokens fewer, and can draw which; `recovers`: training may follow.
     """
     schema = passes.schema(pass_name)
     explain = options.explain_option if explains else lambda function: function
+    recover = options.recover_option if recovers else lambda function: function
 
     @click.command(
         command,
@@ -29,6 +33,7 @@ def single_pass(command: str, pass_name: str, examples: str, explains: bool = Fa
     @options.model_argument
     @options.output_option()
     @options.pass_options(schema)
+    @recover
     @options.data_options([parameter.name for parameter in schema.parameters])
     @options.device_option
     @explain
@@ -36,7 +41,8 @@ def single_pass(command: str, pass_name: str, examples: str, explains: bool = Fa
     @options.talk_options
     def run(model: str, output: Path, **given: Any) -> None:
         step = Step(pass_name, options.given(schema, given))
-        recipe = one_step(step, given)
+        minutes = given.pop("recover", None)
+        recipe = recipe_of([step, *([_recovery(step, minutes)] if minutes else [])], given)
         from mmcompress.cli.compress import run_recipe
 
         drawn = {key: given[key] for key in ("explain", "prompt") if explains}
@@ -48,8 +54,14 @@ def single_pass(command: str, pass_name: str, examples: str, explains: bool = Fa
 RUN_KEYS = ("dry_run", "resume", "allow_pickle", "as_json", "quiet", "verbose")
 
 
-def one_step(step: Step, given: dict[str, Any]) -> Recipe:
-    """Return the recipe of one step that the command's options describe."""
+def _recovery(step: Step, minutes: float) -> Step:
+    """Return the training that follows `step`: of the towers that it changes."""
+    towers = {"towers": step.params["towers"]} if "towers" in step.params else {}
+    return Step("distill", {"max_minutes": minutes, **towers})
+
+
+def recipe_of(steps: Sequence[Step], given: dict[str, Any]) -> Recipe:
+    """Return the recipe of these steps that the command's options describe."""
     data = {
         "calibration": given["data"] or "",
         "evaluation": given["eval_data"] or "",
@@ -57,7 +69,7 @@ def one_step(step: Step, given: dict[str, Any]) -> Recipe:
         **({"batch_size": given["batch_size"]} if given.get("batch_size") else {}),
     }
     document = {
-        "steps": [{step.name: step.params}],
+        "steps": [{step.name: step.params} for step in steps],
         "device": given["device"],
         "data": data,
         **({"seed": given["seed"]} if given.get("seed") is not None else {}),

@@ -31,6 +31,7 @@ from mmcompress.surgery.master_weights import holders
 EXPORTED, STATISTICS = 15.0, 2.0
 # Bytes a second that are hashed, read, rounded and written layer by layer (bench/results/streaming.json).
 STREAMED = 5.5e7
+TRAINING = ("distill", "search-prune")
 # Times the model's size in memory: with gradients, AdamW's two moments and the teacher beside it.
 TRAINED = 5.5
 # Bytes of each integer that trains: its master weight, rounded in a forward with a byte that says whether it lies inside the grid;
@@ -90,7 +91,7 @@ def estimate(
     exported = 2 * len(bundle.towers()) * EXPORTED if recipe.export.to else 0.0
     size, free = cost_of(bundle).bytes, available()
     stored = bundle.source.bytes or size
-    trains = any(stage.step.name == "distill" for stage in todo)
+    trains = any(stage.step.name in TRAINING for stage in todo)
     if layerwise:
         memory = streamed.memory_needed(bundle, todo, states)
         # The result; what is decided of samples, and layers put aside to be judged, take as much each.

@@ -98,7 +98,7 @@ def trained(bundle: Bundle, tower: Tower, context: Context, epochs: int) -> dict
             save_minutes=SAVE_MINUTES,
         )  # fmt: skip
         state = State.open(folder, run)
-        Trainer(bundle, vectors, lesson, schedule, alone, context.progress, lambda _: None, NEED).run(state)
+        Trainer(bundle, vectors, lesson, schedule, alone, context.progress, label=NEED).run(state)
         after = lesson.examine()
     context.progress.say(
         f"cosine of what cross tokens say to the pictures' texts, held back: {before['cosine']:.3f} before, "

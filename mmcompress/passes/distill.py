@@ -41,12 +41,12 @@ class Distill:
 
     teacher: str = ""
     """The checkpoint to learn from; empty: the uncompressed original."""
-    epochs: float = 1.0
-    """How often every training sample is seen; 0 changes nothing."""
+    epochs: float | None = None
+    """How often every training sample is seen; 0 changes nothing; default 1, or as often as `max_minutes` allow."""
     steps: int | None = None
     """Optimizer steps, instead of epochs."""
     max_minutes: float | None = None
-    """Make as many of these steps as fit into this time; decided once, by timing the first."""
+    """Make as many steps as fit into this time, at most `epochs` or `steps` where given; decided once, by timing the first."""
     batch_size: int | None = None
     """Samples that go through the towers at once, in each process; default 64, of models that answer in text 8."""
     accumulate: int = 1
@@ -127,6 +127,11 @@ class Distill:
         """Whether there is nothing to do."""
         return self.steps == 0 if self.steps is not None else self.epochs == 0
 
+    @property
+    def rounds(self) -> float | None:
+        """How often every training sample is seen; None: as often as there is time for."""
+        return 1.0 if self.epochs is None and self.max_minutes is None else self.epochs
+
     def control(self, decisions: Mapping[str, Any] | None = None) -> None:
         """Return None: nothing is selected."""
 
@@ -136,7 +141,8 @@ class Distill:
             return 0.0
         live = not isinstance(bundle.family, DualEncoder)
         step = (self.batch_size or (ANSWERS if live else PAIRS)) * self.accumulate
-        seen = self.epochs * work.dataset if self.steps is None else self.steps * step
+        rounds = math.inf if self.rounds is None else self.rounds
+        seen = rounds * work.dataset if self.steps is None else self.steps * step
         training = (4 if live else 3) * seen * work.forward
         if self.max_minutes is not None:
             training = min(training, 60 * self.max_minutes)

@@ -69,10 +69,12 @@ class Job(ABC):
         return self.batch_size * self.settings.accumulate * world_size()
 
     @property
-    def steps(self) -> int:
+    def steps(self) -> int | None:
+        """How many steps to make at most; None: as many as there is time for."""
         if self.settings.steps is not None:
             return self.settings.steps
-        return math.ceil(self.settings.epochs * self.size / self.samples_per_step)
+        rounds = self.settings.rounds
+        return None if rounds is None else math.ceil(rounds * self.size / self.samples_per_step)
 
     def decisions(self, bundle: Bundle) -> dict[str, Json]:
         """Return what to record of all this."""

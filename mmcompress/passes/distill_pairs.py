@@ -150,7 +150,7 @@ def make_targets(
 ) -> Targets:  # fmt: skip
     """Compute what stays the same all through the run: the teacher's vectors, and those of frozen student towers."""
     corpus, held, size = job.corpus, job.corpus.held, job.batch_size
-    used = corpus.used(job.steps * job.samples_per_step, job.seed)
+    used = corpus.used(corpus.size if job.steps is None else job.steps * job.samples_per_step, job.seed)
     plain = Rows(held.images if live else used.images, used.texts)
     present = [tower.name for tower in bundle.towers() if len(of_tower(used, tower.name))]
     frozen = [name for name in present if name not in job.towers and objective.needs_frozen_student]

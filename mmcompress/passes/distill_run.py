@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from mmcompress.manifest import Json
 from mmcompress.passes.base import Context
 from mmcompress.passes.distill_answers import read_answers
 from mmcompress.passes.distill_job import Job, reached, trainable
+from mmcompress.passes.distill_pace import Annealing, Pace
 from mmcompress.passes.distill_pairs import read_pairs
 from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_state import State
@@ -47,18 +48,57 @@ def read_job(settings: Distill, bundle: Bundle, context: Context) -> Job:
 
 def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Json]:
     """Train `bundle` in place; return facts. See `Distill.fit`."""
+
+    @contextmanager
+    def annealed(job: Job, ranks: Ranks) -> Iterator[Pace]:
+        with annealing(merging_ledgers(bundle, job.towers)) as to:
+            yield Annealing(settings.anneal, to)
+
+    facts, _ = train(
+        settings, bundle, context, "distill", asdict(settings), annealed if settings.anneal else at_its_own_pace
+    )
+    loss = facts["loss"]
+    assert isinstance(loss, dict)
+    if loss["after"] > loss["before"]:
+        # AdamW's first steps have one size however small the gradient is: a student that was nearly perfect is thrown back.
+        context.progress.say(
+            f"distill raised the loss on held-back samples from {loss['before']:.4g} to {loss['after']:.4g}; "
+            f"lower distill.learning_rate (now {settings.learning_rate:g}), or make more steps"
+        )
+    return facts
+
+
+@contextmanager
+def at_its_own_pace(job: Job, ranks: Ranks) -> Iterator[Pace]:
+    """Yield a pace at which nothing changes but the weights."""
+    yield Pace()
+
+
+def train(
+    settings: Distill,
+    bundle: Bundle,
+    context: Context,
+    what: Literal["distill", "search"],
+    identity: dict[str, Any],
+    pace: Callable[[Job, Ranks], AbstractContextManager[Pace]],
+) -> tuple[dict[str, Json], dict[str, nn.Parameter]]:
+    """Train `bundle` in place; return facts, and the parameters that trained, by name.
+
+    what: names the folder of the state to continue from; identity: the settings that state belongs to; pace: opens what changes
+    beside the weights, and closes it before the result is examined.
+    """
     started = time.monotonic()
     home = bundle.device
     job = read_job(settings, bundle, context)
     ranks = Ranks.join(home)
-    folder = context.workdir / "distill" if context.workdir else None
+    folder = context.workdir / what if context.workdir else None
     with full_precision(bundle.model):
         bundle.model.to(ranks.device(home)).eval()
         teacher = job.teacher()
         teacher.model.to(bundle.device).eval()
         half = settings.amp and has_bfloat16(bundle.device)
         # How often state is written changes no result, and may be changed between attempts.
-        identity = {**asdict(settings), "save_minutes": None}
+        identity = {**identity, "save_minutes": None}
         run = digest(identity, job.seed, ranks.world, job.data.fingerprint(), teacher, bundle)
         lesson = job.lesson(bundle, teacher, ranks, folder, context, half)
         masters = Masters.of(job.integer_layers(bundle), teacher.model)
@@ -73,21 +113,15 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
         schedule = Schedule(
             steps=job.steps, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
             warmup=settings.warmup, clip=settings.clip, ema=settings.ema, save_minutes=settings.save_minutes,
-            anneal=settings.anneal,
             seconds=settings.max_minutes and settings.max_minutes * 60 - (time.monotonic() - started),
         )  # fmt: skip
-        ledgers = merging_ledgers(bundle, job.towers) if settings.anneal else []
-        with masters.training(), annealing(ledgers) as to:
+        with masters.training(), pace(job, ranks) as kept:
             parameters = reached(bundle, job.towers, trainable(bundle, job.towers, settings.train))
-            state = Trainer(bundle, parameters, lesson, schedule, ranks, context.progress, to).run(state)
+            state = Trainer(
+                bundle, parameters, lesson, schedule, ranks, context.progress, kept, label=f"{what}ing"
+            ).run(state)
         after = lesson.examine()
         bundle.model.to(home)
-    if after["loss"] > before["loss"]:
-        # AdamW's first steps have one size however small the gradient is: a student that was nearly perfect is thrown back.
-        context.progress.say(
-            f"distill raised the loss on held-back samples from {before['loss']:.4g} to {after['loss']:.4g}; "
-            f"lower distill.learning_rate (now {settings.learning_rate:g}), or make more steps"
-        )
     facts = job.decisions(bundle)
     if masters.count:
         facts["quantized_weights"] = {
@@ -95,8 +129,7 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
             "from_teacher": round(masters.given / masters.count, 4),
             "changed": round(masters.changed / masters.count, 4),
         }
-    return {
-        **facts,
+    facts |= {
         "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "steps": state.steps,
         "samples_seen": state.steps * lesson.samples,
@@ -107,6 +140,7 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
         "seconds_per_step": round(state.seconds / max(1, state.step), 4),
         "curve": curve(state.losses),
     }
+    return facts, parameters
 
 
 def merging_ledgers(bundle: Bundle, towers: Sequence[str]) -> list[TokenLedger]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmcompress.errors import OutOfMemory
 
 FILE_NAME = "training.safetensors"
-WEIGHT, AVERAGE, OPTIMIZER = "weight", "average", "optimizer"
+WEIGHT, AVERAGE, OPTIMIZER, PACE = "weight", "average", "optimizer", "pace"
 
 
 @dataclass
@@ -51,9 +51,13 @@ class State:
             return fresh
 
     def restore(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        average: dict[str, Tensor],
+        pace: dict[str, Tensor],
     ) -> None:
-        """Put the stored values into parameters, optimizer and average; nothing happens at step 0."""
+        """Put the stored values into parameters, optimizer, average and what else has its pace; nothing happens at step 0."""
         if not self.step or self.file is None:
             return
         with torch.no_grad(), safe_open(self.file, framework="pt") as stored:
@@ -64,6 +68,8 @@ class State:
                     parameters[name].copy_(value)
                 elif kind == AVERAGE:
                     average[name].copy_(value)
+                elif kind == PACE:
+                    pace[name].copy_(value)
                 else:
                     _, _, moment = kind.partition(":")
                     # Adam counts its steps in a CPU scalar, wherever the parameter lives.
@@ -71,7 +77,11 @@ class State:
                     optimizer.state[parameters[name]][moment] = value.to(home)
 
     def save(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        average: dict[str, Tensor],
+        pace: dict[str, Tensor],
     ) -> None:
         """Replace the file, if there is one. Raises OutOfMemory when the disk has no room."""
         if self.file is None:
@@ -83,6 +93,8 @@ class State:
                 tensors[f"{OPTIMIZER}:{moment}|{name}"] = value.contiguous()
         for name, value in average.items():
             tensors[f"{AVERAGE}|{name}"] = value.contiguous()
+        for name, value in pace.items():
+            tensors[f"{PACE}|{name}"] = value.detach().contiguous()
         kept = {name: getattr(self, name) for name in ("run", "step", "steps", "losses", "seconds")}
         staged = self.file.with_suffix(".partial")
         try:

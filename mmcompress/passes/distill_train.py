@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
+from mmcompress.passes.distill_pace import Pace
 from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_state import State
 from mmcompress.progress import Progress
@@ -35,15 +36,14 @@ TIMED_STEPS = 3
 class Schedule:
     """How many steps, and how large each is."""
 
-    steps: int
+    steps: int | None
+    """None: as many as `seconds` allow."""
     learning_rate: float
     weight_decay: float
     warmup: float
     clip: float
     ema: float
     save_minutes: float
-    anneal: float = 0.0
-    """Share of the steps in which a student that merges tokens comes to merge them all."""
     seconds: float | None = None
     """Time left for training; fewer steps are made where `steps` would take longer."""
 
@@ -109,8 +109,7 @@ class Trainer:
     schedule: Schedule
     ranks: Ranks
     progress: Progress
-    annealed: Callable[[float], None]
-    """Says how much of the annealing is over."""
+    pace: Pace = field(default_factory=Pace)
     label: str = "distilling"
 
     def run(self, state: State) -> State:
@@ -121,7 +120,7 @@ class Trainer:
             groups = parameter_groups(self.bundle.model, self.parameters, self.schedule.weight_decay)
             optimizer = torch.optim.AdamW(groups, lr=self.schedule.learning_rate, betas=(0.9, 0.98), eps=1e-6)
             average = {n: p.detach().clone() for n, p in self.parameters.items()} if self.schedule.ema else {}
-            state.restore(self.parameters, optimizer, average)
+            state.restore(self.parameters, optimizer, average, self.pace.tensors())
             if not state.steps:
                 state.steps = self.ranks.agree(self._affordable_steps())
             self._steps(state, optimizer, average)
@@ -137,7 +136,7 @@ class Trainer:
         try:
             for batch in self.lesson.batches(state.step, state.steps):
                 before = time.monotonic()
-                self._anneal(state.step, state.steps)
+                self.pace.before(state.step, state.steps)
                 loss = self.lesson.gradients(batch, state.step)
                 if not math.isfinite(loss):
                     raise UsageError(
@@ -154,6 +153,7 @@ class Trainer:
                     # Early on the average is short, so that it forgets where it started.
                     decay = min(self.schedule.ema, (1 + state.step) / (10 + state.step))
                     value.lerp_(self.parameters[name].detach(), 1 - decay)
+                self.pace.after(state.step, state.steps)
                 state.step += 1
                 state.losses.append(loss)
                 now = time.monotonic()
@@ -162,21 +162,18 @@ class Trainer:
                 self.progress.advance(1, f"loss {loss:.4f}, {rate:.0f} samples/s")
                 due = now - saved >= 60 * self.schedule.save_minutes or state.step == state.steps
                 if due and self.ranks.main:
-                    state.save(self.parameters, optimizer, average)
+                    state.save(self.parameters, optimizer, average, self.pace.tensors())
                     saved = time.monotonic()
         finally:
             self.progress.finish()
 
-    def _anneal(self, step: int, steps: int) -> None:
-        if self.schedule.anneal:
-            self.annealed(step / (self.schedule.anneal * steps))
-
     def _affordable_steps(self) -> int:
         """Return the steps to make: as many as planned, fewer where the time limit asks for it (measured, then fixed)."""
         if self.schedule.seconds is None:
+            assert self.schedule.steps is not None, "either steps or seconds are given"
             return self.schedule.steps
         started = warm = time.monotonic()
-        self._anneal(0, 1)  # the slowest step
+        self.pace.before(0, 1)  # the slowest step
         for timed in range(TIMED_STEPS):
             self.lesson.gradients(self.lesson.batch(0), step=0)
             for parameter in self.parameters.values():
@@ -185,7 +182,8 @@ class Trainer:
                 warm = time.monotonic()
         now = time.monotonic()
         left = self.schedule.seconds - (now - started)
-        return max(1, min(self.schedule.steps, int(left / max(1e-6, (now - warm) / (TIMED_STEPS - 1)))))
+        affordable = int(left / max(1e-6, (now - warm) / (TIMED_STEPS - 1)))
+        return max(1, affordable if self.schedule.steps is None else min(self.schedule.steps, affordable))
 
 
 def parameter_groups(

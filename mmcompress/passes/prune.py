@@ -4,10 +4,11 @@ Units are scored, priced exactly and chosen by `ops.allocation`; their rows and 
 model is smaller, not masked. What stays can be repaired in closed form from calibration statistics (`ops.reconstruction`). Scores
 and statistics all come from the uncut model, in one shot; several prune steps with smaller ratios measure afresh in between.
 
-How scores of different layers compare (`normalise`): with "layer", scores are divided by their layer's mean and a unit is
-worth that times its cost, so every layer gives up its relatively least useful units and layers differ by how uneven their
-scores are. With "none" scores are taken as the damage of removing a unit, in one currency for all layers and both towers, and
-the least damage per parameter or MAC goes first; Taylor scores mean just that. "auto" is "none" for Taylor, "layer" otherwise.
+How scores of different layers compare (`normalise`): with "layer", scores are divided by their layer's mean and a unit is worth
+that times its cost, so every layer gives up its relatively least useful units and layers differ by how uneven their scores are.
+With "kind" they are standardised over all units of one kind, of all towers, and sorted (UPop). With "none" scores are taken as the
+damage of removing a unit, in one currency for all layers and both towers, and the least damage per parameter or MAC goes first;
+Taylor scores mean just that. "auto" is "none" for Taylor, "layer" otherwise.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ class Prune:
     """What makes a unit important. Taylor, activation (Wanda) and block-influence need data; random is the control."""
     objective: Literal["embedding", "contrastive"] = "embedding"
     """What Taylor scores differentiate: each embedding by itself (no pairs needed), or the contrastive loss of batches of pairs."""
-    normalise: Literal["auto", "layer", "none"] = "auto"
-    """How scores of layers compare: relative to their layer, as they are, or (auto) whichever suits the score."""
+    normalise: Literal["auto", "layer", "kind", "none"] = "auto"
+    """How scores of layers compare: relative to their layer, standardised over all heads and all neurons, as they are, or (auto)
+    whichever suits the score."""
     compensate: Literal["least-squares", "bias", "none"] = "least-squares"
     """Repair what stays: refit the reading Linears to their outputs in the uncut model, fold the removed mean into their biases,
     or neither. Needs data. Blocks are removed without repair."""
@@ -144,7 +146,7 @@ class Prune:
         tensors: dict[str, Tensor] = {}
         if cut and self.compensate != "none" and "blocks" not in self.units:
             tensors = repaired_readers(bundle, cut, context, self.compensate, self.ridge)
-        return Plan(_decisions(totals, cut, bounds), tensors)
+        return Plan(decisions(totals, cut, bounds), tensors)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Cut what was decided, in place."""
@@ -228,7 +230,7 @@ class Prune:
         return "none" if self.score == "taylor" else "layer"
 
 
-def _decisions(totals: dict[str, Costs], cut: dict[Group, list[int]], bounds: Bounds) -> dict[str, Json]:
+def decisions(totals: dict[str, Costs], cut: dict[Group, list[int]], bounds: Bounds) -> dict[str, Json]:
     """Return the kept units of every group that loses some, and what each tower costs before and after."""
     kept: dict[str, dict[str, str]] = {"heads": {}, "neurons": {}, "blocks": {}}
     after = {name: [costs.parameters, costs.macs] for name, costs in totals.items()}

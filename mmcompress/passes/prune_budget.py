@@ -16,6 +16,7 @@ from torch import Tensor
 from mmcompress.errors import UsageError
 from mmcompress.ops import allocation, importance
 from mmcompress.ops.allocation import Layer
+from mmcompress.ops.progressive import standardised
 from mmcompress.passes.prune_units import Costs, Group
 
 
@@ -112,13 +113,16 @@ def choose(
 def worth(groups: Sequence[Group], scores: Sequence[Tensor], normalise: str, measure: str) -> list[Tensor]:
     """Return what each unit is worth, comparable over all groups: scores as they are, or relative to their layer.
 
-    "layer" divides by the mean of the layer (for blocks: of the tower) and multiplies by the cost; "cost" only multiplies by the
-    cost, so that cheap and expensive units are as likely to go.
+    "layer" divides by the mean of the layer (for blocks: of the tower) and multiplies by the cost; "kind" standardises over all
+    units of a kind and multiplies by the cost; "cost" only multiplies by the cost, so that cheap and expensive units are as likely
+    to go.
     """
     if normalise == "none":
         return list(scores)
     if normalise == "layer":
         scores = _relative(groups, scores)
+    elif normalise == "kind":
+        scores = standardised(scores, [group.kind for group in groups])
     return [score.double() * group.cost.of(measure) for group, score in zip(groups, scores, strict=True)]
 
 

@@ -194,7 +194,7 @@ def test_state_of_another_run_or_damaged_state_is_not_taken_up(tmp_path: Path) -
     optimizer.step()
     state = State.open(tmp_path, "mine")
     state.step, state.steps, state.losses = 1, 5, [0.5]
-    state.save(parameters, optimizer, {})
+    state.save(parameters, optimizer, {}, {})
     found = State.open(tmp_path, "mine")
     assert (found.step, found.steps, found.losses, found.resumed_at) == (1, 5, [0.5], 1)
     assert State.open(tmp_path, "another").step == 0

@@ -1,0 +1,204 @@
+"""search-prune: find out which heads and neurons can go while the model trains, so that it learns to do without them.
+
+UPop (Shi et al. 2023, arXiv 2301.13741): every unit has a gate, 1 at first. Gates do not train; their gradients add up over all
+steps, and what opening a gate further would raise the loss by is least useful. After every `interval` steps a growing share of the
+budget (`ops.progressive`) is chosen anew from these sums, standardised over all heads and all neurons of all towers, and the gates
+of what is chosen close a little further. After the last step they are closed, and what is behind them is cut out. One budget spans
+all towers.
+
+Differences from the paper and its code, on purpose: the loss is distillation from the original (no labels); an attention's units
+are whole heads and not the same places of every head's width, so that heads stay as wide as the model says; a neuron's gate stands
+behind its activation, where a closed one equals the cut; costs are exact, parameters or MACs, and not a fixed 36 to 1; sparsity is
+not asked for in the loss: the gradient of a sum of gates is the same for each of them, and standardising takes it away again.
+
+What remains usually trains on: `distill` after it is the paper's third stage.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.distill import Distill
+from mmcompress.passes.distill_job import Job
+from mmcompress.passes.distill_pace import Pace
+from mmcompress.passes.distill_ranks import Ranks
+from mmcompress.passes.distill_run import train
+from mmcompress.passes.prune import Prune, decisions
+from mmcompress.passes.search_gates import Search
+from mmcompress.surgery.gates import Gates
+
+OF_PRUNE = ("ratio", "target", "ratios", "budget", "units", "uniform", "towers", "min_keep", "multiple", "protect")
+OF_DISTILL = (
+    "teacher", "epochs", "steps", "max_minutes", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup", "clip",
+    "cross_entropy", "augment", "amp", "save_minutes", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SearchPrune:
+    """Remove heads and neurons while training towards the original: progressive pruning (UPop), under one budget across towers.
+
+    Takes data and time, and costs less accuracy than choosing before training. Continues after being killed, and runs in several
+    processes, as `distill` does.
+    """
+
+    name: ClassVar[str] = "search-prune"
+
+    ratio: float = 0.3
+    """Share of the towers' parameters or MACs to remove, embeddings and projections counted in; 0 changes nothing."""
+    target: float | None = None
+    """Instead of `ratio` and `ratios`: the parameters or MACs all chosen towers may have together afterwards."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    """Separate ratios for towers, such as vision=0.5,text=0.1; the other towers share `ratio`."""
+    budget: Literal["parameters", "macs"] = "parameters"
+    """What is counted: parameters, or multiply-accumulates at the family's example input size."""
+    method: Literal["upop", "fisher", "random"] = "upop"
+    """How units are chosen: by the sum of their gates' gradients (upop), or of the squares of these (fisher); random is the
+    control, chosen once."""
+    interval: int = 10
+    """Steps between two choices."""
+    units: tuple[str, ...] = ("heads", "neurons")
+    """What may go: heads, neurons."""
+    uniform: bool = False
+    """The same width in every block of a tower, so that config.json can say it."""
+    towers: tuple[str, ...] = ()
+    """Towers to prune and train; empty means all."""
+    min_keep: float = 0.1
+    """Share of a block's heads and neurons that always stays; at least one does."""
+    multiple: int = 8
+    """Neuron counts are rounded to multiples of this, which matrix kernels like."""
+    protect: tuple[int, ...] = ()
+    """Blocks never touched, by index in each tower that has so many; negative ones count from the end."""
+    teacher: str = ""
+    """The checkpoint to learn from; empty: the uncompressed original."""
+    epochs: float | None = None
+    """How often every training sample is seen; default 1, or as often as `max_minutes` allow."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    max_minutes: float | None = None
+    """Make as many steps as fit into this time; decided once, by timing the first."""
+    batch_size: int | None = None
+    """Samples that go through the towers at once, in each process; default 64, of models that answer in text 8."""
+    accumulate: int = 1
+    """Batches in one step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decay of the weights of linear and convolution layers."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; it falls as half a cosine afterwards."""
+    clip: float = 1.0
+    """Largest norm of the weights' gradient; 0: no limit."""
+    cross_entropy: float = 0.0
+    """Of models that answer in text: weight of the cross entropy of the data's answers, beside the teacher's."""
+    augment: bool = False
+    """Crop and recolour the images lightly, never mirror them."""
+    amp: bool = True
+    """Compute in bfloat16 where the device has it in hardware."""
+    save_minutes: float = 5.0
+    """How often the state to continue from is written; 0: after every step."""
+    seed: int | None = None
+    """Order, choice of captions, augmentation; default: the run's seed."""
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise UsageError(f"search-prune.interval is {self.interval}; expected at least 1", hint="10 is the default")
+        if "blocks" in self.units:
+            raise UsageError(
+                "search-prune removes heads and neurons, and units names blocks", hint="mmc prune --units blocks"
+            )
+        with _as_own():
+            _ = self.prune, self.lesson
+
+    @property
+    def prune(self) -> Prune:
+        """What surveys and cuts."""
+        return Prune(score="magnitude", compensate="none", **{name: getattr(self, name) for name in OF_PRUNE})
+
+    @property
+    def lesson(self) -> Distill:
+        """What trains."""
+        return Distill(towers=self.towers, **{name: getattr(self, name) for name in OF_DISTILL})
+
+    @property
+    def neutral(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.target is None and not any((self.ratio, *self.ratios.values()))
+
+    def control(self, decisions: Mapping[str, Any] | None = None) -> SearchPrune | None:
+        """Return the pass that removes as much at random, trained the same way."""
+        return None if self.method == "random" else dataclasses.replace(self, method="random")
+
+    def seconds(self, bundle: Bundle, work: Work) -> float:
+        """What training takes."""
+        return 0.0 if self.neutral else self.lesson.seconds(bundle, work)
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuse what `prune` or `distill` would refuse."""
+        with _as_own():
+            self.prune.check(bundle)
+            self.lesson.check(bundle)
+
+    def plan(self, bundle: Bundle, context: Context) -> Plan:
+        """Train a copy whose gates close; return what it kept, and its weights."""
+        prune = self.prune
+        totals, groups, bounds, wanted = prune.survey(bundle, prune.chosen(bundle))
+        if not wanted:
+            return Plan(decisions(totals, {}, bounds))
+        student = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model))
+        names = {name for pool in wanted for name in pool.towers}
+        groups = [group for group in groups if group.tower in names]
+        made: dict[str, Any] = {}
+
+        @contextmanager
+        def closing(job: Job, ranks: Ranks) -> Iterator[Pace]:
+            gates = Gates(student.model, {group.reader: group.units for group in groups})
+            search = Search(
+                bundle.family.name,
+                self.method,
+                self.interval,
+                groups,
+                wanted,
+                bounds,
+                self.budget,
+                gates,
+                ranks,
+                job.seed,
+            )
+            with gates.open():
+                yield search
+            made.update(decisions(totals, search.cut(), bounds))
+            prune.apply(student, Plan(made))
+
+        with _as_own():
+            facts, trained = train(self.lesson, student, context, "search", asdict(self), closing)
+        after = dict(student.model.named_parameters())
+        return Plan(made, {name: after[name].detach() for name in trained}, facts)
+
+    def apply(self, bundle: Bundle, plan: Plan) -> None:
+        """Cut what was decided, and put the trained weights in, in place."""
+        self.prune.apply(bundle, plan)
+
+    def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
+        """Tune nothing; recount what the cut model costs."""
+        return self.prune.fit(bundle, context)
+
+
+@contextmanager
+def _as_own() -> Iterator[None]:
+    """Name this pass where `prune` and `distill` complain of their parameters."""
+    try:
+        yield
+    except UsageError as error:
+        for name in ("prune", "distill"):
+            error.message = error.message.replace(f"{name}.", f"{SearchPrune.name}.")
+        error.args = (error.message,)
+        raise
