@@ -22,6 +22,7 @@ from tests import tiny
 # Parameters that ask for nothing.
 NEUTRAL: dict[str, dict[str, Any]] = {
     "prune": {"ratio": 0.0},
+    "search-prune": {"ratio": 0.0},
     "merge-tokens": {"keep": 1.0},
     "coarsen-tokens": {"keep": 1.0},
     "reduce-visual-tokens": {"keep": 1.0},
@@ -36,6 +37,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "prune-uniform": ("prune", {"ratio": 0.3, "units": ["neurons"], "score": "magnitude", "uniform": True}),
     "prune-blocks": ("prune", {"ratio": 0.3, "units": ["blocks"], "score": "block-influence", "compensate": "none"}),
     "prune-random": ("prune", {"ratio": 0.3, "score": "random", "compensate": "none"}),
+    "search-prune": ("search-prune", {"ratio": 0.2, "steps": 2, "interval": 1, "batch_size": 4, "multiple": 1}),
     "merge": ("merge-tokens", {"keep": 0.6}),
     "merge-similar": ("merge-tokens", {"keep": 0.6, "schedule": "similar"}),
     "merge-evit": ("merge-tokens", {"keep": 0.6, "method": "evit"}),
@@ -77,6 +79,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "merge-tokens": ("flava", "blip_retrieval", *tiny.HEARING, *UNMERGED, *tiny.JUDGES),
     "coarsen-tokens": tuple(family for family in EVERY if family not in COARSENING),
     "distill": ("vilt", *tiny.HEARING, *tiny.JUDGES),
+    "search-prune": ("vilt", *tiny.HEARING, *tiny.JUDGES),
     "reduce-visual-tokens": tuple(family for family in EVERY if family not in REDUCING),
     "drop-visual-tokens": tuple(family for family in EVERY if family not in DROPPING),
     "merge-crossget": (*tiny.HEARING, *tiny.GENERATORS),

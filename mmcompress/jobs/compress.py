@@ -94,7 +94,7 @@ def compress(
     output, progress = Path(output), progress or Silent()
     refuse_existing(output)
     todo = pipeline.stages(recipe.steps)
-    require_usable(recipe)
+    require_usable(recipe, todo)
     require_alone(todo)
     shown = token_pictures.named(explain, question)
     if isinstance(model, str | Path) and not allow_pickle and not shown and streams(recipe, todo, model):

@@ -49,7 +49,7 @@ def estimate(
     """
     refuse_existing(Path(output))
     todo = pipeline.stages(recipe.steps)
-    require_usable(recipe)
+    require_usable(recipe, todo)
     calibration = open_data(recipe.data.calibration) if recipe.data.calibration else None
     evaluation = open_data(recipe.data.evaluation) if recipe.data.evaluation else None
     shown = evaluation or calibration

@@ -12,13 +12,19 @@ from mmcompress.evaluate.answers import abilities
 from mmcompress.evaluate.asked import require_able
 from mmcompress.evaluate.tasks import TASKS, usual_tasks
 from mmcompress.jobs.speed import usable_runners
+from mmcompress.passes.base import Context
 from mmcompress.passes.distill_job import INTEGERS, integer_layers
 from mmcompress.pipeline import Stage
 from mmcompress.recipe import Recipe
 
 
-def require_usable(recipe: Recipe) -> None:
-    """Raise now what would otherwise come up after the last step: an unknown task, a runner that is not installed."""
+def require_usable(recipe: Recipe, todo: list[Stage]) -> None:
+    """Raise now what would otherwise come up after the last step: an unknown task, no data to train on, a missing runner."""
+    for stage in todo:
+        # What has a teacher trains.
+        learns = hasattr(stage.made, "teacher") and not getattr(stage.made, "neutral", False)
+        if learns and not recipe.data.calibration:
+            Context().require_data(stage.step.name)
     for name in recipe.tasks:
         if name not in TASKS:
             raise UsageError(f"there is no task '{name}'", hint=closest(name, TASKS))

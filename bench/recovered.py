@@ -1,0 +1,154 @@
+"""What training wins back of what pruning cost, and whether choosing while training (UPop) is better: three real models.
+
+    python -m bench.recovered [dual-encoder whisper mini-vlm] [--way W] [--minutes 30]      writes bench/results/recovered.json
+
+Half of what can be pruned goes from both towers of the dual encoder, 30% from Whisper tiny.en, 20% from the mini-VLM's language
+model. Every way removes the same number of parameters and trains for the same time in all, towards the original:
+
+- chosen: `prune` (Taylor, one budget, least squares), then `distill`
+- each tower: the same share of each tower and the same widths in all its blocks, then `distill`
+- random: as chosen, of random scores
+- upop: `search-prune` for half of the time, then `distill`
+- upop, random: the same of units drawn once, which closes as progressively
+
+Rows that are there already are kept. R@1 of both directions, word accuracy or right answers; differences are paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mmcompress
+from bench import assets
+from mmcompress import checkpoint, passes, pipeline
+from mmcompress.bundle import Bundle
+from mmcompress.data import Dataset, open_data
+from mmcompress.evaluate.evaluation import Evaluation, evaluate
+from mmcompress.evaluate.tasks import TASKS
+from mmcompress.measure.cost import cost_of
+from mmcompress.measure.machine import machine_facts
+from mmcompress.passes.base import Context
+from mmcompress.passes.prune import Prune
+from mmcompress.recipe import Step
+
+RESULT = assets.RESULTS / "recovered.json"
+WAYS = ("chosen", "each tower", "random", "upop", "upop, random")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, how much of what can be pruned goes, and what it learns from and is judged by."""
+
+    model: Callable[[], Any]
+    training: Callable[[], str]
+    held_out: Callable[[], str]
+    task: str
+    share: float
+    towers: tuple[str, ...]
+    training_options: dict[str, Any]
+    questions: int = 0
+    """How many samples to judge by; 0: all."""
+
+
+SUBJECTS = {
+    "dual-encoder": Subject(
+        assets.dual_encoder, lambda: str(assets.training_pairs()), lambda: "demo:test", "retrieval", 0.5, (),
+        {"batch_size": 64, "learning_rate": 2e-4},
+    ),
+    "whisper": Subject(
+        assets.whisper_tiny, lambda: str(assets.speech("train")), lambda: str(assets.speech("test")), "transcription", 0.3, (),
+        {"batch_size": 8, "learning_rate": 1e-4, "cross_entropy": 0.5},
+    ),
+    "mini-vlm": Subject(
+        assets.mini_vlm, lambda: str(assets.vqa("training")), lambda: str(assets.vqa("heldout")), "vqa", 0.2, ("language",),
+        {"batch_size": 16, "learning_rate": 2e-4, "cross_entropy": 0.5}, questions=400,
+    ),
+}  # fmt: skip
+
+
+def steps_of(way: str, subject: Subject, bundle: Bundle, minutes: float) -> list[Step]:
+    """Return the recipe of one way."""
+    survey = Prune(ratio=0.0, score="magnitude", compensate="none", towers=subject.towers)
+    totals, groups, _, _ = survey.survey(bundle, survey.chosen(bundle))
+    able = {name: sum(g.units * g.cost.parameters for g in groups if g.tower == name) for name in totals}
+    total = sum(costs.parameters for costs in totals.values())
+    target = total - subject.share * sum(able.values())
+    common = {"multiple": 32, "towers": list(subject.towers)}
+    trained = {**subject.training_options, "towers": list(subject.towers)}
+    if way.startswith("upop"):
+        method = "random" if way == "upop, random" else "upop"
+        search = {**common, **trained, "target": target, "method": method, "max_minutes": minutes / 2}
+        return [Step("search-prune", search), Step("distill", {**trained, "max_minutes": minutes / 2})]
+    if way == "each tower":
+        # Rounded down in the last place, where a share of all units would be refused.
+        own = {name: round(subject.share * able[name] / totals[name].parameters, 4) for name in totals}
+        chosen = {**common, "ratios": own, "uniform": True}
+    else:
+        chosen = {**common, "target": target, "score": "random" if way == "random" else "taylor"}
+    return [Step("prune", chosen), Step("distill", {**trained, "max_minutes": minutes})]
+
+
+def judged(bundle: Bundle, subject: Subject, data: Dataset, reference: Evaluation | None = None) -> Evaluation:
+    """Return what the model reaches on held-out data."""
+    return evaluate(bundle, data, [subject.task], batch=16, reference=reference)
+
+
+def headline(found: Evaluation, subject: Subject) -> dict[str, Any]:
+    """Return the main metrics."""
+    results = found.to_json()["results"][subject.task]
+    return {name: results[name] for name in TASKS[subject.task].headlines if name in results}
+
+
+def run(name: str, way: str, minutes: float, document: dict[str, Any]) -> None:
+    """Prune, train and judge one way."""
+    subject = SUBJECTS[name]
+    held_out = open_data(subject.held_out())
+    held_out = held_out.subset(subject.questions, 0) if subject.questions else held_out
+    training = open_data(subject.training())
+    model = subject.model()
+    rows = document.setdefault(name, {})
+    original = judged(checkpoint.load(model), subject, held_out)
+    rows["original"] = {"parameters": cost_of(checkpoint.load(model)).parameters, **headline(original, subject)}
+    bundle = checkpoint.load(model)
+    row: dict[str, Any] = {"minutes": minutes, "steps": []}
+    for number, step in enumerate(steps_of(way, subject, bundle, minutes), 1):
+        context = Context(data=training, num_samples=256, batch_size=16, teacher=lambda: checkpoint.load(model))
+        made = passes.build(step.name, step.params)
+        record = pipeline.run_stage(bundle, pipeline.Stage(number, step, made), context)
+        row["steps"].append({
+            "pass": step.name, "seconds": record.seconds, "steps": record.facts.get("steps"),
+            "loss": record.facts.get("loss"), **headline(judged(bundle, subject, held_out, original), subject),
+        })  # fmt: skip
+        print(name, way, json.dumps(row["steps"][-1]), flush=True)
+        if "after" in record.plan:
+            row["left"] = {
+                tower: round(costs["parameters"] / record.plan["before"][tower]["parameters"], 4)
+                for tower, costs in record.plan["after"].items()
+            }
+    row["parameters"] = cost_of(bundle).parameters
+    rows[way] = row
+    document |= {"machine": machine_facts(), "mmc": mmcompress.__version__}
+    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run every way that has no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", choices=[*SUBJECTS, []], help="which models; all by default")
+    parser.add_argument("--way", action="append", choices=WAYS, help="only this; repeatable")
+    parser.add_argument("--minutes", type=float, default=30.0, help="time to train for")
+    options = parser.parse_args()
+    document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    document["command"] = f"python -m bench.recovered --minutes {options.minutes:g}"
+    for name in options.subjects or SUBJECTS:
+        for way in options.way or WAYS:
+            if way not in document.get(name, {}):
+                run(name, way, options.minutes, document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""`--recover`: training follows, of the towers that changed, as a step of its own; and times are written as people write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+
+from mmcompress.cli.options import Duration
+from tests.cli.conftest import Mmc
+
+PRUNE = ("--ratio", "0.1", "--score", "magnitude", "--compensate", "none")
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("90s", 1.5), ("10m", 10.0), ("1.5h", 90.0)])
+def test_times(text: str, minutes: float) -> None:
+    assert Duration().convert(text, None, None) == pytest.approx(minutes)
+
+
+@pytest.mark.parametrize("text", ["10", "m", "", "0m", "-1m", "nanm", "infh", "10 parsecs"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="such as 90s, 10m or 1h"):
+        Duration().convert(text, None, None)
+
+
+def test_training_follows_of_the_towers_that_changed(mmc: Mmc, saved: Path, data: Path, tmp_path: Path) -> None:
+    given = ("--towers", "vision", "--recover", "1s", "--data", data, "--json")
+    done = mmc("prune", saved, "-o", tmp_path / "out", *PRUNE, *given)
+    assert done.code == 0, done.err
+    first, second = json.loads((tmp_path / "out" / "mmc.json").read_text())["records"]
+    assert (first["pass"], second["pass"]) == ("prune", "distill")
+    assert second["params"] == {"max_minutes": pytest.approx(1 / 60), "towers": "vision"}
+    assert second["facts"]["towers"] == ["vision"]
+    assert second["facts"]["steps"] >= 1
+
+
+def test_without_data_it_is_refused_before_anything_is_done(mmc: Mmc, saved: Path, tmp_path: Path) -> None:
+    done = mmc("prune", saved, "-o", tmp_path / "out", *PRUNE, "--recover", "10m", "-v")
+    assert done.code == 2
+    assert "distill needs data" in done.error
+    assert "step 1" not in done.err
+
+
+def test_search_and_recover(mmc: Mmc, saved: Path, data: Path, tmp_path: Path) -> None:
+    given = ("--ratio", "0.1", "--steps", "2", "--batch-size", "3", "--recover", "1s", "--data", data)
+    done = mmc("search", saved, "-o", tmp_path / "out", *given)
+    assert done.code == 0, done.err
+    first, second = json.loads((tmp_path / "out" / "mmc.json").read_text())["records"]
+    assert (first["pass"], second["pass"]) == ("search-prune", "distill")
+    assert first["facts"]["recount"] == first["plan"]["after"]
