@@ -23,7 +23,7 @@ from mmcompress.bundle import Bundle, DualEncoder, TeacherForced
 from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.distill_answers import BATCH as ANSWERS
-from mmcompress.passes.distill_job import trainable
+from mmcompress.passes.distill_job import UPDATES, trainable, updatable
 from mmcompress.passes.distill_pairs import BATCH as PAIRS
 from mmcompress.passes.distill_run import distill, merging_ledgers, read_job
 
@@ -52,7 +52,7 @@ class Distill:
     accumulate: int = 1
     """Batches in one step; the contrastive losses see all of them as one batch (costs a third more time)."""
     learning_rate: float = 1e-4
-    """Peak learning rate of AdamW; 1e-3 suits train: norms-and-biases and projection."""
+    """Peak learning rate of AdamW; 1e-3 suits train: norms-and-biases, projection and lora."""
     weight_decay: float = 0.01
     """Decay of the weights of linear and convolution layers; norms, biases and embedding tables have none."""
     warmup: float = 0.05
@@ -86,10 +86,13 @@ class Distill:
     """Whether image i belongs to text i; auto: if every sample has both."""
     towers: tuple[str, ...] = ()
     """Towers that train, the others stay as they are to the bit; empty: all the data has samples for."""
-    train: Literal["all", "norms-and-biases", "projection", "quantized-weights"] = "all"
+    train: Literal["all", "norms-and-biases", "projection", "lora", "quantized-weights"] = "all"
     """Which parameters of these towers train; norms-and-biases: everything one-dimensional; projection: what leads from a tower
-    into the shared space, or into the language model (the connector); quantized-weights: all, and the weights that are stored as
-    integers or 8-bit floats, on the grids they have (quantization-aware training)."""
+    into the shared space, or into the language model (the connector); lora: updates of low rank of the Linears in the blocks,
+    added to their weights at the end; quantized-weights: all, and the weights that are stored as integers or 8-bit floats, on
+    the grids they have (quantization-aware training)."""
+    rank: int = 16
+    """Rank of the updates with train: lora."""
     augment: bool = False
     """Crop and recolour the images lightly, never mirror them."""
     cache_teacher: bool | None = None
@@ -103,7 +106,7 @@ class Distill:
     """Order, choice of captions, augmentation; default: the run's seed."""
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "accumulate", "learning_rate", "temperature", "max_minutes")
+        positive = ("batch_size", "accumulate", "learning_rate", "temperature", "max_minutes", "rank")
         not_negative = ("epochs", "steps", "weight_decay", "clip", "save_minutes", "seed")
         weights = ("feature", "interactive", "relational", "logit", "affinity")
         of_answers = ("answer", "cross_entropy", "hidden")
@@ -162,7 +165,11 @@ class Distill:
             )
         for name in self.towers:
             bundle.tower(name)
-        trainable(bundle, self.towers or tuple(tower.name for tower in bundle.towers()), self.train)
+        towers = self.towers or tuple(tower.name for tower in bundle.towers())
+        if self.train == UPDATES:
+            updatable(bundle, towers)
+        else:
+            trainable(bundle, towers, self.train)
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Decide which towers train, on how many samples, in how many steps (a limit where `max_minutes` is given)."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from mmcompress.passes.base import Context
 from mmcompress.passes.distill_ranks import Ranks, world_size
 from mmcompress.passes.distill_train import Lesson
 from mmcompress.surgery.float_codes import is_float_coded
+from mmcompress.surgery.low_rank_updates import low_rank_updates
 from mmcompress.surgery.master_weights import holders
 from mmcompress.surgery.quantized_base import Quantized
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 INTEGERS = "quantized-weights"
 """The value of `train` with which weights stored as integers train too."""
+UPDATES = "lora"
+"""The value of `train` with which Linears learn updates of low rank."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,6 @@ class Job(ABC):
 
     def decisions(self, bundle: Bundle) -> dict[str, Json]:
         """Return what to record of all this."""
-        parameters = trainable(bundle, self.towers, self.settings.train)
         layers = self.integer_layers(bundle).values()
         return {
             "steps": self.steps,
@@ -86,9 +89,24 @@ class Job(ABC):
             "samples": self.size,
             "held_back": self.held_back,
             "towers": list(self.towers),
-            "trained_parameters": sum(parameter.numel() for parameter in parameters.values())
-            + sum(layer.weight_shape.numel() for layer in layers),
+            "trained_parameters": self._numbers(bundle) + sum(layer.weight_shape.numel() for layer in layers),
         }
+
+    def _numbers(self, bundle: Bundle) -> int:
+        if self.settings.train == UPDATES:
+            linears = updatable(bundle, self.towers).values()
+            return self.settings.rank * sum(linear.in_features + linear.out_features for linear in linears)
+        return sum(each.numel() for each in trainable(bundle, self.towers, self.settings.train).values())
+
+    @contextmanager
+    def parameters(self, bundle: Bundle) -> Iterator[dict[str, nn.Parameter]]:
+        """Yield what trains, by name; the student is as it was afterwards, but for values."""
+        if self.settings.train != UPDATES:
+            yield reached(bundle, self.towers, trainable(bundle, self.towers, self.settings.train))
+            return
+        paths = list(updatable(bundle, self.towers))
+        with low_rank_updates(bundle.model, paths, self.settings.rank, self.seed) as updates:
+            yield reached(bundle, self.towers, updates)
 
     def integer_layers(self, bundle: Bundle) -> dict[str, Quantized]:
         """Return the layers whose integers train, by path. Raises UsageError where some should, and none can."""
@@ -115,6 +133,24 @@ def trainable(bundle: Bundle, towers: tuple[str, ...], train: str) -> dict[str, 
         raise UsageError(
             f"nothing can train: distill.train is '{train}' and the towers are {', '.join(towers) or 'none'}",
             hint=f"distill before quantizing, or use train: {INTEGERS}" if train == "all" else "use train: all",
+        )
+    return found
+
+
+def updatable(bundle: Bundle, towers: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return the Linears in the blocks of `towers` that hold floats, by path. Raises UsageError when there are none."""
+    found: dict[str, nn.Linear] = {}
+    for tower in (bundle.tower(name) for name in towers):
+        for block in tower.blocks:
+            for part in (block.attention, block.cross, block.mlp):
+                for path in (*part.writers, part.reader) if part else ():
+                    module = bundle.module(path)
+                    if isinstance(module, nn.Linear) and not is_float_coded(module):
+                        found[path] = module
+    if not found:
+        raise UsageError(
+            f"distill.train is '{UPDATES}', and no Linear in the blocks of {' and '.join(towers)} holds floats",
+            hint=f"distill before quantizing, or use train: {INTEGERS}",
         )
     return found
 

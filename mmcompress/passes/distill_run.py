@@ -17,7 +17,7 @@ from mmcompress.errors import UsageError
 from mmcompress.manifest import Json
 from mmcompress.passes.base import Context
 from mmcompress.passes.distill_answers import read_answers
-from mmcompress.passes.distill_job import Job, reached, trainable
+from mmcompress.passes.distill_job import Job
 from mmcompress.passes.distill_pace import Annealing, Pace
 from mmcompress.passes.distill_pairs import read_pairs
 from mmcompress.passes.distill_ranks import Ranks
@@ -115,8 +115,7 @@ def train(
             warmup=settings.warmup, clip=settings.clip, ema=settings.ema, save_minutes=settings.save_minutes,
             seconds=settings.max_minutes and settings.max_minutes * 60 - (time.monotonic() - started),
         )  # fmt: skip
-        with masters.training(), pace(job, ranks) as kept:
-            parameters = reached(bundle, job.towers, trainable(bundle, job.towers, settings.train))
+        with masters.training(), pace(job, ranks) as kept, job.parameters(bundle) as parameters:
             state = Trainer(
                 bundle, parameters, lesson, schedule, ranks, context.progress, kept, label=f"{what}ing"
             ).run(state)

@@ -17,7 +17,9 @@ from mmcompress.errors import OutOfMemory, UsageError
 from mmcompress.passes import build, schema
 from mmcompress.passes.base import Context
 from mmcompress.passes.distill import Distill
+from mmcompress.passes.distill_job import updatable
 from mmcompress.progress import Silent
+from mmcompress.surgery.low_rank_updates import low_rank_updates
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +108,38 @@ def test_projection_only() -> None:
     before = weights(bundle)
     Distill(**QUICK, train="projection").fit(bundle, context())
     assert changed(before, bundle) == {"visual_projection.weight", "text_projection.weight"}
+
+
+def test_updates_of_low_rank_become_part_of_the_weights() -> None:
+    bundle = damaged()
+    before = weights(bundle)
+    facts = Distill(**{**QUICK, "learning_rate": 1e-2}, train="lora", rank=2).fit(bundle, context())
+    assert facts["loss"]["after"] < facts["loss"]["before"]
+    moved = changed(before, bundle)
+    linears = {
+        path for path, module in bundle.model.named_modules() if isinstance(module, nn.Linear) and "layers" in path
+    }
+    assert moved == {f"{path}.weight" for path in linears}
+    after = bundle.model.state_dict()
+    assert all(torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) in (1, 2) for name in moved)
+    assert facts["trained_parameters"] == sum(2 * sum(before[name].shape) for name in moved)
+    # A plain model again, whose weights train as any other's.
+    assert not any(type(module).__name__.startswith("Parametrized") for module in bundle.model.modules())
+    assert set(dict(bundle.model.named_parameters())) == set(dict(tiny.bundle("clip").model.named_parameters()))
+
+
+def test_updates_begin_as_nothing() -> None:
+    bundle = damaged()
+    before = weights(bundle)
+    inputs = bundle.example_inputs("vision", 2)
+    with low_rank_updates(bundle.model, list(updatable(bundle, ("vision",))), rank=3, seed=0) as updates:
+        assert torch.equal(bundle.encode("vision", inputs), damaged().encode("vision", inputs))
+        bundle.encode("vision", inputs).sum().backward()
+        # Of B A with B = 0 only B has a gradient.
+        assert all(
+            value.grad is not None and bool(value.grad.any()) == name.endswith("b") for name, value in updates.items()
+        )
+    assert not changed(before, bundle)
 
 
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"epochs": 0.0}])

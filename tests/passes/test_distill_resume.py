@@ -40,6 +40,7 @@ def run(out: Path, workdir: Path, settings: dict[str, Any], family: str = "clip"
         ("whisper", {"accumulate": 2, "ema": 0.9}),
         ("clip", {"train": "quantized-weights", "augment": True, "ema": 0.9}),
         ("whisper", {"train": "quantized-weights"}),
+        ("whisper", {"train": "lora"}),
     ],
 )
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
