@@ -1,14 +1,14 @@
 """What training wins back of what pruning cost, and whether choosing while training (UPop) is better: three real models.
 
-    python -m bench.recovered [dual-encoder whisper mini-vlm] [--way W] [--minutes 30]      writes bench/results/recovered.json
+    python -m bench.recovered [MODEL …] [--way W] [--steps N]      writes bench/results/recovered.json
 
 Half of what can be pruned goes from both towers of the dual encoder, 30% from Whisper tiny.en, 20% from the mini-VLM's language
-model. Every way removes the same number of parameters and trains for the same time in all, towards the original:
+model. Every way removes the same number of parameters and trains for the same number of steps in all, towards the original:
 
 - chosen: `prune` (Taylor, one budget, least squares), then `distill`
 - each tower: the same share of each tower and the same widths in all its blocks, then `distill`
 - random: as chosen, of random scores
-- upop: `search-prune` for half of the time, then `distill`
+- upop: `search-prune` for half of the steps, then `distill`
 - upop, random: the same of units drawn once, which closes as progressively
 
 Rows that are there already are kept. R@1 of both directions, word accuracy or right answers; differences are paired.
@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mmcompress
@@ -50,6 +52,7 @@ class Subject:
     share: float
     towers: tuple[str, ...]
     training_options: dict[str, Any]
+    steps: int
     questions: int = 0
     """How many samples to judge by; 0: all."""
 
@@ -57,20 +60,20 @@ class Subject:
 SUBJECTS = {
     "dual-encoder": Subject(
         assets.dual_encoder, lambda: str(assets.training_pairs()), lambda: "demo:test", "retrieval", 0.5, (),
-        {"batch_size": 64, "learning_rate": 2e-4},
+        {"batch_size": 64, "learning_rate": 2e-4}, steps=600,
     ),
     "whisper": Subject(
         assets.whisper_tiny, lambda: str(assets.speech("train")), lambda: str(assets.speech("test")), "transcription", 0.3, (),
-        {"batch_size": 8, "learning_rate": 1e-4, "cross_entropy": 0.5},
+        {"batch_size": 8, "learning_rate": 1e-4, "cross_entropy": 0.5}, steps=240,
     ),
     "mini-vlm": Subject(
         assets.mini_vlm, lambda: str(assets.vqa("training")), lambda: str(assets.vqa("heldout")), "vqa", 0.2, ("language",),
-        {"batch_size": 16, "learning_rate": 2e-4, "cross_entropy": 0.5}, questions=400,
+        {"batch_size": 16, "learning_rate": 2e-4, "cross_entropy": 0.5}, steps=300, questions=400,
     ),
 }  # fmt: skip
 
 
-def steps_of(way: str, subject: Subject, bundle: Bundle, minutes: float) -> list[Step]:
+def steps_of(way: str, subject: Subject, bundle: Bundle, count: int) -> list[Step]:
     """Return the recipe of one way."""
     survey = Prune(ratio=0.0, score="magnitude", compensate="none", towers=subject.towers)
     totals, groups, _, _ = survey.survey(bundle, survey.chosen(bundle))
@@ -81,15 +84,15 @@ def steps_of(way: str, subject: Subject, bundle: Bundle, minutes: float) -> list
     trained = {**subject.training_options, "towers": list(subject.towers)}
     if way.startswith("upop"):
         method = "random" if way == "upop, random" else "upop"
-        search = {**common, **trained, "target": target, "method": method, "max_minutes": minutes / 2}
-        return [Step("search-prune", search), Step("distill", {**trained, "max_minutes": minutes / 2})]
+        search = {**common, **trained, "target": target, "method": method, "steps": count // 2}
+        return [Step("search-prune", search), Step("distill", {**trained, "steps": count - count // 2})]
     if way == "each tower":
         # Rounded down in the last place, where a share of all units would be refused.
         own = {name: round(subject.share * able[name] / totals[name].parameters, 4) for name in totals}
         chosen = {**common, "ratios": own, "uniform": True}
     else:
         chosen = {**common, "target": target, "score": "random" if way == "random" else "taylor"}
-    return [Step("prune", chosen), Step("distill", {**trained, "max_minutes": minutes})]
+    return [Step("prune", chosen), Step("distill", {**trained, "steps": count})]
 
 
 def judged(bundle: Bundle, subject: Subject, data: Dataset, reference: Evaluation | None = None) -> Evaluation:
@@ -103,7 +106,7 @@ def headline(found: Evaluation, subject: Subject) -> dict[str, Any]:
     return {name: results[name] for name in TASKS[subject.task].headlines if name in results}
 
 
-def run(name: str, way: str, minutes: float, document: dict[str, Any]) -> None:
+def run(name: str, way: str, count: int, work: Path, document: dict[str, Any]) -> None:
     """Prune, train and judge one way."""
     subject = SUBJECTS[name]
     held_out = open_data(subject.held_out())
@@ -114,14 +117,17 @@ def run(name: str, way: str, minutes: float, document: dict[str, Any]) -> None:
     original = judged(checkpoint.load(model), subject, held_out)
     rows["original"] = {"parameters": cost_of(checkpoint.load(model)).parameters, **headline(original, subject)}
     bundle = checkpoint.load(model)
-    row: dict[str, Any] = {"minutes": minutes, "steps": []}
-    for number, step in enumerate(steps_of(way, subject, bundle, minutes), 1):
-        context = Context(data=training, num_samples=256, batch_size=16, teacher=lambda: checkpoint.load(model))
+    row: dict[str, Any] = {"steps": []}
+    for number, step in enumerate(steps_of(way, subject, bundle, count), 1):
+        # What the teacher says of every sample is kept there.
+        context = Context(
+            data=training, num_samples=256, batch_size=16, teacher=lambda: checkpoint.load(model), workdir=work
+        )
         made = passes.build(step.name, step.params)
         record = pipeline.run_stage(bundle, pipeline.Stage(number, step, made), context)
         row["steps"].append({
-            "pass": step.name, "seconds": record.seconds, "steps": record.facts.get("steps"),
-            "loss": record.facts.get("loss"), **headline(judged(bundle, subject, held_out, original), subject),
+            "pass": step.name, "seconds": record.seconds, "trained_steps": record.facts.get("steps"),
+            "seconds_per_step": record.facts.get("seconds_per_step"),            "loss": record.facts.get("loss"), **headline(judged(bundle, subject, held_out, original), subject),
         })  # fmt: skip
         print(name, way, json.dumps(row["steps"][-1]), flush=True)
         if "after" in record.plan:
@@ -140,14 +146,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", choices=[*SUBJECTS, []], help="which models; all by default")
     parser.add_argument("--way", action="append", choices=WAYS, help="only this; repeatable")
-    parser.add_argument("--minutes", type=float, default=30.0, help="time to train for")
+    parser.add_argument("--steps", type=int, help="of training, in place of each model's own number")
     options = parser.parse_args()
     document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    document["command"] = f"python -m bench.recovered --minutes {options.minutes:g}"
+    document["command"] = "python -m bench.recovered"
     for name in options.subjects or SUBJECTS:
-        for way in options.way or WAYS:
-            if way not in document.get(name, {}):
-                run(name, way, options.minutes, document)
+        with tempfile.TemporaryDirectory() as work:
+            for way in options.way or WAYS:
+                if way not in document.get(name, {}):
+                    run(name, way, options.steps or SUBJECTS[name].steps, Path(work), document)
 
 
 if __name__ == "__main__":
