@@ -126,8 +126,12 @@ def run(name: str, way: str, count: int, work: Path, document: dict[str, Any]) -
         made = passes.build(step.name, step.params)
         record = pipeline.run_stage(bundle, pipeline.Stage(number, step, made), context)
         row["steps"].append({
-            "pass": step.name, "seconds": record.seconds, "trained_steps": record.facts.get("steps"),
-            "seconds_per_step": record.facts.get("seconds_per_step"),            "loss": record.facts.get("loss"), **headline(judged(bundle, subject, held_out, original), subject),
+            "pass": step.name,
+            "seconds": record.seconds,
+            "trained_steps": record.facts.get("steps"),
+            "seconds_per_step": record.facts.get("seconds_per_step"),
+            "loss": record.facts.get("loss"),
+            **headline(judged(bundle, subject, held_out, original), subject),
         })  # fmt: skip
         print(name, way, json.dumps(row["steps"][-1]), flush=True)
         if "after" in record.plan:
