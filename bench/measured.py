@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.cells import MIB, interval, machine, points, read
 from bench.measured_answers import mini_vlm, smolvlm_edge, vlm_edge, whisper_edge
+from bench.measured_pruning import recovered, torch_pruning
 from bench.measured_tokens import token_edge, token_table
 
 BEGIN = "<!-- measured -->"
@@ -20,6 +21,9 @@ def section() -> str:
             edge,
             nncf,
             against_random,
+            recovered,
+            torch_pruning,
+            peers,
             memory,
             streaming,
             mini_vlm,
@@ -117,6 +121,32 @@ def against_random() -> str:
     for contest, outcome in found["contests"].items():
         for score, findings in outcome["findings"].items():
             lines += [f"- {contest}, {score}: {f['text']}" for f in findings if "image_to_text_r1" in f["text"]]
+    return "\n".join(lines)
+
+
+def peers() -> str:
+    """Every quantizer that installs, on one tower."""
+    found = read("peers")
+    if not found:
+        return ""
+    lines = [
+        f"**Quantizers side by side** (the dual encoder's vision tower, batch 8, {machine(found)}; `{found['command']}`)",
+        "",
+        "| tool, scheme | R@1 image → text, points | cosine to fp32 | MiB | seconds, MiB to quantize | "
+        "fastest engine, times as fast as fp32 in onnxruntime |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, side in found["sides"].items():
+        if name == "fp32":
+            continue
+        score = side["accuracy"]
+        lanes = {key: row for key, row in found["latency"]["batch 8"].items() if key.rpartition(", ")[0] == name}
+        best = max(lanes, key=lambda key: lanes[key]["times_as_fast"]["value"])
+        lines.append(
+            f"| {name} | {points(score['image_to_text_r1']['difference'])} | {interval(score['image_cosine'], 4)} | "
+            f"{side['bytes'] / MIB:.1f} | {side['seconds']:.0f} s, {side['memory_mib']} | "
+            f"{best.rpartition(', ')[2]} ×{interval(lanes[best]['times_as_fast'], 2)} |"
+        )
     return "\n".join(lines)
 
 

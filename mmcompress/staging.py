@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -65,15 +67,29 @@ def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     if not overwrite:
         refuse_existing(output)
+    clear_abandoned(output)
     directory = output.parent / f".{output.name}.writing-{os.getpid()}"
     shutil.rmtree(directory, ignore_errors=True)
     try:
         directory.mkdir(parents=True)
-        yield directory
+        with lock(directory):
+            yield directory
+            (directory / LOCK_FILE).unlink()
         publish(directory, output)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
+
+
+def clear_abandoned(output: Path) -> None:
+    """Remove what killed processes were writing of `output`; what a living one writes it holds (see `lock`), and that stays."""
+    if importlib.util.find_spec("fcntl") is None:
+        return  # nobody can tell
+    for left in output.parent.glob(f".{glob.escape(output.name)}.writing-*"):
+        with contextlib.suppress(UsageError, FileNotFoundError):
+            if (left / LOCK_FILE).exists():
+                lock(left).close()
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def publish(directory: Path, output: Path) -> None:
