@@ -103,7 +103,7 @@ CONTESTS = {
     ),
     "answers": Contest(
         assets.mini_vlm, (*ANYWHERE, "activation-balanced", "taylor-evolutionary"),
-        lambda: open_data(str(assets.vqa("training"))), 64, "vqa", lambda: open_data(str(assets.vqa("heldout"))), 120,
+        lambda: open_data(str(assets.vqa("training"))), 64, "vqa", lambda: open_data(str(assets.vqa("heldout"))), 60,
     ),
 }  # fmt: skip
 

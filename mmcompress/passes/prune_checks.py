@@ -129,7 +129,7 @@ def _require_objective(settings: Prune, bundle: Bundle, towers: Sequence[Tower])
     if settings.objective == "contrastive" and not isinstance(bundle.family, DualEncoder):
         raise UsageError(
             f"prune.objective is contrastive, and {bundle.family.name} models embed nothing into a shared space",
-            hint="use objective=embedding",
+            hint="use objective=answers" if settings.score == "taylor-signed" else "use objective=embedding",
         )
     if settings.objective == "answers":
         answering = bundle.family.answering if isinstance(bundle.family, TeacherForced) else ""

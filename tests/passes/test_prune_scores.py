@@ -13,8 +13,9 @@ from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.errors import UsageError
 from mmcompress.passes import prune_effects, prune_scores
 from mmcompress.passes.base import Context
+from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_units import Group, count_tokens, list_groups
-from mmcompress.surgery.watch import evaluating, watch_gradients
+from mmcompress.surgery.watch import evaluating, watch_gradients, watch_inputs
 from tests import tiny
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -207,3 +208,35 @@ def test_data_without_what_a_tower_needs() -> None:
         prune_effects.taylor(bundle, groups, texts, "contrastive")
     with pytest.raises(UsageError, match="needs data"):
         prune_scores.activation(bundle, groups, dataclasses.replace(texts, data=None), centred=False)
+
+
+def test_balanced_activations_count_images_and_texts_alike() -> None:
+    """Mean squares over image tokens and over text tokens, half and half, by hand; towers without prompts as before."""
+    bundle, data = tiny.bundle("llava_clip"), tiny.data("llava_clip", 4)
+    given = Context(data, num_samples=4, batch_size=4)
+    tower = bundle.tower("language")
+    assert tower.prompt is not None
+    groups = groups_of(bundle, ("neurons",))
+    plain = prune_scores.activation(bundle, groups, given, centred=False)
+    found = prune_scores.activation(bundle, groups, given, centred=False, balance=True)
+    seen: dict[str, Tensor] = {}
+    items = [item for index in range(4) for item in bundle.items("language", data.subset(4, 0)[index])]
+    inputs = bundle.prepare("language", items)
+    with evaluating(bundle.model), watch_inputs({g.reader: bundle.module(g.reader) for g in groups}, seen.__setitem__):
+        bundle.encode("language", inputs)
+    real = inputs["attention_mask"].bool().flatten()
+    image = torch.isin(inputs["input_ids"].flatten(), torch.tensor(tower.prompt.image_tokens))
+    for group, before, after in zip(groups, plain, found, strict=True):
+        if group.tower == "vision":
+            assert torch.equal(before, after)
+            continue
+        halves = [seen[group.reader][real & kind].square().mean(0) for kind in (image, ~image)]
+        norms = ((halves[0] + halves[1]) / 2).sqrt()
+        weight = bundle.module(group.reader).weight
+        assert isinstance(weight, Tensor)
+        torch.testing.assert_close(after, weight.detach().square().sum(0).sqrt() * norms, rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(before, after, rtol=1e-3)
+    with pytest.raises(UsageError, match="no tower to be pruned is given both") as caught:
+        Prune(score="activation", balance=True).check(tiny.bundle("clip"))
+    assert caught.value.hint
+    Prune(score="activation", balance=True).check(bundle)

@@ -1,0 +1,106 @@
+"""The tables and the curves of README's "Measured" part about pruning, from bench/results/prune_table.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.cells import RESULTS, interval, points, read
+from bench.measured_tokens import METRICS, standing
+from bench.prune_table import CONTESTS, DEFAULT, RANDOM, SEEDS
+from mmcompress.jobs.report_curves import Curve, curves
+from mmcompress.ops.statistics import Estimate
+
+TITLES = {
+    "encoder": "Heads and neurons of the DINOv2-S + MiniLM dual encoder, R@1 image → text",
+    "heads": "Heads alone of the DINOv2-S + MiniLM dual encoder, R@1 image → text",
+    "speech": "Heads and neurons of Whisper tiny.en, word accuracy",
+    "answers": "Heads and neurons of the mini-VLM, right answers",
+}
+LEFT = "share of the parameters that is left"
+MARKS = {"WORSE": "¹", "no better": "²"}
+"""Behind what is worse than random, or not told apart from it, by how that finding begins."""
+BETTER, WORSE = "↑", "↓"
+"""Behind what is better or worse than the default."""
+
+
+def prune_table() -> str:
+    """Return every contest: a table of methods by ratios, and the curves."""
+    found = read("prune_table")
+    parts = [_contest(name, found[name]) for name in CONTESTS if name in found]
+    if not parts:
+        return ""
+    note = (
+        f"Ratios are shares of all parameters of the towers, embeddings counted in. ¹ worse than random units at the same ratio, "
+        f"² not better (95%, paired, mean of {SEEDS} draws); {BETTER} better and {WORSE} worse than the default, `{DEFAULT}` "
+        "shared out by the knapsack (95%, paired). What stays was refitted by least squares in every row, random ones too. "
+        "`-even`: the same share of every group; `-evolutionary`: searched; `-contrastive` and `-signed` differentiate the "
+        "contrastive loss."
+    )
+    return "\n\n".join(["**Pruned without training**, by score and allocation", *parts, note])
+
+
+def _contest(name: str, document: dict[str, Any]) -> str:
+    rows, metric = document["rows"], METRICS[CONTESTS[name].task]
+    ratios = _ratios(rows)
+    lines = [
+        f"{TITLES[name]}: {interval(rows['original']['scores'][metric])} as it was; n = {document['n']}, scores and repairs from "
+        f"{document['calibrated_on']} samples (`{document['command']}`)",
+        "",
+        "| points against the original [95%] | " + " | ".join(f"ratio {ratio:g}" for ratio in ratios) + " |",
+        "|---" * (1 + len(ratios)) + "|",
+    ]
+    for method in _methods(rows):
+        cells = []
+        for ratio in ratios:
+            made = _row(rows, method, ratio)
+            if not made:
+                cells.append("")
+                continue
+            said = made.get("against random", "")
+            mark = next((mark for begins, mark in MARKS.items() if said.startswith(begins)), "")
+            cells.append(points(made["scores"][metric]["difference"]) + mark + _beside_default(made))
+        lines.append(f"| {method}{f' (first of {SEEDS} draws)' if method == RANDOM else ''} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"![{TITLES[name]}](bench/results/prune_curves_{name}.svg)"])
+
+
+def _beside_default(made: dict[str, Any]) -> str:
+    difference = made.get("against default")
+    if not difference or difference["low"] <= 0 <= difference["high"]:
+        return ""
+    return BETTER if difference["value"] > 0 else WORSE
+
+
+def drawings() -> dict[Path, str]:
+    """Return the curves of every contest as standing SVG files."""
+    made = {}
+    for name, document in read("prune_table").items():
+        rows, metric = document["rows"], METRICS[CONTESTS[name].task]
+        found = []
+        for method in _methods(rows):
+            scores = {1.0: _estimate(rows["original"], metric)}
+            for ratio in _ratios(rows):
+                if row := _row(rows, method, ratio):
+                    scores[1 - ratio] = _estimate(row, metric)
+            found.append(Curve(method, scores))
+        figure = curves(TITLES[name], metric, sorted(found, key=lambda curve: curve.method == RANDOM), LEFT)
+        made[RESULTS / f"prune_curves_{name}.svg"] = standing(figure)
+    return made
+
+
+def _estimate(row: dict[str, Any], metric: str) -> Estimate:
+    return Estimate.from_json(row["scores"][metric])
+
+
+def _methods(rows: dict[str, Any]) -> list[str]:
+    """The methods that were measured, in the order of the contest's."""
+    return list(dict.fromkeys(row.split(" ")[0] for row in rows if row != "original"))
+
+
+def _ratios(rows: dict[str, Any]) -> list[float]:
+    return sorted({float(row.split(" ")[1].rstrip(",")) for row in rows if row != "original"})
+
+
+def _row(rows: dict[str, Any], method: str, ratio: float) -> dict[str, Any]:
+    found: dict[str, Any] = rows.get(f"{method} {ratio:g}") or rows.get(f"{method} {ratio:g}, seed 0") or {}
+    return found
