@@ -89,8 +89,8 @@ class Prune:
     ] = "taylor"
     """What makes a unit important. First-order effects on `objective`: taylor is their mean square (Fisher, optimal brain damage),
     taylor-signed their mean, taylor-absolute the mean of their sizes (Michel); obs: what refitting the rest cannot make up for
-    (optimal brain surgeon); activation: Wanda; relevance: attention and its gradient (Chefer), of heads alone; random is the
-    control. Only magnitude and random need no data."""
+    (optimal brain surgeon); activation: Wanda; relevance: attention and its gradient (Chefer), of heads alone; block-influence:
+    of blocks alone; random is the control. Only magnitude and random need no data."""
     objective: Literal["embedding", "contrastive", "answers"] = "embedding"
     """What Taylor scores differentiate: each embedding by itself (no pairs needed), the contrastive loss of batches of pairs, or
     the likelihood of right answers."""
