@@ -55,12 +55,13 @@ METHODS: dict[str, dict[str, Any]] = {
     RANDOM: {"score": "random"},
     DEFAULT: {},
     "taylor-even": {"allocate": "even"},
-    "taylor-evolutionary": {"allocate": "evolutionary"},
+    "taylor-evolutionary": {"allocate": "evolutionary", "evaluations": 50},
     "taylor-contrastive": {"objective": "contrastive"},
     "taylor-signed": {"score": "taylor-signed", "objective": "contrastive"},
     "taylor-absolute": {"score": "taylor-absolute"},
     "obs": {"score": "obs"},
     "obs-even": {"score": "obs", "allocate": "even"},
+    "obs-evolutionary": {"score": "obs", "allocate": "evolutionary", "evaluations": 50},
     "activation": {"score": "activation"},
     "activation-balanced": {"score": "activation", "balance": True},
     "magnitude": {"score": "magnitude"},
@@ -90,7 +91,7 @@ class Contest:
 CONTESTS = {
     "encoder": Contest(
         assets.dual_encoder,
-        (*ANYWHERE, "taylor-contrastive", "taylor-signed", "taylor-evolutionary"),
+        (*ANYWHERE, "taylor-contrastive", "taylor-signed", "taylor-evolutionary", "obs-evolutionary"),
         lambda: open_data(assets.training_pairs()), 128, "retrieval", lambda: open_data("demo:test"), 0,
     ),
     "heads": Contest(
@@ -99,11 +100,11 @@ CONTESTS = {
         (0.05, 0.1, 0.15), {"units": ("heads",)},
     ),
     "speech": Contest(
-        assets.whisper_tiny, (*ANYWHERE, "taylor-evolutionary"),
+        assets.whisper_tiny, ANYWHERE,
         lambda: open_data(assets.speech("train")), 32, "transcription", lambda: open_data(assets.speech("test")), 60,
     ),
     "answers": Contest(
-        assets.mini_vlm, (*ANYWHERE, "activation-balanced", "taylor-evolutionary"),
+        assets.mini_vlm, (*ANYWHERE, "activation-balanced"),
         lambda: open_data(str(assets.vqa("training"))), 64, "vqa", lambda: open_data(str(assets.vqa("heldout"))), 60,
     ),
 }  # fmt: skip
