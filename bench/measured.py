@@ -6,7 +6,8 @@ from typing import Any
 
 from bench.cells import MIB, interval, machine, points, read
 from bench.measured_answers import mini_vlm, smolvlm_edge, vlm_edge, whisper_edge
-from bench.measured_pruning import recovered, torch_pruning
+from bench.measured_pruning import prune_table
+from bench.measured_recovery import recovered, torch_pruning
 from bench.measured_tokens import token_edge, token_table
 
 BEGIN = "<!-- measured -->"
@@ -21,6 +22,7 @@ def section() -> str:
             edge,
             nncf,
             against_random,
+            prune_table,
             recovered,
             torch_pruning,
             peers,

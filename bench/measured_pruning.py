@@ -1,90 +1,119 @@
-"""What of README's "Measured" part is about pruning: training after it, and torch-pruning beside it."""
+"""The tables and the curves of README's "Measured" part about pruning, from bench/results/prune_table.json."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from bench.cells import interval, machine, points, read
+from bench.cells import RESULTS, interval, points, read
+from bench.measured_tokens import METRICS, standing
+from bench.prune_table import CONTESTS, DEFAULT, RANDOM, SEEDS
+from mmcompress.jobs.report_curves import Curve, curves
+from mmcompress.ops.statistics import Estimate
 
-SUBJECTS = {
-    "dual-encoder": "the dual encoder, half of what can be pruned of both towers",
-    "whisper": "Whisper tiny.en, 30% of what can be pruned",
-    "mini-vlm": "the mini-VLM's language model, 20% of what can be pruned",
+TITLES = {
+    "encoder": "Heads and neurons of the DINOv2-S + MiniLM dual encoder, R@1 image → text",
+    "heads": "Heads alone of the DINOv2-S + MiniLM dual encoder, R@1 image → text",
+    "speech": "Heads and neurons of Whisper tiny.en, word accuracy",
+    "answers": "Heads and neurons of the mini-VLM, right answers",
 }
-METRICS = {"dual-encoder": "image_to_text_r1", "whisper": "word_accuracy", "mini-vlm": "accuracy"}
+LEFT = "share of the parameters that is left"
+MARKS = {"WORSE": "¹", "no better": "²"}
+"""Behind what is worse than random, or not told apart from it, by how that finding begins."""
+BETTER, WORSE = "↑", "↓"
+"""Behind what is better or worse than the default."""
 
 
-def recovered() -> str:
-    """What training wins back of what pruning cost, for each way to choose."""
-    found = read("recovered")
-    if not found:
+def prune_table() -> str:
+    """Return every contest: a table of methods by ratios, and the curves."""
+    found = read("prune_table")
+    parts = [_contest(name, found[name]) for name in CONTESTS if _ratios(found.get(name, {}).get("rows", {}))]
+    if not parts:
         return ""
-    parts = [f"**Pruned and trained** ({machine(found)}; `{found['command']}`)"]
-    for subject, title in SUBJECTS.items():
-        if subject not in found:
-            continue
-        metric, rows = METRICS[subject], found[subject]
-        original = rows["original"]
-        lines = [
-            f"{title[0].upper()}{title[1:]}: {metric.replace('_', ' ')} {interval(original[metric])}, n = {original[metric]['n']}",
-            "",
-            "| chosen | parameters left | as cut, points | steps of training | trained, points |",
-            "|---|---|---|---|---|",
-        ]
-        for way, row in rows.items():
-            if way != "original":
-                lines.append(
-                    f"| {way} | {_left(row)} | {_as_cut(row, metric)} | {_steps(row)} | {_trained(row, metric)} |"
-                )
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    note = (
+        f"Ratios are shares of all parameters of the towers, embeddings counted in. ¹ worse than random units at the same ratio, "
+        f"² not better (95%, paired, mean of {SEEDS} draws); {BETTER} better and {WORSE} worse than the default, `{DEFAULT}` "
+        "shared out by the knapsack (95%, paired). What stays was refitted by least squares in every row, random ones too. "
+        "`-even`: the same share of every group; `-evolutionary`: searched; `-contrastive` and `-signed` differentiate the "
+        "contrastive loss."
+    )
+    return "\n\n".join(["**Pruned without training**, by score and allocation", *parts, note])
 
 
-def _left(row: dict[str, Any]) -> str:
-    towers = ", ".join(f"{name} {100 * share:.0f}%" for name, share in row["left"].items())
-    return f"{row['parameters'] / 1e6:.1f} M ({towers})"
-
-
-def _as_cut(row: dict[str, Any], metric: str) -> str:
-    first = row["steps"][0]
-    return points(first[metric]["difference"]) if first["pass"] == "prune" else ""
-
-
-def _steps(row: dict[str, Any]) -> str:
-    counts = [step["trained_steps"] for step in row["steps"] if step["trained_steps"]]
-    return " + ".join(map(str, counts))
-
-
-def _trained(row: dict[str, Any], metric: str) -> str:
-    return points(row["steps"][-1][metric]["difference"])
-
-
-def torch_pruning() -> str:
-    """Ours beside torch-pruning at as many parameters."""
-    found = read("torch_pruning")
-    if not found:
-        return ""
+def _contest(name: str, document: dict[str, Any]) -> str:
+    rows, metric = document["rows"], METRICS[CONTESTS[name].task]
+    ratios = _ratios(rows)
     lines = [
-        f"**Beside torch-pruning** (the dual encoder's vision tower, heads and neurons, {machine(found)}; `{found['command']}`): "
-        f"R@1 image → text {interval(found['original']['image_to_text_r1'])} before",
+        f"{TITLES[name]}: {interval(rows['original']['scores'][metric])} as it was; n = {document['n']}, scores and repairs from "
+        f"{document['calibrated_on']} samples (`{document['command']}`)",
         "",
-        "| | parameters | as cut | trained | ours is better by, points | onnxruntime, batch 8 | OpenVINO, batch 8 |",
-        "|---|---|---|---|---|---|---|",
+        "| points against the original [95%] | " + " | ".join(f"ratio {ratio:g}" for ratio in ratios) + " |",
+        "|---" * (1 + len(ratios)) + "|",
     ]
-    for name, row in found["rows"].items():
-        times = [
-            found["latency"]["batch 8"][f"{name}, {engine}"]["times_as_fast"] for engine in ("onnxruntime", "openvino")
-        ]
-        more = row["trained"].get("ours_more")
-        # The reference is ours, so the difference is theirs less ours.
-        better = points({key: -more["image_to_text_r1"][other] for key, other in SWAPPED}) if more else ""
-        lines.append(
-            f"| {name} | {row['parameters'] / 1e6:.1f} M | {interval(row['cut']['image_to_text_r1'])} | "
-            f"{interval(row['trained']['image_to_text_r1'])} | {better} | "
-            + " | ".join(f"×{interval(t, 2)}" for t in times)
-            + " |"
-        )
-    return "\n".join(lines)
+    for method in _methods(rows):
+        cells = []
+        for ratio in ratios:
+            if method == RANDOM:
+                cells.append(points(_random(rows, metric, ratio, "difference")))
+                continue
+            made = rows.get(f"{method} {ratio:g}")
+            if not made:
+                cells.append("")
+                continue
+            said = made.get("against random", "")
+            mark = next((mark for begins, mark in MARKS.items() if said.startswith(begins)), "")
+            cells.append(points(made["scores"][metric]["difference"]) + mark + _beside_default(made))
+        drawn = f" (mean of {SEEDS} draws [lowest, highest])" if method == RANDOM else ""
+        lines.append(f"| {method}{drawn} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"![{TITLES[name]}](bench/results/prune_curves_{name}.svg)"])
 
 
-SWAPPED = (("value", "value"), ("low", "high"), ("high", "low"))
+def _beside_default(made: dict[str, Any]) -> str:
+    difference = made.get("against default")
+    if not difference or difference["low"] <= 0 <= difference["high"]:
+        return ""
+    return BETTER if difference["value"] > 0 else WORSE
+
+
+def drawings() -> dict[Path, str]:
+    """Return the curves of every contest as standing SVG files."""
+    made = {}
+    for name, document in read("prune_table").items():
+        rows, metric = document["rows"], METRICS[CONTESTS[name].task]
+        if not _ratios(rows):
+            continue
+        found = []
+        for method in _methods(rows):
+            scores = {1.0: _estimate(rows["original"], metric)}
+            for ratio in _ratios(rows):
+                if method == RANDOM:
+                    scores[1 - ratio] = Estimate.from_json(_random(rows, metric, ratio))
+                elif row := rows.get(f"{method} {ratio:g}"):
+                    scores[1 - ratio] = _estimate(row, metric)
+            found.append(Curve(method, scores))
+        figure = curves(TITLES[name], metric, sorted(found, key=lambda curve: curve.method == RANDOM), LEFT)
+        made[RESULTS / f"prune_curves_{name}.svg"] = standing(figure)
+    return made
+
+
+def _estimate(row: dict[str, Any], metric: str) -> Estimate:
+    return Estimate.from_json(row["scores"][metric])
+
+
+def _methods(rows: dict[str, Any]) -> list[str]:
+    """The methods that were measured, in the order of the contest's."""
+    return list(dict.fromkeys(row.split(" ")[0] for row in rows if row != "original"))
+
+
+def _ratios(rows: dict[str, Any]) -> list[float]:
+    """The ratios at which the default and every random draw were measured: what all else is set beside."""
+    found = {float(row.split(" ")[1].rstrip(",")) for row in rows if row != "original"}
+    needed = (f"{DEFAULT} {{0:g}}", *(f"{RANDOM} {{0:g}}, seed {seed}" for seed in range(SEEDS)))
+    return sorted(ratio for ratio in found if all(name.format(ratio) in rows for name in needed))
+
+
+def _random(rows: dict[str, Any], metric: str, ratio: float, key: str = "") -> dict[str, Any]:
+    """The mean of the draws, the lowest and the highest: units are few, and draws differ by more than samples do."""
+    drawn = [rows[f"{RANDOM} {ratio:g}, seed {seed}"]["scores"][metric] for seed in range(SEEDS)]
+    values = [(each[key] if key else each)["value"] for each in drawn]
+    return {"value": sum(values) / SEEDS, "low": min(values), "high": max(values), "n": drawn[0]["n"]}

@@ -208,15 +208,18 @@ def drawings() -> dict[Path, str]:
                 )
         found = [Curve(method, scores) for method, scores in methods.items()]
         figure = curves(TITLES[name], _metric(name), sorted(found, key=lambda curve: curve.method == RANDOM))
-        drawing = figure[figure.index("<svg") : figure.index("</svg>") + len("</svg>")]
-        style = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" fill="#333"'
-        white = '<rect width="100%" height="100%" fill="white"/>'
-        opened = drawing.index(">") + 1
-        drawing = (
-            drawing[:opened].replace("<svg", style) + white + drawing[opened:].replace('class="axis"', 'stroke="#ccc"')
-        )
-        made[RESULTS / f"token_curves_{name}.svg"] = drawing + "\n"
+        made[RESULTS / f"token_curves_{name}.svg"] = standing(figure)
     return made
+
+
+def standing(figure: str) -> str:
+    """Return the drawing of a figure of the report as an SVG file that needs no page around it."""
+    drawing = figure[figure.index("<svg") : figure.index("</svg>") + len("</svg>")]
+    style = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" fill="#333"'
+    white = '<rect width="100%" height="100%" fill="white"/>'
+    opened = drawing.index(">") + 1
+    drawn = drawing[:opened].replace("<svg", style) + white + drawing[opened:].replace('class="axis"', 'stroke="#ccc"')
+    return drawn + "\n"
 
 
 def _metric(name: str) -> str:

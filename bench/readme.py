@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from bench import matrix, measured, measured_tokens
+from bench import matrix, measured, measured_pruning, measured_tokens
 from mmcompress.cli.__main__ import COMMANDS, cli
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -86,6 +86,10 @@ def _with_commands(document: str) -> str:
     return before + section() + after
 
 
+def _drawings() -> dict[Path, str]:
+    return measured_tokens.drawings() | measured_pruning.drawings()
+
+
 def main() -> None:
     """Write README.md, or check it."""
     parser = argparse.ArgumentParser(description="Write every command's --help into README.md.")
@@ -95,7 +99,7 @@ def main() -> None:
     new = updated(old)
     if not checking:
         README.write_text(new, encoding="utf-8")
-        for path, drawing in measured_tokens.drawings().items():
+        for path, drawing in _drawings().items():
             path.write_text(drawing, encoding="utf-8")
         return
     if old != new:
@@ -103,7 +107,7 @@ def main() -> None:
             old.splitlines(), new.splitlines(), "README.md", "what it should be", lineterm=""
         )
         sys.exit("\n".join([*changes, "README.md is out of date: make readme"]))
-    for path, drawing in measured_tokens.drawings().items():
+    for path, drawing in _drawings().items():
         if not path.exists() or path.read_text(encoding="utf-8") != drawing:
             sys.exit(f"{path.name} is out of date: make readme")
 

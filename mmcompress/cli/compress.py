@@ -179,6 +179,19 @@ def tables(document: dict[str, Any]) -> None:
             ],
             left=4,
         )  # fmt: skip
+    if document.get("split"):
+        render.table(
+            "How the budget was split",
+            ["step", "tower", "units", "before", "after", "share removed", "parameters removed", "MMACs removed"],
+            [
+                [
+                    row["step"], row["tower"], row["kind"], f"{row['before']:,}", f"{row['after']:,}", f"{row['share']:.3f}",
+                    f"{row['parameters']:,}", f"{row['macs'] / 1e6:,.1f}",
+                ]
+                for row in document["split"]
+            ],
+            left=3,
+        )  # fmt: skip
     if document["speeds"]:
         render.table(
             "Speed",

@@ -35,6 +35,7 @@ from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.passes.base import Context
+from mmcompress.passes.prune_split import recorded_splits
 from mmcompress.pipeline import Stage, Workplace
 from mmcompress.progress import Progress, Silent
 from mmcompress.recipe import Gates, Recipe
@@ -57,6 +58,8 @@ class Result:
     """Drawings of what became of patches."""
     sensitivity: tuple[Row, ...] = ()
     """What quantizing each group of layers alone did, where that was asked for."""
+    split: tuple[dict[str, Any], ...] = ()
+    """How the budgets of pruning were split over towers and kinds of units."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of ``--json``."""
@@ -70,6 +73,7 @@ class Result:
             "why": self.manifest.why,
             "pictures": [str(path) for path in self.pictures],
             "sensitivity": [dataclasses.asdict(row) for row in self.sensitivity],
+            "split": list(self.split),
         }
 
 
@@ -189,7 +193,7 @@ def _streamed(
     finally:
         place.close()
     place.remove()
-    return Result(output, manifest, findings, tuple(rows))
+    return Result(output, manifest, findings, tuple(rows), split=tuple(recorded_splits(manifest.records)))
 
 
 def follow(model: str | Path, recipe: Recipe, output: str | Path, *, allow_pickle: bool = False) -> None:
@@ -255,7 +259,9 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Sa
     target = free_name(output.with_name(output.name + ".rejected")) if failed else output
     pictures = tuple(target / "reports" / name for name in drawn)
     judged = tuple(judged_groups([record for record in here if record.params.get("sensitivity")]))
-    result = Result(output, manifest, findings, tuple(run.rows), speeds, gates, pictures, judged)
+    result = Result(
+        output, manifest, findings, tuple(run.rows), speeds, gates, pictures, judged, tuple(recorded_splits(here))
+    )
     publish(final, target)
     place.remove()
     if failed:

@@ -40,7 +40,9 @@ class Curve:
     scores: dict[float, Estimate]
 
 
-def curves(title: str, y_label: str, found: Sequence[Curve]) -> Markup:
+def curves(
+    title: str, y_label: str, found: Sequence[Curve], x_label: str = "share of the tokens that is kept"
+) -> Markup:
     """Return a figure of shares from 0 to 1; nothing where no method was measured at two shares."""
     if not any(len(curve.scores) > 1 for curve in found):
         return Markup("")
@@ -49,7 +51,7 @@ def curves(title: str, y_label: str, found: Sequence[Curve]) -> Markup:
     margin = max(high - low, 1e-6) * 0.06
     x = scale(0.0, 1.04, PLOT.left, PLOT.right)
     y = scale(min(low, max(0.0, low - margin)), high + margin, PLOT.bottom, PLOT.top)
-    parts = [axes(x, y, "share of the tokens that is kept", y_label, PLOT)]
+    parts = [axes(x, y, x_label, y_label, PLOT)]
     for number, curve in enumerate(found):
         colour = GREY if curve.method == RANDOM else COLOURS[number % len(COLOURS)]
         aside = (number - (len(found) - 1) / 2) * APART

@@ -10,13 +10,15 @@ cheapest one that could come back does not fit. Hence
 - the value lost exceeds the optimum's by less than one chunk (the fractional relaxation bounds the optimum from below).
 
 Ties are broken by the order of layers, then by index, so the result does not depend on the platform's sort.
+
+`allocate_evenly` takes the same share of every layer instead: the plain baseline. `ops.evolution` searches from both.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -61,28 +63,88 @@ def allocate(layers: Sequence[Layer], remove: int) -> list[list[int]]:
 
     Raises ValueError when `remove` exceeds `removable_cost` or when tied layers differ in width.
     """
-    if remove > removable_cost(layers):
-        raise ValueError(f"{remove} to remove, {removable_cost(layers)} removable")
-    order = [sorted(range(len(layer.values)), key=lambda unit: (layer.values[unit], unit)) for layer in layers]
-    groups = _groups(layers)
-    chunks = [_chunks(layers, members, order) for members in groups]
-    gone = [0] * len(groups)
-    removed = 0
-    heap = [(_density(queue[0]), group) for group, queue in enumerate(chunks) if queue]
-    heapq.heapify(heap)
-    while removed < remove and heap:
-        _, group = heapq.heappop(heap)
-        removed += chunks[group][gone[group]].cost
-        gone[group] += 1
-        if gone[group] < len(chunks[group]):
-            heapq.heappush(heap, (_density(chunks[group][gone[group]]), group))
-    _restore(chunks, gone, removed - remove)
-    kept: list[list[int]] = [[] for _ in layers]
-    for members, queue, count in zip(groups, chunks, gone, strict=True):
-        width = sum(chunk.width for chunk in queue[:count])
-        for member in members:
-            kept[member] = sorted(order[member][width:])
-    return kept
+    removal = Removal(layers)
+    return removal.kept(removal.greedy(remove))
+
+
+def allocate_evenly(layers: Sequence[Layer], remove: int) -> list[list[int]]:
+    """Return what `allocate` does, where every layer gives up the same share of its units: values only order those of a layer.
+
+    Shares are as equal as chunks allow: what is left is within one chunk of the budget here too.
+    """
+    return allocate(evenly(layers), remove)
+
+
+def evenly(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers with values by which chunks go in the order of the share of their layer that is gone by then."""
+    made = []
+    for layer in layers:
+        units = len(layer.values)
+        shares = [0.0] * units
+        for place, unit in enumerate(_order(layer)):
+            shares[unit] = layer.cost * (place + 0.5) / units
+        made.append(replace(layer, values=tuple(shares)))
+    return made
+
+
+class Removal:
+    """What can go of some layers, chunk by chunk, and in which order inside each group of tied layers.
+
+    How much goes is a count of chunks for each group, `gone`: what searches change.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        """Raises ValueError when tied layers differ in width."""
+        self.layers = layers
+        self.order = [_order(layer) for layer in layers]
+        self.groups = _groups(layers)
+        self.chunks = [_chunks(layers, members, self.order) for members in self.groups]
+
+    def removed(self, gone: Sequence[int]) -> int:
+        """Return the cost of what is gone."""
+        return sum(chunk.cost for queue, count in zip(self.chunks, gone, strict=True) for chunk in queue[:count])
+
+    def greedy(self, remove: int) -> list[int]:
+        """Return what goes in order of value per cost. Raises ValueError when `remove` exceeds what can go."""
+        if remove > removable_cost(self.layers):
+            raise ValueError(f"{remove} to remove, {removable_cost(self.layers)} removable")
+        gone = [0] * len(self.groups)
+        removed = 0
+        heap = [(_density(queue[0]), group) for group, queue in enumerate(self.chunks) if queue]
+        heapq.heapify(heap)
+        while removed < remove and heap:
+            _, group = heapq.heappop(heap)
+            queue = self.chunks[group]
+            removed += queue[gone[group]].cost
+            gone[group] += 1
+            if gone[group] < len(queue):
+                heapq.heappush(heap, (_density(queue[gone[group]]), group))
+        _restore(self.chunks, gone, removed - remove)
+        return gone
+
+    def within(self, gone: Sequence[int], remove: int, pick: Callable[[Sequence[int]], int]) -> list[int]:
+        """Return `gone` brought to the budget: while too little goes, one more chunk of a group; then chunks are put back that need
+        not go. `pick` chooses of the groups that can.
+        """
+        fitted = list(gone)
+        while (removed := self.removed(fitted)) < remove:
+            fitted[pick([group for group, queue in enumerate(self.chunks) if fitted[group] < len(queue)])] += 1
+        _restore(self.chunks, fitted, removed - remove, pick)
+        return fitted
+
+    def kept(self, gone: Sequence[int]) -> list[list[int]]:
+        """Return the kept indices of each layer, ascending."""
+        kept: list[list[int]] = [[] for _ in self.layers]
+        for members, queue, count in zip(self.groups, self.chunks, gone, strict=True):
+            width = sum(chunk.width for chunk in queue[:count])
+            for member in members:
+                kept[member] = sorted(self.order[member][width:])
+        return kept
+
+
+def _order(layer: Layer) -> list[int]:
+    """Return the units of a layer, the least valuable first."""
+    return sorted(range(len(layer.values)), key=lambda unit: (layer.values[unit], unit))
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
@@ -121,8 +183,10 @@ def _density(chunk: _Chunk) -> float:
     return chunk.value / chunk.cost if chunk.cost else float("inf")
 
 
-def _restore(chunks: list[list[_Chunk]], gone: list[int], slack: int) -> None:
-    """Put back the last removed chunks that fit into `slack`, the densest first; changes `gone`."""
+def _restore(
+    chunks: list[list[_Chunk]], gone: list[int], slack: int, pick: Callable[[Sequence[int]], int] | None = None
+) -> None:
+    """Put back the last removed chunks that fit into `slack`, the densest first or as `pick` chooses; changes `gone`."""
     while True:
         fitting = [
             (-_density(queue[gone[group] - 1]), group)
@@ -131,6 +195,6 @@ def _restore(chunks: list[list[_Chunk]], gone: list[int], slack: int) -> None:
         ]
         if not fitting:
             return
-        group = min(fitting)[1]
+        group = pick([group for _, group in fitting]) if pick else min(fitting)[1]
         gone[group] -= 1
         slack -= chunks[group][gone[group]].cost

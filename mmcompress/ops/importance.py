@@ -63,6 +63,17 @@ def block_influence(before: Tensor, after: Tensor) -> Tensor:
     return (1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)).mean()
 
 
+def head_relevance(weights: Tensor, gradients: Tensor) -> Tensor:
+    """Return the mean of ``relu(dA * A)`` of every head over samples, queries and keys: two (B, H, N, S) -> (H,)."""
+    return (weights.float() * gradients.float()).relu().mean((0, 2, 3))
+
+
+def by_norm(scores: Tensor) -> Tensor:
+    """Return scores divided by their root mean square; all zero stays zero."""
+    size = scores.square().mean().sqrt()
+    return scores / size if size > 0 else scores
+
+
 def relative(scores: Tensor) -> Tensor:
     """Return scores divided by their mean, so that layers of different scale compare; all zero stays zero."""
     mean = scores.mean()

@@ -47,6 +47,23 @@ def shrinkage(covariance: Tensor, count: float) -> float:
     return min(1.0, ((1 - 2 / channels) * squares + trace**2) / spread) if spread > 0 else 1.0
 
 
+def conditioned(moments: Moments, centred: bool, ridge: float) -> Tensor:
+    """Return the covariance (C, C), or the second moment, that `repair` works with: shrunk, and with the ridge.
+
+    It can be inverted: its ridge is a millionth at least, more than what float32 moments are wrong by. `moments.second` is
+    overwritten.
+    """
+    assert moments.second is not None, "only means are known"
+    covariance = moments.second
+    if centred:
+        covariance = covariance.addr_(moments.mean, moments.mean, alpha=-1)
+    share = shrinkage(covariance, moments.count)
+    scale = float(covariance.diagonal().mean()) or 1.0
+    covariance = covariance.mul_(1 - share)
+    covariance.diagonal().add_((share + max(ridge, 1e-6)) * scale)
+    return covariance
+
+
 def repair(
     weight: Tensor, bias: Tensor | None, kept: Tensor, moments: Moments, ridge: float
 ) -> tuple[Tensor, Tensor | None]:

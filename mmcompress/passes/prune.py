@@ -8,7 +8,11 @@ How scores of different layers compare (`normalise`): with "layer", scores are d
 that times its cost, so every layer gives up its relatively least useful units and layers differ by how uneven their scores are.
 With "kind" they are standardised over all units of one kind, of all towers, and sorted (UPop). With "none" scores are taken as the
 damage of removing a unit, in one currency for all layers and both towers, and the least damage per parameter or MAC goes first;
-Taylor scores mean just that. "auto" is "none" for Taylor, "layer" otherwise.
+Taylor and optimal brain surgeon mean just that. "auto" is "none" for these two, "layer" otherwise, but for signed and absolute
+first-order effects, which are divided by the root mean square of the layer.
+
+How many units each layer gives up (`allocate`) follows from that with "knapsack". "even" asks scores only which units of a layer
+go, and "evolutionary" tries on the model how many of each (`prune_evolution`).
 """
 
 from __future__ import annotations
@@ -22,25 +26,30 @@ from torch import Tensor
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.manifest import Json
 from mmcompress.passes import prune_scores
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.latency import SECONDS
-from mmcompress.passes.prune_budget import Bounds, choose, pools, require_possible, worth
+from mmcompress.passes.prune_budget import (
+    Allocator,
+    Bounds,
+    choose,
+    even,
+    knapsack,
+    pools,
+    require_possible,
+    worth,
+)
 from mmcompress.passes.prune_checks import require_prunable, require_sensible
 from mmcompress.passes.prune_crosscheck import crosscheck
 from mmcompress.passes.prune_cut import cut_blocks, cut_heads, cut_neurons, set_parameters
+from mmcompress.passes.prune_effects import taylor
+from mmcompress.passes.prune_evolution import Evolution
 from mmcompress.passes.prune_latency import plan_within_latency
+from mmcompress.passes.prune_relevance import relevance
 from mmcompress.passes.prune_repair import repaired_readers
-from mmcompress.passes.prune_units import (
-    Costs,
-    Group,
-    count_costs,
-    count_tokens,
-    list_groups,
-    read_ranges,
-    write_ranges,
-)
+from mmcompress.passes.prune_split import decisions, split
+from mmcompress.passes.prune_surgeon import surgeon
+from mmcompress.passes.prune_units import Group, count_costs, count_tokens, list_groups, read_ranges
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.views import Tower
 
@@ -68,18 +77,41 @@ class Prune:
     """What is counted: parameters, or multiply-accumulates at the family's example input size."""
     units: tuple[str, ...] = ("heads", "neurons")
     """What may go: heads, neurons, or blocks alone."""
-    score: Literal["taylor", "activation", "magnitude", "block-influence", "random"] = "taylor"
-    """What makes a unit important. Taylor, activation (Wanda) and block-influence need data; random is the control."""
-    objective: Literal["embedding", "contrastive"] = "embedding"
-    """What Taylor scores differentiate: each embedding by itself (no pairs needed), or the contrastive loss of batches of pairs."""
+    score: Literal[
+        "taylor",
+        "taylor-signed",
+        "taylor-absolute",
+        "obs",
+        "activation",
+        "relevance",
+        "magnitude",
+        "block-influence",
+        "random",
+    ] = "taylor"
+    """What makes a unit important. First-order effects on `objective`: taylor is their mean square (Fisher, optimal brain damage),
+    taylor-signed their mean, taylor-absolute the mean of their sizes (Michel); obs: what refitting the rest cannot make up for
+    (optimal brain surgeon); activation: Wanda; relevance: attention and its gradient (Chefer), of heads alone; block-influence:
+    of blocks alone; random is the control. Only magnitude and random need no data."""
+    objective: Literal["embedding", "contrastive", "answers"] = "embedding"
+    """What Taylor scores differentiate: each embedding by itself (no pairs needed), the contrastive loss of batches of pairs, or
+    the likelihood of right answers."""
+    balance: bool = False
+    """Activation scores of a language model that is shown pictures: image tokens and text tokens count as much together."""
     normalise: Literal["auto", "layer", "kind", "none"] = "auto"
     """How scores of layers compare: relative to their layer, standardised over all heads and all neurons, as they are, or (auto)
     whichever suits the score."""
+    allocate: Literal["knapsack", "even", "evolutionary"] = "knapsack"
+    """How the budget is shared out: least loss of score per cost; the same share from every group of units; or an evolutionary
+    search over how many units each gives up, judged on samples by the model with those units silenced (needs data)."""
+    evaluations: int = 100
+    """Evolutionary allocation only: how many allocations are tried."""
+    judging_samples: int = 32
+    """Evolutionary allocation only: how many samples each is tried on."""
     compensate: Literal["least-squares", "bias", "none"] = "least-squares"
     """Repair what stays: refit the reading Linears to their outputs in the uncut model, fold the removed mean into their biases,
     or neither. Needs data. Blocks are removed without repair."""
     ridge: float = 0.01
-    """Least squares only: how strongly refitted weights are held to the original, relative to the channels' variance."""
+    """Least squares and obs only: how strongly refitted weights are held to the original, relative to the channels' variance."""
     uniform: bool = False
     """The same width in every block of a tower, so that config.json can say it."""
     towers: tuple[str, ...] = ()
@@ -100,22 +132,27 @@ class Prune:
         """Return the pass that removes as much at random, repaired the same way."""
         if self.score == "random":
             return None
+        random = dataclasses.replace(self, score="random", balance=False, allocate="knapsack", objective="embedding")
         if self.latency_ms is not None and decisions is not None:
             left = sum(costs["macs"] for costs in decisions["after"].values())
-            return dataclasses.replace(self, score="random", latency_ms=None, budget="macs", target=float(left))
-        return dataclasses.replace(self, score="random")
+            return dataclasses.replace(random, latency_ms=None, budget="macs", target=float(left))
+        return random
 
     def streams(self, data: bool = False) -> bool:
         """Whether scores come from one block's weights at a time, and nothing is repaired."""
         repairs = self.compensate != "none" and "blocks" not in self.units
-        return self.score in ("magnitude", "random") and not repairs and not self.crosscheck and not data
+        alone = self.score in ("magnitude", "random") and self.allocate != "evolutionary"
+        return alone and not repairs and not self.crosscheck and not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """One look at the samples for the scores, with gradients for Taylor's, and two for the repair."""
-        scores = {"taylor": 3, "activation": 1, "block-influence": 1}.get(self.score, 0)
+        """One look at the samples for the scores, with gradients for most, two for the repair, one for each allocation tried."""
+        scores = {"magnitude": 0, "random": 0, "activation": 1, "block-influence": 1}.get(self.score, 3)
         repair = 2 if self.compensate != "none" and "blocks" not in self.units else 0
         timed = SECONDS if self.latency_ms is not None else 0.0
-        return (scores + repair) * work.samples * work.forward + timed
+        tried = 0
+        if self.allocate == "evolutionary":
+            tried = (self.evaluations + repair) * min(self.judging_samples, work.samples)
+        return ((scores + repair) * work.samples + tried) * work.forward + timed
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers, modules and ratios this cannot work on."""
@@ -135,18 +172,24 @@ class Prune:
         """Return the plan for a share that is given; `scores` are those of all groups, where they are known."""
         totals, groups, bounds, wanted = self.survey(bundle, self.chosen(bundle))
         chosen: dict[Group, list[int]] = {}
+        means = self.compensate != "none" and "blocks" not in self.units
+        search = Evolution(bundle, context, self.evaluations, self.judging_samples, means)
+        allocators: dict[str, Allocator] = {"knapsack": knapsack, "even": even, "evolutionary": search}
         if wanted:
             names = {name for pool in wanted for name in pool.towers}
             groups = [group for group in groups if group.tower in names]
             found = self.scores(bundle, groups, context) if scores is None else scores
             values = worth(groups, found, self._normalise(), self.budget)
             for pool in wanted:
-                chosen |= choose(bundle.family.name, pool, groups, values, bounds, self.budget)
+                chosen |= choose(
+                    bundle.family.name, pool, groups, values, bounds, self.budget, allocators[self.allocate]
+                )
         cut = {group: kept for group, kept in chosen.items() if len(kept) < group.units}
         tensors: dict[str, Tensor] = {}
-        if cut and self.compensate != "none" and "blocks" not in self.units:
+        if cut and means:
             tensors = repaired_readers(bundle, cut, context, self.compensate, self.ridge)
-        return Plan(decisions(totals, cut, bounds), tensors)
+        facts = {"split": split(groups, cut), **({"search": search.facts} if search.facts else {})}
+        return Plan(decisions(totals, cut, bounds.depths), tensors, facts)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Cut what was decided, in place."""
@@ -217,35 +260,20 @@ class Prune:
         if self.score == "magnitude":
             return prune_scores.magnitude(bundle, groups)
         if self.score == "activation":
-            return prune_scores.activation(bundle, groups, context, centred=self.compensate != "none")
+            return prune_scores.activation(bundle, groups, context, self.compensate != "none", self.balance)
         if self.score == "block-influence":
             return prune_scores.block_influence(bundle, groups, context)
-        return prune_scores.taylor(bundle, groups, context, self.objective)
+        if self.score == "obs":
+            return surgeon(bundle, groups, context, self.ridge)
+        if self.score == "relevance":
+            return relevance(bundle, groups, context)
+        return taylor(bundle, groups, context, self.objective, self.score)
 
     def _normalise(self) -> str:
         if self.score == "random":
             return "cost"
         if self.normalise != "auto":
             return self.normalise
-        return "none" if self.score == "taylor" else "layer"
-
-
-def decisions(totals: dict[str, Costs], cut: dict[Group, list[int]], bounds: Bounds) -> dict[str, Json]:
-    """Return the kept units of every group that loses some, and what each tower costs before and after."""
-    kept: dict[str, dict[str, str]] = {"heads": {}, "neurons": {}, "blocks": {}}
-    after = {name: [costs.parameters, costs.macs] for name, costs in totals.items()}
-    gone_blocks: dict[str, set[int]] = {}
-    for group, indices in cut.items():
-        after[group.tower][0] -= group.cost.parameters * (group.units - len(indices))
-        after[group.tower][1] -= group.cost.macs * (group.units - len(indices))
-        if group.kind == "blocks":
-            gone_blocks.setdefault(group.tower, set()).add(group.block)
-        else:
-            kept[group.kind][group.key] = write_ranges(indices)
-    for name, gone in gone_blocks.items():
-        kept["blocks"][name] = write_ranges([index for index in range(bounds.depths[name]) if index not in gone])
-    return {
-        "kept": kept,
-        "before": {name: asdict(costs) for name, costs in totals.items()},
-        "after": {name: asdict(Costs(*costs)) for name, costs in after.items()},
-    }
+        return {"taylor": "none", "obs": "none", "taylor-signed": "norm", "taylor-absolute": "norm"}.get(
+            self.score, "layer"
+        )

@@ -7,7 +7,7 @@ another.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,6 +18,9 @@ from mmcompress.ops import allocation, importance
 from mmcompress.ops.allocation import Layer
 from mmcompress.ops.progressive import standardised
 from mmcompress.passes.prune_units import Costs, Group
+
+Allocator = Callable[[Sequence[Group], Sequence[Layer], int], list[list[int]]]
+"""(groups, the same as the allocator sees them, cost that has to go) -> kept units of each."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,18 @@ def require_possible(family: str, pool: Pool, groups: Sequence[Group], bounds: B
 
 
 def choose(
-    family: str, pool: Pool, groups: Sequence[Group], values: Sequence[Tensor], bounds: Bounds, measure: str
+    family: str,
+    pool: Pool,
+    groups: Sequence[Group],
+    values: Sequence[Tensor],
+    bounds: Bounds,
+    measure: str,
+    allocator: Allocator | None = None,
 ) -> dict[Group, list[int]]:
-    """Return the units each of the pool's groups keeps. Raises UsageError when the lower bounds leave too little."""
+    """Return the units each of the pool's groups keeps, shared out by `allocator`, else the knapsack.
+
+    Raises UsageError when the lower bounds leave too little.
+    """
     priced = [
         (group, value.tolist()) for group, value in zip(groups, values, strict=True) if group.tower in pool.towers
     ]
@@ -105,34 +117,45 @@ def choose(
     most = allocation.removable_cost(layers)
     if pool.remove > most:
         _refuse(family, pool, [group for group, _ in priced], most, measure)
-    kept = allocation.allocate(layers, pool.remove)
+    shared_out = allocator or knapsack
+    kept = shared_out([group for group, _ in free], layers, pool.remove)
     chosen = {group: indices for (group, _), indices in zip(free, kept, strict=True)}
     return {group: chosen.get(group, [0]) for group, _ in priced}
+
+
+def knapsack(groups: Sequence[Group], layers: Sequence[Layer], remove: int) -> list[list[int]]:
+    """Return what `ops.allocation.allocate` keeps."""
+    return allocation.allocate(layers, remove)
+
+
+def even(groups: Sequence[Group], layers: Sequence[Layer], remove: int) -> list[list[int]]:
+    """Return what `ops.allocation.allocate_evenly` keeps."""
+    return allocation.allocate_evenly(layers, remove)
 
 
 def worth(groups: Sequence[Group], scores: Sequence[Tensor], normalise: str, measure: str) -> list[Tensor]:
     """Return what each unit is worth, comparable over all groups: scores as they are, or relative to their layer.
 
-    "layer" divides by the mean of the layer (for blocks: of the tower) and multiplies by the cost; "kind" standardises over all
-    units of a kind and multiplies by the cost; "cost" only multiplies by the cost, so that cheap and expensive units are as likely
-    to go.
+    "layer" divides by the mean of the layer (for blocks: of the tower) and multiplies by the cost, "norm" divides by the layer's
+    root mean square, "kind" standardises over all units of a kind; "cost" only multiplies by the cost, so that cheap and expensive
+    units are as likely to go.
     """
     if normalise == "none":
         return list(scores)
-    if normalise == "layer":
-        scores = _relative(groups, scores)
-    elif normalise == "kind":
+    if normalise == "kind":
         scores = standardised(scores, [group.kind for group in groups])
+    elif normalise != "cost":
+        scores = _relative(groups, scores, importance.by_norm if normalise == "norm" else importance.relative)
     return [score.double() * group.cost.of(measure) for group, score in zip(groups, scores, strict=True)]
 
 
-def _relative(groups: Sequence[Group], scores: Sequence[Tensor]) -> list[Tensor]:
+def _relative(groups: Sequence[Group], scores: Sequence[Tensor], to_layer: Callable[[Tensor], Tensor]) -> list[Tensor]:
     by_tower: dict[str, float] = {}
     for name in {group.tower for group in groups}:
         found = [float(s.mean()) for g, s in zip(groups, scores, strict=True) if g.kind == "blocks" and g.tower == name]
         by_tower[name] = sum(found) / len(found) if found else 0.0
     return [
-        score / (by_tower[group.tower] or 1.0) if group.kind == "blocks" else importance.relative(score)
+        score / (by_tower[group.tower] or 1.0) if group.kind == "blocks" else to_layer(score)
         for group, score in zip(groups, scores, strict=True)
     ]
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mmcompress.bundle import Bundle, DualEncoder
+from mmcompress.bundle import Bundle, DualEncoder, TeacherForced
 from mmcompress.errors import UsageError, closest
 from mmcompress.passes.base import require_milliseconds, require_one
+from mmcompress.passes.prune_effects import SUMMARIES
+from mmcompress.passes.prune_relevance import require_maps
 from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.views import Tower
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from mmcompress.passes.prune import Prune
 
 KINDS = ("heads", "neurons", "blocks")
-BLOCK_SCORES = ("block-influence", "taylor", "random")
+BLOCK_SCORES = ("block-influence", *SUMMARIES, "random")
 
 
 def require_sensible(settings: Prune) -> None:
@@ -42,28 +44,66 @@ def require_sensible(settings: Prune) -> None:
     if "blocks" in settings.units and len(set(settings.units)) > 1:
         raise UsageError("prune.units mixes blocks with parts of blocks", hint="use two prune steps, blocks first")
     if ("blocks" in settings.units) != (settings.score == "block-influence") and settings.score not in BLOCK_SCORES[1:]:
-        fitting = BLOCK_SCORES if "blocks" in settings.units else ("taylor", "activation", "magnitude", "random")
+        others = (*SUMMARIES, "obs", "activation", "magnitude", "random")
+        fitting = BLOCK_SCORES if "blocks" in settings.units else others
         raise UsageError(
             f"prune.score {settings.score} does not rank {' and '.join(settings.units)}",
             hint="use " + ", ".join(fitting),
         )
     if settings.uniform and settings.protect:
         raise UsageError("prune.uniform and prune.protect contradict each other", hint="drop one of them")
+    _require_sensible_score(settings)
+    _require_sensible_allocation(settings)
+
+
+def _require_sensible_score(settings: Prune) -> None:
+    if settings.score == "relevance" and set(settings.units) != {"heads"}:
+        raise UsageError(
+            "prune.score relevance ranks heads, by their attention maps, and prune.units has others",
+            hint="use units=heads, and another prune step for neurons",
+        )
+    if settings.score == "taylor-signed" and settings.objective == "embedding":
+        raise UsageError(
+            "prune.score taylor-signed averages effects with their sign, and objective=embedding draws its sign at random",
+            hint="use objective=contrastive (dual encoders), objective=answers (what answers in words), or score=taylor",
+        )
+    if settings.balance and settings.score != "activation":
+        raise UsageError(
+            f"prune.balance weighs tokens for score activation, and the score is {settings.score}",
+            hint="use score=activation, or leave balance out",
+        )
+
+
+def _require_sensible_allocation(settings: Prune) -> None:
+    for key, value in (("evaluations", settings.evaluations), ("judging_samples", settings.judging_samples)):
+        if value < 2:
+            raise UsageError(
+                f"prune.{key} is {value}; expected at least 2", hint="more find better allocations, slower"
+            )
+    if settings.allocate != "knapsack" and "blocks" in settings.units:
+        raise UsageError(
+            f"prune.allocate {settings.allocate} shares units out among blocks, and whole blocks are to go",
+            hint="use allocate=knapsack",
+        )
+    if settings.allocate == "evolutionary" and settings.latency_ms is not None:
+        raise UsageError(
+            "prune.allocate evolutionary would search anew for every share that prune.latency_ms tries",
+            hint="use allocate=knapsack or even, or a budget of MACs",
+        )
 
 
 def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -> None:
     """Raise UsageError where layers of `towers` cannot be cut, or the score does not suit the model."""
-    if (
-        settings.score == "taylor"
-        and settings.objective == "contrastive"
-        and not isinstance(bundle.family, DualEncoder)
-    ):
+    _require_objective(settings, bundle, towers)
+    if settings.balance and not any(tower.prompt for tower in towers):
         raise UsageError(
-            f"prune.objective is contrastive, and {bundle.family.name} models embed nothing into a shared space",
-            hint="use objective=embedding",
+            "prune.balance weighs image tokens against text, and no tower to be pruned is given both",
+            hint="leave balance out, or name a language model that is shown pictures with --towers",
         )
     for tower in towers:
         _require_plain(settings, bundle, tower)
+    if settings.score == "relevance":
+        require_maps(bundle, towers)
     if "blocks" in settings.units and any(record.name == "merge-tokens" for record in bundle.history):
         raise UsageError(
             "tokens are already merged, with a schedule per block; removing blocks would break it",
@@ -81,6 +121,26 @@ def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -
                 f"blocks of the {tower.name} tower cannot be removed: {tower.why_fixed_depth}",
                 hint="prune its heads and neurons, or name other towers with --towers",
             )
+
+
+def _require_objective(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -> None:
+    if settings.score not in SUMMARIES:
+        return
+    if settings.objective == "contrastive" and not isinstance(bundle.family, DualEncoder):
+        raise UsageError(
+            f"prune.objective is contrastive, and {bundle.family.name} models embed nothing into a shared space",
+            hint="use objective=answers" if settings.score == "taylor-signed" else "use objective=embedding",
+        )
+    if settings.objective == "answers":
+        answering = bundle.family.answering if isinstance(bundle.family, TeacherForced) else ""
+        for tower in towers:
+            if tower.name != answering:
+                raise UsageError(
+                    f"prune.objective is answers, and the {tower.name} tower of {bundle.family.name} models gives none",
+                    hint=f"use --towers {answering}, or objective=embedding"
+                    if answering
+                    else "use objective=embedding",
+                )
 
 
 def _require_plain(settings: Prune, bundle: Bundle, tower: Tower) -> None:

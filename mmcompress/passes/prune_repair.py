@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.ops.reconstruction import Moments, repair
 from mmcompress.passes.base import Context
-from mmcompress.passes.prune_scores import stream_by_effect
+from mmcompress.passes.prune_effects import stream_by_effect
 from mmcompress.passes.prune_units import Group
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.linears import spread
@@ -35,7 +35,7 @@ def repaired_readers(
     """Return new weights (out, K) and biases (out,) of the readers of `kept`, by parameter name."""
     full = method == "least-squares"
     tensors: dict[str, Tensor] = {}
-    for part in _parts(bundle, list(kept), full):
+    for part in parts(bundle, list(kept), full):
         sums = {group.reader: Sums(full) for group in part}
         stream_by_effect(bundle, sums, context, f"compensate={method}")
         for group in part:
@@ -57,18 +57,18 @@ def repaired_readers(
     return tensors
 
 
-def _parts(bundle: Bundle, groups: list[Group], full: bool) -> list[list[Group]]:
+def parts(bundle: Bundle, groups: Sequence[Group], full: bool) -> list[list[Group]]:
     """Split the groups so that the second moments of a part fit; one part where only means are kept."""
     if not full:
-        return [groups]
+        return [list(groups)]
     limit = sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 8
-    parts: list[list[Group]] = []
+    found: list[list[Group]] = []
     used = limit
     for group in groups:
         size = 4 * (group.units * group.width) ** 2
         if used + size > limit:
-            parts.append([])
+            found.append([])
             used = 0
-        parts[-1].append(group)
+        found[-1].append(group)
         used += size
-    return parts
+    return found

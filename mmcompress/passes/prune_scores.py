@@ -1,46 +1,26 @@
-"""Scores for `prune`: how much each unit matters, from weights, activations or gradients on calibration data.
+"""Scores for `prune` from weights and activations: how much each unit matters. Those from gradients: `prune_effects` and others.
 
-Everything is streamed: forward statistics keep one number per channel. Taylor scores need no weight gradients: parameters are
-frozen and the gradient is taken with respect to the activations each reader sees, one small slice of a batch at a time, so memory
-is that of a few samples' activations (`_slice_size` keeps it near an eighth of the model's size). All scores are those of the uncut
-model: how units stand in for one another, and what is left to do once others are gone, they do not know.
-
-Two objectives for Taylor:
-
-- *embedding*: a random direction r of each sample's normalised embedding u. E (r . du)^2 = |du|^2, so the mean square of the gate
-  gradient is the squared displacement of the embedding when the unit goes, to first order (a Gauss-Newton step). Needs no
-  labels and no pairs, and both towers speak the same unit, so one budget over both is meaningful. A decoder's rows are the roots
-  of the next tokens' probabilities: |du|^2 is then a quarter of the Fisher information, averaged over the tokens.
-- *contrastive*: the symmetric InfoNCE loss of a batch of pairs. The gradient with respect to all embeddings is taken first,
-  without any graph of the towers; then each tower is walked in slices.
-
-Both average the square of the gate gradient over samples (Molchanov et al. 2019) rather than its absolute value (Michel et al.
-2019): squares of independent effects add up, absolute values do not, so only with squares can the damage per parameter of a head
-be compared with that of the hundred neurons it costs as much as. (Measured: absolute values removed nearly all heads.)
+Forward statistics are streamed and keep one number per channel. All scores are those of the uncut model: what is left to do
+once others are gone they do not know (but see `prune_surgeon`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops import importance
+from mmcompress.ops.balance import token_weights
 from mmcompress.passes.base import Context
-from mmcompress.passes.prune_units import Group, count_tokens
+from mmcompress.passes.prune_units import Group
+from mmcompress.passes.quantize_balance import image_places
 from mmcompress.progress import track
-from mmcompress.surgery.watch import Sums, evaluating, padding_mask, watch_blocks, watch_gradients, watch_inputs
-
-if TYPE_CHECKING:
-    from mmcompress.data import Sample
-
-Objective = Callable[[Tensor, int], Tensor]
-"""(embeddings (b, C) of a slice, its offset in the batch) -> scalar to differentiate."""
+from mmcompress.surgery.watch import Sums, evaluating, padding_mask, watch_blocks, watch_inputs
 
 
 def magnitude(bundle: Bundle, groups: Sequence[Group]) -> list[Tensor]:
@@ -62,32 +42,74 @@ def uniform_random(groups: Sequence[Group], seed: int) -> list[Tensor]:
     return [torch.rand(group.units, generator=generator) for group in groups]
 
 
-def activation(bundle: Bundle, groups: Sequence[Group], context: Context, centred: bool) -> list[Tensor]:
-    """Return the Wanda norm of each unit over calibration tokens; around the mean with `centred` (FLAP)."""
+def activation(
+    bundle: Bundle, groups: Sequence[Group], context: Context, centred: bool, balance: bool = False
+) -> list[Tensor]:
+    """Return the Wanda norm of each unit over calibration tokens; around the mean with `centred` (FLAP).
+
+    With `balance`, image tokens and text tokens of a language model count as much together, however many there are of each.
+    """
     sums = {group.reader: Sums(full=False) for group in groups}
-    _stream(bundle, sums, context, "activations")
+    texts = {path: Sums(full=False) for path in sums} if balance else {}
+    _stream(bundle, sums, texts, context, "activations")
     scores = []
     for group in groups:
         weight = bundle.module(group.reader).weight
         assert isinstance(weight, Tensor), f"{group.reader} has no weight"
-        norms = sums[group.reader].norms(centred)
-        scores.append(importance.group_activation(weight.detach(), norms, group.units))
+        seen = sums[group.reader]
+        if balance:
+            seen = _balanced(seen, texts[group.reader])
+        scores.append(importance.group_activation(weight.detach(), seen.norms(centred), group.units))
     return scores
 
 
-def _stream(bundle: Bundle, sums: dict[str, Sums], context: Context, label: str) -> None:
-    """Add the calibration tokens that each Linear reads to its sums. Raises UsageError without data."""
+def _balanced(images: Sums, texts: Sums) -> Sums:
+    """Return sums over both in which each kind counts half; of a tower that sees one kind only, those of that one."""
+    if not images.weight or not texts.weight:
+        return images if images.weight else texts
+    assert images.first is not None, "some tokens were added"
+    assert images.second is not None, "some tokens were added"
+    assert texts.first is not None, "some tokens were added"
+    assert texts.second is not None, "some tokens were added"
+    per_image, per_text = token_weights(1.0, round(images.weight), round(texts.weight))
+    mixed = Sums(full=False)
+    mixed.weight = per_image * images.weight + per_text * texts.weight
+    mixed.first = per_image * images.first + per_text * texts.first
+    mixed.second = per_image * images.second + per_text * texts.second
+    return mixed
+
+
+def _stream(bundle: Bundle, sums: dict[str, Sums], texts: dict[str, Sums], context: Context, label: str) -> None:
+    """Add the calibration tokens that each Linear reads to its `sums`; to `texts`, where given, those that are no image's.
+
+    Raises UsageError without data, and where tokens of a prompt are not told apart any more.
+    """
+    image: Tensor | None = None
+
+    def add(path: str, tokens: Tensor) -> None:
+        if image is None:
+            sums[path].add(tokens)
+            return
+        if len(tokens) != len(image):
+            raise UsageError(
+                f"prune.balance cannot tell image tokens from text: {path} is given {len(tokens)} tokens, the prompts have "
+                f"{len(image)}",
+                hint="prune before tokens are dropped on their way, or leave balance out",
+            )
+        for chosen, own in ((image, sums), (~image, texts)):
+            if chosen.any():
+                own[path].add(tokens[chosen])
+
     for tower in bundle.towers():
         mine = {path: bundle.module(path) for path in sums if tower.owns(path)}
         if not mine:
             continue
-        with (
-            evaluating(bundle.model),
-            torch.inference_mode(),
-            watch_inputs(mine, lambda path, tokens: sums[path].add(tokens)) as watch,
-        ):
+        image = None
+        with evaluating(bundle.model), torch.inference_mode(), watch_inputs(mine, add) as watch:
             for inputs in tower_batches(bundle, tower.name, context, label):
                 watch.mask = padding_mask(inputs)
+                if texts and tower.prompt is not None:
+                    image = image_places(inputs, tower.prompt.image_tokens)
                 bundle.encode(tower.name, inputs)
 
 
@@ -99,175 +121,13 @@ def block_influence(bundle: Bundle, groups: Sequence[Group], context: Context) -
         totals[path][0] += float(importance.block_influence(before, after)) * len(before)
         totals[path][1] += len(before)
 
-    for name, mine in _by_tower(groups):
+    for name, mine in by_tower(groups):
         modules = {group.reader: bundle.module(group.reader) for group in mine}
         with evaluating(bundle.model), torch.inference_mode(), watch_blocks(modules, record) as watch:
             for inputs in tower_batches(bundle, name, context, "block influence"):
                 watch.mask = padding_mask(inputs)
                 bundle.encode(name, inputs)
     return [torch.tensor([totals[group.reader][0] / totals[group.reader][1]]) for group in groups]
-
-
-def taylor(bundle: Bundle, groups: Sequence[Group], context: Context, objective: str) -> list[Tensor]:
-    """Return the mean square of each unit's first-order effect on the objective, per group (U,)."""
-    effects = Effects(groups)
-    for name, mine in _by_tower(groups):
-        modules: dict[str, nn.Module] = {group.reader: bundle.module(group.reader) for group in mine}
-        side: Literal["inputs", "updates"] = "updates" if mine[0].kind == "blocks" else "inputs"
-        step = _slice_size(bundle, name)
-        add = effects.add_sample if bundle.tower(name).packed else effects.add
-        with evaluating(bundle.model), watch_gradients(modules, add, side):
-            walk = _contrastive if objective == "contrastive" else _directions
-            for inputs, differentiate in walk(bundle, name, context, "Taylor score"):
-                _backward(bundle, name, inputs, differentiate, step)
-    return effects.means()
-
-
-def stream_by_effect(bundle: Bundle, sums: dict[str, Sums], context: Context, label: str) -> None:
-    """Add the calibration tokens that each Linear reads to its sums, weighted by how much its output there moves the embedding.
-
-    The weight is the squared gradient of a random direction of the normalised embedding with respect to the Linear's output at
-    the token. What a class-token readout never looks at, and padding, weighs nothing.
-    """
-
-    def record(path: str, states: Tensor, gradient: Tensor) -> None:
-        weights = gradient.float().square().sum(-1).flatten()
-        sums[path].add(states.reshape(-1, states.shape[-1]), weights)
-
-    for tower in bundle.towers():
-        mine = {path: bundle.module(path) for path in sums if tower.owns(path)}
-        if mine:
-            step = _slice_size(bundle, tower.name)
-            with evaluating(bundle.model), watch_gradients(mine, record, "outputs"):
-                for inputs, differentiate in _directions(bundle, tower.name, context, label):
-                    _backward(bundle, tower.name, inputs, differentiate, step)
-
-
-class Effects:
-    """Running means of squared gate gradients per unit, over samples."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = {group.reader: group for group in groups}
-        self.totals: dict[str, Tensor] = {}
-        self.counts = dict.fromkeys(self.groups, 0)
-
-    def add(self, path: str, states: Tensor, gradient: Tensor) -> None:
-        """Add the samples of one slice: states and gradient (b, N, C)."""
-        effect = importance.gate_gradients(states, gradient, self.groups[path].units)
-        size = effect.square().sum(0)
-        self.totals[path] = self.totals[path] + size if path in self.totals else size
-        self.counts[path] += len(effect)
-
-    def add_sample(self, path: str, states: Tensor, gradient: Tensor) -> None:
-        """Add the only sample of a slice, from a packed tower: states and gradient (N, C), or (windows, N, C)."""
-        self.add(path, states.reshape(1, -1, states.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1]))
-
-    def means(self) -> list[Tensor]:
-        """Return the mean per unit (U,), in the order of the groups; 0 where nothing that the tower gives out depends on it."""
-        return [
-            self.totals[path] / self.counts[path] if path in self.totals else torch.zeros(group.units)
-            for path, group in self.groups.items()
-        ]
-
-
-def _directions(
-    bundle: Bundle, tower: str, context: Context, label: str
-) -> Iterator[tuple[dict[str, Tensor], Objective]]:
-    """Yield each batch with a random direction of every sample's normalised embedding."""
-    generator = torch.Generator().manual_seed(context.seed)
-    for inputs in tower_batches(bundle, tower, context, label):
-        seed = int(torch.randint(2**31, (), generator=generator))
-
-        def differentiate(embeddings: Tensor, start: int, seed: int = seed) -> Tensor:
-            # Drawn per sample, so that the slice size does not change the result.
-            signs = torch.stack([_signs(embeddings.shape[1], seed + start + row) for row in range(len(embeddings))])
-            return (nn.functional.normalize(embeddings.float(), dim=-1) * signs.to(embeddings.device)).sum()
-
-        yield inputs, differentiate
-
-
-def _signs(width: int, seed: int) -> Tensor:
-    return torch.randint(0, 2, (width,), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
-
-
-def _contrastive(
-    bundle: Bundle, tower: str, context: Context, label: str
-) -> Iterator[tuple[dict[str, Tensor], Objective]]:
-    """Yield each batch of pairs with the gradient of its InfoNCE loss with respect to this tower's embeddings."""
-    if context.batch_size < 2:
-        raise UsageError(
-            f"the contrastive Taylor score tells the samples of a batch apart, and batch_size is {context.batch_size}",
-            hint="use a batch_size of 2 or more (16 is usual), or objective=embedding",
-        )
-    data = context.require_data(f"prune with {label}").subset(context.num_samples, context.seed)
-    media = bundle.dual.media
-    paired = [index for index in range(len(data)) if _has(data[index], media) and data[index].texts]
-    if len(paired) < 2:
-        raise UsageError(
-            f"the contrastive Taylor score needs at least 2 samples with {_HELD[media]} and a text",
-            hint="use objective=embedding, which needs no pairs",
-        )
-    scale = bundle.dual.similarity(bundle.model)[0].detach().float()
-    starts = range(0, len(paired), context.batch_size)
-    for start in track(starts, context.progress, f"{tower} {label}", len(starts)):
-        samples = [data[index] for index in paired[start : start + context.batch_size]]
-        inputs = {
-            media: bundle.prepare(media, [item for sample in samples for item in bundle.items(media, sample)]),
-            "text": bundle.prepare("text", [sample.texts[0] for sample in samples]),
-        }
-        with torch.no_grad():
-            leaves = {name: bundle.encode(name, part).float() for name, part in inputs.items()}
-        with torch.enable_grad():
-            for leaf in leaves.values():
-                leaf.requires_grad_()
-            shown, text = (nn.functional.normalize(leaves[name], dim=-1) for name in (media, "text"))
-            logits = scale * shown @ text.T
-            target = torch.arange(len(samples), device=logits.device)
-            loss = nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
-            (wanted,) = torch.autograd.grad(loss / 2, [leaves[tower]])
-
-        def differentiate(embeddings: Tensor, start: int, wanted: Tensor = wanted) -> Tensor:
-            return (embeddings.float() * wanted[start : start + len(embeddings)]).sum()
-
-        yield inputs[tower], differentiate
-
-
-_HELD = {"vision": "an image", "audio": "a recording"}
-
-
-def _has(sample: Sample, media: str) -> bool:
-    return (sample.audio if media == "audio" else sample.picture) is not None
-
-
-def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: Objective, step: int) -> None:
-    size = len(next(iter(inputs.values())))
-    for start in range(0, size, step):
-        part = {name: value[start : start + step] for name, value in inputs.items()}
-        with torch.enable_grad():
-            found = objective(bundle.encode(tower, part), start)
-            if (
-                found.requires_grad
-            ):  # else nothing that is watched reaches the output: blocks behind the one that is read
-                found.backward()
-
-
-def _slice_size(bundle: Bundle, name: str) -> int:
-    """Return how many samples may keep their graph at once: about an eighth of the model's bytes (or 32 MiB), at least one."""
-    tower = bundle.tower(name)
-    if tower.packed:
-        return 1  # whose tokens are whose is known of single samples only
-    allowed = max(2**25, sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 8)
-    seen = count_tokens(bundle, tower)
-    tokens = tower.stream.tokens if tower.stream else max(64, *(seen[block.attention.reader] for block in tower.blocks))
-    # Saved per token and block: the MLP's hidden states before and after the activation; norms, q, k, v, attention: about 8 C.
-    numbers = tokens * sum(8 * b.attention.heads * b.attention.head_dim + 3 * b.mlp.neurons for b in tower.blocks)
-    crosses = [block.cross for block in tower.blocks if block.cross]
-    numbers += sum(2 * seen[cross.writers[-1]] * cross.kv_heads * cross.head_dim for cross in crosses)
-    if tower.tied:
-        # What follows each token: logits, probabilities, their roots, the row, its direction and its gradient.
-        tables: list[Any] = [bundle.module(table) for table, _ in tower.tied]
-        numbers += 6 * tokens * sum(table.num_embeddings for table in tables)
-    return max(1, min(64, allowed // (numbers * 4)))
 
 
 def tower_batches(bundle: Bundle, tower: str, context: Context, label: str) -> Iterator[dict[str, Tensor]]:
@@ -292,5 +152,6 @@ def tower_batches(bundle: Bundle, tower: str, context: Context, label: str) -> I
         )
 
 
-def _by_tower(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+def by_tower(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+    """Return the groups of each tower, in their order."""
     return [(name, list(mine)) for name, mine in groupby(groups, key=lambda group: group.tower)]

@@ -31,7 +31,8 @@ from mmcompress.passes.distill_job import Job
 from mmcompress.passes.distill_pace import Pace
 from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_run import train
-from mmcompress.passes.prune import Prune, decisions
+from mmcompress.passes.prune import Prune
+from mmcompress.passes.prune_split import decisions, split
 from mmcompress.passes.search_gates import Search
 from mmcompress.surgery.gates import Gates
 
@@ -152,11 +153,12 @@ class SearchPrune:
         prune = self.prune
         totals, groups, bounds, wanted = prune.survey(bundle, prune.chosen(bundle))
         if not wanted:
-            return Plan(decisions(totals, {}, bounds))
+            return Plan(decisions(totals, {}, bounds.depths))
         student = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model))
         names = {name for pool in wanted for name in pool.towers}
         groups = [group for group in groups if group.tower in names]
         made: dict[str, Any] = {}
+        shares: list[dict[str, Any]] = []
 
         @contextmanager
         def closing(job: Job, ranks: Ranks) -> Iterator[Pace]:
@@ -175,13 +177,15 @@ class SearchPrune:
             )
             with gates.open():
                 yield search
-            made.update(decisions(totals, search.cut(), bounds))
+            cut = search.cut()
+            made.update(decisions(totals, cut, bounds.depths))
+            shares.extend(split(groups, cut))
             prune.apply(student, Plan(made))
 
         with _as_own():
             facts, trained = train(self.lesson, student, context, "search", asdict(self), closing)
         after = dict(student.model.named_parameters())
-        return Plan(made, {name: after[name].detach() for name in trained}, facts)
+        return Plan(made, {name: after[name].detach() for name in trained}, {**facts, "split": shares})
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Cut what was decided, and put the trained weights in, in place."""

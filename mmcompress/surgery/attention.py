@@ -222,9 +222,9 @@ def _attend_by_weights(
 ) -> tuple[Tensor, Tensor]:
     """Attend step by step: (B, N, H, D) and the weights (B, H, N, S), of which the first is a function."""
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-    seen = _seen(Looked(query, key, attention_mask, 1.0, None))[:, None]  # (B or 1, 1, N, S)
-    logits = query.float() @ key.float().mT * (scaling or query.shape[-1] ** -0.5)
-    weights = logits.masked_fill(~seen, PADDING_BIAS).softmax(dim=-1)
+    if attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", False)):
+        attention_mask = _seen(Looked(query, key, None, 1.0, None))[:, None]  # (1, 1, N, S)
+    weights = _weights(query, key, attention_mask, scaling or query.shape[-1] ** -0.5)
     if torch.is_grad_enabled() and not weights.requires_grad:
         weights.requires_grad_()  # parameters need no gradient of their own
     return (weights.to(value.dtype) @ value).transpose(1, 2), weights

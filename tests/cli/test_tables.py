@@ -204,3 +204,32 @@ def test_the_demo_without_its_model(mmc: Mmc, tmp_path: Path, monkeypatch: pytes
     assert found.code == 4
     assert "not part of this installation" in found.error
     assert not list(tmp_path.iterdir())
+
+
+def test_how_a_budget_was_split_is_shown(mmc: Mmc, saved: Path, data: Path, tmp_path: Path) -> None:
+    words = (
+        "prune",
+        saved,
+        "-o",
+        tmp_path / "out",
+        "--ratio",
+        "0.2",
+        "--score",
+        "obs",
+        "--allocate",
+        "even",
+        "--data",
+        data,
+    )
+    done = mmc(*words)
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    start = lines.index("How the budget was split")
+    heads = [line.split() for line in lines[start + 2 : start + 6]]
+    assert [row[1:5] for row in heads] == [
+        ["vision", "heads", "12", "9"],
+        ["vision", "neurons", "288", "216"],
+        ["text", "heads", "8", "6"],
+        ["text", "neurons", "128", "96"],
+    ]
+    assert [row[5] for row in heads] == ["0.250"] * 4

@@ -70,7 +70,7 @@ def test_a_recording_is_one_sample_however_many_windows_it_has(bundle: Bundle) -
     (group,) = [
         g for g in list_groups(bundle, [tower], ("heads",), (1, 2, 3), count_tokens(bundle, tower)) if g.block == 0
     ]
-    from mmcompress.passes.prune_scores import _directions, taylor
+    from mmcompress.passes.prune_effects import _directions, taylor
 
     (found,) = taylor(bundle, [group], context, "embedding")
     ((inputs, differentiate),) = _directions(bundle, "audio", context, "")

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from mmcompress.ops.allocation import Layer, allocate, removable_cost
+from mmcompress.ops.allocation import Layer, allocate, allocate_evenly, removable_cost
 
 
 def test_equal_costs_are_a_global_sort() -> None:
@@ -12,6 +12,27 @@ def test_equal_costs_are_a_global_sort() -> None:
     assert allocate(layers, 10) == [[0, 2], [0, 1, 2]]
     assert allocate(layers, 21) == [[0, 2], [2]]
     assert allocate(layers, 40) == [[0], [2]]
+
+
+def test_evenly_the_same_share_goes_everywhere_whatever_the_values_and_costs() -> None:
+    layers = [Layer((1, 2, 3, 4), cost=1, bound=0), Layer((900, 700, 800, 600), cost=50, bound=0)]
+    assert allocate_evenly(layers, 102) == [[2, 3], [0, 2]]
+    assert allocate(layers, 104) == [[], [0, 2]]
+    # Half of eight and of sixteen, in steps of eight for one of them.
+    wide = [Layer(tuple(range(16)), cost=2, bound=0, multiple=8), Layer(tuple(range(8)), cost=3, bound=0)]
+    assert [len(kept) for kept in allocate_evenly(wide, 28)] == [8, 4]
+
+
+def test_evenly_is_within_the_bounds_and_a_unit_of_the_budget() -> None:
+    rng = random.Random(2)
+    layers = [Layer(tuple(rng.random() for _ in range(9)), cost, bound) for cost, bound in ((3, 1), (7, 4), (2, 2))]
+    for remove in range(1, removable_cost(layers) + 1):
+        kept = allocate_evenly(layers, remove)
+        cost, _ = _lost(layers, kept)
+        assert remove <= cost < remove + 7
+        assert all(len(units) >= layer.bound for units, layer in zip(kept, layers, strict=True))
+    with pytest.raises(ValueError, match="to remove"):
+        allocate_evenly(layers, removable_cost(layers) + 1)
 
 
 def test_value_per_cost_decides() -> None:

@@ -90,3 +90,20 @@ def test_block_influence_golden() -> None:
 def test_relative_has_mean_one_and_leaves_zeros() -> None:
     assert importance.relative(torch.tensor([1.0, 2, 3])).tolist() == [0.5, 1, 1.5]
     assert importance.relative(torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_by_norm_by_hand() -> None:
+    # Root mean square of (3, 4, 0, 0) is 2.5; twice as many equal units are worth as much each.
+    torch.testing.assert_close(importance.by_norm(torch.tensor([3.0, 4, 0, 0])), torch.tensor([1.2, 1.6, 0, 0]))
+    assert importance.by_norm(torch.full((4,), 7.0)).tolist() == importance.by_norm(torch.full((8,), 7.0))[:4].tolist()
+    assert importance.by_norm(torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_head_relevance_by_hand() -> None:
+    """One sample, two heads, two tokens: negative products count as nothing, and heads are not averaged."""
+    weights = torch.tensor([[[[0.5, 0.5], [0.25, 0.75]], [[1.0, 0.0], [0.5, 0.5]]]])
+    gradients = torch.tensor([[[[2.0, -2.0], [4.0, 4.0]], [[3.0, 9.0], [-1.0, -1.0]]]])
+    # Head 0: (1 + 0 + 1 + 3) / 4; head 1: (3 + 0 + 0 + 0) / 4.
+    assert importance.head_relevance(weights, gradients).tolist() == [1.25, 0.75]
+    twice = importance.head_relevance(torch.cat([weights, weights]), torch.cat([gradients, 0 * gradients]))
+    assert twice.tolist() == [0.625, 0.375]

@@ -23,6 +23,9 @@ def test_worth_by_hand() -> None:
     for normalise, want in expected.items():
         assert [value.tolist() for value in worth(groups, scores, normalise, "parameters")] == want
     assert worth(groups, scores, "layer", "macs")[1].tolist() == [25, 75]
+    # The root mean square of (1, 3) is the root of 5.
+    norms = [value.tolist() for value in worth(groups, scores, "norm", "parameters")]
+    assert norms == [pytest.approx([5**-0.5, 3 * 5**-0.5]), pytest.approx([5 * 5**-0.5, 15 * 5**-0.5])]
 
 
 def test_blocks_are_relative_to_their_tower() -> None:

@@ -16,7 +16,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.manifest import Record
 from mmcompress.measure.cost import cost_of
-from mmcompress.passes import prune_scores
+from mmcompress.passes import prune_effects, prune_scores
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_crosscheck import crosscheck
@@ -209,8 +209,8 @@ def test_scores_do_not_depend_on_slices_or_padding(monkeypatch: pytest.MonkeyPat
     groups = groups_of(bundle, "heads", "neurons")
     found = []
     for size in (1, 64):
-        monkeypatch.setattr(prune_scores, "_slice_size", lambda *_, size=size: size)
-        found.append(prune_scores.taylor(bundle, groups, decoding.context(), "embedding"))
+        monkeypatch.setattr(prune_effects, "_slice_size", lambda *_, size=size: size)
+        found.append(prune_effects.taylor(bundle, groups, decoding.context(), "embedding"))
     batched, single = (
         prune_scores.activation(bundle, groups, decoding.context(batch_size=size), centred=True) for size in (3, 1)
     )
@@ -228,7 +228,7 @@ def test_taylor_is_the_distance_of_the_distributions() -> None:
         reader.weight[:, :12] *= 0.1
     found = torch.stack(
         [
-            prune_scores.taylor(bundle, [cross], decoding.context(1, data=data, seed=seed), "embedding")[0][0]
+            prune_effects.taylor(bundle, [cross], decoding.context(1, data=data, seed=seed), "embedding")[0][0]
             for seed in range(200)
         ]
     ).mean()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
-from mmcompress.passes import prune_repair, prune_scores
+from mmcompress.passes import prune_effects, prune_repair
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune_repair import repaired_readers
 from mmcompress.passes.prune_scores import tower_batches
@@ -47,7 +47,7 @@ def sensitivities(bundle: Bundle, tower: str, data: Context, readers: dict[str, 
         for path, reader in readers.items()
     ]
     with evaluating(bundle.model):
-        ((inputs, differentiate),) = prune_scores._directions(bundle, tower, data, "repair")
+        ((inputs, differentiate),) = prune_effects._directions(bundle, tower, data, "repair")
         gradients = torch.autograd.grad(differentiate(bundle.encode(tower, inputs), 0), list(outputs.values()))
     for handle in handles:
         handle.remove()
@@ -94,7 +94,7 @@ def test_padding_and_unread_tokens_weigh_nothing() -> None:
     assert (weights[:, 0] > 0).all()
     assert (weights[:, 1:] == 0).all()
     sums = {last: Sums(full=False)}
-    prune_scores.stream_by_effect(bundle, sums, data, "repair")
+    prune_effects.stream_by_effect(bundle, sums, data, "repair")
     seen = readings(bundle, "vision", data, {last: bundle.module(last)})[last][:, 0]
     torch.testing.assert_close(sums[last].mean(), (seen * weights[:, :1]).sum(0) / weights[:, 0].sum())
     assert 1 <= sums[last].count <= 8
@@ -103,12 +103,12 @@ def test_padding_and_unread_tokens_weigh_nothing() -> None:
 def test_the_memory_limit_splits_the_work_but_not_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, data = tiny.bundle("clip"), context()
     kept = halved(bundle)
-    parts = prune_repair._parts(bundle, list(kept), True)
+    parts = prune_repair.parts(bundle, list(kept), True)
     assert len(parts) > 1
     size = sum(p.numel() * 4 for p in bundle.model.parameters())
     assert all(len(part) == 1 or sum(4 * (g.units * g.width) ** 2 for g in part) <= size // 6 for part in parts)
     assert [group for part in parts for group in part] == list(kept)
     split = repaired_readers(bundle, kept, data, "least-squares", 0.01)
-    monkeypatch.setattr(prune_repair, "_parts", lambda _, groups, __: [groups])
+    monkeypatch.setattr(prune_repair, "parts", lambda _, groups, __: [groups])
     whole = repaired_readers(bundle, kept, data, "least-squares", 0.01)
     assert all(torch.equal(split[name], whole[name]) for name in whole)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.errors import UsageError
-from mmcompress.passes import prune_scores
+from mmcompress.passes import prune_effects, prune_scores
 from mmcompress.passes.base import Context
+from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_units import Group, count_tokens, list_groups
-from mmcompress.surgery.watch import evaluating, watch_gradients
+from mmcompress.surgery.watch import evaluating, watch_gradients, watch_inputs
 from tests import tiny
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -97,12 +98,12 @@ def test_taylor_does_not_depend_on_how_a_batch_is_sliced(monkeypatch: pytest.Mon
     groups, blocks = groups_of(bundle), groups_of(bundle, ("blocks",))
     found = []
     for size in (1, 4, 64):
-        monkeypatch.setattr(prune_scores, "_slice_size", lambda *_, size=size: size)
+        monkeypatch.setattr(prune_effects, "_slice_size", lambda *_, size=size: size)
         found.append(
             [
-                *prune_scores.taylor(bundle, groups, context(), "embedding"),
-                *prune_scores.taylor(bundle, groups, context(), "contrastive"),
-                *prune_scores.taylor(bundle, blocks, context(), "embedding"),
+                *prune_effects.taylor(bundle, groups, context(), "embedding"),
+                *prune_effects.taylor(bundle, groups, context(), "contrastive"),
+                *prune_effects.taylor(bundle, blocks, context(), "embedding"),
             ]
         )
     close(found[0], found[1])
@@ -117,7 +118,7 @@ def test_a_unit_without_effect_has_no_importance(objective: str) -> None:
     with torch.no_grad():
         reader.weight[:, 12:24] = 0  # the second head
     for scores in (
-        prune_scores.taylor(bundle, groups, context(), objective)[0],
+        prune_effects.taylor(bundle, groups, context(), objective)[0],
         prune_scores.activation(bundle, groups, context(), centred=False)[0],
     ):
         assert scores[1] == 0
@@ -142,7 +143,7 @@ def test_embedding_taylor_is_the_squared_displacement_of_a_weak_unit() -> None:
     data = context(1).data
     assert data is not None
     many = Context(Dataset(Memory([data[0]] * 200)), num_samples=200, batch_size=50)
-    found = prune_scores.taylor(bundle, [group], many, "embedding")[0][0]
+    found = prune_effects.taylor(bundle, [group], many, "embedding")[0][0]
     inputs = bundle.prepare("vision", [data[0].image])
     with torch.no_grad():
         before = nn.functional.normalize(bundle.encode("vision", inputs), dim=-1)
@@ -154,10 +155,10 @@ def test_embedding_taylor_is_the_squared_displacement_of_a_weak_unit() -> None:
 def test_contrastive_taylor_ranks_blocks_and_tells_samples_apart() -> None:
     bundle = tiny.bundle("clip")
     groups = groups_of(bundle, ("blocks",))
-    scores = prune_scores.taylor(bundle, groups, context(), "contrastive")
+    scores = prune_effects.taylor(bundle, groups, context(), "contrastive")
     assert all(float(score) > 0 for score in scores)
     with pytest.raises(UsageError, match="batch_size is 1"):
-        prune_scores.taylor(bundle, groups, context(batch_size=1), "contrastive")
+        prune_effects.taylor(bundle, groups, context(batch_size=1), "contrastive")
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
@@ -185,7 +186,7 @@ def test_contrastive_taylor_is_the_gradient_of_the_symmetric_loss(tower: str) ->
     target = torch.arange(count)
     loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
     (gradient,) = torch.autograd.grad(loss, gate)
-    score = prune_scores.taylor(bundle, [group], context(count), "contrastive")[0][neuron]
+    score = prune_effects.taylor(bundle, [group], context(count), "contrastive")[0][neuron]
     torch.testing.assert_close(score, gradient.square().mean(), rtol=1e-3, atol=0)
 
 
@@ -202,8 +203,40 @@ def test_data_without_what_a_tower_needs() -> None:
     groups = groups_of(bundle)
     texts = Context(Dataset(Memory([Sample(key="a", texts=("a cat",)), Sample(key="b", texts=("a dog",))])))
     with pytest.raises(UsageError, match="nothing for the vision tower"):
-        prune_scores.taylor(bundle, groups, texts, "embedding")
+        prune_effects.taylor(bundle, groups, texts, "embedding")
     with pytest.raises(UsageError, match="at least 2 samples with an image and a text"):
-        prune_scores.taylor(bundle, groups, texts, "contrastive")
+        prune_effects.taylor(bundle, groups, texts, "contrastive")
     with pytest.raises(UsageError, match="needs data"):
         prune_scores.activation(bundle, groups, dataclasses.replace(texts, data=None), centred=False)
+
+
+def test_balanced_activations_count_images_and_texts_alike() -> None:
+    """Mean squares over image tokens and over text tokens, half and half, by hand; towers without prompts as before."""
+    bundle, data = tiny.bundle("llava_clip"), tiny.data("llava_clip", 4)
+    given = Context(data, num_samples=4, batch_size=4)
+    tower = bundle.tower("language")
+    assert tower.prompt is not None
+    groups = groups_of(bundle, ("neurons",))
+    plain = prune_scores.activation(bundle, groups, given, centred=False)
+    found = prune_scores.activation(bundle, groups, given, centred=False, balance=True)
+    seen: dict[str, Tensor] = {}
+    items = [item for index in range(4) for item in bundle.items("language", data.subset(4, 0)[index])]
+    inputs = bundle.prepare("language", items)
+    with evaluating(bundle.model), watch_inputs({g.reader: bundle.module(g.reader) for g in groups}, seen.__setitem__):
+        bundle.encode("language", inputs)
+    real = inputs["attention_mask"].bool().flatten()
+    image = torch.isin(inputs["input_ids"].flatten(), torch.tensor(tower.prompt.image_tokens))
+    for group, before, after in zip(groups, plain, found, strict=True):
+        if group.tower == "vision":
+            assert torch.equal(before, after)
+            continue
+        halves = [seen[group.reader][real & kind].square().mean(0) for kind in (image, ~image)]
+        norms = ((halves[0] + halves[1]) / 2).sqrt()
+        weight = bundle.module(group.reader).weight
+        assert isinstance(weight, Tensor)
+        torch.testing.assert_close(after, weight.detach().square().sum(0).sqrt() * norms, rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(before, after, rtol=1e-3)
+    with pytest.raises(UsageError, match="no tower to be pruned is given both") as caught:
+        Prune(score="activation", balance=True).check(tiny.bundle("clip"))
+    assert caught.value.hint
+    Prune(score="activation", balance=True).check(bundle)

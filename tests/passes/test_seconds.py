@@ -18,6 +18,9 @@ WORK = Work(samples=10, dataset=100, forward=0.5)
     [
         ("prune", {}, (3 + 2) * 10 * 0.5),
         ("prune", {"score": "activation", "compensate": "none"}, 1 * 10 * 0.5),
+        ("prune", {"score": "obs", "compensate": "none"}, 3 * 10 * 0.5),
+        # 20 allocations on 4 samples, whose means are looked at too.
+        ("prune", {"allocate": "evolutionary", "evaluations": 20, "judging_samples": 4}, (50 + (20 + 2) * 4) * 0.5),
         ("prune", {"score": "magnitude", "compensate": "bias"}, 2 * 10 * 0.5),
         ("prune", {"score": "random", "compensate": "none"}, 0),
         ("prune", {"score": "block-influence", "units": ["blocks"]}, 1 * 10 * 0.5),
