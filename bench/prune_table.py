@@ -53,9 +53,9 @@ RANDOM, DEFAULT = "random", "taylor"
 SEEDS = 3
 METHODS: dict[str, dict[str, Any]] = {
     RANDOM: {"score": "random"},
-    DEFAULT: {},
-    "taylor-even": {"allocate": "even"},
-    "taylor-evolutionary": {"allocate": "evolutionary", "evaluations": 50},
+    DEFAULT: {"score": "taylor"},
+    "taylor-even": {"score": "taylor", "allocate": "even"},
+    "taylor-evolutionary": {"score": "taylor", "allocate": "evolutionary", "evaluations": 50},
     "taylor-contrastive": {"objective": "contrastive"},
     "taylor-signed": {"score": "taylor-signed", "objective": "contrastive"},
     "taylor-absolute": {"score": "taylor-absolute"},

@@ -5,9 +5,8 @@
 Half of what can be pruned goes from both towers of the dual encoder, 30% from Whisper tiny.en, 20% from the mini-VLM's language
 model. Every way removes the same number of parameters and trains for the same number of steps in all, towards the original:
 
-- chosen: `prune` (Taylor, one budget, least squares), then `distill`
-- each tower: the same share of each tower and the same widths in all its blocks, then `distill`
-- random: as chosen, of random scores
+- obs, taylor, random: `prune` by that score (one budget, least squares), then `distill`
+- each tower: by Taylor, the same share of each tower and the same widths in all its blocks, then `distill`
 - upop: `search-prune` for half of the steps, then `distill`
 - upop, random: the same of units drawn once, which closes as progressively
 
@@ -38,7 +37,7 @@ from mmcompress.passes.prune import Prune
 from mmcompress.recipe import Step
 
 RESULT = assets.RESULTS / "recovered.json"
-WAYS = ("chosen", "each tower", "random", "upop", "upop, random")
+WAYS = ("obs", "taylor", "upop", "each tower", "random", "upop, random")
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ def steps_of(way: str, subject: Subject, bundle: Bundle, count: int) -> list[Ste
     if way == "each tower":
         # Rounded down in the last place, where a share of all units would be refused.
         own = {name: round(subject.share * able[name] / totals[name].parameters, 4) for name in totals}
-        chosen = {**common, "ratios": own, "uniform": True}
+        chosen = {**common, "ratios": own, "uniform": True, "score": "taylor"}
     else:
-        chosen = {**common, "target": target, "score": "random" if way == "random" else "taylor"}
+        chosen = {**common, "target": target, "score": way}
     return [Step("prune", chosen), Step("distill", {**trained, "steps": count})]
 
 

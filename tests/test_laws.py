@@ -34,7 +34,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
 }
 # Parameters that do something, by a name for the test report.
 ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
-    "prune-taylor": ("prune", {"ratio": 0.3}),
+    "prune": ("prune", {"ratio": 0.3}),
     "prune-uniform": ("prune", {"ratio": 0.3, "units": ["neurons"], "score": "magnitude", "uniform": True}),
     "prune-blocks": ("prune", {"ratio": 0.3, "units": ["blocks"], "score": "block-influence", "compensate": "none"}),
     "prune-random": ("prune", {"ratio": 0.3, "score": "random", "compensate": "none"}),
@@ -69,7 +69,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "distill": ("distill", {"steps": 2, "batch_size": 4}),
 }
 # One of each kind, in an order that works.
-CHAIN = ("prune-taylor", "merge", "reduce", "drop", "frames", "w8a8-cpu", "distill")
+CHAIN = ("prune", "merge", "reduce", "drop", "frames", "w8a8-cpu", "distill")
 EVERY = tiny.EVERY
 COARSENING = ("dual_encoder_vit", "dual_encoder_dinov2", "altclip", "chinese_clip", "clap", "whisper")
 REDUCING = ("llava_dinov2", "llava_clip", "llava_siglip", "smolvlm", "idefics3", "paligemma")

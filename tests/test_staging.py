@@ -42,7 +42,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
 
 
 def test_nothing_is_left_of_what_failed(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), staging(tmp_path / "out") as directory:
+    with pytest.raises(ZeroDivisionError), staging(tmp_path / "out") as directory:  # noqa: PT012
         (directory / "half").write_text("half")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())

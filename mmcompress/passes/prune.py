@@ -78,6 +78,7 @@ class Prune:
     units: tuple[str, ...] = ("heads", "neurons")
     """What may go: heads, neurons, or blocks alone."""
     score: Literal[
+        "auto",
         "taylor",
         "taylor-signed",
         "taylor-absolute",
@@ -87,11 +88,12 @@ class Prune:
         "magnitude",
         "block-influence",
         "random",
-    ] = "taylor"
-    """What makes a unit important. First-order effects on `objective`: taylor is their mean square (Fisher, optimal brain damage),
-    taylor-signed their mean, taylor-absolute the mean of their sizes (Michel); obs: what refitting the rest cannot make up for
-    (optimal brain surgeon); activation: Wanda; relevance: attention and its gradient (Chefer), of heads alone; block-influence:
-    of blocks alone; random is the control. Only magnitude and random need no data."""
+    ] = "auto"
+    """What makes a unit important; auto: obs where what stays is refitted, taylor else. First-order effects on `objective`: taylor
+    is their mean square (Fisher, optimal brain damage), taylor-signed their mean, taylor-absolute the mean of their sizes
+    (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon); activation: Wanda; relevance: attention
+    and its gradient (Chefer), of heads alone; block-influence: of blocks alone; random is the control. Only magnitude and
+    random need no data."""
     objective: Literal["embedding", "contrastive", "answers"] = "embedding"
     """What Taylor scores differentiate: each embedding by itself (no pairs needed), the contrastive loss of batches of pairs, or
     the likelihood of right answers."""
@@ -128,6 +130,14 @@ class Prune:
     def __post_init__(self) -> None:
         require_sensible(self)
 
+    @property
+    def ranking(self) -> str:
+        """The score that is meant."""
+        if self.score != "auto":
+            return self.score
+        refits = self.compensate == "least-squares" and "blocks" not in self.units and self.objective == "embedding"
+        return "obs" if refits else "taylor"
+
     def control(self, decisions: Mapping[str, Any] | None = None) -> Prune | None:
         """Return the pass that removes as much at random, repaired the same way."""
         if self.score == "random":
@@ -141,12 +151,12 @@ class Prune:
     def streams(self, data: bool = False) -> bool:
         """Whether scores come from one block's weights at a time, and nothing is repaired."""
         repairs = self.compensate != "none" and "blocks" not in self.units
-        alone = self.score in ("magnitude", "random") and self.allocate != "evolutionary"
+        alone = self.ranking in ("magnitude", "random") and self.allocate != "evolutionary"
         return alone and not repairs and not self.crosscheck and not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """One look at the samples for the scores, with gradients for most, two for the repair, one for each allocation tried."""
-        scores = {"magnitude": 0, "random": 0, "activation": 1, "block-influence": 1}.get(self.score, 3)
+        scores = {"magnitude": 0, "random": 0, "activation": 1, "block-influence": 1}.get(self.ranking, 3)
         repair = 2 if self.compensate != "none" and "blocks" not in self.units else 0
         timed = SECONDS if self.latency_ms is not None else 0.0
         tried = 0
@@ -188,7 +198,11 @@ class Prune:
         tensors: dict[str, Tensor] = {}
         if cut and means:
             tensors = repaired_readers(bundle, cut, context, self.compensate, self.ridge)
-        facts = {"split": split(groups, cut), **({"search": search.facts} if search.facts else {})}
+        facts = {
+            "score": self.ranking,
+            "split": split(groups, cut),
+            **({"search": search.facts} if search.facts else {}),
+        }
         return Plan(decisions(totals, cut, bounds.depths), tensors, facts)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
@@ -249,31 +263,31 @@ class Prune:
         for group, found in zip(groups, scores, strict=True):
             if not found.isfinite().all():
                 raise UsageError(
-                    f"the {self.score} score of {group.kind} in {group.tower} block {group.block} is not finite",
+                    f"the {self.ranking} score of {group.kind} in {group.tower} block {group.block} is not finite",
                     hint="the model overflows on this data: load it in float32, or leave bad samples out",
                 )
         return scores
 
     def _measured(self, bundle: Bundle, groups: Sequence[Group], context: Context) -> list[Tensor]:
-        if self.score == "random":
+        if self.ranking == "random":
             return prune_scores.uniform_random(groups, context.seed)
-        if self.score == "magnitude":
+        if self.ranking == "magnitude":
             return prune_scores.magnitude(bundle, groups)
-        if self.score == "activation":
+        if self.ranking == "activation":
             return prune_scores.activation(bundle, groups, context, self.compensate != "none", self.balance)
-        if self.score == "block-influence":
+        if self.ranking == "block-influence":
             return prune_scores.block_influence(bundle, groups, context)
-        if self.score == "obs":
+        if self.ranking == "obs":
             return surgeon(bundle, groups, context, self.ridge)
-        if self.score == "relevance":
+        if self.ranking == "relevance":
             return relevance(bundle, groups, context)
-        return taylor(bundle, groups, context, self.objective, self.score)
+        return taylor(bundle, groups, context, self.objective, self.ranking)
 
     def _normalise(self) -> str:
-        if self.score == "random":
+        if self.ranking == "random":
             return "cost"
         if self.normalise != "auto":
             return self.normalise
         return {"taylor": "none", "obs": "none", "taylor-signed": "norm", "taylor-absolute": "norm"}.get(
-            self.score, "layer"
+            self.ranking, "layer"
         )

@@ -43,11 +43,13 @@ def require_sensible(settings: Prune) -> None:
         raise UsageError(f"prune.units is {list(settings.units)}", hint=closest(unknown[0] if unknown else "", KINDS))
     if "blocks" in settings.units and len(set(settings.units)) > 1:
         raise UsageError("prune.units mixes blocks with parts of blocks", hint="use two prune steps, blocks first")
-    if ("blocks" in settings.units) != (settings.score == "block-influence") and settings.score not in BLOCK_SCORES[1:]:
+    if ("blocks" in settings.units) != (settings.ranking == "block-influence") and settings.ranking not in BLOCK_SCORES[
+        1:
+    ]:
         others = (*SUMMARIES, "obs", "activation", "magnitude", "random")
         fitting = BLOCK_SCORES if "blocks" in settings.units else others
         raise UsageError(
-            f"prune.score {settings.score} does not rank {' and '.join(settings.units)}",
+            f"prune.score {settings.ranking} does not rank {' and '.join(settings.units)}",
             hint="use " + ", ".join(fitting),
         )
     if settings.uniform and settings.protect:
@@ -57,19 +59,19 @@ def require_sensible(settings: Prune) -> None:
 
 
 def _require_sensible_score(settings: Prune) -> None:
-    if settings.score == "relevance" and set(settings.units) != {"heads"}:
+    if settings.ranking == "relevance" and set(settings.units) != {"heads"}:
         raise UsageError(
             "prune.score relevance ranks heads, by their attention maps, and prune.units has others",
             hint="use units=heads, and another prune step for neurons",
         )
-    if settings.score == "taylor-signed" and settings.objective == "embedding":
+    if settings.ranking == "taylor-signed" and settings.objective == "embedding":
         raise UsageError(
             "prune.score taylor-signed averages effects with their sign, and objective=embedding draws its sign at random",
             hint="use objective=contrastive (dual encoders), objective=answers (what answers in words), or score=taylor",
         )
-    if settings.balance and settings.score != "activation":
+    if settings.balance and settings.ranking != "activation":
         raise UsageError(
-            f"prune.balance weighs tokens for score activation, and the score is {settings.score}",
+            f"prune.balance weighs tokens for score activation, and the score is {settings.ranking}",
             hint="use score=activation, or leave balance out",
         )
 
@@ -102,7 +104,7 @@ def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -
         )
     for tower in towers:
         _require_plain(settings, bundle, tower)
-    if settings.score == "relevance":
+    if settings.ranking == "relevance":
         require_maps(bundle, towers)
     if "blocks" in settings.units and any(record.name == "merge-tokens" for record in bundle.history):
         raise UsageError(
@@ -124,12 +126,12 @@ def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -
 
 
 def _require_objective(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -> None:
-    if settings.score not in SUMMARIES:
+    if settings.ranking not in SUMMARIES:
         return
     if settings.objective == "contrastive" and not isinstance(bundle.family, DualEncoder):
         raise UsageError(
             f"prune.objective is contrastive, and {bundle.family.name} models embed nothing into a shared space",
-            hint="use objective=answers" if settings.score == "taylor-signed" else "use objective=embedding",
+            hint="use objective=answers" if settings.ranking == "taylor-signed" else "use objective=embedding",
         )
     if settings.objective == "answers":
         answering = bundle.family.answering if isinstance(bundle.family, TeacherForced) else ""

@@ -82,7 +82,7 @@ def test_signed_effects_on_answers_are_how_the_loss_changes() -> None:
         ({"score": "relevance"}, "relevance ranks heads", "units=heads"),
         ({"score": "relevance", "units": ("neurons",)}, "relevance ranks heads", "units=heads"),
         ({"score": "obs", "units": ("blocks",)}, "obs does not rank blocks", "taylor"),
-        ({"balance": True}, "the score is taylor", "score=activation"),
+        ({"balance": True}, "the score is obs", "score=activation"),
         ({"allocate": "even", "units": ("blocks",)}, "whole blocks are to go", "knapsack"),
         ({"allocate": "evolutionary", "latency_ms": 3.0}, "search anew", "even"),
         ({"evaluations": 1}, "prune.evaluations is 1", "more"),

@@ -47,7 +47,7 @@ def test_unknown_towers_and_missing_data() -> None:
     assert caught.value.hint == "did you mean 'vision'?"
     with pytest.raises(UsageError, match=r"prune\.ratios names 'text'"):
         Prune(towers=("vision",), ratios={"text": 0.1}).check(bundle)
-    with pytest.raises(UsageError, match="prune with Taylor score needs data"):
+    with pytest.raises(UsageError, match="prune with optimal brain surgeon needs data"):
         Prune().plan(bundle, Context())
     with pytest.raises(UsageError, match="prune with compensate=least-squares needs data"):
         Prune(score="magnitude").plan(bundle, Context())
