@@ -22,6 +22,7 @@ from tests import tiny
 # Parameters that ask for nothing.
 NEUTRAL: dict[str, dict[str, Any]] = {
     "prune": {"ratio": 0.0},
+    "factorize": {"ratio": 0.0},
     "merge-tokens": {"keep": 1.0},
     "coarsen-tokens": {"keep": 1.0},
     "reduce-visual-tokens": {"keep": 1.0},
@@ -36,6 +37,8 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "prune-uniform": ("prune", {"ratio": 0.3, "units": ["neurons"], "score": "magnitude", "uniform": True}),
     "prune-blocks": ("prune", {"ratio": 0.3, "units": ["blocks"], "score": "block-influence", "compensate": "none"}),
     "prune-random": ("prune", {"ratio": 0.3, "score": "random", "compensate": "none"}),
+    "factorize": ("factorize", {"ratio": 0.05}),
+    "factorize-svd": ("factorize", {"ratio": 0.05, "method": "svd", "layers": ["mlp"]}),
     "merge": ("merge-tokens", {"keep": 0.6}),
     "merge-similar": ("merge-tokens", {"keep": 0.6, "schedule": "similar"}),
     "merge-evit": ("merge-tokens", {"keep": 0.6, "method": "evit"}),

@@ -20,6 +20,7 @@ from mmcompress.errors import MissingError, MmcError, OutOfMemory, UsageError, c
 COMMANDS: dict[str, str] = {
     "inspect": "Show towers, parameters, MACs, tokens, bytes, and which passes apply.",
     "prune": "Remove heads, MLP neurons or blocks; one budget across the towers.",
+    "factorize": "Replace Linears by products of two thinner ones (low rank); one budget across the towers.",
     "merge": "Merge tokens inside a tower; stored in the checkpoint.",
     "coarsen": "Let an encoder compute with runs of a long text's tokens as one; stored in the checkpoint.",
     "reduce": "Give a language model fewer tokens of each picture; stored in the checkpoint.",
@@ -39,7 +40,7 @@ COMMANDS: dict[str, str] = {
     "passes": "List the passes and their parameters.",
 }
 
-RESUMABLE = {"compress", "prune", "merge", "coarsen", "reduce", "drop", "frames", "quantize", "distill"}
+RESUMABLE = {"compress", "prune", "factorize", "merge", "coarsen", "reduce", "drop", "frames", "quantize", "distill"}
 
 
 class Commands(click.Group):

@@ -16,6 +16,7 @@ from mmcompress.views import Tower
 # are never cut, and can be most of a tower.
 QUESTIONS: dict[str, dict[str, Any]] = {
     "prune": {"ratio": 0.05},
+    "factorize": {"ratio": 0.05},
     "merge-tokens": {"keep": 0.5},
     "coarsen-tokens": {"keep": 0.5},
     "reduce-visual-tokens": {"keep": 0.5},

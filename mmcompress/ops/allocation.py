@@ -9,6 +9,10 @@ cheapest one that could come back does not fit. Hence
 - where all costs are equal it is a global sort by score;
 - the value lost exceeds the optimum's by less than one chunk (the fractional relaxation bounds the optimum from below).
 
+A queue's chunks must go in their order, and a later one may be worth less for its cost than an earlier one: the first step
+from a matrix to two factors saves little and costs much. Such a chunk goes together with those behind it that make it worth
+while (their lower convex hull); "one chunk" above is then the largest of these steps.
+
 Ties are broken by the order of layers, then by index, so the result does not depend on the platform's sort.
 """
 
@@ -17,6 +21,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+TINY = 1e-9
+"""Values per cost that differ by less, relatively, are equal but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """What goes together: `width` units of every tied layer; `value` is the sum over them."""
 
     value: float
@@ -66,23 +73,46 @@ def allocate(layers: Sequence[Layer], remove: int) -> list[list[int]]:
     order = [sorted(range(len(layer.values)), key=lambda unit: (layer.values[unit], unit)) for layer in layers]
     groups = _groups(layers)
     chunks = [_chunks(layers, members, order) for members in groups]
-    gone = [0] * len(groups)
-    removed = 0
-    heap = [(_density(queue[0]), group) for group, queue in enumerate(chunks) if queue]
-    heapq.heapify(heap)
-    while removed < remove and heap:
-        _, group = heapq.heappop(heap)
-        removed += chunks[group][gone[group]].cost
-        gone[group] += 1
-        if gone[group] < len(chunks[group]):
-            heapq.heappush(heap, (_density(chunks[group][gone[group]]), group))
-    _restore(chunks, gone, removed - remove)
+    gone = spend(chunks, remove)
     kept: list[list[int]] = [[] for _ in layers]
     for members, queue, count in zip(groups, chunks, gone, strict=True):
         width = sum(chunk.width for chunk in queue[:count])
         for member in members:
             kept[member] = sorted(order[member][width:])
     return kept
+
+
+def spend(queues: Sequence[Sequence[Chunk]], remove: int) -> list[int]:
+    """Return how many chunks of each queue go, first to last, such that at least `remove` of the cost is gone.
+
+    `remove` must be no more than all chunks cost.
+    """
+    steps = [_steps(queue) for queue in queues]
+    gone, taken, removed = [0] * len(queues), [0] * len(queues), 0
+    heap = [(_density(own[0]), index) for index, own in enumerate(steps) if own]
+    heapq.heapify(heap)
+    while removed < remove and heap:
+        _, index = heapq.heappop(heap)
+        step = steps[index][taken[index]]
+        removed += step.cost
+        gone[index] += step.width
+        taken[index] += 1
+        if taken[index] < len(steps[index]):
+            heapq.heappush(heap, (_density(steps[index][taken[index]]), index))
+    _restore(queues, gone, removed - remove)
+    return gone
+
+
+def _steps(queue: Sequence[Chunk]) -> list[Chunk]:
+    """Return the chunks joined such that none is worth less for its cost than the one before; `width` then counts chunks."""
+    joined: list[Chunk] = []
+    for chunk in queue:
+        joined.append(Chunk(chunk.value, chunk.cost, 1))
+        # Equal but for rounding is no reason to join.
+        while len(joined) > 1 and _density(joined[-1]) < (1 - TINY) * _density(joined[-2]):
+            last, before = joined.pop(), joined.pop()
+            joined.append(Chunk(before.value + last.value, before.cost + last.cost, before.width + last.width))
+    return joined
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
@@ -101,7 +131,7 @@ def _groups(layers: Sequence[Layer]) -> list[list[int]]:
     return groups
 
 
-def _chunks(layers: Sequence[Layer], members: list[int], order: list[list[int]]) -> list[_Chunk]:
+def _chunks(layers: Sequence[Layer], members: list[int], order: list[list[int]]) -> list[Chunk]:
     """Return what can go, first to last. The first chunk brings an odd width down to a multiple."""
     units = len(layers[members[0]].values)
     multiple = max(layers[member].multiple for member in members)
@@ -112,25 +142,39 @@ def _chunks(layers: Sequence[Layer], members: list[int], order: list[list[int]])
         if units - start - width < floor:
             break
         values = (layers[m].values[unit] for m in members for unit in order[m][start : start + width])
-        made.append(_Chunk(sum(values), sum(layers[m].cost for m in members) * width, width))
+        made.append(Chunk(sum(values), sum(layers[m].cost for m in members) * width, width))
         start += width
     return made
 
 
-def _density(chunk: _Chunk) -> float:
+def _density(chunk: Chunk) -> float:
     return chunk.value / chunk.cost if chunk.cost else float("inf")
 
 
-def _restore(chunks: list[list[_Chunk]], gone: list[int], slack: int) -> None:
+def _restore(queues: Sequence[Sequence[Chunk]], gone: list[int], slack: int) -> None:
     """Put back the last removed chunks that fit into `slack`, the densest first; changes `gone`."""
     while True:
         fitting = [
-            (-_density(queue[gone[group] - 1]), group)
-            for group, queue in enumerate(chunks)
-            if gone[group] and queue[gone[group] - 1].cost <= slack
+            (-density, index, count, cost)
+            for index, queue in enumerate(queues)
+            for density, count, cost in _returning(queue[: gone[index]], slack)
         ]
         if not fitting:
             return
-        group = min(fitting)[1]
-        gone[group] -= 1
-        slack -= chunks[group][gone[group]].cost
+        _, index, count, cost = min(fitting)
+        gone[index] -= count
+        slack -= cost
+
+
+def _returning(removed: Sequence[Chunk], slack: int) -> list[tuple[float, int, int]]:
+    """Return the best that can come back of a queue within `slack`, as (value per cost, chunks, cost): none or one."""
+    best: tuple[float, int, int] | None = None
+    value, cost = 0.0, 0
+    for count, chunk in enumerate(reversed(removed), 1):
+        value, cost = value + chunk.value, cost + chunk.cost
+        if cost > slack:
+            break
+        density = _density(Chunk(value, cost, count))
+        if best is None or density > (1 + TINY) * best[0]:
+            best = density, count, cost
+    return [best] if best else []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PASSES: dict[str, str] = {
     "prune": "mmcompress.passes.prune:Prune",
+    "factorize": "mmcompress.passes.factorize:Factorize",
     "merge-tokens": "mmcompress.passes.merge_tokens:MergeTokens",
     "coarsen-tokens": "mmcompress.passes.coarsen_tokens:CoarsenTokens",
     "reduce-visual-tokens": "mmcompress.passes.reduce_visual_tokens:ReduceVisualTokens",

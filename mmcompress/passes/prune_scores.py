@@ -21,7 +21,7 @@ be compared with that of the hundred neurons it costs as much as. (Measured: abs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,24 +123,38 @@ def taylor(bundle: Bundle, groups: Sequence[Group], context: Context, objective:
     return effects.means()
 
 
-def stream_by_effect(bundle: Bundle, sums: dict[str, Sums], context: Context, label: str) -> None:
+def stream_by_effect(
+    bundle: Bundle,
+    sums: Mapping[str, Sums],
+    context: Context,
+    label: str,
+    outputs: Mapping[str, Sums] | None = None,
+    of: str = "prune",
+) -> dict[str, int]:
     """Add the calibration tokens that each Linear reads to its sums, weighted by how much its output there moves the embedding.
 
     The weight is the squared gradient of a random direction of the normalised embedding with respect to the Linear's output at
-    the token. What a class-token readout never looks at, and padding, weighs nothing.
+    the token. What a class-token readout never looks at, and padding, weighs nothing. To `outputs` the gradients themselves are
+    added. Returns how many samples each tower was given. `of` names the pass in errors.
     """
 
     def record(path: str, states: Tensor, gradient: Tensor) -> None:
         weights = gradient.float().square().sum(-1).flatten()
         sums[path].add(states.reshape(-1, states.shape[-1]), weights)
+        if outputs is not None:
+            outputs[path].add(gradient.reshape(-1, gradient.shape[-1]))
 
+    counts = {}
     for tower in bundle.towers():
         mine = {path: bundle.module(path) for path in sums if tower.owns(path)}
         if mine:
+            counts[tower.name] = 0
             step = _slice_size(bundle, tower.name)
             with evaluating(bundle.model), watch_gradients(mine, record, "outputs"):
-                for inputs, differentiate in _directions(bundle, tower.name, context, label):
+                for inputs, differentiate in _directions(bundle, tower.name, context, label, of):
                     _backward(bundle, tower.name, inputs, differentiate, step)
+                    counts[tower.name] += len(next(iter(inputs.values())))
+    return counts
 
 
 class Effects:
@@ -171,11 +185,11 @@ class Effects:
 
 
 def _directions(
-    bundle: Bundle, tower: str, context: Context, label: str
+    bundle: Bundle, tower: str, context: Context, label: str, of: str = "prune"
 ) -> Iterator[tuple[dict[str, Tensor], Objective]]:
     """Yield each batch with a random direction of every sample's normalised embedding."""
     generator = torch.Generator().manual_seed(context.seed)
-    for inputs in tower_batches(bundle, tower, context, label):
+    for inputs in tower_batches(bundle, tower, context, label, of):
         seed = int(torch.randint(2**31, (), generator=generator))
 
         def differentiate(embeddings: Tensor, start: int, seed: int = seed) -> Tensor:
@@ -270,12 +284,14 @@ def _slice_size(bundle: Bundle, name: str) -> int:
     return max(1, min(64, allowed // (numbers * 4)))
 
 
-def tower_batches(bundle: Bundle, tower: str, context: Context, label: str) -> Iterator[dict[str, Tensor]]:
+def tower_batches(
+    bundle: Bundle, tower: str, context: Context, label: str, of: str = "prune"
+) -> Iterator[dict[str, Tensor]]:
     """Yield the tower's calibration inputs: images, or all texts of the chosen samples, at most `batch_size` at a time.
 
     Raises UsageError when the data has nothing for this tower.
     """
-    data = context.require_data(f"prune with {label}").subset(context.num_samples, context.seed)
+    data = context.require_data(f"{of} with {label}").subset(context.num_samples, context.seed)
     found = False
     for start in track(range(0, len(data), context.batch_size), context.progress, f"{tower} {label}"):
         samples = [data[index] for index in range(start, min(start + context.batch_size, len(data)))]

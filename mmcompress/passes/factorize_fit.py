@@ -1,0 +1,192 @@
+"""What `factorize` learns of a layer: its directions, and what dropping each costs, from statistics of the uncut model.
+
+All layers are looked at in the uncut model, in one shot, as in `prune_repair`: a plan changes nothing. So once earlier layers are
+factorized, a layer's inputs differ from those it was fitted on.
+
+One currency for all layers (`weigh`):
+
+- *effect*: how far an error of the layer's outputs moves what the tower gives out, to first order: tokens count by the squared
+  gradient of a random direction of the normalised embedding there (`stream_by_effect`), channels by the gradients' second moment.
+  Losses are then squared displacements, summed over the tokens of a sample, averaged over samples, as in Taylor scores.
+- *energy*: every token and channel alike; losses are shares of the layer's output energy, so that every layer gives up as much.
+
+Where few tokens were seen, moments are shrunk as in `ops.reconstruction`.
+
+Memory: the moments of some layers at a time (an eighth of the model's bytes, or 512 MiB where that is more); of each layer the
+factors of the largest rank that pays, which together take at most what the layers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.bundle import Bundle
+from mmcompress.errors import UsageError
+from mmcompress.ops import low_rank
+from mmcompress.ops.low_rank import Directions
+from mmcompress.ops.reconstruction import shrinkage
+from mmcompress.passes.base import Context
+from mmcompress.passes.factorize_ranks import Layer
+from mmcompress.passes.prune_scores import stream_by_effect
+from mmcompress.passes.quantize_calibrate import watch
+from mmcompress.progress import track
+from mmcompress.surgery.freeing import give_back_freed
+from mmcompress.surgery.watch import Sums
+
+if TYPE_CHECKING:
+    from mmcompress.passes.factorize import Factorize
+
+MOMENTS_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a layer can become: the first `rank` directions, for any rank up to the largest that pays."""
+
+    directions: Directions
+    """Its losses are those of all directions, in the currency of all layers; factors are there up to the largest rank that pays."""
+    mean: Tensor | None
+    """E[x] (in,) of a layer with a bias to write to, else None."""
+
+    def tensors(self, path: str, linear: nn.Linear, rank: int) -> dict[str, Tensor]:
+        """Return the parameters of the layer at `path` at some rank, by name."""
+        up, down = self.directions.factors(rank)
+        made = {f"{path}.down.weight": down.to(linear.weight), f"{path}.up.weight": up.to(linear.weight)}
+        if linear.bias is not None and self.mean is not None:
+            lost = linear.weight.detach().double() @ self.mean.double() - up.double() @ (
+                down.double() @ self.mean.double()
+            )
+            made[f"{path}.up.bias"] = (linear.bias.detach().double() + lost).to(linear.bias)
+        return made
+
+
+class Inputs(Sums):
+    """All second moments of a layer's inputs, and the mean size of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__(full=True)
+        self.sizes = Sums(full=False)
+
+    def add(self, states: Tensor, weights: Tensor | None = None) -> None:
+        super().add(states, weights)
+        self.sizes.add(states.abs(), weights)
+
+
+def fitted(settings: Factorize, bundle: Bundle, layers: Sequence[Layer], context: Context) -> dict[str, Fitted]:
+    """Return what each of `layers` can become, by path. Raises UsageError where a method needs data that is not there."""
+    generator = torch.Generator().manual_seed(context.seed)
+    if not settings.looks_at_data:
+        return {layer.path: _fit(settings, bundle, layer, generator) for layer in layers}
+    found: dict[str, Fitted] = {}
+    for part in _parts(bundle, layers):
+        seen = {layer.path: Inputs() for layer in part}
+        outputs = {layer.path: Sums(full=True) for layer in part} if settings.weigh == "effect" else {}
+        counts = _look(settings, bundle, seen, outputs, context)
+        for layer in track(part, context.progress, "factorizing", len(part)):
+            own = outputs.pop(layer.path, None)
+            found[layer.path] = _fit(
+                settings, bundle, layer, generator, seen.pop(layer.path), own, counts.get(layer.tower, 1)
+            )
+        give_back_freed()
+    return found
+
+
+def _look(
+    settings: Factorize, bundle: Bundle, seen: dict[str, Inputs], outputs: dict[str, Sums], context: Context
+) -> dict[str, int]:
+    """Add the calibration tokens to the sums; return how many samples each tower was given."""
+    label = f"method={settings.method}"
+    if settings.weigh == "effect":
+        return stream_by_effect(bundle, seen, context, label, outputs, of="factorize")
+    for tower in bundle.towers():
+        mine = {path: bundle.module(path) for path in seen if tower.owns(path)}
+        if mine:
+            watch(
+                bundle,
+                tower,
+                mine,
+                lambda path, tokens: seen[path].add(tokens),
+                context,
+                label,
+                f"factorize with {label}",
+            )
+    return {}
+
+
+def _fit(
+    settings: Factorize,
+    bundle: Bundle,
+    layer: Layer,
+    generator: torch.Generator,
+    seen: Inputs | None = None,
+    outputs: Sums | None = None,
+    samples: int = 1,
+) -> Fitted:
+    linear = bundle.module(layer.path)
+    assert isinstance(linear, nn.Linear), f"{layer.path} was not checked to be a Linear"
+    weight = linear.weight.detach()
+    root = mean = moment = left = None
+    if seen is not None and seen.weight:
+        mean = seen.mean() if linear.bias is not None else None
+        moment = _shrunk(seen, mean)
+        root = _ROOTS[settings.method](seen, moment, settings.alpha)
+        if outputs is not None:
+            gradients = _shrunk(outputs, None)
+            left = low_rank.root_of(gradients / gradients.diagonal().sum())
+    made = low_rank.directions(weight, root, moment, left)
+    if seen is not None and not seen.weight:
+        scale = 0.0  # nothing this Linear writes reaches the embedding: any directions do
+    elif seen is not None and settings.weigh == "effect":
+        scale = seen.weight / samples
+    else:
+        scale = 1 / float(made.losses.sum() or 1.0)
+    losses = made.losses * scale
+    if not losses.isfinite().all():
+        raise UsageError(
+            f"the singular values of {layer.path} are not finite",
+            hint="the model overflows on this data: load it in float32, or leave bad samples out",
+        )
+    if settings.directions == "random":
+        # Priced as what they stand in for, so that every layer gets the rank it would have.
+        made = low_rank.random_directions(weight, generator, moment, left)
+    most = layer.ranks[-1] if layer.ranks else 0
+    return Fitted(Directions(made.up[:, :most].float(), made.down[:most].float(), losses), mean)
+
+
+_ROOTS: dict[str, Callable[[Inputs, Tensor, float], Tensor | None]] = {
+    "svd-llm": lambda seen, moment, alpha: low_rank.root_of(moment),
+    "asvd": lambda seen, moment, alpha: seen.sizes.mean().double().clamp_min(1e-12) ** alpha,
+    "svd": lambda seen, moment, alpha: None,
+}
+
+
+def _shrunk(sums: Sums, mean: Tensor | None) -> Tensor:
+    """Return the covariance (C, C), or without a mean the second moment, as far as the tokens tell it from noise; float64."""
+    moment = sums.second_moment().double()
+    if mean is not None:
+        moment.addr_(mean.double(), mean.double(), alpha=-1)
+    share = shrinkage(moment, sums.count)
+    scale = float(moment.diagonal().mean())
+    moment *= 1 - share
+    moment.diagonal().add_(share * scale)
+    return moment
+
+
+def _parts(bundle: Bundle, layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Split the layers so that the moments of a part fit."""
+    limit = max(MOMENTS_BYTES, sum(p.nbytes for p in bundle.model.parameters()) // 8)
+    parts: list[list[Layer]] = []
+    used = limit
+    for layer in layers:
+        size = 4 * (layer.shape[0] ** 2 + layer.shape[1] ** 2)
+        if used + size > limit:
+            parts.append([])
+            used = 0
+        parts[-1].append(layer)
+        used += size
+    return parts
