@@ -20,6 +20,7 @@ def section() -> str:
             edge,
             nncf,
             against_random,
+            low_rank,
             memory,
             streaming,
             mini_vlm,
@@ -117,6 +118,43 @@ def against_random() -> str:
     for contest, outcome in found["contests"].items():
         for score, findings in outcome["findings"].items():
             lines += [f"- {contest}, {score}: {f['text']}" for f in findings if "image_to_text_r1" in f["text"]]
+    return "\n".join(lines)
+
+
+LOW_RANK_MODELS = {
+    "dual-encoder": "DINOv2-S + MiniLM, both towers",
+    "whisper": "Whisper tiny.en, encoder and decoder",
+    "mini-vlm": "The mini-VLM's language model",
+}
+
+
+def low_rank() -> str:
+    """Linears in two factors, beside random directions and beside pruning."""
+    return "\n\n".join(_factorized(name, found) for name, found in read("low_rank").get("models", {}).items())
+
+
+def _factorized(name: str, found: dict[str, Any]) -> str:
+    metric = next(iter(found["original"]))
+    shares = {ratio: f"{float(ratio):.0%} of the parameters" for ratio in found["ratios"]}
+    lines = [
+        f"**Linears in two factors: {LOW_RANK_MODELS[name]}** (`{found['command']}`): {found['task']} {metric}, before "
+        f"{interval(found['original'][metric])}, n = {found['n']}; points lost, paired [95%]",
+        "",
+        f"| what stays, less | {' | '.join(shares.values())} |",
+        "|---" * (len(shares) + 1) + "|",
+    ]
+    for way in next(iter(found["ratios"].values())):
+        rows = [rows[way] for rows in found["ratios"].values()]
+        cells = [f"{row[metric]['value']:.3f}, {points(row[metric]['lost'])}" for row in rows]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    lines.append("")
+    for ratio, rows in found["ratios"].items():
+        own = rows["svd-llm"]
+        ahead = [
+            f"{points(own[f'against {rival}'][metric])} points beside {rival}"
+            for rival in ("svd-llm, random directions", "prune")
+        ]
+        lines.append(f"- {shares[ratio]} less, {own['layers']} layers in two: svd-llm {' and '.join(ahead)}")
     return "\n".join(lines)
 
 

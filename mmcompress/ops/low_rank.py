@@ -49,20 +49,18 @@ class Directions:
 
 
 def root_of(moment: Tensor) -> Tensor:
-    """Return the lower Cholesky root of a second moment (C, C), lifted by as little of the identity as makes it one.
+    """Return a lower triangular root of a second moment (C, C): Cholesky's, of the moment and a billionth of the identity.
 
-    A singular moment, or one whose smallest eigenvalues are rounding errors of float32, has none by itself.
+    A covariance that is small beside the mean it was told from may have negative eigenvalues, from rounding; those go first.
     """
     lifted = moment.double().clone()
-    scale = float(lifted.diagonal().mean()) or 1.0
-    done = 0.0
-    for share in (1e-9, 1e-7, 1e-5, 1e-3):
-        lifted.diagonal().add_((share - done) * scale)
-        done = share
-        root, failed = torch.linalg.cholesky_ex(lifted)
-        if not failed:
-            return root
-    return torch.linalg.cholesky(lifted)  # raises, saying what is wrong
+    least = 1e-9 * (abs(float(lifted.diagonal().mean())) or 1.0)
+    lifted.diagonal().add_(least)
+    root, failed = torch.linalg.cholesky_ex(lifted)
+    if failed:
+        values, vectors = torch.linalg.eigh(lifted)
+        root = torch.linalg.qr((vectors * values.clamp_min(least).sqrt()).T, mode="r").R.T
+    return root
 
 
 def directions(

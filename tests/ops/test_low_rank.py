@@ -125,6 +125,14 @@ def test_factors_are_equally_long_and_singular_inputs_are_no_obstacle() -> None:
     assert error(inputs, weight, made, 6) < 1e-16 * float((inputs @ weight.T).square().sum())
 
 
+def test_a_root_of_what_rounding_has_made_indefinite() -> None:
+    turned = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    moment, wanted = (turned * torch.tensor([4.0, 1, 0.1, least]) @ turned.T for least in (-0.05, 0))
+    root = root_of(moment)
+    assert torch.equal(root, root.tril())
+    torch.testing.assert_close(root @ root.T, wanted, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("shape", "multiple", "rank"),
     # 384 * 384 / 768 = 192 is no gain; 1536 * 384 / 1920 = 307.2; 6 * 3 / 9 = 2; 2 * 2 / 4 = 1.
