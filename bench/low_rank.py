@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench import assets
 from bench.cells import read
@@ -26,16 +28,16 @@ from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts
 from mmcompress.passes.base import Context
 from mmcompress.passes.factorize import Factorize
-from mmcompress.passes.factorize_fit import Fitted, fitted
+from mmcompress.passes.factorize_fit import Seen, fit_layer, look
 from mmcompress.recipe import Step
 
 DEFAULT, RANDOM, PRUNE = "svd-llm", "svd-llm, random directions", "prune"
 WAYS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
+    RANDOM: {"directions": "random"},
     "svd-llm, energy": {"weigh": "energy"},
     "asvd": {"method": "asvd"},
     "svd": {"method": "svd"},
-    RANDOM: {"directions": "random"},
 }
 
 
@@ -80,42 +82,57 @@ CASES: dict[str, Case] = {
 }
 
 
-def measured(case: Case, samples: int, ratios: list[float]) -> dict[str, Any]:
-    """Return accuracies by ratio and way, of one model."""
+def measure(name: str, samples: int, ratios: list[float], write: Callable[[str, dict[str, Any]], None]) -> None:
+    """Measure one model by ratio and way; `write` is given what there is after each."""
+    case = CASES[name]
     held_out = open_data(case.evaluation())
     held_out = held_out.subset(samples, 0) if samples else held_out
     calibration = open_data(str(case.calibration())).subset(case.fitted_to, 0)
     context = Context(data=calibration, num_samples=case.fitted_to, batch_size=32)
-    original = evaluate(checkpoint.load(case.model()), held_out, [case.task])
+    model = case.model()
+    untouched = checkpoint.load(model)
+    original = evaluate(untouched, held_out, [case.task])
     found: dict[str, dict[str, tuple[Evaluation, int, int]]] = {f"{ratio:g}": {} for ratio in ratios}
 
     def judge(ratio: float, way: str, bundle: Bundle, layers: int) -> None:
         judged = evaluate(bundle, held_out, [case.task], reference=original)
         found[f"{ratio:g}"][way] = (judged, cost_of(bundle).parameters, layers)
-        print(ratio, way, *(judged.estimates[case.task][metric] for metric in case.metrics), flush=True)
+        shown = " ".join(str(judged.estimates[case.task][metric]) for metric in case.metrics)
+        print(f"{name} {ratio} {way}: {shown}", flush=True)
+        write(
+            name,
+            {
+                "task": case.task,
+                "n": len(held_out),
+                "towers": list(case.towers),
+                "fitted_to": case.fitted_to,
+                "original": {
+                    metric: _short(original.estimates[case.task][metric].to_json()) for metric in case.metrics
+                },
+                "ratios": {ratio: _rows(case, rows) for ratio, rows in found.items()},
+            },
+        )
 
+    seen: dict[str, dict[str, Seen]] = {}
     for way, params in WAYS.items():
-        fits: dict[str, Fitted] = {}
+        made = Factorize(towers=case.towers, **params)
+        layers = [layer for layer in made.survey(untouched)[1] if layer.ranks]
+        # What samples show depends on how they are weighed alone, and what a layer can become not on the ratio.
+        if made.looks_at_data and made.weigh not in seen:
+            seen[made.weigh] = look(made, untouched, layers, context)
+        shown = seen[made.weigh] if made.looks_at_data else {}
+        random = torch.Generator().manual_seed(context.seed)
+        fits = {layer.path: fit_layer(made, untouched, layer, random, shown.get(layer.path)) for layer in layers}
         for ratio in ratios:
-            bundle, made = checkpoint.load(case.model()), Factorize(ratio=ratio, towers=case.towers, **params)
-            # What a layer can become does not depend on the ratio.
-            fits = fits or fitted(made, bundle, [layer for layer in made.survey(bundle)[1] if layer.ranks], context)
-            plan = made.planned(bundle, context, fits)
-            made.apply(bundle, plan)
+            bundle, cut = checkpoint.load(model), replace(made, ratio=ratio)
+            plan = cut.planned(bundle, context, fits)
+            cut.apply(bundle, plan)
             judge(ratio, way, bundle, len(plan.decisions["ranks"]))
     for ratio in ratios:
-        bundle = checkpoint.load(case.model())
+        bundle = checkpoint.load(model)
         step = Step("prune", {"ratio": ratio, "towers": list(case.towers)})
         pipeline.run_stage(bundle, pipeline.Stage(1, step, passes.build(step.name, step.params)), context)
         judge(ratio, PRUNE, bundle, 0)
-    return {
-        "task": case.task,
-        "n": original.n,
-        "towers": list(case.towers),
-        "fitted_to": case.fitted_to,
-        "original": {metric: _short(original.estimates[case.task][metric].to_json()) for metric in case.metrics},
-        "ratios": {ratio: _rows(case, rows) for ratio, rows in found.items()},
-    }
 
 
 def _rows(case: Case, rows: dict[str, tuple[Evaluation, int, int]]) -> dict[str, Any]:
@@ -126,7 +143,7 @@ def _rows(case: Case, rows: dict[str, tuple[Evaluation, int, int]]) -> dict[str,
             lost = judged.differences[case.task][metric]
             row[metric] = _short(judged.estimates[case.task][metric].to_json()) | {"lost": _short(lost.to_json())}
         table[way] = row
-    for rival in (RANDOM, PRUNE):
+    for rival in [name for name in (RANDOM, PRUNE) if name in rows]:
         ahead = compare(rows[rival][0], rows[DEFAULT][0])[case.task]
         table[DEFAULT][f"against {rival}"] = {metric: _short(ahead[metric].to_json()) for metric in case.metrics}
     return table
@@ -143,13 +160,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="held-out samples to evaluate on; 0 means all")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     options = parser.parse_args()
-    for name in options.only or CASES:
-        made = measured(CASES[name], options.samples, options.ratios)
-        asked = f"--only {name} --samples {options.samples} --ratios {' '.join(f'{r:g}' for r in options.ratios)}"
+    asked = f"--samples {options.samples} --ratios {' '.join(f'{ratio:g}' for ratio in options.ratios)}"
+
+    def write(name: str, made: dict[str, Any]) -> None:
         document = read("low_rank") or {"models": {}}
         document["machine"] = machine_facts()
-        document["models"][name] = {"command": f"python -m bench.low_rank {asked}", **made}
+        document["models"][name] = {"command": f"python -m bench.low_rank --only {name} {asked}", **made}
         (assets.RESULTS / "low_rank.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    for name in options.only or CASES:
+        measure(name, options.samples, options.ratios, write)
 
 
 if __name__ == "__main__":

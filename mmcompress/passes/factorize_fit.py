@@ -77,72 +77,67 @@ class Inputs(Sums):
         self.sizes.add(states.abs(), weights)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What samples showed of a layer."""
+
+    inputs: Inputs
+    gradients: Sums | None
+    """Of its outputs, where effects are weighed."""
+    samples: int
+    """How many its tower was given."""
+
+
 def fitted(settings: Factorize, bundle: Bundle, layers: Sequence[Layer], context: Context) -> dict[str, Fitted]:
     """Return what each of `layers` can become, by path. Raises UsageError where a method needs data that is not there."""
     generator = torch.Generator().manual_seed(context.seed)
     if not settings.looks_at_data:
-        return {layer.path: _fit(settings, bundle, layer, generator) for layer in layers}
+        return {layer.path: fit_layer(settings, bundle, layer, generator) for layer in layers}
     found: dict[str, Fitted] = {}
     for part in _parts(bundle, layers):
-        seen = {layer.path: Inputs() for layer in part}
-        outputs = {layer.path: Sums(full=True) for layer in part} if settings.weigh == "effect" else {}
-        counts = _look(settings, bundle, seen, outputs, context)
-        for layer in track(part, context.progress, "factorizing", len(part)):
-            own = outputs.pop(layer.path, None)
-            found[layer.path] = _fit(
-                settings, bundle, layer, generator, seen.pop(layer.path), own, counts.get(layer.tower, 1)
-            )
+        seen = look(settings, bundle, part, context)
+        for layer in track(part, context.progress, "singular values", len(part)):
+            found[layer.path] = fit_layer(settings, bundle, layer, generator, seen.pop(layer.path))
         give_back_freed()
     return found
 
 
-def _look(
-    settings: Factorize, bundle: Bundle, seen: dict[str, Inputs], outputs: dict[str, Sums], context: Context
-) -> dict[str, int]:
-    """Add the calibration tokens to the sums; return how many samples each tower was given."""
+def look(settings: Factorize, bundle: Bundle, layers: Sequence[Layer], context: Context) -> dict[str, Seen]:
+    """Return what the calibration samples show of `layers`, by path; all at once."""
     label = f"method={settings.method}"
+    inputs = {layer.path: Inputs() for layer in layers}
     if settings.weigh == "effect":
-        return stream_by_effect(bundle, seen, context, label, outputs, of="factorize")
+        gradients = {layer.path: Sums(full=True) for layer in layers}
+        counts = stream_by_effect(bundle, inputs, context, label, gradients, of="factorize")
+        return {layer.path: Seen(inputs[layer.path], gradients[layer.path], counts[layer.tower]) for layer in layers}
+    what = f"factorize with {label}"
     for tower in bundle.towers():
-        mine = {path: bundle.module(path) for path in seen if tower.owns(path)}
+        mine = {path: bundle.module(path) for path in inputs if tower.owns(path)}
         if mine:
-            watch(
-                bundle,
-                tower,
-                mine,
-                lambda path, tokens: seen[path].add(tokens),
-                context,
-                label,
-                f"factorize with {label}",
-            )
-    return {}
+            watch(bundle, tower, mine, lambda path, tokens: inputs[path].add(tokens), context, label, what)
+    return {path: Seen(sums, None, 1) for path, sums in inputs.items()}
 
 
-def _fit(
-    settings: Factorize,
-    bundle: Bundle,
-    layer: Layer,
-    generator: torch.Generator,
-    seen: Inputs | None = None,
-    outputs: Sums | None = None,
-    samples: int = 1,
+def fit_layer(
+    settings: Factorize, bundle: Bundle, layer: Layer, generator: torch.Generator, seen: Seen | None = None
 ) -> Fitted:
+    """Return what a layer can become. Raises UsageError where its singular values are not finite."""
     linear = bundle.module(layer.path)
     assert isinstance(linear, nn.Linear), f"{layer.path} was not checked to be a Linear"
     weight = linear.weight.detach()
     root = mean = moment = left = None
-    if seen is not None and seen.weight:
-        mean = seen.mean() if linear.bias is not None else None
-        moment = _shrunk(seen, mean)
-        root = _ROOTS[settings.method](seen, moment, settings.alpha)
-        if outputs is not None:
-            gradients = _shrunk(outputs, None)
+    if seen is not None and seen.inputs.weight:
+        mean = seen.inputs.mean() if linear.bias is not None else None
+        moment = _shrunk(seen.inputs, mean)
+        root = _ROOTS[settings.method](seen.inputs, moment, settings.alpha)
+        if seen.gradients is not None:
+            gradients = _shrunk(seen.gradients, None)
             left = low_rank.root_of(gradients / gradients.diagonal().sum())
     made = low_rank.directions(weight, root, moment, left)
-    if seen is not None and not seen.weight:
+    if seen is not None and not seen.inputs.weight:
         scale = 0.0  # nothing this Linear writes reaches the embedding: any directions do
-    elif seen is not None and settings.weigh == "effect":
-        scale = seen.weight / samples
+    elif seen is not None and seen.gradients is not None:
+        scale = seen.inputs.weight / seen.samples
     else:
         scale = 1 / float(made.losses.sum() or 1.0)
     losses = made.losses * scale
