@@ -34,11 +34,13 @@ from mmcompress.recipe import Step
 DEFAULT, RANDOM, PRUNE = "svd-llm", "svd-llm, random directions", "prune"
 WAYS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
+    PRUNE: {},
     RANDOM: {"directions": "random"},
-    "svd-llm, energy": {"weigh": "energy"},
-    "asvd": {"method": "asvd"},
     "svd": {"method": "svd"},
+    "asvd": {"method": "asvd"},
+    "svd-llm, energy": {"weigh": "energy"},
 }
+"""What is done, by a name for the table; the most telling ways first."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Case:
     task: str
     metrics: tuple[str, ...]
     towers: tuple[str, ...] = ()
-    fitted_to: int = 256
+    fitted_to: int = 128
 
 
 CASES: dict[str, Case] = {
@@ -77,7 +79,6 @@ CASES: dict[str, Case] = {
         "vqa",
         ("accuracy",),
         ("language",),
-        fitted_to=128,
     ),
 }
 
@@ -115,6 +116,13 @@ def measure(name: str, samples: int, ratios: list[float], write: Callable[[str, 
 
     seen: dict[str, dict[str, Seen]] = {}
     for way, params in WAYS.items():
+        if way == PRUNE:
+            for ratio in ratios:
+                bundle = checkpoint.load(model)
+                step = Step("prune", {"ratio": ratio, "towers": list(case.towers)})
+                pipeline.run_stage(bundle, pipeline.Stage(1, step, passes.build(step.name, step.params)), context)
+                judge(ratio, way, bundle, 0)
+            continue
         made = Factorize(towers=case.towers, **params)
         layers = [layer for layer in made.survey(untouched)[1] if layer.ranks]
         # What samples show depends on how they are weighed alone, and what a layer can become not on the ratio.
@@ -128,11 +136,6 @@ def measure(name: str, samples: int, ratios: list[float], write: Callable[[str, 
             plan = cut.planned(bundle, context, fits)
             cut.apply(bundle, plan)
             judge(ratio, way, bundle, len(plan.decisions["ranks"]))
-    for ratio in ratios:
-        bundle = checkpoint.load(model)
-        step = Step("prune", {"ratio": ratio, "towers": list(case.towers)})
-        pipeline.run_stage(bundle, pipeline.Stage(1, step, passes.build(step.name, step.params)), context)
-        judge(ratio, PRUNE, bundle, 0)
 
 
 def _rows(case: Case, rows: dict[str, tuple[Evaluation, int, int]]) -> dict[str, Any]:
