@@ -143,19 +143,21 @@ def _factorized(name: str, found: dict[str, Any]) -> str:
         f"| what stays, less | {' | '.join(shares.values())} |",
         "|---" * (len(shares) + 1) + "|",
     ]
-    for way in next(iter(found["ratios"].values())):
-        rows = [rows[way] for rows in found["ratios"].values()]
-        cells = [f"{row[metric]['value']:.3f}, {points(row[metric]['lost'])}" for row in rows]
+    ways = list(dict.fromkeys(way for rows in found["ratios"].values() for way in rows))
+    for way in ways:
+        cells = [_lost(rows[way][metric]) if way in rows else "" for rows in found["ratios"].values()]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     lines.append("")
     for ratio, rows in found["ratios"].items():
         own = rows["svd-llm"]
-        ahead = [
-            f"{points(own[f'against {rival}'][metric])} points beside {rival}"
-            for rival in ("svd-llm, random directions", "prune")
-        ]
+        rivals = [way for way in ways if f"against {way}" in own]
+        ahead = [f"{points(own[f'against {rival}'][metric])} points beside {rival}" for rival in rivals]
         lines.append(f"- {shares[ratio]} less, {own['layers']} layers in two: svd-llm {' and '.join(ahead)}")
     return "\n".join(lines)
+
+
+def _lost(row: dict[str, Any]) -> str:
+    return f"{row['value']:.3f}, {points(row['lost'])}"
 
 
 def memory() -> str:

@@ -93,8 +93,8 @@ def test_a_dear_first_step_goes_with_those_that_make_it_worth_while() -> None:
     # 9 for 1, then 1 for 9: together 1 each, less than the 2 each of the other queue; alone the first would go last.
     rising = [Chunk(9, 1, 1), Chunk(1, 9, 1)]
     assert spend([rising, [Chunk(20, 10, 1)]], 10) == [2, 0]
-    # Of 10 gone only 3 were wanted. The last step alone is worth little; with the first it is worth 10 for 7.
-    assert spend([[Chunk(9, 3, 1), Chunk(1, 4, 1)], [Chunk(1.5, 3, 1)]], 6) == [2, 0]
+    # 30 are gone where 21 were wanted. The first queue's last step alone is worth least; with the one before, most: 10 for 7.
+    assert spend([[Chunk(9, 3, 1), Chunk(1, 4, 1)], [Chunk(1.5, 3, 1)], [Chunk(100, 20, 1)]], 21) == [0, 1, 1]
 
 
 def _cheapest(queues: list[list[Chunk]], remove: int) -> float:
