@@ -23,6 +23,7 @@ from mmcompress.passes.factorize import Factorize
 from mmcompress.passes.factorize_fit import fitted
 from mmcompress.passes.factorize_ranks import Layer, choose_ranks
 from mmcompress.passes.prune_budget import Pool
+from mmcompress.passes.prune_cut import set_parameters
 from mmcompress.passes.prune_scores import tower_batches
 from mmcompress.passes.quantize_judge import groups_of
 from mmcompress.recipe import Step
@@ -182,7 +183,7 @@ def test_a_graph_multiplies_less_and_computes_the_same(tmp_path: Any) -> None:
 
 def test_quantize_rounds_the_factors_and_folds_their_gains() -> None:
     bundle = tiny.bundle(FAMILY)
-    run(bundle, ratio=0.2, towers=["vision"])
+    run(bundle, ratio=0.25, towers=["vision"], layers=["attention"])
     outputs = bundle.encode("vision", bundle.example_inputs("vision", 2))
     plan = run(bundle, name="quantize", scheme="W8A8", min_cosine=-1.0, towers=["vision"])
     layers = factorized(bundle)
@@ -191,11 +192,9 @@ def test_quantize_rounds_the_factors_and_folds_their_gains() -> None:
     rounded = bundle.encode("vision", bundle.example_inputs("vision", 2))
     assert nn.functional.cosine_similarity(rounded, outputs).min() > 0.99
     first = bundle.tower("vision").blocks[0]
-    readers = [f"{path}.down" if path in layers else path for path in first.attention.writers]
-    assert sorted(readers) in plan["folds"].values()
-    values, mixing = first.attention.writers[-1], first.attention.reader
-    own = f"{values}.up" if values in layers else values
-    assert plan["folds"][own] == [f"{mixing}.down" if mixing in layers else mixing]
+    assert {*first.attention.writers, first.attention.reader} <= layers.keys()
+    assert sorted(f"{path}.down" for path in first.attention.writers) in plan["folds"].values()
+    assert plan["folds"][f"{first.attention.writers[-1]}.up"] == [f"{first.attention.reader}.down"]
     # They are judged with their layer, not by themselves.
     groups = groups_of(bundle.tower("vision"), list(plan["layers"]))
     assert f"{first.path}.attention" in groups
@@ -264,14 +263,28 @@ def test_bad_parameters(params: dict[str, Any], message: str) -> None:
         build("factorize", params)
 
 
-def test_a_plan_without_tensors_makes_the_same_structure_and_the_bias_is_shared_with_nothing() -> None:
-    bundle = tiny.bundle(FAMILY)
+def test_a_plan_without_tensors_makes_the_same_structure_around_the_bias() -> None:
+    bundle, original = tiny.bundle(FAMILY), tiny.bundle(FAMILY)
     made = Factorize(ratio=0.1, method="svd")
     plan = made.plan(bundle, Context())
-    shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
     made.apply(bundle, Plan(plan.decisions))
     state = bundle.model.state_dict()
-    assert all(state[name].shape == shape for name, shape in shapes.items())
-    layer = next(iter(factorized(bundle).values()))
-    torch.testing.assert_close(layer.weight, layer.up.weight @ layer.down.weight)
-    assert layer.weight.shape == (layer.out_features, layer.in_features)
+    assert plan.tensors
+    assert all(state[name].shape == tensor.shape for name, tensor in plan.tensors.items())
+    set_parameters(bundle, plan.tensors)
+    for path, layer in factorized(bundle).items():
+        x, bias = torch.randn(2, layer.in_features), original.module(path).bias
+        assert layer.weight.shape == original.module(path).weight.shape
+        assert isinstance(bias, Tensor)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.up.weight @ layer.down.weight, bias))
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_what_shares_its_weight_stays_whole() -> None:
+    bundle = tiny.bundle(FAMILY)
+    first, second, *_ = (bundle.module(path) for path in bundle.tower("vision").blocks[0].attention.writers)
+    second.weight = first.weight
+    _, layers, _ = Factorize(ratio=0.05).survey(bundle)
+    paths = {layer.path for layer in layers}
+    assert len(paths) == 6 * 3 + 6 * 2 - 2
+    assert not {*bundle.tower("vision").blocks[0].attention.writers[:2]} & paths
