@@ -58,10 +58,9 @@ class Fitted:
         up, down = self.directions.factors(rank)
         made = {f"{path}.down.weight": down.to(linear.weight), f"{path}.up.weight": up.to(linear.weight)}
         if linear.bias is not None and self.mean is not None:
-            lost = linear.weight.detach().double() @ self.mean.double() - up.double() @ (
-                down.double() @ self.mean.double()
-            )
-            made[f"{path}.up.bias"] = (linear.bias.detach().double() + lost).to(linear.bias)
+            weight, bias, mean = linear.weight.detach().double(), linear.bias.detach().double(), self.mean.double()
+            lost = weight @ mean - up.double() @ (down.double() @ mean)
+            made[f"{path}.up.bias"] = (bias + lost).to(linear.bias)
         return made
 
 
@@ -153,10 +152,9 @@ def fit_layer(
     return Fitted(Directions(made.up[:, :most].float(), made.down[:most].float(), losses), mean)
 
 
-_ROOTS: dict[str, Callable[[Inputs, Tensor, float], Tensor | None]] = {
+_ROOTS: dict[str, Callable[[Inputs, Tensor, float], Tensor]] = {
     "svd-llm": lambda seen, moment, alpha: low_rank.root_of(moment),
     "asvd": lambda seen, moment, alpha: seen.sizes.mean().double().clamp_min(1e-12) ** alpha,
-    "svd": lambda seen, moment, alpha: None,
 }
 
 

@@ -36,13 +36,12 @@ class Layer:
         """What the layer has left at each step down: as it is, at the largest rank, …, at the smallest."""
         return (self.shape[0] * self.shape[1], *(rank * sum(self.shape) for rank in reversed(self.ranks)))
 
-    def chunks(self, losses: Tensor | None) -> list[Chunk]:
+    def chunks(self, losses: Tensor) -> list[Chunk]:
         """Return the steps down, the largest rank first, each with what it loses (r,) and saves."""
         left = (min(self.shape), *reversed(self.ranks))
         steps = zip(left, left[1:], self.costs, self.costs[1:], strict=False)
-        prices = None if losses is None else losses.double().flip(0).cumsum(0).flip(0).tolist()
-        # What is lost at rank k is the sum from k on.
-        lost = {rank: 0.0 if prices is None or rank == len(prices) else prices[rank] for rank in left}
+        # What is lost at rank k is the sum from k on; at full rank nothing is.
+        lost = [*losses.double().flip(0).cumsum(0).flip(0).tolist(), 0.0]
         return [Chunk(lost[to] - lost[come], was - now, come - to) for come, to, was, now in steps]
 
 
