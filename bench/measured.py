@@ -26,6 +26,7 @@ def section() -> str:
             recovered,
             torch_pruning,
             peers,
+            low_rank,
             memory,
             streaming,
             mini_vlm,
@@ -150,6 +151,45 @@ def peers() -> str:
             f"{best.rpartition(', ')[2]} ×{interval(lanes[best]['times_as_fast'], 2)} |"
         )
     return "\n".join(lines)
+
+
+LOW_RANK_MODELS = {
+    "dual-encoder": "DINOv2-S + MiniLM, both towers",
+    "whisper": "Whisper tiny.en, encoder and decoder",
+    "mini-vlm": "The mini-VLM's language model",
+}
+
+
+def low_rank() -> str:
+    """Linears in two factors, beside random directions and beside pruning."""
+    return "\n\n".join(_factorized(name, found) for name, found in read("low_rank").get("models", {}).items())
+
+
+def _factorized(name: str, found: dict[str, Any]) -> str:
+    metric = next(iter(found["original"]))
+    shares = {ratio: f"{float(ratio):.0%} of the parameters" for ratio in found["ratios"]}
+    lines = [
+        f"**Linears in two factors: {LOW_RANK_MODELS[name]}** (`{found['command']}`): {found['task']} {metric}, before "
+        f"{interval(found['original'][metric])}, n = {found['n']}; points lost, paired [95%]",
+        "",
+        f"| what stays, less | {' | '.join(shares.values())} |",
+        "|---" * (len(shares) + 1) + "|",
+    ]
+    ways = list(dict.fromkeys(way for rows in found["ratios"].values() for way in rows))
+    for way in ways:
+        cells = [_lost(rows[way][metric]) if way in rows else "" for rows in found["ratios"].values()]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    lines.append("")
+    for ratio, rows in found["ratios"].items():
+        own = rows["svd-llm"]
+        rivals = [way for way in ways if f"against {way}" in own]
+        ahead = [f"{points(own[f'against {rival}'][metric])} points beside {rival}" for rival in rivals]
+        lines.append(f"- {shares[ratio]} less, {own['layers']} layers in two: svd-llm {' and '.join(ahead)}")
+    return "\n".join(lines)
+
+
+def _lost(row: dict[str, Any]) -> str:
+    return f"{row['value']:.3f}, {points(row['lost'])}"
 
 
 def memory() -> str:

@@ -18,6 +18,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "prune": {"ratio": 0.05},
     "search-prune": {"ratio": 0.05},
     "trim-vocabulary": {},
+    "factorize": {"ratio": 0.05},
     "merge-tokens": {"keep": 0.5},
     "coarsen-tokens": {"keep": 0.5},
     "reduce-visual-tokens": {"keep": 0.5},

@@ -9,6 +9,10 @@ cheapest one that could come back does not fit. Hence
 - where all costs are equal it is a global sort by score;
 - the value lost exceeds the optimum's by less than one chunk (the fractional relaxation bounds the optimum from below).
 
+A queue's chunks must go in their order, and a later one may be worth less for its cost than an earlier one: the first step
+from a matrix to two factors saves little and costs much. Such a chunk goes together with those behind it that make it worth
+while (their lower convex hull); "one chunk" above is then the largest of these steps.
+
 Ties are broken by the order of layers, then by index, so the result does not depend on the platform's sort.
 
 `allocate_evenly` takes the same share of every layer instead: the plain baseline. `ops.evolution` searches from both.
@@ -19,6 +23,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
+TINY = 1e-9
+"""Values per cost that differ by less, relatively, are equal but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """What goes together: `width` units of every tied layer; `value` is the sum over them."""
 
     value: float
@@ -108,19 +115,7 @@ class Removal:
         """Return what goes in order of value per cost. Raises ValueError when `remove` exceeds what can go."""
         if remove > removable_cost(self.layers):
             raise ValueError(f"{remove} to remove, {removable_cost(self.layers)} removable")
-        gone = [0] * len(self.groups)
-        removed = 0
-        heap = [(_density(queue[0]), group) for group, queue in enumerate(self.chunks) if queue]
-        heapq.heapify(heap)
-        while removed < remove and heap:
-            _, group = heapq.heappop(heap)
-            queue = self.chunks[group]
-            removed += queue[gone[group]].cost
-            gone[group] += 1
-            if gone[group] < len(queue):
-                heapq.heappush(heap, (_density(queue[gone[group]]), group))
-        _restore(self.chunks, gone, removed - remove)
-        return gone
+        return spend(self.chunks, remove)
 
     def within(self, gone: Sequence[int], remove: int, pick: Callable[[Sequence[int]], int]) -> list[int]:
         """Return `gone` brought to the budget: while too little goes, one more chunk of a group; then chunks are put back that need
@@ -147,6 +142,39 @@ def _order(layer: Layer) -> list[int]:
     return sorted(range(len(layer.values)), key=lambda unit: (layer.values[unit], unit))
 
 
+def spend(queues: Sequence[Sequence[Chunk]], remove: int) -> list[int]:
+    """Return how many chunks of each queue go, first to last, such that at least `remove` of the cost is gone.
+
+    `remove` must be no more than all chunks cost.
+    """
+    steps = [_steps(queue) for queue in queues]
+    gone, taken, removed = [0] * len(queues), [0] * len(queues), 0
+    heap = [(_density(own[0]), index) for index, own in enumerate(steps) if own]
+    heapq.heapify(heap)
+    while removed < remove and heap:
+        _, index = heapq.heappop(heap)
+        step = steps[index][taken[index]]
+        removed += step.cost
+        gone[index] += step.width
+        taken[index] += 1
+        if taken[index] < len(steps[index]):
+            heapq.heappush(heap, (_density(steps[index][taken[index]]), index))
+    _restore(queues, gone, removed - remove)
+    return gone
+
+
+def _steps(queue: Sequence[Chunk]) -> list[Chunk]:
+    """Return the chunks joined such that none is worth less for its cost than the one before; `width` then counts chunks."""
+    joined: list[Chunk] = []
+    for chunk in queue:
+        joined.append(Chunk(chunk.value, chunk.cost, 1))
+        # Equal but for rounding is no reason to join.
+        while len(joined) > 1 and _density(joined[-1]) < (1 - TINY) * _density(joined[-2]):
+            last, before = joined.pop(), joined.pop()
+            joined.append(Chunk(before.value + last.value, before.cost + last.cost, before.width + last.width))
+    return joined
+
+
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
     """Return the indices of layers that move together."""
     groups: list[list[int]] = []
@@ -163,7 +191,7 @@ def _groups(layers: Sequence[Layer]) -> list[list[int]]:
     return groups
 
 
-def _chunks(layers: Sequence[Layer], members: list[int], order: list[list[int]]) -> list[_Chunk]:
+def _chunks(layers: Sequence[Layer], members: list[int], order: list[list[int]]) -> list[Chunk]:
     """Return what can go, first to last. The first chunk brings an odd width down to a multiple."""
     units = len(layers[members[0]].values)
     multiple = max(layers[member].multiple for member in members)
@@ -174,27 +202,42 @@ def _chunks(layers: Sequence[Layer], members: list[int], order: list[list[int]])
         if units - start - width < floor:
             break
         values = (layers[m].values[unit] for m in members for unit in order[m][start : start + width])
-        made.append(_Chunk(sum(values), sum(layers[m].cost for m in members) * width, width))
+        made.append(Chunk(sum(values), sum(layers[m].cost for m in members) * width, width))
         start += width
     return made
 
 
-def _density(chunk: _Chunk) -> float:
+def _density(chunk: Chunk) -> float:
     return chunk.value / chunk.cost if chunk.cost else float("inf")
 
 
 def _restore(
-    chunks: list[list[_Chunk]], gone: list[int], slack: int, pick: Callable[[Sequence[int]], int] | None = None
+    queues: Sequence[Sequence[Chunk]], gone: list[int], slack: int, pick: Callable[[Sequence[int]], int] | None = None
 ) -> None:
     """Put back the last removed chunks that fit into `slack`, the densest first or as `pick` chooses; changes `gone`."""
     while True:
         fitting = [
-            (-_density(queue[gone[group] - 1]), group)
-            for group, queue in enumerate(chunks)
-            if gone[group] and queue[gone[group] - 1].cost <= slack
+            (-density, index, count, cost)
+            for index, queue in enumerate(queues)
+            for density, count, cost in _returning(queue[: gone[index]], slack)
         ]
         if not fitting:
             return
-        group = pick([group for _, group in fitting]) if pick else min(fitting)[1]
-        gone[group] -= 1
-        slack -= chunks[group][gone[group]].cost
+        chosen = pick([index for _, index, _, _ in fitting]) if pick else min(fitting)[1]
+        _, index, count, cost = next(found for found in fitting if found[1] == chosen)
+        gone[index] -= count
+        slack -= cost
+
+
+def _returning(removed: Sequence[Chunk], slack: int) -> list[tuple[float, int, int]]:
+    """Return the best that can come back of a queue within `slack`, as (value per cost, chunks, cost): none or one."""
+    best: tuple[float, int, int] | None = None
+    value, cost = 0.0, 0
+    for count, chunk in enumerate(reversed(removed), 1):
+        value, cost = value + chunk.value, cost + chunk.cost
+        if cost > slack:
+            break
+        density = _density(Chunk(value, cost, count))
+        if best is None or density > (1 + TINY) * best[0]:
+            best = density, count, cost
+    return [best] if best else []

@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "prune": "mmcompress.passes.prune:Prune",
     "search-prune": "mmcompress.passes.search_prune:SearchPrune",
     "trim-vocabulary": "mmcompress.passes.trim_vocabulary:TrimVocabulary",
+    "factorize": "mmcompress.passes.factorize:Factorize",
     "merge-tokens": "mmcompress.passes.merge_tokens:MergeTokens",
     "coarsen-tokens": "mmcompress.passes.coarsen_tokens:CoarsenTokens",
     "reduce-visual-tokens": "mmcompress.passes.reduce_visual_tokens:ReduceVisualTokens",

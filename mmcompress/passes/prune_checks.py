@@ -14,6 +14,7 @@ from mmcompress.passes.base import require_milliseconds, require_one
 from mmcompress.passes.prune_effects import SUMMARIES
 from mmcompress.passes.prune_relevance import require_maps
 from mmcompress.surgery.float_codes import is_float_coded
+from mmcompress.surgery.low_rank import LowRankLinear
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ def _require_plain(settings: Prune, bundle: Bundle, tower: Tower) -> None:
         readers = [part.reader for part in parts]
         for path in (*(path for part in parts for path in part.writers), *readers):
             module = bundle.module(path)
+            if isinstance(module, LowRankLinear):
+                raise UsageError(f"{path} has two factors; prune cuts nn.Linear", hint="put prune before factorize")
             if not isinstance(module, nn.Linear) or is_float_coded(module):
                 raise UsageError(
                     f"{path} is a {type(module).__name__}; prune cuts nn.Linear", hint="put prune before quantize"

@@ -22,7 +22,7 @@ only with squares can the damage per parameter of a head be compared with that o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -69,18 +69,26 @@ def effects(bundle: Bundle, groups: Sequence[Group], context: Context, objective
     return found
 
 
-def stream_by_effect(bundle: Bundle, sums: dict[str, Sums], context: Context, label: str) -> dict[str, int]:
+def stream_by_effect(
+    bundle: Bundle,
+    sums: Mapping[str, Sums],
+    context: Context,
+    label: str,
+    outputs: Mapping[str, Sums] | None = None,
+    of: str = "prune",
+) -> dict[str, int]:
     """Add the calibration tokens that each Linear reads to its sums, weighted by how much its output there moves the embedding.
 
-    Return how many samples each tower was shown.
-
     The weight is the squared gradient of a random direction of the normalised embedding with respect to the Linear's output at
-    the token. What a class-token readout never looks at, and padding, weighs nothing.
+    the token. What a class-token readout never looks at, and padding, weighs nothing. To `outputs` the gradients themselves are
+    added. Return how many samples each tower was shown. `of` names the pass in errors.
     """
 
     def record(path: str, states: Tensor, gradient: Tensor) -> None:
         weights = gradient.float().square().sum(-1).flatten()
         sums[path].add(states.reshape(-1, states.shape[-1]), weights)
+        if outputs is not None:
+            outputs[path].add(gradient.reshape(-1, gradient.shape[-1]))
 
     samples: dict[str, int] = {}
     for tower in bundle.towers():
@@ -89,7 +97,7 @@ def stream_by_effect(bundle: Bundle, sums: dict[str, Sums], context: Context, la
             samples[tower.name] = 0
             step = _slice_size(bundle, tower.name)
             with evaluating(bundle.model), watch_gradients(mine, record, "outputs"):
-                for inputs, differentiate in _directions(bundle, tower.name, context, label):
+                for inputs, differentiate in _directions(bundle, tower.name, context, label, of):
                     samples[tower.name] += len(next(iter(inputs.values())))
                     _backward(bundle, tower.name, inputs, differentiate, step)
     return samples
@@ -125,11 +133,11 @@ class Effects:
 
 
 def _directions(
-    bundle: Bundle, tower: str, context: Context, label: str
+    bundle: Bundle, tower: str, context: Context, label: str, of: str = "prune"
 ) -> Iterator[tuple[dict[str, Tensor], Objective]]:
     """Yield each batch with a random direction of every sample's normalised embedding."""
     generator = torch.Generator().manual_seed(context.seed)
-    for inputs in tower_batches(bundle, tower, context, label):
+    for inputs in tower_batches(bundle, tower, context, label, of):
         seed = int(torch.randint(2**31, (), generator=generator))
 
         def differentiate(embeddings: Tensor, start: int, seed: int = seed) -> Tensor:

@@ -130,12 +130,14 @@ def block_influence(bundle: Bundle, groups: Sequence[Group], context: Context) -
     return [torch.tensor([totals[group.reader][0] / totals[group.reader][1]]) for group in groups]
 
 
-def tower_batches(bundle: Bundle, tower: str, context: Context, label: str) -> Iterator[dict[str, Tensor]]:
+def tower_batches(
+    bundle: Bundle, tower: str, context: Context, label: str, of: str = "prune"
+) -> Iterator[dict[str, Tensor]]:
     """Yield the tower's calibration inputs: images, or all texts of the chosen samples, at most `batch_size` at a time.
 
-    Raises UsageError when the data has nothing for this tower.
+    `of` names the pass in errors. Raises UsageError when the data has nothing for this tower.
     """
-    data = context.require_data(f"prune with {label}").subset(context.num_samples, context.seed)
+    data = context.require_data(f"{of} with {label}").subset(context.num_samples, context.seed)
     found = False
     for start in track(range(0, len(data), context.batch_size), context.progress, f"{tower} {label}"):
         samples = [data[index] for index in range(start, min(start + context.batch_size, len(data)))]

@@ -21,6 +21,7 @@ from mmcompress.ops.balance import floored_ratios, token_weights
 from mmcompress.ops.losses import token_log_likelihoods
 from mmcompress.passes.base import Context
 from mmcompress.passes.quantize_calibrate import Inputs, batches
+from mmcompress.surgery.low_rank import layer_of
 from mmcompress.surgery.watch import evaluating, padding_mask, watch_gradients
 from mmcompress.views import Tower
 
@@ -52,9 +53,10 @@ class Balance:
 
         Raises UsageError where it is given other tokens than the prompt has.
         """
-        if path not in self.weights:
+        own = self.weights.get(layer_of(path))
+        if own is None:
             return None
-        image, text = self.weights[path]
+        image, text = own
         assert self._image is not None, "begin was not called"
         if len(tokens) != len(self._image):
             raise UsageError(

@@ -24,6 +24,7 @@ from mmcompress.ops.rounding import Levels, scale_from_range, smoothing
 from mmcompress.passes.base import Context
 from mmcompress.passes.quantize_channels import Channels
 from mmcompress.progress import track
+from mmcompress.surgery.low_rank import factor_paths
 from mmcompress.surgery.watch import evaluating, padding_mask, watch_inputs
 from mmcompress.views import Tower
 
@@ -206,7 +207,7 @@ def _gains(
 
 def readers_of_one_input(tower: Tower, paths: Sequence[str]) -> list[list[str]]:
     """Return `paths` such that those which are given one and the same input stand together."""
-    known = [group for block in tower.blocks for group in (block.attention.writers, block.mlp.writers)]
+    known = [_with_factors(group) for block in tower.blocks for group in (block.attention.writers, block.mlp.writers)]
     known += [_reads_encoder(tower)]
     shared = [[path for path in group if path in paths] for group in known]
     alone = [[path] for path in paths if not any(path in group for group in known)]
@@ -215,4 +216,9 @@ def readers_of_one_input(tower: Tower, paths: Sequence[str]) -> list[list[str]]:
 
 def _reads_encoder(tower: Tower) -> tuple[str, ...]:
     """Return the key and value Linears of all cross-attentions: one and the same input, of other tokens than the tower's."""
-    return tuple(path for block in tower.blocks if block.cross for path in block.cross.writers[1:])
+    return _with_factors([path for block in tower.blocks if block.cross for path in block.cross.writers[1:]])
+
+
+def _with_factors(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return `paths`, each with the one that reads its input where it has two factors."""
+    return tuple(own for path in paths for own in (path, factor_paths(path)[0]))

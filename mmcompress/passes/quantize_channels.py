@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmcompress.surgery.low_rank import factor_paths
 from mmcompress.views import Attention, Tower
 
 
@@ -47,7 +48,10 @@ class Channels:
 
 
 def channels_of(tower: Tower) -> dict[str, Channels]:
-    """Return reader -> the rows that make its input, of the tower's attentions and of the feed-forwards where there are such."""
+    """Return reader -> the rows that make its input, of the tower's attentions and of the feed-forwards where there are such.
+
+    A reader of two factors is there by itself and by the factor that reads; rows are those of the layer as a whole.
+    """
     found = {}
     for block in tower.blocks:
         for attention in (block.attention, block.cross):
@@ -56,7 +60,7 @@ def channels_of(tower: Tower) -> dict[str, Channels]:
         mlp = block.mlp
         if len(mlp.writers) == 2 or mlp.activation == "relu":
             found[mlp.reader] = Channels(mlp.writers[-1], 1, 1, mlp.neurons)
-    return found
+    return found | {factor_paths(reader)[0]: channels for reader, channels in found.items()}
 
 
 def _values(attention: Attention) -> Channels:

@@ -15,6 +15,7 @@ from mmcompress.passes.base import Plan
 from mmcompress.passes.quantize_channels import channels_of
 from mmcompress.passes.quantize_moments import linears_of
 from mmcompress.surgery.folding import can_fold, may_fold, watch_readers
+from mmcompress.surgery.low_rank import LowRankLinear, factor_paths
 from mmcompress.surgery.watch import evaluating
 from mmcompress.views import Tower
 
@@ -30,10 +31,13 @@ def add_folds(bundle: Bundle, tower: Tower, made: Plan) -> None:
         if tower.owns(path) and f"{path}.gain" in made.tensors
     }
     for reader, channels in channels_of(tower).items():
-        maker = bundle.module(channels.maker)
+        path = channels.maker
+        if isinstance(bundle.module(path), LowRankLinear):
+            path = factor_paths(path)[1]
+        maker = bundle.module(path)
         if reader in gains and isinstance(maker, nn.Linear):
-            made.decisions["folds"][channels.maker] = [reader]
-            made.tensors[f"{channels.maker}.fold"] = channels.factors(gains.pop(reader), maker.out_features)
+            made.decisions["folds"][path] = [reader]
+            made.tensors[f"{path}.fold"] = channels.factors(gains.pop(reader), maker.out_features)
     for norm, readers in _norms(bundle, tower, gains).items():
         made.decisions["folds"][norm] = readers
         made.tensors[f"{norm}.fold"] = gains[readers[0]]

@@ -24,6 +24,7 @@ from mmcompress.passes.quantize_layers import weighed
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_schemes import SCHEMES
 from mmcompress.progress import track
+from mmcompress.surgery.low_rank import layer_of
 from mmcompress.surgery.watch import evaluating
 from mmcompress.views import Tower
 
@@ -36,13 +37,13 @@ def groups_of(tower: Tower, paths: Sequence[str]) -> dict[str, list[str]]:
     tables = {linear: table for table, linear in tower.tied}
     groups: dict[str, list[str]] = {}
     for path in paths:
-        name = tables.get(path, path)
+        name, layer = tables.get(path, path), layer_of(path)
         for block in tower.blocks:
-            if path in (*block.attention.writers, block.attention.reader):
+            if layer in (*block.attention.writers, block.attention.reader):
                 name = f"{block.path}.attention"
-            elif block.cross and path in (*block.cross.writers, block.cross.reader):
+            elif block.cross and layer in (*block.cross.writers, block.cross.reader):
                 name = f"{block.path}.cross"
-            elif path in (*block.mlp.writers, block.mlp.reader):
+            elif layer in (*block.mlp.writers, block.mlp.reader):
                 name = f"{block.path}.mlp"
         groups.setdefault(name, []).append(path)
     return groups

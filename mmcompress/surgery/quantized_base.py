@@ -38,6 +38,15 @@ def weights_unread() -> Iterator[None]:
         _UNREAD.reset(token)
 
 
+def unread(shape: torch.Size, like: Tensor) -> Tensor | None:
+    """Return what stands for a weight while `weights_unread` is active, in the dtype of `like`; None otherwise."""
+    if not _UNREAD.get():
+        return None
+    shaped = torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
+    shaped._is_hf_initialized = True  # type: ignore[attr-defined]
+    return shaped
+
+
 class Quantized(nn.Module, ABC):
     """A layer whose weight is stored as integers: (C, …), a scale for each of its C rows or several."""
 
@@ -93,12 +102,8 @@ class Quantized(nn.Module, ABC):
     @property
     def weight(self) -> Tensor:
         """The weight as floats, as it multiplies the rounded input. Not a parameter; models ask layers for its dtype and shape."""
-        if _UNREAD.get():
-            zeros = torch.zeros((), dtype=self.weight_scale.dtype, device=self.weight_scale.device)
-            shaped = zeros.expand(self.weight_shape)
-            shaped._is_hf_initialized = True  # type: ignore[attr-defined]
-            return shaped
-        return self.weight_rows(0, self.weight_shape[0])
+        empty = unread(self.weight_shape, self.weight_scale)
+        return self.weight_rows(0, self.weight_shape[0]) if empty is None else empty
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x weight' + bias; only `AT_ONCE` numbers of the weight are floats at a time."""

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from mmcompress.ops.allocation import Layer, allocate, allocate_evenly, removable_cost
+from mmcompress.ops.allocation import Chunk, Layer, allocate, allocate_evenly, removable_cost, spend
 
 
 def test_equal_costs_are_a_global_sort() -> None:
@@ -108,3 +108,34 @@ def test_removing_more_never_costs_more_by_a_unit() -> None:
     layers = [Layer(tuple(rng.random() for _ in range(30)), cost, 2) for cost in (3, 3, 40, 11)]
     costs = [_lost(layers, allocate(layers, remove))[0] for remove in range(0, removable_cost(layers), 40)]
     assert costs == sorted(costs)
+
+
+def test_a_dear_first_step_goes_with_those_that_make_it_worth_while() -> None:
+    # 9 for 1, then 1 for 9: together 1 each, less than the 2 each of the other queue; alone the first would go last.
+    rising = [Chunk(9, 1, 1), Chunk(1, 9, 1)]
+    assert spend([rising, [Chunk(20, 10, 1)]], 10) == [2, 0]
+    # 30 are gone where 21 were wanted. The first queue's last step alone is worth least; with the one before, most: 10 for 7.
+    assert spend([[Chunk(9, 3, 1), Chunk(1, 4, 1)], [Chunk(1.5, 3, 1)], [Chunk(100, 20, 1)]], 21) == [0, 1, 1]
+
+
+def _cheapest(queues: list[list[Chunk]], remove: int) -> float:
+    totals = []
+    for counts in itertools.product(*(range(len(queue) + 1) for queue in queues)):
+        gone = [chunk for queue, count in zip(queues, counts, strict=True) for chunk in queue[:count]]
+        if sum(chunk.cost for chunk in gone) >= remove:
+            totals.append(sum(chunk.value for chunk in gone))
+    return min(totals)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_queues_of_any_shape_against_brute_force(seed: int) -> None:
+    rng = random.Random(seed)
+    queues = [[Chunk(rng.random(), rng.choice((1, 3, 4)), 1) for _ in range(4)] for _ in range(3)]
+    for remove in range(1, sum(chunk.cost for queue in queues for chunk in queue) + 1):
+        counts = spend(queues, remove)
+        gone = [queue[:count] for queue, count in zip(queues, counts, strict=True)]
+        slack = sum(chunk.cost for part in gone for chunk in part) - remove
+        assert 0 <= slack < min(part[-1].cost for part in gone if part)
+        value = sum(chunk.value for part in gone for chunk in part)
+        largest = max(sum(chunk.value for chunk in queue) for queue in queues)
+        assert value < _cheapest(queues, remove) + largest
