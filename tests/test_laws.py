@@ -23,6 +23,7 @@ from tests import tiny
 NEUTRAL: dict[str, dict[str, Any]] = {
     "prune": {"ratio": 0.0},
     "search-prune": {"ratio": 0.0},
+    "sparsify": {"sparsity": 0.0},
     "merge-tokens": {"keep": 1.0},
     "coarsen-tokens": {"keep": 1.0},
     "reduce-visual-tokens": {"keep": 1.0},
@@ -38,6 +39,7 @@ ACTIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "prune-blocks": ("prune", {"ratio": 0.3, "units": ["blocks"], "score": "block-influence", "compensate": "none"}),
     "prune-random": ("prune", {"ratio": 0.3, "score": "random", "compensate": "none"}),
     "search-prune": ("search-prune", {"ratio": 0.2, "steps": 2, "interval": 1, "batch_size": 4, "multiple": 1}),
+    "sparsify": ("sparsify", {"sparsity": 0.5}),
     "merge": ("merge-tokens", {"keep": 0.6}),
     "merge-similar": ("merge-tokens", {"keep": 0.6, "schedule": "similar"}),
     "merge-evit": ("merge-tokens", {"keep": 0.6, "method": "evit"}),

@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show towers, parameters, MACs, tokens, bytes, and which passes apply.",
     "prune": "Remove heads, MLP neurons or blocks; one budget across the towers.",
     "search": "Remove heads and MLP neurons while training towards the original (UPop).",
+    "sparsify": "Set weights to zero, each for itself or 2:4; neither smaller nor faster by itself.",
     "merge": "Merge tokens inside a tower; stored in the checkpoint.",
     "coarsen": "Let an encoder compute with runs of a long text's tokens as one; stored in the checkpoint.",
     "reduce": "Give a language model fewer tokens of each picture; stored in the checkpoint.",
@@ -40,7 +41,19 @@ COMMANDS: dict[str, str] = {
     "passes": "List the passes and their parameters.",
 }
 
-RESUMABLE = {"compress", "prune", "search", "merge", "coarsen", "reduce", "drop", "frames", "quantize", "distill"}
+RESUMABLE = {
+    "compress",
+    "prune",
+    "search",
+    "sparsify",
+    "merge",
+    "coarsen",
+    "reduce",
+    "drop",
+    "frames",
+    "quantize",
+    "distill",
+}
 
 
 class Commands(click.Group):

@@ -17,6 +17,7 @@ from mmcompress.views import Tower
 QUESTIONS: dict[str, dict[str, Any]] = {
     "prune": {"ratio": 0.05},
     "search-prune": {"ratio": 0.05},
+    "sparsify": {},
     "merge-tokens": {"keep": 0.5},
     "coarsen-tokens": {"keep": 0.5},
     "reduce-visual-tokens": {"keep": 0.5},

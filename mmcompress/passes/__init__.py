@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PASSES: dict[str, str] = {
     "prune": "mmcompress.passes.prune:Prune",
     "search-prune": "mmcompress.passes.search_prune:SearchPrune",
+    "sparsify": "mmcompress.passes.sparsify:Sparsify",
     "merge-tokens": "mmcompress.passes.merge_tokens:MergeTokens",
     "coarsen-tokens": "mmcompress.passes.coarsen_tokens:CoarsenTokens",
     "reduce-visual-tokens": "mmcompress.passes.reduce_visual_tokens:ReduceVisualTokens",
