@@ -30,7 +30,9 @@ def correlated(columns: int, seed: int = 1) -> Tensor:
     return inputs.T @ inputs / len(inputs)
 
 
-def fitted(weight: Tensor, moment: Tensor, pattern: Pattern, scores: Tensor | None = None, damping: float = 0.01) -> Tensor:
+def fitted(
+    weight: Tensor, moment: Tensor, pattern: Pattern, scores: Tensor | None = None, damping: float = 0.01
+) -> Tensor:
     how = compensation(moment, damping, torch.arange(len(moment)))
     return sparsegpt(weight, how, moment.diagonal() <= 0, pattern, scores)
 
@@ -61,7 +63,9 @@ def test_every_row_has_its_zeros_and_every_group(pattern: Pattern, columns: int)
     """264 columns are two blocks of 128 and one of 8, of groups of 3 two of 126 and one of 12."""
     weight, moment = random(5, columns), correlated(columns)
     want = pattern.zeros(columns)
-    assert want == (columns // pattern.of * (pattern.of - pattern.kept) if pattern.of else round(pattern.sparsity * columns))
+    assert want == (
+        columns // pattern.of * (pattern.of - pattern.kept) if pattern.of else round(pattern.sparsity * columns)
+    )
     for made in (weight.masked_fill(pattern.lowest(weight.abs()), 0), fitted(weight, moment, pattern)):
         assert (made == 0).sum(1).tolist() == [want] * 5
         assert pattern.holds(made)
@@ -72,10 +76,13 @@ def test_every_row_has_its_zeros_and_every_group(pattern: Pattern, columns: int)
 
 def test_one_zero_too_few_is_seen() -> None:
     half, groups = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2), torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
-    assert HALF.holds(half) and TWO_FOUR.holds(half) and HALF.holds(groups)
+    assert HALF.holds(half)
+    assert TWO_FOUR.holds(half)
+    assert HALF.holds(groups)
     assert not TWO_FOUR.holds(groups)
     half[1, 0] = 1
-    assert not HALF.holds(half) and not TWO_FOUR.holds(half)
+    assert not HALF.holds(half)
+    assert not TWO_FOUR.holds(half)
 
 
 @pytest.mark.parametrize("pattern", [HALF, Pattern(0.7), TWO_FOUR], ids=["half", "70%", "2:4"])
@@ -133,4 +140,7 @@ def test_gptq_leaves_zeros_zero() -> None:
     made = fitted(weight, correlated(128), HALF)
     rounded = gptq(made, compensation(correlated(128)), *nearest_grid(made, 32)).dequantized()
     assert not rounded[made == 0].any()
-    assert output_error(made, rounded, correlated(128)).sum() < output_error(made, torch.zeros_like(made), correlated(128)).sum()
+    assert (
+        output_error(made, rounded, correlated(128)).sum()
+        < output_error(made, torch.zeros_like(made), correlated(128)).sum()
+    )
