@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.cells import MIB, interval, machine, points, read
 from bench.measured_answers import mini_vlm, smolvlm_edge, vlm_edge, whisper_edge
+from bench.measured_sparse import sparse_weights
 from bench.measured_tokens import token_edge, token_table
 
 BEGIN = "<!-- measured -->"
@@ -20,6 +21,7 @@ def section() -> str:
             edge,
             nncf,
             against_random,
+            sparse_weights,
             memory,
             streaming,
             mini_vlm,

@@ -74,20 +74,26 @@ def sparse(subject: Subject, params: dict[str, Any], seed: int = 0) -> Bundle:
     """Return the model with zeros."""
     bundle = checkpoint.load(subject.model())
     step = Step("sparsify", {"towers": list(subject.towers), **params})
-    data = open_data(subject.calibration()).subset(256, 0)
-    context = Context(data=data, num_samples=256, batch_size=16, seed=seed)
+    data = open_data(subject.calibration()).subset(128, 0)
+    context = Context(data=data, num_samples=128, batch_size=16, seed=seed)
     pipeline.run_stage(bundle, pipeline.Stage(1, step, passes.build(step.name, step.params)), context)
     return bundle
 
 
-def accuracy(name: str, samples: int, seeds: int, document: dict[str, Any]) -> None:
+def accuracy(name: str, samples: int, seeds: int) -> dict[str, Any]:
     """Judge every method beside random choices that are updated as it is, and SparseGPT beside Wanda."""
     subject = SUBJECTS[name]
     held_out = subject.held_out()
     samples = samples or subject.samples
     held_out = held_out.subset(samples, 0) if samples else held_out
     original = evaluate(checkpoint.load(subject.model()), held_out, [subject.task], batch=16)
-    found: dict[str, Any] = {"task": subject.task, "towers": subject.towers, "original": headline(original, subject)}
+    found: dict[str, Any] = {
+        "task": subject.task,
+        "n": len(held_out),
+        "seeds": seeds,
+        "towers": subject.towers,
+        "original": headline(original, subject),
+    }
     for pattern, given in PATTERNS.items():
 
         def judged(params: dict[str, Any], seed: int = 0, given: dict[str, Any] = given) -> Evaluation:
@@ -112,7 +118,7 @@ def accuracy(name: str, samples: int, seeds: int, document: dict[str, Any]) -> N
         rows["sparsegpt"]["against wanda"] = {m: against[m].to_json() for m in subject.metrics if m in against}
         found[pattern] = rows
         print(name, pattern, json.dumps(rows, indent=1), flush=True)
-    document.setdefault("accuracy", {})[name] = found
+    return found
 
 
 def row(found: Evaluation, original: Evaluation, subject: Subject) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def headline(found: Evaluation, subject: Subject) -> dict[str, Any]:
     return {metric: found.estimates[subject.task][metric].to_json() for metric in subject.metrics}
 
 
-def speed(rounds: int, work: Path, document: dict[str, Any]) -> None:
+def speed(rounds: int, work: Path) -> dict[str, Any]:
     """Time the dense vision tower and the sparse one in every runner, and OpenVINO's int8 with its option for zeros."""
     subject = SUBJECTS["dual-encoder"]
     folders = {"dense": subject.model(), "sparse": work / "sparse"}
@@ -146,8 +152,7 @@ def speed(rounds: int, work: Path, document: dict[str, Any]) -> None:
         for each in found["ratios"]
         if not each["runner"].startswith("best")
     ]
-    document["speed"] = {"float32": times, "int8": int8_in_openvino(folders, rounds, work)}
-    print(json.dumps(document["speed"], indent=1), flush=True)
+    return {"float32": times, "int8": int8_in_openvino(folders, rounds, work)}
 
 
 def int8_in_openvino(folders: dict[str, Path], rounds: int, work: Path) -> dict[str, Any]:
@@ -187,7 +192,7 @@ def int8_in_openvino(folders: dict[str, Path], rounds: int, work: Path) -> dict[
     }
 
 
-def size(work: Path, document: dict[str, Any]) -> None:
+def size(work: Path) -> dict[str, Any]:
     """Weigh the dual encoder's file as it is and gzipped: dense, with zeros, and each as W8A16."""
     subject = SUBJECTS["dual-encoder"]
     sizes: dict[str, Any] = {}
@@ -205,7 +210,16 @@ def size(work: Path, document: dict[str, Any]) -> None:
                 shutil.copyfileobj(read, written)
             sizes[f"{name}, {scheme}"] = {"bytes": file.stat().st_size, "gzip": (work / "packed.gz").stat().st_size}
             print(name, scheme, sizes[f"{name}, {scheme}"], flush=True)
-    document["size"] = sizes
+    return sizes
+
+
+def record(part: str, name: str, found: dict[str, Any]) -> None:
+    """Put one part's result among what the file holds by now."""
+    document: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    document |= {"command": "python -m bench.sparse", "machine": machine_facts()}
+    document[part] = {**document.get(part, {}), name: found} if name else found
+    FILE.write_text(json.dumps(document, indent=1) + "\n")
+    print(part, name, json.dumps(found, indent=1), flush=True)
 
 
 def main() -> None:
@@ -219,23 +233,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="random choices to average")
     parser.add_argument("--rounds", type=int, default=60, help="timed calls of each")
     options = parser.parse_args()
-    document: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
-
-    def written() -> None:
-        document.update({"command": "python -m bench.sparse", "machine": machine_facts()})
-        FILE.write_text(json.dumps(document, indent=1) + "\n")
-
     parts = options.parts or ["size", "speed", "accuracy"]
     with tempfile.TemporaryDirectory() as work:
         if "size" in parts:
-            size(Path(work), document)
-            written()
+            record("size", "", size(Path(work)))
         if "speed" in parts:
-            speed(options.rounds, Path(work), document)
-            written()
+            record("speed", "", speed(options.rounds, Path(work)))
     for name in ([options.only] if options.only else SUBJECTS) if "accuracy" in parts else ():
-        accuracy(name, options.samples, options.seeds, document)
-        written()
+        record("accuracy", name, accuracy(name, options.samples, options.seeds))
 
 
 if __name__ == "__main__":
