@@ -234,7 +234,13 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Sa
     )
     busy = [Finding("note", machine["busy"])] if speeds and machine["busy"] else []
     here = bundle.history[run.earlier :]
-    said = (*sparse_findings(here, bundle), *mixed_findings(here), *verdict(facts, recipe.seed), *run.findings, *busy)
+    said = (
+        *sparse_findings(bundle, run.earlier),
+        *mixed_findings(here),
+        *verdict(facts, recipe.seed),
+        *run.findings,
+        *busy,
+    )
     findings = tuple(sorted(said, key=_badness))
     gates = judge(recipe.gates, facts, speeds)
     measured = {

@@ -288,19 +288,21 @@ def test_training_what_nobody_made_sparse_moves_zeros_too() -> None:
 
 
 def test_it_is_said_that_nothing_is_gained_and_what_was_lost_again() -> None:
-    bundle = run(tiny.bundle("clip"), ("sparsify", {"pattern": "2:4"}))
-    (said,) = sparse_findings(bundle.history, bundle)
+    bundle = run(tiny.bundle("clip"), ("sparsify", {"pattern": "2:4", "towers": ["vision"]}))
+    run(bundle, ("sparsify", {"sparsity": 0.25, "towers": ["text"]}))
+    (said,) = sparse_findings(bundle)
     assert said.level == "bad"
     assert "NEITHER SMALLER NOR FASTER" in said.text
-    assert "vision 50.0%" in said.text
-    assert "2:4" in said.text
-    with torch.no_grad():
-        for path in paths_of_blocks(bundle.tower("vision")):
-            bundle.module(path).weight.add_(1)
-    lost, _ = sparse_findings(bundle.history, bundle)
-    assert lost.level == "bad"
-    assert "the vision tower has LOST zeros: 50.0% of its blocks' weights were zero, 0.0% are" in lost.text
-    assert not sparse_findings(run(tiny.bundle("clip"), ("sparsify", {"sparsity": 0.0})).history, bundle)
+    assert "vision 50.0%, text 25.0% are zero" in said.text
+    assert "kernels for 2:4" in said.text
+    assert not sparse_findings(bundle, earlier=2)  # that was another run
+    run(bundle, ("prune", {"ratio": 0.1, "towers": ["vision"], "multiple": 1}))
+    lost, broken = sparse_findings(bundle, earlier=2)
+    assert lost.level == broken.level == "bad"
+    assert "the vision tower has LOST zeros: 50.0% of its blocks' weights were zero" in lost.text
+    assert "after prune" in lost.text
+    assert "more layers are 2:4 NO MORE, after prune" in broken.text
+    assert not sparse_findings(run(tiny.bundle("clip"), ("sparsify", {"sparsity": 0.0})))
 
 
 def test_plain_transformers_loads_it_and_zeros_are_in_the_file(tmp_path: Path) -> None:
