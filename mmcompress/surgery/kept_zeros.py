@@ -3,7 +3,7 @@
 Where a weight's gradient is 0 in every step, so are Adam's moments, and its decay is a multiple of the weight: nothing moves it. So
 the training loop need not know.
 
-Integers train as floats (see `surgery.master_weights`). Those of weights that are stored as 0 begin as 0 here, and stay.
+Integers train as floats (see `surgery.master_weights`). One that is stored as 0 begins as a float that is rounded to 0, and stays it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from mmcompress.surgery.quantized_base import Quantized
@@ -30,9 +29,6 @@ def zeros_kept(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iter
             zero = zeros_of(layer) if layer is not None else None
             if zero is None or not zero.any():
                 continue
-            if isinstance(layer, Quantized):
-                with torch.no_grad():
-                    parameter.masked_fill_(zero, 0)
             count += int(zero.sum())
             handles.append(parameter.register_hook(lambda gradient, zero=zero: gradient.masked_fill(zero, 0)))
         yield count
