@@ -15,7 +15,7 @@ def sparse_weights() -> str:
     if not found:
         return ""
     parts = [f"**Sparse weights** (`mmc sparsify`, no training; {machine(found)}; `{found['command']}`)"]
-    parts += [_accuracy(name, given) for name, given in found.get("accuracy", {}).items()]
+    parts += [_accuracy(given) for given in found.get("accuracy", {}).values()]
     if "speed" in found:
         parts.append(_speed(found["speed"]))
     if "size" in found:
@@ -23,33 +23,26 @@ def sparse_weights() -> str:
     return "\n\n".join(parts)
 
 
-def _accuracy(name: str, given: dict[str, Any]) -> str:
+def _accuracy(given: dict[str, Any]) -> str:
     metrics = list(given["original"])
     headings = [f"{WORDS[metric]} | points against the original [95%]" for metric in metrics]
     original = [f"{interval(given['original'][metric])} | " for metric in metrics]
     lines = [
-        f"{name}, {' and '.join(given['towers'])}, n = {given['n']}:",
+        f"{given['model']}, {' and '.join(given['towers'])}, {given['pattern']} zero, n = {given['n']}:",
         "",
-        f"| zeros | method | {' | '.join(headings)} |",
-        "|---" * (2 + 2 * len(metrics)) + "|",
-        f"| none | | {' | '.join(original)} |",
+        f"| method | {' | '.join(headings)} |",
+        "|---" * (1 + 2 * len(metrics)) + "|",
+        f"| original | {' | '.join(original)} |",
     ]
-    for pattern, rows in given.items():
-        if not isinstance(rows, dict) or "sparsegpt" not in rows:
-            continue
-        for method, row in rows.items():
-            cells = [f"{interval(row[metric])} | {points(row['difference'][metric])}" for metric in metrics]
-            lines.append(f"| {pattern} | {method} | {' | '.join(cells)} |")
+    for method, row in given["rows"].items():
+        cells = [f"{interval(row[metric])} | {points(row['difference'][metric])}" for metric in metrics]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     lines.append("")
-    for pattern, rows in given.items():
-        for method, row in rows.items() if isinstance(rows, dict) and "sparsegpt" in rows else ():
-            beside = " (updated)" if method == "sparsegpt" else ""
-            lines += [f"- {pattern}, {method}: {text}{beside}" for text in row.get("against random", ())]
-        if isinstance(rows, dict) and "sparsegpt" in rows:
-            against = rows["sparsegpt"]["against wanda"]
-            shown = "; ".join(f"{WORDS[metric]} {points(value)}" for metric, value in against.items())
-            lines.append(f"- {pattern}, sparsegpt against wanda, points: {shown}")
-    return "\n".join(lines)
+    for method, row in given["rows"].items():
+        lines += [f"- {method}: {text}" for text in row.get("against random", ())]
+    against = given["rows"]["sparsegpt"]["against wanda"]
+    shown = "; ".join(f"{WORDS[metric]} {points(value)}" for metric, value in against.items())
+    return "\n".join([*lines, f"- sparsegpt against wanda, points: {shown}"])
 
 
 def _speed(found: dict[str, Any]) -> str:

@@ -80,45 +80,42 @@ def sparse(subject: Subject, params: dict[str, Any], seed: int = 0) -> Bundle:
     return bundle
 
 
-def accuracy(name: str, samples: int, seeds: int) -> dict[str, Any]:
+def accuracy(name: str, pattern: str, samples: int, seeds: int) -> dict[str, Any]:
     """Judge every method beside random choices that are updated as it is, and SparseGPT beside Wanda."""
-    subject = SUBJECTS[name]
+    subject, given = SUBJECTS[name], PATTERNS[pattern]
     held_out = subject.held_out()
     samples = samples or subject.samples
     held_out = held_out.subset(samples, 0) if samples else held_out
     original = evaluate(checkpoint.load(subject.model()), held_out, [subject.task], batch=16)
-    found: dict[str, Any] = {
-        "task": subject.task,
-        "n": len(held_out),
-        "seeds": seeds,
-        "towers": subject.towers,
-        "original": headline(original, subject),
+
+    def judged(params: dict[str, Any], seed: int = 0) -> Evaluation:
+        bundle = sparse(subject, {**given, **params}, seed)
+        found = evaluate(bundle, held_out, [subject.task], batch=16, reference=original)
+        print(name, pattern, params, seed, json.dumps(row(found, original, subject)), flush=True)
+        return found
+
+    made = {method: judged({"method": method}) for method in METHODS}
+    rivals = {
+        updated: [judged({"method": "random", "update": updated}, seed) for seed in range(seeds)]
+        for updated in (False, True)
     }
-    for pattern, given in PATTERNS.items():
-
-        def judged(params: dict[str, Any], seed: int = 0, given: dict[str, Any] = given) -> Evaluation:
-            bundle = sparse(subject, {**given, **params}, seed)
-            return evaluate(bundle, held_out, [subject.task], batch=16, reference=original)
-
-        rivals = {
-            updated: [judged({"method": "random", "update": updated}, seed) for seed in range(seeds)]
-            for updated in (False, True)
-        }
-        rows: dict[str, Any] = {
-            f"random{', updated' if updated else ''}, seed {seed}": row(each, original, subject)
-            for updated, controls in rivals.items()
-            for seed, each in enumerate(controls)
-        }
-        made = {method: judged({"method": method}) for method in METHODS}
-        for method, each in made.items():
-            rows[method] = row(each, original, subject)
-            said = random_findings(rivals[method == "sparsegpt"], each)
-            rows[method]["against random"] = [finding.text for finding in said]
-        against = compare(made["wanda"], made["sparsegpt"])[subject.task]
-        rows["sparsegpt"]["against wanda"] = {m: against[m].to_json() for m in subject.metrics if m in against}
-        found[pattern] = rows
-        print(name, pattern, json.dumps(rows, indent=1), flush=True)
-    return found
+    rows = {method: row(each, original, subject) for method, each in made.items()}
+    for method, each in made.items():
+        said = random_findings(rivals[method == "sparsegpt"], each)
+        rows[method]["against random"] = [finding.text for finding in said]
+    against = compare(made["wanda"], made["sparsegpt"])[subject.task]
+    rows["sparsegpt"]["against wanda"] = {metric: against[metric].to_json() for metric in subject.metrics}
+    for updated, controls in rivals.items():
+        for seed, each in enumerate(controls):
+            rows[f"random{', updated' if updated else ''}, seed {seed}"] = row(each, original, subject)
+    return {
+        "model": name,
+        "pattern": pattern,
+        "towers": subject.towers,
+        "n": len(held_out),
+        "original": headline(original, subject),
+        "rows": rows,
+    }
 
 
 def row(found: Evaluation, original: Evaluation, subject: Subject) -> dict[str, Any]:
@@ -126,7 +123,7 @@ def row(found: Evaluation, original: Evaluation, subject: Subject) -> dict[str, 
     against = compare(original, found)[subject.task]
     return {
         **headline(found, subject),
-        "difference": {metric: against[metric].to_json() for metric in subject.metrics if metric in against},
+        "difference": {metric: against[metric].to_json() for metric in subject.metrics},
     }
 
 
@@ -227,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=["accuracy", "speed", "size", []], help="all by default")
     parser.add_argument("--only", choices=SUBJECTS, help="one of the models, for accuracy")
+    parser.add_argument("--pattern", choices=PATTERNS, help="one of the patterns, for accuracy")
     parser.add_argument(
         "--samples", type=int, default=0, help="held-out samples to judge by, in place of each model's own number"
     )
@@ -240,7 +238,8 @@ def main() -> None:
         if "speed" in parts:
             record("speed", "", speed(options.rounds, Path(work)))
     for name in ([options.only] if options.only else SUBJECTS) if "accuracy" in parts else ():
-        record("accuracy", name, accuracy(name, options.samples, options.seeds))
+        for pattern in [options.pattern] if options.pattern else PATTERNS:
+            record("accuracy", f"{name}, {pattern}", accuracy(name, pattern, options.samples, options.seeds))
 
 
 if __name__ == "__main__":

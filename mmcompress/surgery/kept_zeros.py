@@ -3,7 +3,8 @@
 Where a weight's gradient is 0 in every step, so are Adam's moments, and its decay is a multiple of the weight: nothing moves it. So
 the training loop need not know.
 
-Integers train as floats (see `surgery.master_weights`). One that is stored as 0 begins as a float that is rounded to 0, and stays it.
+Integers train as floats (see `surgery.master_weights`). One that is stored as 0 begins as a float that is rounded to 0, and
+stays that.
 """
 
 from __future__ import annotations
