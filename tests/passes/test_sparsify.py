@@ -87,6 +87,29 @@ def test_methods_differ_and_only_sparsegpt_changes_what_stays() -> None:
         assert stays == (method in ("wanda", "magnitude", "random")), method
 
 
+def test_methods_look_at_what_layers_are_given() -> None:
+    """Wanda's zeros by hand; and what each method does to the outputs on the very samples."""
+    dense = tiny.bundle("clip")
+    path = dense.tower("vision").blocks[1].mlp.writers[0]
+    seen: list[Tensor] = []
+    handle = dense.module(path).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach().flatten(0, -2))
+    )
+    dense.embed("vision", [sample.image for sample in tiny.data("clip", 12)])
+    handle.remove()
+    inputs, weight = torch.cat(seen), dense.module(path).weight.detach()
+    made = {
+        method: run(copy.deepcopy(dense), ("sparsify", {"method": method})).module(path).weight.detach()
+        for method in METHODS
+    }
+    scores = weight.abs() * inputs.square().sum(0).sqrt()
+    smallest = scores.topk(weight.shape[1] // 2, largest=False).indices
+    assert torch.equal(made["wanda"], weight.scatter(1, smallest, 0))
+    lost = {method: float(((each - weight) @ inputs.T).square().sum()) for method, each in made.items()}
+    assert lost["sparsegpt"] < 0.8 * lost["wanda"]
+    assert lost["wanda"] < 0.8 * lost["random"]
+
+
 def test_without_data_auto_is_magnitude_and_what_looks_at_data_says_what_else_there_is() -> None:
     one = run(tiny.bundle("clip"), ("sparsify", {}), data=None)
     other = run(tiny.bundle("clip"), ("sparsify", {"method": "magnitude"}))
