@@ -1,12 +1,12 @@
-"""Sparse weights of two real models: what zeros cost in accuracy, and whether anything becomes faster or smaller for them.
+"""Sparse weights of three real models: what zeros cost in accuracy, and whether anything becomes faster or smaller for them.
 
     python -m bench.sparse [accuracy|speed|size] [--only dual-encoder] [--samples N] [--seeds S] [--rounds R]
 
-Half of the weights of every Linear in the blocks of both towers of the dual encoder, and of the mini-VLM's language tower, become
-zero: half of each row, or 2 of 4 neighbours. Nothing trains. Random choices are drawn with several seeds and averaged sample by
-sample; each method is set beside those that make up for what goes as it does itself. Speed is that of the dual encoder's vision
-tower, half of its weights zero (SparseGPT), in float32 and as W8A8; OpenVINO also with its option for sparse weights, which is
-there for int8 on processors with AMX. Size is that of safetensors files, also gzipped.
+Half of the weights of every Linear in the blocks of both towers of the demo's CLIP and of the dual encoder, and of the mini-VLM's
+language tower, become zero: half of each row, or 2 of 4 neighbours. Nothing trains. Random choices are drawn with several seeds
+and averaged sample by sample; each method is set beside those that make up for what goes as it does itself. Speed is that of the
+dual encoder's vision tower, half of its weights zero (SparseGPT), in float32 and as W8A8; OpenVINO also with its option for sparse
+weights, which is there for int8 on processors with AMX. Size is that of safetensors files, also gzipped.
 
 Writes bench/results/sparse.json; what is not run keeps what was written before.
 """
@@ -59,6 +59,10 @@ class Subject:
 
 
 SUBJECTS = {
+    "demo CLIP": Subject(
+        lambda: assets.DEMO / "clip", ("vision", "text"), lambda: "demo:train", lambda: open_data("demo:test"),
+        "retrieval", ("image_to_text_r1", "text_to_image_r1"), 400,
+    ),
     "dual-encoder": Subject(
         assets.dual_encoder, ("vision", "text"), lambda: str(assets.training_pairs()), lambda: open_data("demo:test"),
         "retrieval", ("image_to_text_r1", "text_to_image_r1"), 0,
@@ -228,7 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=0, help="held-out samples to judge by, in place of each model's own number"
     )
-    parser.add_argument("--seeds", type=int, default=2, help="random choices to average")
+    parser.add_argument("--seeds", type=int, default=3, help="random choices to average")
     parser.add_argument("--rounds", type=int, default=60, help="timed calls of each")
     options = parser.parse_args()
     parts = options.parts or ["size", "speed", "accuracy"]
