@@ -21,6 +21,7 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "prune neurons": ("prune", {"ratio": 0.01, "units": ["neurons"], "score": "magnitude"}),
     "prune blocks": ("prune", {"ratio": 0.01, "units": ["blocks"], "score": "random"}),
     "factorize": ("factorize", QUESTIONS["factorize"]),
+    "sparsify": ("sparsify", QUESTIONS["sparsify"]),
     "merge-tokens": ("merge-tokens", QUESTIONS["merge-tokens"]),
     "coarsen-tokens": ("coarsen-tokens", QUESTIONS["coarsen-tokens"]),
     "reduce-visual-tokens": ("reduce-visual-tokens", QUESTIONS["reduce-visual-tokens"]),

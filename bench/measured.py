@@ -8,6 +8,7 @@ from bench.cells import MIB, interval, machine, points, read
 from bench.measured_answers import mini_vlm, smolvlm_edge, vlm_edge, whisper_edge
 from bench.measured_pruning import prune_table
 from bench.measured_recovery import recovered, torch_pruning
+from bench.measured_sparse import sparse_weights
 from bench.measured_tokens import token_edge, token_table
 
 BEGIN = "<!-- measured -->"
@@ -27,6 +28,7 @@ def section() -> str:
             torch_pruning,
             peers,
             low_rank,
+            sparse_weights,
             memory,
             streaming,
             mini_vlm,

@@ -28,6 +28,7 @@ from mmcompress.jobs import token_pictures
 from mmcompress.jobs.gates import GateResult, judge, require_measurable
 from mmcompress.jobs.refusals import require_alone, require_quantized, require_usable, with_tasks
 from mmcompress.jobs.sensitivity import Row, judged_groups, mixed_findings
+from mmcompress.jobs.sparsity import sparse_findings
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.jobs.stopwatch import stopwatch
@@ -237,7 +238,13 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Sa
     )
     busy = [Finding("note", machine["busy"])] if speeds and machine["busy"] else []
     here = bundle.history[run.earlier :]
-    said = (*mixed_findings(here), *verdict(facts, recipe.seed), *run.findings, *busy)
+    said = (
+        *sparse_findings(bundle, run.earlier),
+        *mixed_findings(here),
+        *verdict(facts, recipe.seed),
+        *run.findings,
+        *busy,
+    )
     findings = tuple(sorted(said, key=_badness))
     gates = judge(recipe.gates, facts, speeds)
     measured = {

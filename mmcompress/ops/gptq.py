@@ -11,8 +11,9 @@ Columns with the largest inputs go first (the paper's "act-order"), while there 
 those of neighbouring columns and fixed beforehand, so nothing has to be permuted when the layer runs. Updates of columns beyond a
 block of 128 wait until the block is done.
 
-Deliberate differences: a column whose input was always 0 is rounded to nearest and not to 0, since calibration may just not have
-met it; and the factor is computed in float64, with ten times the damping where that is still not enough.
+Deliberate differences: a weight that is 0 stays 0, whatever it should make up for, so that a sparse layer stays sparse (as in
+SparseGPT, arXiv 2301.00774, section 3.4); a column whose input was always 0 is rounded to nearest and not to 0, since calibration
+may just not have met it; and the factor is computed in float64, with ten times the damping where that is still not enough.
 
 Shape alphabet: R rows (outputs), C columns (inputs), G groups.
 """
@@ -39,9 +40,13 @@ class Compensation:
     factor: Tensor
 
 
-def compensation(moment: Tensor, damping: float = DAMPING) -> Compensation:
-    """Return how columns make up for each other, for inputs of second moment `moment` (C, C); once for all layers they go to."""
-    order = moment.diagonal().argsort(descending=True, stable=True)
+def compensation(moment: Tensor, damping: float = DAMPING, order: Tensor | None = None) -> Compensation:
+    """Return how columns make up for each other, for inputs of second moment `moment` (C, C); once for all layers they go to.
+
+    `order` (C,) by default begins with the largest inputs.
+    """
+    if order is None:
+        order = moment.diagonal().argsort(descending=True, stable=True)
     return Compensation(order, _factor(moment, order, damping))
 
 
@@ -52,12 +57,14 @@ def gptq(weight: Tensor, how: Compensation, scale: Tensor, zero_point: Tensor, l
     group = (order // (columns // scale.shape[1])).tolist()
     steps, zeros = scale.float().unbind(1), zero_point.float().unbind(1)
     codes = torch.empty_like(left)
+    empty = left == 0
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = left.new_empty(len(left), stop - start)
         for column in range(start, stop):
             step, zero = steps[group[column]], zeros[group[column]]
             code = (left[:, column] / step).round_().add_(zero).clamp_(levels.low, levels.high)
+            code = torch.where(empty[:, column], zero, code)
             codes[:, column] = code
             error = (left[:, column] - (code - zero) * step) / factor[column, column]
             left[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)

@@ -10,6 +10,8 @@ any choice of towers can train.
 
 Quantized layers hold integers, which have no gradient: only their biases learn. With train: quantized-weights they hold floats
 while they train, rounded in every forward (quantization-aware training; see `surgery.master_weights`).
+
+Weights that `sparsify` made 0 stay 0 (see `surgery.kept_zeros`).
 """
 
 from __future__ import annotations

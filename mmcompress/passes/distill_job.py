@@ -105,7 +105,7 @@ class Job(ABC):
             yield reached(bundle, self.towers, trainable(bundle, self.towers, self.settings.train))
             return
         paths = list(updatable(bundle, self.towers))
-        with low_rank_updates(bundle.model, paths, self.settings.rank, self.seed) as updates:
+        with low_rank_updates(bundle.model, paths, self.settings.rank, self.seed, is_sparse(bundle)) as updates:
             yield reached(bundle, self.towers, updates)
 
     def integer_layers(self, bundle: Bundle) -> dict[str, Quantized]:
@@ -135,6 +135,11 @@ def trainable(bundle: Bundle, towers: tuple[str, ...], train: str) -> dict[str, 
             hint=f"distill before quantizing, or use train: {INTEGERS}" if train == "all" else "use train: all",
         )
     return found
+
+
+def is_sparse(bundle: Bundle) -> bool:
+    """Whether zeros among the weights were made on purpose, and have to stay zeros."""
+    return any(record.name == "sparsify" for record in bundle.history)
 
 
 def updatable(bundle: Bundle, towers: Sequence[str]) -> dict[str, nn.Linear]:

@@ -17,13 +17,14 @@ from mmcompress.errors import UsageError
 from mmcompress.manifest import Json
 from mmcompress.passes.base import Context
 from mmcompress.passes.distill_answers import read_answers
-from mmcompress.passes.distill_job import Job
+from mmcompress.passes.distill_job import Job, is_sparse
 from mmcompress.passes.distill_pace import Annealing, Pace
 from mmcompress.passes.distill_pairs import read_pairs
 from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_state import State
 from mmcompress.passes.distill_targets import digest
 from mmcompress.passes.distill_train import Schedule, Trainer
+from mmcompress.surgery.kept_zeros import zeros_kept
 from mmcompress.surgery.ledger import annealing
 from mmcompress.surgery.master_weights import Masters
 from mmcompress.surgery.reduction import TokenLedger, drops, ledger_of
@@ -115,7 +116,12 @@ def train(
             warmup=settings.warmup, clip=settings.clip, ema=settings.ema, save_minutes=settings.save_minutes,
             seconds=settings.max_minutes and settings.max_minutes * 60 - (time.monotonic() - started),
         )  # fmt: skip
-        with masters.training(), pace(job, ranks) as kept, job.parameters(bundle) as parameters:
+        with (
+            masters.training(),
+            pace(job, ranks) as kept,
+            job.parameters(bundle) as parameters,
+            zeros_kept(bundle.model, parameters if is_sparse(bundle) else {}) as zeros,
+        ):
             state = Trainer(
                 bundle, parameters, lesson, schedule, ranks, context.progress, kept, label=f"{what}ing"
             ).run(state)
@@ -128,6 +134,8 @@ def train(
             "from_teacher": round(masters.given / masters.count, 4),
             "changed": round(masters.changed / masters.count, 4),
         }
+    if zeros:
+        facts["zeros_kept"] = zeros
     facts |= {
         "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "steps": state.steps,

@@ -60,9 +60,9 @@ class Balance:
         assert self._image is not None, "begin was not called"
         if len(tokens) != len(self._image):
             raise UsageError(
-                f"quantize.balance cannot tell image tokens from text: {path} is given {len(tokens)} tokens, the prompts have "
+                f"balance cannot tell image tokens from text: {path} is given {len(tokens)} tokens, the prompts have "
                 f"{len(self._image)}",
-                hint="quantize before tokens are dropped on their way, or leave balance out",
+                hint="do this before tokens are dropped on their way, or leave balance out",
             )
         return torch.where(self._image, image, text).to(tokens.device)
 
@@ -126,9 +126,9 @@ def gradients(bundle: Bundle, tower: Tower, image_tokens: Sequence[int], context
         sizes = gradient.float().abs().mean(-1).flatten()
         if len(sizes) != len(image):
             raise UsageError(
-                f"quantize.balance cannot tell image tokens from text: {path} is given {len(sizes)} tokens, the prompt has "
+                f"balance cannot tell image tokens from text: {path} is given {len(sizes)} tokens, the prompt has "
                 f"{len(image)}",
-                hint="quantize before tokens are dropped on their way, or leave balance out",
+                hint="do this before tokens are dropped on their way, or leave balance out",
             )
         both = found.sizes[readers[path]]
         both[0] += float(sizes[image].sum(dtype=torch.float64))

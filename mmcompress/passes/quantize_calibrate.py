@@ -134,11 +134,13 @@ def watch(
     what: str = "quantizing the activations",
     begin: Callable[[Inputs], None] = lambda inputs: None,
     complete: Callable[[str], None] = lambda path: None,
+    hint: str = "",
 ) -> None:
     """Run the calibration samples and call `record(path, tokens (T, C))` with what each module is given.
 
-    `begin` is told the inputs of a batch whenever it is run or goes on, `complete` each path once its module has been given all
-    it will be, also one that is never called. Raises MmcError where a module is called again after that.
+    `what` needs them, and `hint` says what else there is, where there are none. `begin` is told the inputs of a batch whenever it
+    is run or goes on, `complete` each path once its module has been given all it will be, also one that is never called. Raises
+    MmcError where a module is called again after that.
     """
     holders = Counter(id(parameter) for _, parameter in bundle.model.named_parameters(remove_duplicate=False))
     weights = {path: id(module.get_parameter("weight")) for path, module in modules.items()}
@@ -167,7 +169,7 @@ def watch(
         seen.mask = padding_mask(inputs)
         begin(inputs)
 
-    shown = batches(bundle, tower.name, context, context.num_samples, label, what)
+    shown = batches(bundle, tower.name, context, context.num_samples, label, what, hint)
     with evaluating(bundle.model), watch_inputs(modules, recorded, _reads_encoder(tower)) as seen:
         for _ in bundle.encode_all(tower.name, shown, goes_on, reached):
             pass

@@ -48,10 +48,11 @@ def inputs_of(
     sizes: bool,
     what: str,
     use: Callable[[list[str], Inputs], None],
+    hint: str = "",
 ) -> None:
     """Call `use` with Linears that share an input, and what is known of it, `sizes` too; not with those that are never called.
 
-    Raises UsageError without data for this tower, saying that `what` needs it.
+    Raises UsageError without data for this tower, saying that `what` needs it, and with `hint` what else there is.
     """
     for part in runs(bundle, tower, linears):
         moments = {group[0]: Sums(full=True) for group in part}
@@ -77,7 +78,7 @@ def inputs_of(
                 group = next(group for group in part if group[0] == path)
                 use(group, Inputs(found.second_moment(), found.mean(), means.pop(path).mean() if sizes else None))
 
-        watch(bundle, tower, watched, record, context, "moments", what, balance.begin, complete)
+        watch(bundle, tower, watched, record, context, "moments", what, balance.begin, complete, hint)
 
 
 def runs(bundle: Bundle, tower: Tower, linears: Mapping[str, nn.Linear]) -> list[list[list[str]]]:
