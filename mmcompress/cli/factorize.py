@@ -9,4 +9,5 @@ command = single_pass(
     "factorize",
     """  mmc factorize MODEL -o OUT --ratio 0.2 --data pairs/ --eval-data held-out/
   mmc factorize MODEL -o OUT --ratio 0.1 --method svd""",
+    recovers=True,
 )
