@@ -318,7 +318,7 @@ def main() -> None:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         result = run(work, options.rounds)
-    (assets.RESULTS / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
+    (assets.RESULTS / "peers.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
     for batch, lanes in result["latency"].items():
         for name, found in lanes.items():
             print(f"{batch} {name:40} {found['p50_ms']['value']:8.2f} ms  x{found['times_as_fast']['value']:.2f}")

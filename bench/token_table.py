@@ -232,13 +232,13 @@ def main() -> None:
             continue
         for name, made in rows_of(contest, keep, methods, data, original):
             document["refused" if "refused" in made else "rows"][name] = made
-            RESULT.write_text(json.dumps(whole, indent=1) + "\n")
+            RESULT.write_text(json.dumps(whole, separators=(",", ":")) + "\n")
             print(
                 name, json.dumps(made["accuracy"]["results"][contest.task] if "accuracy" in made else made), flush=True
             )
     for keep in options.timed or ():
         document["timings"][f"{keep:g}"] = timed(contest, methods, keep, options.rounds)
-        RESULT.write_text(json.dumps(whole, indent=1) + "\n")
+        RESULT.write_text(json.dumps(whole, separators=(",", ":")) + "\n")
     print(json.dumps(document["timings"], indent=1))
 
 
