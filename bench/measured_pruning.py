@@ -27,7 +27,7 @@ BETTER, WORSE = "↑", "↓"
 def prune_table() -> str:
     """Return every contest: a table of methods by ratios, and the curves."""
     found = read("prune_table")
-    parts = [_contest(name, found[name]) for name in CONTESTS if name in found]
+    parts = [_contest(name, found[name]) for name in CONTESTS if _ratios(found.get(name, {}).get("rows", {}))]
     if not parts:
         return ""
     note = (
@@ -53,14 +53,18 @@ def _contest(name: str, document: dict[str, Any]) -> str:
     for method in _methods(rows):
         cells = []
         for ratio in ratios:
-            made = _row(rows, method, ratio)
+            if method == RANDOM:
+                cells.append(points(_random(rows, metric, ratio, "difference")))
+                continue
+            made = rows.get(f"{method} {ratio:g}")
             if not made:
                 cells.append("")
                 continue
             said = made.get("against random", "")
             mark = next((mark for begins, mark in MARKS.items() if said.startswith(begins)), "")
             cells.append(points(made["scores"][metric]["difference"]) + mark + _beside_default(made))
-        lines.append(f"| {method}{f' (first of {SEEDS} draws)' if method == RANDOM else ''} | {' | '.join(cells)} |")
+        drawn = f" (mean of {SEEDS} draws [lowest, highest])" if method == RANDOM else ""
+        lines.append(f"| {method}{drawn} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"![{TITLES[name]}](bench/results/prune_curves_{name}.svg)"])
 
 
@@ -76,11 +80,15 @@ def drawings() -> dict[Path, str]:
     made = {}
     for name, document in read("prune_table").items():
         rows, metric = document["rows"], METRICS[CONTESTS[name].task]
+        if not _ratios(rows):
+            continue
         found = []
         for method in _methods(rows):
             scores = {1.0: _estimate(rows["original"], metric)}
             for ratio in _ratios(rows):
-                if row := _row(rows, method, ratio):
+                if method == RANDOM:
+                    scores[1 - ratio] = Estimate.from_json(_random(rows, metric, ratio))
+                elif row := rows.get(f"{method} {ratio:g}"):
                     scores[1 - ratio] = _estimate(row, metric)
             found.append(Curve(method, scores))
         figure = curves(TITLES[name], metric, sorted(found, key=lambda curve: curve.method == RANDOM), LEFT)
@@ -98,9 +106,14 @@ def _methods(rows: dict[str, Any]) -> list[str]:
 
 
 def _ratios(rows: dict[str, Any]) -> list[float]:
-    return sorted({float(row.split(" ")[1].rstrip(",")) for row in rows if row != "original"})
+    """The ratios at which the default and every random draw were measured: what all else is set beside."""
+    found = {float(row.split(" ")[1].rstrip(",")) for row in rows if row != "original"}
+    needed = (f"{DEFAULT} {{0:g}}", *(f"{RANDOM} {{0:g}}, seed {seed}" for seed in range(SEEDS)))
+    return sorted(ratio for ratio in found if all(name.format(ratio) in rows for name in needed))
 
 
-def _row(rows: dict[str, Any], method: str, ratio: float) -> dict[str, Any]:
-    found: dict[str, Any] = rows.get(f"{method} {ratio:g}") or rows.get(f"{method} {ratio:g}, seed 0") or {}
-    return found
+def _random(rows: dict[str, Any], metric: str, ratio: float, key: str = "") -> dict[str, Any]:
+    """The mean of the draws, the lowest and the highest: units are few, and draws differ by more than samples do."""
+    drawn = [rows[f"{RANDOM} {ratio:g}, seed {seed}"]["scores"][metric] for seed in range(SEEDS)]
+    values = [(each[key] if key else each)["value"] for each in drawn]
+    return {"value": sum(values) / SEEDS, "low": min(values), "high": max(values), "n": drawn[0]["n"]}
