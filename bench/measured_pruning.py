@@ -32,7 +32,7 @@ def prune_table() -> str:
         return ""
     note = (
         f"Ratios are shares of all parameters of the towers, embeddings counted in. ¹ worse than random units at the same ratio, "
-        f"² not better (95%, paired, mean of {SEEDS} draws); {BETTER} better and {WORSE} worse than the default, `{DEFAULT}` "
+        f"² not better (95%, paired, mean of {SEEDS} draws); {BETTER} better and {WORSE} worse than `{DEFAULT}` "
         "shared out by the knapsack (95%, paired). What stays was refitted by least squares in every row, random ones too. "
         "`-even`: the same share of every group; `-evolutionary`: searched; `-contrastive` and `-signed` differentiate the "
         "contrastive loss."
