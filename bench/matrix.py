@@ -20,6 +20,8 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "prune heads": ("prune", {"ratio": 0.01, "units": ["heads"], "score": "magnitude"}),
     "prune neurons": ("prune", {"ratio": 0.01, "units": ["neurons"], "score": "magnitude"}),
     "prune blocks": ("prune", {"ratio": 0.01, "units": ["blocks"], "score": "random"}),
+    "search-prune": ("search-prune", QUESTIONS["search-prune"]),
+    "trim-vocabulary": ("trim-vocabulary", QUESTIONS["trim-vocabulary"]),
     "factorize": ("factorize", QUESTIONS["factorize"]),
     "sparsify": ("sparsify", QUESTIONS["sparsify"]),
     "merge-tokens": ("merge-tokens", QUESTIONS["merge-tokens"]),
