@@ -31,9 +31,8 @@ from mmcompress.surgery.master_weights import holders
 EXPORTED, STATISTICS = 15.0, 2.0
 # Bytes a second that are hashed, read, rounded and written layer by layer (bench/results/streaming.json).
 STREAMED = 5.5e7
-TRAINING = ("distill", "search-prune")
-# Times the model's size in memory: with gradients, AdamW's two moments and the teacher beside it.
-TRAINED = 5.5
+# Times the model's size in memory: with gradients, AdamW's two moments and the teacher beside it; and a search trains a copy.
+TRAINED, COPIED = 5.5, 1.0
 # Bytes of each integer that trains: its master weight, rounded in a forward with a byte that says whether it lies inside the grid;
 # and its gradient, two moments and the teacher's, where the model that is given holds integers already.
 ROUNDED, TAUGHT = 5, 4 + 3 * 4 + 4
@@ -91,14 +90,14 @@ def estimate(
     exported = 2 * len(bundle.towers()) * EXPORTED if recipe.export.to else 0.0
     size, free = cost_of(bundle).bytes, available()
     stored = bundle.source.bytes or size
-    trains = any(stage.step.name in TRAINING for stage in todo)
     if layerwise:
         memory = streamed.memory_needed(bundle, todo, states)
         # The result; what is decided of samples, and layers put aside to be judged, take as much each.
         copies, written = 3 if calibration else 1, stored / STREAMED
     else:
         written = 0.0
-        memory = round((TRAINED if trains else HELD) * size)
+        needs = {"distill": TRAINED, "search-prune": TRAINED + COPIED}
+        memory = round(max(needs.get(stage.step.name, HELD) for stage in todo) * size)
         if any(trains_integers(stage) for stage in todo):
             integers = sum(layer.weight_shape.numel() for layer in holders(bundle.model).values())
             # Of a model that is still float, a step before makes them.

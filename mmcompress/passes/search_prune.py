@@ -47,8 +47,8 @@ OF_DISTILL = (
 class SearchPrune:
     """Remove heads and neurons while training towards the original: progressive pruning (UPop), under one budget across towers.
 
-    Takes data and time, and costs less accuracy than choosing before training. Continues after being killed, and runs in several
-    processes, as `distill` does.
+    What goes is chosen anew as training goes on, and fades before it is cut out. Needs data. Continues after being killed, and runs
+    in several processes, as `distill` does.
     """
 
     name: ClassVar[str] = "search-prune"
