@@ -141,7 +141,7 @@ def run(name: str, way: str, count: int, work: Path, document: dict[str, Any]) -
     row["parameters"] = cost_of(bundle).parameters
     rows[way] = row
     document |= {"machine": machine_facts(), "mmc": mmcompress.__version__}
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
 
 
 def main() -> None:
