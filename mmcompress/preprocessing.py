@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
+from mmcompress.tokenizer import PREPROCESSING
 from mmcompress.weights import read_json
 
-PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 EXTRAS = (
     "special_tokens_map.json",
@@ -79,38 +76,6 @@ def _tokenizer_class(directory: Path) -> Any:
     path = directory / "tokenizer_config.json"
     named = read_json(path).get("tokenizer_class") if path.exists() else None
     return PreTrainedTokenizerFast if named in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
-
-
-def document_of(processor: Processor) -> dict[str, Any]:
-    """Return what tokenizer.json says. Raises UsageError where the tokenizer is not one of `tokenizers`."""
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UsageError("the tokenizer has no tokenizer.json", hint="save it with transformers 5, which writes one")
-    document: dict[str, Any] = json.loads(backend.to_str())
-    return document
-
-
-def with_document(processor: Processor, document: dict[str, Any]) -> Processor:
-    """Return the preprocessing with another tokenizer.json, and the tokenizer's own settings as they were."""
-    old = processor.tokenizer
-    special = {name: value for name, value in old.special_tokens_map.items() if isinstance(value, str)}
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(document)),
-        model_max_length=old.model_max_length,
-        padding_side=old.padding_side,
-        truncation_side=old.truncation_side,
-        model_input_names=old.model_input_names,
-        clean_up_tokenization_spaces=old.clean_up_tokenization_spaces,
-        chat_template=getattr(old, "chat_template", None),
-        **special,
-    )
-    files = {}
-    if processor.files:
-        with tempfile.TemporaryDirectory() as folder:
-            made.save_pretrained(folder)
-            own = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        files = {name: content for name, content in processor.files.items() if name in PREPROCESSING} | own
-    return replace(processor, tokenizer=made, files=files)
 
 
 @contextlib.contextmanager

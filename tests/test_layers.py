@@ -13,7 +13,7 @@ ORDER = (
     {"ops"},
     {"surgery"},
     {"views"},
-    {"bundle", "parts"},
+    {"bundle", "parts", "tokenizer"},
     {"families"},
     {"passes"},
     {"data"},

@@ -22,8 +22,8 @@ from mmcompress.errors import UsageError
 from mmcompress.ops import vocabulary
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.prune_units import read_ranges, write_ranges
-from mmcompress.preprocessing import document_of, with_document
 from mmcompress.progress import track
+from mmcompress.tokenizer import document_of, with_document
 from mmcompress.views import Tower
 
 

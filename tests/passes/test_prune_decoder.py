@@ -109,7 +109,7 @@ def test_slicing_cross_heads_equals_silencing_them() -> None:
     "params",
     [
         {"ratio": 0.3},
-        {"ratio": 0.3, "budget": "macs", "multiple": 1},
+        {"ratio": 0.3, "budget": "macs", "multiple": 1, "score": "taylor"},
         {"ratio": 0.2, "units": ("heads",), "score": "activation", "towers": ("decoder",)},
         {"ratio": 0.2, "units": ("heads",), "score": "magnitude", "uniform": True, "compensate": "bias"},
         {"ratio": 0.3, "units": ("blocks",), "score": "block-influence", "compensate": "none"},
