@@ -113,7 +113,7 @@ class TrimVocabulary:
             made.weight = nn.Parameter(rows, requires_grad=table.weight.requires_grad)
         made.train(table.training)
         bundle.replace(path, made)
-        _renumber(bundle, self.tower, {index: new[index] for index in plan.decisions["special"]}, len(kept))
+        renumber(bundle, self.tower, {index: new[index] for index in plan.decisions["special"]}, len(kept))
         tokenizer = bundle.processor.tokenizer
         if tokenizer is not None and vocabulary.size(document_of(bundle.processor)) > len(kept):
             bundle.processor = with_document(bundle.processor, vocabulary.trimmed(document_of(bundle.processor), kept))
@@ -178,7 +178,7 @@ def _drawn(document: vocabulary.Document, size: int, seed: int) -> list[int]:
     return vocabulary.closed(document, order[:low])
 
 
-def _renumber(bundle: Bundle, name: str, special: Mapping[int, int], size: int) -> None:
+def renumber(bundle: Bundle, name: str, special: Mapping[int, int], size: int) -> None:
     """Say in the tower's modules and configs how many tokens there are, and which ids the special ones have now."""
     tower = bundle.tower(name)
     config = _config(bundle, tower)

@@ -67,11 +67,11 @@ def test_wordpiece_keeps_characters_and_special_tokens() -> None:
 
 
 def bpe() -> dict[str, Any]:
-    merges = ["a b", "ab c", "c d", "ab cd", "b c", "a bc"]
+    merges = ["a b", "ab c", "c d", "ab cd", "b c", "a bc", "abcd d"]
     return document({
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": False, "byte_fallback": False, "merges": merges,
-        "vocab": numbered(["a", "b", "c", "d", "ab", "abc", "cd", "abcd", "bc"]),
+        "vocab": numbered(["a", "b", "c", "d", "ab", "abc", "cd", "abcd", "bc", "abcdd"]),
     })  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def test_bpe_keeps_what_a_token_is_merged_from() -> None:
     assert needed(whole) == {0, 1, 2, 3}
     # abcd = ab + cd, which come of a + b and c + d
     assert closed(whole, [7]) == [0, 1, 2, 3, 4, 6, 7]
+    assert closed(whole, [9]) == [0, 1, 2, 3, 4, 6, 7, 9]
     # abc is made by two rules; the first one counts: ab + c
     assert closed(whole, [5]) == [0, 1, 2, 3, 4, 5]
     made = trimmed(whole, closed(whole, [5]))

@@ -49,7 +49,7 @@ def search_of(bundle: Bundle, method: str, steps: int, ratio: float = 0.2) -> tu
 
 def give(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
     for path, value in values.items():
-        value.grad = gradients[path].clone()
+        value.grad = gradients[path].clone() + (0 if value.grad is None else value.grad)  # as backward passes do
 
 
 def test_gates_close_along_the_schedule_and_only_the_last_step_closes_them() -> None:

@@ -15,7 +15,7 @@ from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.errors import UsageError
 from mmcompress.manifest import Record
 from mmcompress.passes.base import Context
-from mmcompress.passes.trim_vocabulary import TrimVocabulary
+from mmcompress.passes.trim_vocabulary import TrimVocabulary, renumber
 from mmcompress.recipe import Step
 from tests import tiny
 
@@ -89,6 +89,20 @@ def test_the_end_of_a_text_is_still_found(tmp_path: Path) -> None:
     ids = tokenizer(USED[0])["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id
     assert max(ids) < config.vocab_size
+
+
+def test_special_tokens_that_move_are_said_to_everyone_who_knows_them() -> None:
+    bundle = tiny.bundle("clip")
+    config = bundle.model.config.text_config
+    before = {name: value for name, value in vars(config).items() if name.endswith("_token_id")}
+    assert before["eos_token_id"] == 3
+    renumber(bundle, "text", {3: 7}, 9)
+    assert config.vocab_size == 9
+    assert vars(config)["eos_token_id"] == 7
+    assert all(vars(config)[name] == value for name, value in before.items() if value != 3)
+    owners = [module for module in bundle.module("text_model").modules() if "eos_token_id" in vars(module)]
+    assert owners
+    assert all(module.eos_token_id == 7 for module in owners)
 
 
 def test_random_keeps_as_many() -> None:
