@@ -5,7 +5,6 @@ Nothing is typed in but the columns: a family that comes, or a pass that learns 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from mmcompress.bundle import Bundle
@@ -54,7 +53,6 @@ def section() -> str:
     return "\n".join([BEGIN, "", *lines, "", END])
 
 
-@functools.cache
 def rows() -> list[tuple[str, tuple[str, ...], Answers]]:
     """Return (class, towers, answers), one row a class; models of one class that differ are told apart by name."""
     asked: dict[str, list[tuple[str, tuple[str, ...], Answers]]] = {}
