@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ from mmcompress.errors import GateFailed, MmcError
 from mmcompress.evaluate.findings import Finding
 from mmcompress.evaluate.verdict import Facts, Speed, verdict
 from mmcompress.jobs import token_pictures
-from mmcompress.jobs.gates import GateResult, judge, require_measurable
+from mmcompress.jobs.gates import judge, require_measurable
 from mmcompress.jobs.refusals import require_alone, require_quantized, require_usable, with_tasks
-from mmcompress.jobs.sensitivity import Row, judged_groups, mixed_findings
+from mmcompress.jobs.result import Result
+from mmcompress.jobs.sensitivity import judged_groups, mixed_findings
 from mmcompress.jobs.sparsity import sparse_findings
 from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.jobs.stopwatch import stopwatch
-from mmcompress.manifest import Manifest
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts, usable_cores
 from mmcompress.passes.base import Context
@@ -42,40 +41,6 @@ from mmcompress.progress import Progress, Silent
 from mmcompress.recipe import Gates, Recipe
 from mmcompress.room import fits
 from mmcompress.staging import free_name, partial_path, publish, refuse_existing
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to."""
-
-    output: Path
-    manifest: Manifest
-    findings: tuple[Finding, ...]
-    rows: tuple[dict[str, Any], ...]
-    """One row per stage, the original first: parameters, MACs per tower, headline metrics."""
-    speeds: tuple[TowerSpeed, ...] = ()
-    gates: tuple[GateResult, ...] = ()
-    pictures: tuple[Path, ...] = ()
-    """Drawings of what became of patches."""
-    sensitivity: tuple[Row, ...] = ()
-    """What quantizing each group of layers alone did, where that was asked for."""
-    split: tuple[dict[str, Any], ...] = ()
-    """How the budgets of pruning were split over towers and kinds of units."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the document of ``--json``."""
-        return {
-            "output": str(self.output),
-            "verdict": [finding.to_json() for finding in self.findings],
-            "stages": list(self.rows),
-            "speeds": [speed.to_json() for speed in self.speeds],
-            "gates": [dataclasses.asdict(gate) for gate in self.gates],
-            "plain_transformers": self.manifest.plain_transformers,
-            "why": self.manifest.why,
-            "pictures": [str(path) for path in self.pictures],
-            "sensitivity": [dataclasses.asdict(row) for row in self.sensitivity],
-            "split": list(self.split),
-        }
 
 
 def compress(

@@ -11,8 +11,9 @@ from pathlib import Path
 from mmcompress import demo as assets
 from mmcompress import recipe as recipes
 from mmcompress.errors import GateFailed, MissingError
-from mmcompress.jobs.compress import Result, compress
+from mmcompress.jobs.compress import compress
 from mmcompress.jobs.report import write_report
+from mmcompress.jobs.result import Result
 from mmcompress.jobs.speed import usable_runners
 from mmcompress.progress import Progress, Silent
 from mmcompress.recipe import Export, Recipe

@@ -14,7 +14,7 @@ Loading a checkpoint runs `apply` with the recorded decisions, then fills in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -25,6 +25,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.manifest import Json
 from mmcompress.progress import Progress, Silent
+from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Dataset
@@ -95,6 +96,18 @@ class Context:
         if self.stopwatch is None:
             raise UsageError(f"{what} needs a run that may export and time the model", hint=hint)
         return self.stopwatch(target)
+
+
+def chosen_towers(name: str, bundle: Bundle, towers: Sequence[str], ratios: Mapping[str, float]) -> list[Tower]:
+    """Return the towers that pass `name` is for: `towers`, or all. Raises UsageError for an unknown one, also among `ratios`."""
+    for tower in ratios:
+        if towers and tower not in towers:
+            raise UsageError(
+                f"{name}.ratios names '{tower}', {name}.towers does not", hint="name it in both or neither"
+            )
+    for tower in (*towers, *ratios):
+        bundle.tower(tower)
+    return [tower for tower in bundle.towers() if not towers or tower.name in towers]
 
 
 def require_one(name: str, **given: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.base import Context, Plan, Work, chosen_towers
 from mmcompress.passes.factorize_checks import require_factorizable, require_sensible
 from mmcompress.passes.factorize_fit import Fitted, fitted
 from mmcompress.passes.factorize_ranks import Layer, choose_ranks, list_layers, require_possible
@@ -121,14 +121,7 @@ class Factorize:
 
     def chosen(self, bundle: Bundle) -> list[Tower]:
         """Return the towers to factorize."""
-        for name in self.ratios:
-            if self.towers and name not in self.towers:
-                raise UsageError(
-                    f"factorize.ratios names '{name}', factorize.towers does not", hint="name it in both or neither"
-                )
-        for name in (*self.towers, *self.ratios):
-            bundle.tower(name)
-        return [tower for tower in bundle.towers() if not self.towers or tower.name in self.towers]
+        return chosen_towers(self.name, bundle, self.towers, self.ratios)
 
     def survey(self, bundle: Bundle) -> tuple[dict[str, Costs], list[Layer], list[Pool]]:
         """Return what the towers cost, their layers and the budgets. Raises UsageError when these cannot be met."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.passes import prune_scores
-from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.base import Context, Plan, Work, chosen_towers
 from mmcompress.passes.latency import SECONDS
 from mmcompress.passes.prune_budget import (
     Allocator,
@@ -227,14 +227,7 @@ class Prune:
 
     def chosen(self, bundle: Bundle) -> list[Tower]:
         """Return the towers to prune."""
-        for name in self.ratios:
-            if self.towers and name not in self.towers:
-                raise UsageError(
-                    f"prune.ratios names '{name}', prune.towers does not", hint="name it in both or neither"
-                )
-        for name in (*self.towers, *self.ratios):
-            bundle.tower(name)
-        return [tower for tower in bundle.towers() if not self.towers or tower.name in self.towers]
+        return chosen_towers(self.name, bundle, self.towers, self.ratios)
 
     def survey(self, bundle: Bundle, towers: Sequence[Tower]) -> tuple[Any, ...]:
         """Return what the towers cost, their groups, bounds and pools. Raises UsageError when the budget cannot be met."""
