@@ -41,8 +41,8 @@ class Attention:
     """Names of parameters (positions, heads) that hold a column for each head: a table of relative position biases."""
     why_whole: str = ""
     """Where heads cannot be cut: why not, for a person."""
-    window: int = 0
-    """How many keys each query sees, where those are not all."""
+    window: float = 0
+    """How many keys a query sees, where those are not all; where windows differ, the mean over the queries."""
 
 
 @dataclass(frozen=True)

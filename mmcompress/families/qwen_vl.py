@@ -38,7 +38,7 @@ from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Decoding, Part
 from mmcompress.surgery.frames import hand_on, merging_of
-from mmcompress.views import Film, Numbering, Tower
+from mmcompress.views import Block, Film, Numbering, Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample, Video
@@ -83,7 +83,7 @@ class QwenVL(VisionLanguage):
             name="vision",
             path=root,
             blocks_path=f"{root}.blocks",
-            blocks=read_blocks(model, f"{root}.blocks", BLOCKS[model.config.model_type], config.hidden_act),
+            blocks=self._vision_blocks(model, root),
             config="vision_config",
             depth_key="depth",
             heads=tuple(heads),
@@ -93,6 +93,20 @@ class QwenVL(VisionLanguage):
             packed=True,
             why_no_connector="a token's positions in the prompt are those of its patches in the picture, all of them",
             why_no_stream="the prompt keeps a place for each of the picture's tokens; fewer of them would not fill it",
+        )
+
+    @staticmethod
+    def _vision_blocks(model: Any, root: str) -> tuple[Block, ...]:
+        config = model.config.vision_config
+        blocks = read_blocks(model, f"{root}.blocks", BLOCKS[model.config.model_type], config.hidden_act)
+        if model.config.model_type != "qwen2_5_vl":
+            return blocks
+        window = layout(config, EXAMPLE_GRID).mean_window
+        return tuple(
+            block
+            if block.index in config.fullatt_block_indexes
+            else replace(block, attention=replace(block.attention, window=window))
+            for block in blocks
         )
 
     def items(self, tower: str, sample: Sample) -> list[Any]:

@@ -12,6 +12,7 @@ the language model is given something of.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class Layout:
     """The image tokens in the order of their windows; as they come where there are no windows."""
     windows: tuple[int, ...]
     """Where each window begins and the last ends, in patches."""
+
+    @property
+    def mean_window(self) -> float:
+        """How many patches a patch sees in its window, in the mean over all."""
+        return sum((end - start) ** 2 for start, end in pairwise(self.windows)) / self.patches
 
     @property
     def table_bytes(self) -> int:

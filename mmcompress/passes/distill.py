@@ -53,8 +53,9 @@ class Distill:
     """Samples that go through the towers at once, in each process; default 64, of models that answer in text 8."""
     accumulate: int = 1
     """Batches in one step; the contrastive losses see all of them as one batch (costs a third more time)."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW; 1e-3 suits train: norms-and-biases, projection and lora."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; default 1e-4, with fewer than 100 steps a hundredth of that for each; 1e-3 suits
+    train: norms-and-biases, projection and lora."""
     weight_decay: float = 0.01
     """Decay of the weights of linear and convolution layers; norms, biases and embedding tables have none."""
     warmup: float = 0.05
@@ -100,6 +101,8 @@ class Distill:
     cache_teacher: bool | None = None
     """Run the teacher once per plain image, not in every step; default: unless augment, where it sees the changed image. What a
     teacher answers is too much to keep: it always runs in every step."""
+    keep_worse: bool = False
+    """Keep what training made even if the loss on held-back samples rose; otherwise the weights from before are put back then."""
     amp: bool = True
     """Compute in bfloat16 where the device has it in hardware (CUDA; CPUs with AMX or AVX512-BF16)."""
     save_minutes: float = 5.0

@@ -55,18 +55,8 @@ def distill(settings: Distill, bundle: Bundle, context: Context) -> dict[str, Js
         with annealing(merging_ledgers(bundle, job.towers)) as to:
             yield Annealing(settings.anneal, to)
 
-    facts, _ = train(
-        settings, bundle, context, "distill", asdict(settings), annealed if settings.anneal else at_its_own_pace
-    )
-    loss = facts["loss"]
-    assert isinstance(loss, dict)
-    if loss["after"] > loss["before"]:
-        # AdamW's first steps have one size however small the gradient is: a student that was nearly perfect is thrown back.
-        context.progress.say(
-            f"distill raised the loss on held-back samples from {loss['before']:.4g} to {loss['after']:.4g}; "
-            f"lower distill.learning_rate (now {settings.learning_rate:g}), or make more steps"
-        )
-    return facts
+    pace = annealed if settings.anneal else at_its_own_pace
+    return train(settings, bundle, context, "distill", asdict(settings), pace)[0]
 
 
 @contextmanager
@@ -86,7 +76,8 @@ def train(
     """Train `bundle` in place; return facts, and the parameters that trained, by name.
 
     what: names the folder of the state to continue from; identity: the settings that state belongs to; pace: opens what changes
-    beside the weights, and closes it before the result is examined.
+    beside the weights, and closes it before the result is examined. A search may end with a higher loss: what it cuts costs. Where
+    distillation does, the weights from before are put back.
     """
     started = time.monotonic()
     home = bundle.device
@@ -116,18 +107,29 @@ def train(
             warmup=settings.warmup, clip=settings.clip, ema=settings.ema, save_minutes=settings.save_minutes,
             seconds=settings.max_minutes and settings.max_minutes * 60 - (time.monotonic() - started),
         )  # fmt: skip
+        undone: dict[str, Json] = {}
+        undo = what == "distill" and not settings.keep_worse
         with (
             masters.training(),
-            pace(job, ranks) as kept,
             job.parameters(bundle) as parameters,
             zeros_kept(bundle.model, parameters if is_sparse(bundle) else {}) as zeros,
         ):
-            state = Trainer(
-                bundle, parameters, lesson, schedule, ranks, context.progress, kept, label=f"{what}ing"
-            ).run(state)
-        after = lesson.examine()
+            begun = {name: parameter.detach().clone() for name, parameter in parameters.items()} if undo else {}
+            with pace(job, ranks) as kept:
+                trainer = Trainer(bundle, parameters, lesson, schedule, ranks, context.progress, kept, f"{what}ing")
+                state = trainer.run(state)
+            after = lesson.examine()
+            worse = ranks.agree(int(after["loss"] > before["loss"]))
+            if worse and what == "distill":
+                context.progress.say(remark(before["loss"], after["loss"], schedule.peak(state.steps), undo))
+            if worse and undo:
+                undone = {"undone": {"loss": round(after["loss"], 6)}}
+                after = dict(before)
+                with torch.no_grad():
+                    for name, value in begun.items():
+                        parameters[name].copy_(value)
         bundle.model.to(home)
-    facts = job.decisions(bundle)
+    facts = job.decisions(bundle) | undone
     if masters.count:
         facts["quantized_weights"] = {
             "count": masters.count,
@@ -148,6 +150,15 @@ def train(
         "curve": curve(state.losses),
     }
     return facts, parameters
+
+
+def remark(before: float, after: float, rate: float, undone: bool) -> str:
+    """Say that training made the student worse, and what would help."""
+    kept = "the weights from before are back" if undone else "kept as asked"
+    return (
+        f"distill raised the loss on held-back samples from {before:.4g} to {after:.4g}, {kept}; "
+        f"lower distill.learning_rate (now {rate:g}), or make more steps"
+    )
 
 
 def merging_ledgers(bundle: Bundle, towers: Sequence[str]) -> list[TokenLedger]:

@@ -28,6 +28,9 @@ from mmcompress.surgery.quantized import QuantizedEmbedding
 PLAIN_ATTENTION = 256
 """Tokens up to which bfloat16 on a CPU computes attention as plain matrix products: torch 2.13's fused kernel has a slow
 backward there (a quarter of the whole step at 65 tokens), but more tokens would take too much memory."""
+USUAL_RATE, USUAL_STEPS = 1e-4, 100
+"""The peak learning rate where none is given, and the fewest steps that have all of it. AdamW's first steps have one size,
+however small the gradient is, and a short run cannot make up for them: a nearly perfect student is thrown back."""
 TIMED_STEPS = 3
 """Gradients computed to learn the speed where a time limit decides the number of steps; the first only warms up."""
 
@@ -38,7 +41,8 @@ class Schedule:
 
     steps: int | None
     """None: as many as `seconds` allow."""
-    learning_rate: float
+    learning_rate: float | None
+    """At its peak; None: the usual one, in proportion less where there are few steps."""
     weight_decay: float
     warmup: float
     clip: float
@@ -47,10 +51,14 @@ class Schedule:
     seconds: float | None = None
     """Time left for training; fewer steps are made where `steps` would take longer."""
 
+    def peak(self, steps: int) -> float:
+        """Return the highest learning rate of `steps` steps."""
+        return USUAL_RATE * min(1.0, steps / USUAL_STEPS) if self.learning_rate is None else self.learning_rate
+
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of step `step` of `steps`: a linear rise over the warm-up share, then half a cosine."""
         rise = min(1.0, (step + 1) / max(1, round(self.warmup * steps)))
-        return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return self.peak(steps) * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 class Student(nn.Module):
@@ -118,7 +126,7 @@ class Trainer:
             self.lesson.begin()
             # A nearly perfect student has gradients of rounding size; a smaller eps would blow them up into full steps.
             groups = parameter_groups(self.bundle.model, self.parameters, self.schedule.weight_decay)
-            optimizer = torch.optim.AdamW(groups, lr=self.schedule.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+            optimizer = torch.optim.AdamW(groups, lr=USUAL_RATE, betas=(0.9, 0.98), eps=1e-6)
             average = {n: p.detach().clone() for n, p in self.parameters.items()} if self.schedule.ema else {}
             state.restore(self.parameters, optimizer, average, self.pace.tensors())
             if not state.steps:
@@ -141,7 +149,7 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise UsageError(
                         f"the loss is {loss} at step {state.step + 1} of {state.steps}",
-                        hint=f"lower the learning_rate (now {self.schedule.learning_rate:g}), or set amp: false",
+                        hint=f"lower the learning_rate (now {self.schedule.peak(state.steps):g}), or set amp: false",
                     )
                 for group in optimizer.param_groups:
                     group["lr"] = self.schedule.rate(state.step, state.steps)

@@ -128,9 +128,9 @@ def _neurons(bundle: Bundle, tower: Tower, block: Block, tokens: dict[str, int])
     return Group(tower.name, block.index, "neurons", mlp.neurons, cost, mlp.writers, mlp.reader)
 
 
-def attention_macs(queries: int, keys: int, heads: int, head_dim: int) -> int:
+def attention_macs(queries: int, keys: float, heads: int, head_dim: int) -> int:
     """Return the MACs of QK' and AV."""
-    return 2 * queries * keys * heads * head_dim
+    return round(2 * queries * keys * heads * head_dim)
 
 
 def _looked_at(attention: Attention, tokens: dict[str, int]) -> tuple[int, int]:

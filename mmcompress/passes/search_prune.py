@@ -90,8 +90,8 @@ class SearchPrune:
     """Samples that go through the towers at once, in each process; default 64, of models that answer in text 8."""
     accumulate: int = 1
     """Batches in one step."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; default 1e-4, with fewer than 100 steps a hundredth of that for each."""
     weight_decay: float = 0.01
     """Decay of the weights of linear and convolution layers."""
     warmup: float = 0.05

@@ -17,6 +17,7 @@ from mmcompress.passes.base import Context
 from mmcompress.passes.distill import Distill
 from mmcompress.progress import Silent
 from tests import tiny
+from tests.passes import fitting
 from tests.passes.test_distill import changed, distance, plain_steps, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -242,15 +243,41 @@ def test_a_language_model_learns_from_a_teacher_that_sees_more_image_tokens(monk
     assert facts["loss"]["after"] < facts["loss"]["before"]
 
 
-def test_a_student_that_got_worse_is_mentioned() -> None:
+@pytest.mark.parametrize("train", ["all", "lora", "quantized-weights"])
+def test_a_student_that_got_worse_gets_its_weights_back(train: Any) -> None:
     class Said(Silent):
         def say(self, line: str) -> None:
             lines.append(line)
 
+    def student() -> Bundle:
+        bundle = tiny.bundle("whisper")
+        if train == "quantized-weights":
+            fitting.run(bundle, Context(), scheme="W8A16")
+        return bundle
+
+    def state(bundle: Bundle) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in bundle.model.state_dict().items()}
+
     lines: list[str] = []
-    Distill(**{**QUICK, "learning_rate": 1e-2}).fit(tiny.bundle("whisper"), context(progress=Said()))
-    (line,) = lines
-    assert line.startswith("distill raised the loss on held-back samples from ")
-    assert line.endswith("lower distill.learning_rate (now 0.01), or make more steps")
-    Distill(**QUICK).fit(damaged(), context(progress=Said()))
-    assert len(lines) == 1
+    settings = {**QUICK, "train": train, "learning_rate": 3e-2}
+    bundle = student()
+    before = state(bundle)
+    facts = Distill(**settings).fit(bundle, context(progress=Said()))
+    assert facts["undone"]["loss"] > facts["loss"]["before"] == facts["loss"]["after"]
+    assert all(cosine["before"] == cosine["after"] for cosine in facts["cosine"].values())
+    assert {name for name, value in state(bundle).items() if not torch.equal(value, before[name])} == set()
+    kept = Distill(**settings, keep_worse=True).fit(bundle, context(progress=Said()))
+    assert kept["loss"]["after"] == pytest.approx(facts["undone"]["loss"])
+    assert "undone" not in kept
+    assert any(not torch.equal(value, before[name]) for name, value in state(bundle).items())
+    for line, what in zip(lines, ("the weights from before are back", "kept as asked"), strict=True):
+        assert line.startswith("distill raised the loss on held-back samples from ")
+        assert line.endswith(f", {what}; lower distill.learning_rate (now 0.03), or make more steps")
+
+
+def test_a_student_that_got_better_is_not_mentioned() -> None:
+    class Said(Silent):
+        def say(self, line: str) -> None:
+            raise AssertionError(line)
+
+    assert "undone" not in Distill(**QUICK).fit(damaged(), context(progress=Said()))

@@ -163,6 +163,13 @@ def test_the_schedule_rises_then_follows_half_a_cosine() -> None:
     assert 0 < schedule.rate(99, 100) < 1e-3
 
 
+def test_few_steps_are_small_ones_unless_told_otherwise() -> None:
+    usual = Schedule(10, None, 0.0, 0.1, 1.0, 0.0, 5.0)
+    assert [usual.peak(steps) for steps in (1, 50, 100, 1000)] == pytest.approx([1e-6, 5e-5, 1e-4, 1e-4])
+    assert usual.rate(0, 10) == pytest.approx(1e-5)
+    assert Schedule(10, 1e-3, 0.0, 0.1, 1.0, 0.0, 5.0).peak(10) == 1e-3
+
+
 def test_only_weights_of_products_decay() -> None:
     model = tiny.bundle("dual_encoder_dinov2").model
     parameters = dict(model.named_parameters())

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle, Processor
 from mmcompress.manifest import Source
+from mmcompress.passes.base import Context
+from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_cut import cut_heads
 from mmcompress.passes.prune_units import count_costs, count_tokens, list_groups, read_ranges, write_ranges
 from mmcompress.views import Attention
@@ -44,6 +46,19 @@ def test_blocks_and_the_rest_make_the_tower(family: str) -> None:
         inside = sum(p.numel() for n, p in bundle.model.named_parameters() if n.startswith(tower.blocks_path + "."))
         assert sum(group.cost.parameters for group in blocks) == inside < total.parameters
         assert sum(group.cost.macs for group in blocks) < total.macs
+
+
+@pytest.mark.parametrize("window", [56, 84])
+def test_attention_in_windows_is_counted_as_it_runs(window: int) -> None:
+    # 16 x 16 patches of 14 in windows of 4 x 4, or of 6 x 6 with what is left at two sides: 6 + 6 + 4.
+    bundle = tiny.bundle("qwen2_5_vl")
+    bundle.model.config.vision_config.window_size = bundle.model.model.visual.window_size = window  # type: ignore[union-attr]
+    inside = bundle.tower("vision").blocks[0].attention
+    assert inside.window == {56: 16, 84: (6**2 + 6**2 + 4**2) ** 2 / 16**2}[window]
+    settings = Prune(ratio=0.05, units=("heads",), score="random", compensate="none", towers=("vision",))
+    plan = settings.plan(bundle, Context())
+    settings.apply(bundle, plan)
+    assert settings.fit(bundle, Context())["recount"] == plan.decisions["after"]
 
 
 def test_ranges() -> None:
