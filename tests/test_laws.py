@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "coarsen-tokens": tuple(family for family in EVERY if family not in COARSENING),
     "distill": ("vilt", *tiny.HEARING, *tiny.JUDGES),
     "search-prune": ("vilt", *tiny.HEARING, *tiny.JUDGES),
-    "trim-vocabulary": (*(family for family in tiny.GENERATORS), "vilt", *tiny.JUDGES),
+    "trim-vocabulary": ("blip", "blip_vqa", "vilt", *tiny.JUDGES),
     "reduce-visual-tokens": tuple(family for family in EVERY if family not in REDUCING),
     "drop-visual-tokens": tuple(family for family in EVERY if family not in DROPPING),
     "merge-crossget": (*tiny.HEARING, *tiny.GENERATORS),

@@ -47,14 +47,16 @@ class Layout:
 
 def layout(config: Any, grid: tuple[int, int, int]) -> Layout:
     """Return the layout of a picture with `grid` (frames, rows, columns) of patches."""
-    sizes = torch.tensor([grid])
-    unit, patches = config.spatial_merge_size**2, grid[0] * grid[1] * grid[2]
-    places = get_vision_position_ids(sizes, config.spatial_merge_size)
-    order, windows = torch.arange(patches // unit), torch.tensor([0, patches])
-    if getattr(config, "window_size", None):
-        order, windows = get_vision_window_index(
-            sizes, config.spatial_merge_size, config.window_size, config.patch_size
-        )
+    # Asked also of models that are being made without values.
+    with torch.device("cpu"):
+        sizes = torch.tensor([grid])
+        unit, patches = config.spatial_merge_size**2, grid[0] * grid[1] * grid[2]
+        places = get_vision_position_ids(sizes, config.spatial_merge_size)
+        order, windows = torch.arange(patches // unit), torch.tensor([0, patches])
+        if getattr(config, "window_size", None):
+            order, windows = get_vision_window_index(
+                sizes, config.spatial_merge_size, config.window_size, config.patch_size
+            )
     return Layout(
         patches,
         unit,

@@ -1,9 +1,11 @@
-"""trim-vocabulary: the rows of a text tower's word table, and the tokens of its tokenizer, that the data's texts do not use go.
+"""trim-vocabulary: the rows of a word table, and the tokens of its tokenizer, that the data's texts do not use go.
 
-In a small embedder the word table is most of the weights, and most of its words never come up in one field. Texts of kept tokens
-are embedded as before, bit for bit. Other words are written in pieces that stay (single characters always do), so no text becomes
-impossible, but the embedding of words that are gone is worse: take texts that speak of all that will be asked for. Arithmetic
-becomes no faster: a table is looked up, not multiplied.
+In a small embedder or language model the word table is much of the weights, and most of its words never come up in one field. Texts
+of kept tokens are embedded as before, bit for bit. Other words are written in pieces that stay (single characters always do), so no
+text becomes impossible, but the embedding of words that are gone is worse: take texts that speak of all that will be asked for.
+
+A model that writes loses the same rows of its output layer: what it can still write has the probabilities it had, divided by their
+sum. That layer is multiplied for every token, so writing becomes faster; a table alone is looked up, which takes no time.
 """
 
 from __future__ import annotations
@@ -11,27 +13,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmcompress.bundle import Bundle, DualEncoder
+from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops import vocabulary
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.prune_units import read_ranges, write_ranges
 from mmcompress.progress import track
+from mmcompress.surgery.words import renumber, spoken_of, words_of
 from mmcompress.tokenizer import document_of, with_document
-from mmcompress.views import Tower
 
 
 @dataclass(frozen=True)
 class TrimVocabulary:
-    """Remove the words of a text tower that the data's texts do not use, from the tokenizer and the word table.
+    """Remove the words that the data's texts do not use, from the tokenizer, the word table and the output layer.
 
-    Texts of the words that stay are embedded as before; others in smaller pieces. Plain transformers loads the result.
+    Texts of the words that stay are read as before; others in smaller pieces. Plain transformers loads the result.
     """
 
     name: ClassVar[str] = "trim-vocabulary"
@@ -40,8 +41,8 @@ class TrimVocabulary:
     """How often a token has to occur in the data's texts to stay; 0 changes nothing."""
     tokens: int | None = None
     """At most so many tokens stay, the most frequent ones, besides those that no text can do without."""
-    tower: str = "text"
-    """The tower whose words go."""
+    tower: str = ""
+    """The tower whose words go; empty: the one that reads or writes texts."""
     method: Literal["used", "random"] = "used"
     """Which stay: those that are used; random is the control: as many, drawn at random."""
 
@@ -64,58 +65,49 @@ class TrimVocabulary:
         return work.dataset * 1e-3
 
     def check(self, bundle: Bundle) -> None:
-        """Refuse models without a text tower of their own, and tables that are no plain floats."""
-        if not isinstance(bundle.family, DualEncoder):
-            raise UsageError(
-                f"trim-vocabulary is for the text towers of dual encoders; {bundle.family.name} models are none",
-                hint="mmc quantize stores the word tables of other models in 8 bits",
-            )
-        _word_table(bundle, self.tower)
+        """Refuse models without a tower of words, and tables and output layers that are no plain floats."""
+        words_of(bundle, self.tower)
         if bundle.processor.tokenizer is not None:
             vocabulary.tokens_of(document_of(bundle.processor))
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Count the tokens of the data's texts; return those that stay."""
-        path, table = _word_table(bundle, self.tower)
+        words = words_of(bundle, self.tower)
         if self.minimum == 0:
-            return Plan({"before": table.num_embeddings, "after": table.num_embeddings, "kept": "", "special": []})
+            return Plan({"before": words.size, "after": words.size, "kept": "", "special": []})
         document = document_of(bundle.processor)
-        counts = _counts(bundle, self.tower, context, table.num_embeddings)
+        counts, texts = _counts(bundle, words.tower, context, words.size)
         frequent = counts.argsort(descending=True, stable=True)
         used = [int(index) for index in frequent if counts[index] >= self.minimum][: self.tokens]
-        kept = vocabulary.closed(document, used)
+        named = {*vocabulary.added(document), *spoken_of(bundle)}
+        special = sorted(index for index in named if 0 <= index < words.size)
+        kept = vocabulary.closed(document, [*special, *used])
         if self.method == "random":
-            kept = _drawn(document, len(kept), context.seed)
-        special = [index for index in vocabulary.added(document) if index < table.num_embeddings]
-        decisions = {"before": table.num_embeddings, "after": len(kept), "kept": write_ranges(kept), "special": special}
-        rows = torch.tensor(kept, device=table.weight.device)
+            kept = _drawn(document, special, len(kept), context.seed)
+        # A table may have more rows than the tokenizer has tokens.
+        tokens = sum(index < vocabulary.size(document) for index in kept)
+        decisions = {"before": words.size, "after": len(kept), "kept": write_ranges(kept), "special": special}
+        decisions["tokens"] = tokens
+        before = sum(tensor.numel() for tensor in words.rows(bundle).values())
+        tensors = {name: rows.detach()[kept] for name, rows in words.rows(bundle).items()}
         facts = {
-            "texts": sum(1 for _ in _texts(bundle, self.tower, context)),
+            "texts": texts,
             "used": int((counts > 0).sum()),
-            "parameters": {"before": table.weight.numel(), "after": len(kept) * table.embedding_dim},
+            "parameters": {"before": before, "after": before // words.size * len(kept)},
         }
-        return Plan(decisions, {f"{path}.weight": table.weight.detach()[rows]}, facts)
+        return Plan(decisions, tensors, facts)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
-        """Cut the table and, where there still is one of the old size, the tokenizer."""
+        """Cut table and output layer and, where there still is one of the old size, the tokenizer."""
         kept = read_ranges(plan.decisions["kept"])
         if not kept:
             return
-        path, table = _word_table(bundle, self.tower)
+        words = words_of(bundle, self.tower)
         new = {old: place for place, old in enumerate(kept)}
-        padding = table.padding_idx
-        made = nn.Embedding(
-            len(kept), table.embedding_dim, new.get(padding) if padding is not None else None,
-            device=table.weight.device, dtype=table.weight.dtype,
-        )  # fmt: skip
-        rows = plan.tensors.get(f"{path}.weight")
-        if rows is not None:
-            made.weight = nn.Parameter(rows, requires_grad=table.weight.requires_grad)
-        made.train(table.training)
-        bundle.replace(path, made)
-        renumber(bundle, self.tower, {index: new[index] for index in plan.decisions["special"]}, len(kept))
+        words.cut(bundle, new, plan.tensors)
+        renumber(bundle, words.tower, {index: new[index] for index in plan.decisions["special"]}, new, words.size)
         tokenizer = bundle.processor.tokenizer
-        if tokenizer is not None and vocabulary.size(document_of(bundle.processor)) > len(kept):
+        if tokenizer is not None and vocabulary.size(document_of(bundle.processor)) != plan.decisions["tokens"]:
             bundle.processor = with_document(bundle.processor, vocabulary.trimmed(document_of(bundle.processor), kept))
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
@@ -123,69 +115,38 @@ class TrimVocabulary:
         return {}
 
 
-def _word_table(bundle: Bundle, name: str) -> tuple[str, nn.Embedding]:
-    """Return the text tower's word table and its path. Raises UsageError where there is none that can be cut."""
-    tower = bundle.tower(name)
-    size = getattr(_config(bundle, tower), "vocab_size", None)
-    if size is None:
-        raise UsageError(f"the {name} tower reads no words", hint="name the tower that does with --tower")
-    tables = {path: bundle.module(path) for path in tower.embeddings}
-    for path, table in tables.items():
-        if type(table) is nn.Embedding and table.num_embeddings == size:
-            return path, table
-    names = ", ".join(f"{path} is a {type(table).__name__}" for path, table in tables.items())
-    raise UsageError(
-        f"the {name} tower has no plain table of {size} words: {names or 'it has no tables'}",
-        hint="put trim-vocabulary before quantize",
-    )
-
-
-def _config(bundle: Bundle, tower: Tower) -> Any:
-    return attrgetter(tower.config)(bundle.model.config) if tower.config else bundle.model.config
-
-
-def _texts(bundle: Bundle, tower: str, context: Context) -> Iterator[str]:
-    for sample in context.require_data("trim-vocabulary"):
-        yield from bundle.items(tower, sample)
-
-
-def _counts(bundle: Bundle, tower: str, context: Context, size: int) -> Tensor:
-    """Return how often each token stands in the data's texts (V,)."""
-    counts = torch.zeros(size, dtype=torch.int64)
-    texts = list(_texts(bundle, tower, context))
+def _counts(bundle: Bundle, tower: str, context: Context, size: int) -> tuple[Tensor, int]:
+    """Return how often each token stands in the data's texts (V,), and how many texts there are."""
+    counts, texts = torch.zeros(size, dtype=torch.int64), 0
+    data = context.require_data("trim-vocabulary")
+    starts = range(0, len(data), context.batch_size)
+    for start in track(starts, context.progress, "counting tokens", len(starts)):
+        samples = (data[number] for number in range(start, min(start + context.batch_size, len(data))))
+        items = [item for sample in samples for item in bundle.items(tower, sample)]
+        texts += len(items)
+        for ids in _ids(bundle.prepare(tower, items)) if items else ():
+            counts += torch.bincount(ids[(ids >= 0) & (ids < size)].cpu(), minlength=size)
     if not texts:
         raise UsageError(
             "no sample of the data has a text", hint="give data whose texts speak of what will be asked for"
         )
-    starts = range(0, len(texts), context.batch_size)
-    for start in track(starts, context.progress, "counting tokens", len(starts)):
-        inputs = bundle.prepare(tower, texts[start : start + context.batch_size])
-        mask = inputs.get("attention_mask")
-        ids = inputs["input_ids"] if mask is None else inputs["input_ids"][mask.bool()]
-        counts += torch.bincount(ids.flatten().cpu(), minlength=size)
-    return counts
+    return counts, texts
 
 
-def _drawn(document: vocabulary.Document, size: int, seed: int) -> list[int]:
+def _ids(inputs: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yield the tokens (T,) that inputs hold, without padding."""
+    for ids, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_mask")):
+        if ids in inputs:
+            yield inputs[ids][inputs[mask].bool()] if mask in inputs else inputs[ids].flatten()
+
+
+def _drawn(document: vocabulary.Document, special: Sequence[int], size: int, seed: int) -> list[int]:
     """Return `size` tokens that are closed, of random ones; a few less where the last brings others along."""
     order = torch.randperm(vocabulary.size(document), generator=torch.Generator().manual_seed(seed)).tolist()
     known = {*vocabulary.tokens_of(document).values(), *vocabulary.added(document)}
-    order = [index for index in order if index in known]
-    low, high = 0, len(order)
+    order = [*special, *(index for index in order if index in known)]
+    low, high = len(special), len(order)
     while low < high:  # the most of them that stay within the size
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(vocabulary.closed(document, order[:middle])) <= size else (low, middle - 1)
     return vocabulary.closed(document, order[:low])
-
-
-def renumber(bundle: Bundle, name: str, special: Mapping[int, int], size: int) -> None:
-    """Say in the tower's modules and configs how many tokens there are, and which ids the special ones have now."""
-    tower = bundle.tower(name)
-    config = _config(bundle, tower)
-    config.vocab_size = size
-    owners: Sequence[Any] = [config, *bundle.module(tower.path).modules()]
-    for owner in owners:
-        for key, value in list(vars(owner).items()):
-            means_one = key.endswith("_token_id") or key == "padding_idx"
-            if means_one and isinstance(value, int) and value in special and not isinstance(owner, nn.Embedding):
-                setattr(owner, key, special[value])

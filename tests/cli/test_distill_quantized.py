@@ -15,10 +15,10 @@ from mmcompress.surgery.master_weights import holders
 from tests.cli.conftest import Mmc
 
 QUANTIZE = ("--scheme", "W4A16", "--group-size", "16", "--sensitivity-samples", "0")
-TRAIN = ("--train", "quantized-weights", "--steps", "2", "--batch-size", "3", "--learning-rate", "1e-3")
+TRAIN = ("--train", "quantized-weights", "--steps", "2", "--batch-size", "3", "--learning-rate", "1e-3", "--keep-worse")
 STEPS = [
     {"quantize": {"scheme": "W4A16", "group_size": 16, "sensitivity_samples": 0}},
-    {"distill": {"train": "quantized-weights", "steps": 2, "batch_size": 3, "learning_rate": 1e-3}},
+    {"distill": {"train": "quantized-weights", "steps": 2, "batch_size": 3, "learning_rate": 1e-3, "keep_worse": True}},
 ]  # fmt: skip
 
 

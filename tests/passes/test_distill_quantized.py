@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILY = "dual_encoder_dinov2"
 QUICK: dict[str, Any] = {
     "train": INTEGERS, "batch_size": 8, "steps": 6, "learning_rate": 1e-3, "amp": False, "towers": ("vision",),
+    "keep_worse": True,
 }  # fmt: skip
 
 

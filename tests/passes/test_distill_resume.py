@@ -88,7 +88,14 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, family: str,
 
 def test_two_processes_train_the_same_integers(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    settings = {"steps": 3, "clip": 0.0, "learning_rate": 1e-2, "train": "quantized-weights", **PAIRS}
+    settings = {
+        "steps": 3,
+        "clip": 0.0,
+        "learning_rate": 1e-2,
+        "keep_worse": True,
+        "train": "quantized-weights",
+        **PAIRS,
+    }
     launched(tmp_path, settings, "clip")
     run(tmp_path / "alone", tmp_path / "other", {**settings, "batch_size": 8})
     one, two = load_file(tmp_path / "alone"), load_file(tmp_path / "pair")

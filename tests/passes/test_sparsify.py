@@ -285,7 +285,14 @@ def test_training_keeps_zeros(train: str) -> None:
     if train == "quantized-weights":
         run(bundle, ("quantize", {"scheme": "W8A16"}))
     before, weights = zeros(bundle), {p: bundle.module(p).weight.detach().clone() for p in zeros(bundle)}
-    params = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "train": train, "ema": 0.5 if train == "all" else 0.0}
+    params = {
+        "steps": 3,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "keep_worse": True,
+        "train": train,
+        "ema": 0.5 if train == "all" else 0.0,
+    }
     run(bundle, ("distill", params), teacher=lambda: tiny.bundle("clip", seed=1))
     after = zeros(bundle)
     for path, mask in before.items():
@@ -303,7 +310,7 @@ def test_training_what_nobody_made_sparse_moves_zeros_too() -> None:
         bundle.module(path).weight[:, ::2] = 0
     run(
         bundle,
-        ("distill", {"steps": 3, "batch_size": 4, "learning_rate": 1e-2}),
+        ("distill", {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "keep_worse": True}),
         teacher=lambda: tiny.bundle("clip", seed=1),
     )
     assert not (bundle.module(path).weight == 0).any()

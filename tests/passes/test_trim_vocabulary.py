@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, Memory, Sample
 from mmcompress.errors import UsageError
+from mmcompress.export.onnx import export_onnx
 from mmcompress.manifest import Record
+from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.passes.base import Context
-from mmcompress.passes.trim_vocabulary import TrimVocabulary, renumber
+from mmcompress.passes.prune_units import read_ranges
+from mmcompress.passes.trim_vocabulary import TrimVocabulary
 from mmcompress.recipe import Step
+from mmcompress.surgery.words import renumber, spoken_of, words_of
 from tests import tiny
 
 USED = [word for word in tiny.WORDS if word.isalpha()][:5]
@@ -96,7 +100,7 @@ def test_special_tokens_that_move_are_said_to_everyone_who_knows_them() -> None:
     config = bundle.model.config.text_config
     before = {name: value for name, value in vars(config).items() if name.endswith("_token_id")}
     assert before["eos_token_id"] == 3
-    renumber(bundle, "text", {3: 7}, 9)
+    renumber(bundle, "text", {3: 7}, dict.fromkeys(range(9), 0), config.vocab_size)
     assert config.vocab_size == 9
     assert vars(config)["eos_token_id"] == 7
     assert all(vars(config)[name] == value for name, value in before.items() if value != 3)
@@ -126,8 +130,10 @@ def test_bad_parameters(given: dict[str, Any], message: str) -> None:
 
 
 def test_what_cannot_be_trimmed_is_refused() -> None:
-    with pytest.raises(UsageError, match="whisper models are none"):
-        TrimVocabulary().check(tiny.bundle("whisper"))
+    with pytest.raises(UsageError, match="do neither"):
+        TrimVocabulary().check(tiny.bundle("layoutlm"))
+    with pytest.raises(UsageError, match="no plain output layer of"):
+        TrimVocabulary().check(tiny.bundle("blip"))
     with pytest.raises(UsageError, match="the vision tower reads no words"):
         TrimVocabulary(tower="vision").check(tiny.bundle("clip"))
     with pytest.raises(UsageError, match="no sample of the data has a text"):
@@ -143,3 +149,75 @@ def test_a_quantized_table_is_refused() -> None:
     with pytest.raises(UsageError) as refused:
         TrimVocabulary().check(bundle)
     assert refused.value.hint == "put trim-vocabulary before quantize"
+
+
+WRITING = ("llava_clip", "qwen2_vl", "smolvlm", "paligemma", "whisper")
+
+
+def written(family: str, **params: Any) -> tuple[Bundle, Bundle, Record]:
+    """Return a model that writes, the same trimmed to what 6 samples use, and what is recorded of that."""
+    before, after = tiny.bundle(family), tiny.bundle(family)
+    stage = pipeline.Stage(1, Step("trim-vocabulary", params), passes.build("trim-vocabulary", params))
+    return before, after, pipeline.run_stage(after, stage, Context(data=tiny.data(family, 6), batch_size=2))
+
+
+def probabilities(bundle: Bundle, family: str) -> torch.Tensor:
+    """Return (B * T, V) of the answers of what the model was trimmed to."""
+    tower = bundle.forced.answering
+    items = [bundle.items(tower, sample)[0] for sample in tiny.data(family, 6)]
+    inputs = bundle.prepare(tower, items)
+    places = bundle.forced.next_tokens(bundle.model, inputs)
+    with torch.no_grad():
+        roots = bundle.encode(tower, inputs).double()
+    return roots.unflatten(1, (places.shape[1], -1))[places >= 0].square()
+
+
+@pytest.mark.parametrize("family", WRITING)
+def test_what_can_still_be_written_is_as_likely_as_before_among_itself(family: str, tmp_path: Path) -> None:
+    before, after, record = written(family)
+    kept = read_ranges(record.plan["kept"])
+    assert len(kept) == record.plan["after"] < record.plan["before"]
+    wanted = probabilities(before, family)[:, kept]
+    wanted /= wanted.sum(-1, keepdim=True)
+    torch.testing.assert_close(probabilities(after, family), wanted, rtol=1e-5, atol=1e-7)
+    words = words_of(after)
+    assert words.tied == words_of(before).tied
+    assert {rows.shape[0] for rows in words.rows(after).values()} == {len(kept)}
+    checkpoint.save(after, tmp_path / "model")
+    again = checkpoint.load(tmp_path / "model")
+    assert torch.equal(probabilities(again, family), probabilities(after, family))
+    samples = list(tiny.data(family, 3))
+    assert again.generate(samples) == after.generate(samples)
+    assert again.model.generation_config.eos_token_id == after.model.generation_config.eos_token_id
+
+
+def test_settings_for_writing_follow() -> None:
+    bundle = tiny.bundle("whisper")
+    settings, special = bundle.model.generation_config, {3: 1, 5: 4}
+    settings.eos_token_id, settings.pad_token_id = [3, 5], 3
+    settings.suppress_tokens, settings.begin_suppress_tokens = [2, 5, 9], [9]
+    settings.lang_to_id, settings.forced_decoder_ids = {"<|en|>": 5}, [[1, 5], [2, None]]
+    assert spoken_of(bundle) >= {3, 5}
+    renumber(bundle, "decoder", special, {3: 1, 5: 4, 9: 6}, bundle.model.config.vocab_size)
+    assert (settings.eos_token_id, settings.pad_token_id) == ([1, 4], 1)
+    assert (settings.suppress_tokens, settings.begin_suppress_tokens) == ([4, 6], [6])
+    assert (settings.lang_to_id, settings.forced_decoder_ids) == ({"<|en|>": 4}, [[1, 4], [2, None]])
+
+
+def test_plain_transformers_writes_the_same(tmp_path: Path) -> None:
+    _, bundle, _ = written("llava_clip")
+    assert checkpoint.save(bundle, tmp_path / "model").plain_transformers
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").eval()
+    inputs = bundle.prepare("language", [bundle.items("language", tiny.data("llava_clip", 1)[0])[0]])
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, bundle.model(**ids).logits)
+    assert model.config.text_config.vocab_size == model.lm_head.out_features
+
+
+def test_exported_it_answers_the_same(tmp_path: Path) -> None:
+    _, bundle, _ = written("whisper")
+    samples = list(tiny.data("whisper", 3))
+    answerer = artifact_answerer(export_onnx(bundle, tmp_path / "out", batches=(2,)).artifact, "onnxruntime", threads=1)
+    assert answerer.generate(samples) == bundle.generate(samples)
+    answerer.close()
