@@ -36,12 +36,10 @@ from mmcompress.passes.prune_effects import stream_by_effect
 from mmcompress.passes.quantize_calibrate import watch
 from mmcompress.progress import track
 from mmcompress.surgery.freeing import give_back_freed
-from mmcompress.surgery.watch import Sums
+from mmcompress.surgery.watch import MOMENTS_BYTES, Sums
 
 if TYPE_CHECKING:
     from mmcompress.passes.factorize import Factorize
-
-MOMENTS_BYTES = 2**29
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ each Linear by itself, not for the embedding.
 Tokens are weighted by how much they matter for the embedding (`stream_by_effect`). Unweighted, the repair would trade error at the
 few tokens a tower is read from for error at the many it is not; with a class-token readout that can be worse than no repair.
 
-Memory: a mean per channel for "bias"; for "least-squares" the second moments of a few readers at a time, which together take at
-most about an eighth of the model's bytes (one reader at least), so wide or deep models cost several passes over the data.
+Memory: a mean per channel for "bias"; for "least-squares" the second moments of as many readers at a time as fit in
+`MOMENTS_BYTES`, or in an eighth of the model's bytes where that is more (one reader at least), so wide or deep models cost several
+passes over the data.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mmcompress.passes.prune_effects import stream_by_effect
 from mmcompress.passes.prune_units import Group
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.linears import spread
-from mmcompress.surgery.watch import Sums
+from mmcompress.surgery.watch import MOMENTS_BYTES, Sums
 
 
 def repaired_readers(
@@ -58,10 +59,13 @@ def repaired_readers(
 
 
 def parts(bundle: Bundle, groups: Sequence[Group], full: bool) -> list[list[Group]]:
-    """Split the groups so that the second moments of a part fit; one part where only means are kept."""
+    """Split the groups so that the second moments of a part fit; one part where only means are kept.
+
+    Each part costs another look at all samples.
+    """
     if not full:
         return [list(groups)]
-    limit = sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 8
+    limit = max(MOMENTS_BYTES, sum(p.numel() * p.element_size() for p in bundle.model.parameters()) // 8)
     found: list[list[Group]] = []
     used = limit
     for group in groups:

@@ -21,10 +21,8 @@ from mmcompress.bundle import Bundle
 from mmcompress.passes.base import Context
 from mmcompress.passes.quantize_balance import Balance
 from mmcompress.passes.quantize_calibrate import readers_of_one_input, watch
-from mmcompress.surgery.watch import Sums
+from mmcompress.surgery.watch import MOMENTS_BYTES, Sums
 from mmcompress.views import Tower
-
-MOMENTS_BYTES = 2**29
 
 
 @dataclass(frozen=True)

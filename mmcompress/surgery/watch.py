@@ -190,6 +190,10 @@ def _with_first(
     return args, {**kwargs, "hidden_states": states}
 
 
+MOMENTS_BYTES = 2**29
+"""How much all second moments kept at once may take of any model; what does not fit costs another look at the samples."""
+
+
 class Sums:
     """Streamed, optionally weighted sums of one Linear's inputs: first moments, and second moments (all, or the diagonal alone).
 
