@@ -8,6 +8,6 @@ command = single_pass(
     "narrow",
     "narrow",
     """  mmc narrow MODEL -o OUT --ratio 0.2 --data questions/ --eval-data held-out/
-  mmc narrow MODEL -o OUT --ratio 0.2 --data questions/ --eval-data held-out/ --recover 30""",
+  mmc narrow MODEL -o OUT --ratio 0.2 --data questions/ --eval-data held-out/ --recover 10m""",
     recovers=True,
 )

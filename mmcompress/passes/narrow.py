@@ -51,8 +51,8 @@ class Narrow:
     method: Literal["pca", "channels", "random"] = "pca"
     """Which directions stay: the principal ones of what the norms give out on the calibration samples (SliceGPT, with one rotation
     for the tower); the channels with most energy there, unrotated; or those of a random rotation (the control)."""
-    towers: tuple[str, ...] = ()
-    """Towers to narrow; empty means all whose stream can be."""
+    towers: tuple[str, ...] = ("language",)
+    """Towers to narrow."""
     multiple: int = 8
     """The width that stays is a multiple of this, which matrix kernels like. Plain transformers wants a Llama's width to be a
     multiple of its number of heads."""
@@ -62,6 +62,8 @@ class Narrow:
             raise UsageError(
                 f"narrow.ratio is {self.ratio:g}; expected 0 <= ratio < 1", hint="it is the share of channels removed"
             )
+        if not self.towers:
+            raise UsageError("narrow.towers is empty; expected at least one tower", hint="language is the default")
         if self.multiple < 1:
             raise UsageError(
                 f"narrow.multiple is {self.multiple}; expected at least 1", hint="8 suits most matrix kernels"
@@ -116,13 +118,8 @@ class Narrow:
         return {"recount": {s.tower: asdict(count_costs(bundle, bundle.tower(s.tower))) for s in self.chosen(bundle)}}
 
     def chosen(self, bundle: Bundle) -> list[Stream]:
-        """Return the streams to narrow. Raises UsageError where a named tower has none that is known, or no tower has."""
-        if self.towers:
-            return [stream_of(bundle.tower(name)) for name in self.towers]
-        towers = bundle.towers()
-        found = [stream_of(tower) for tower in towers if tower.residual]
-        # Of towers that cannot be narrow, the first that has more to say of it says why.
-        return found or [stream_of(tower) for tower in sorted(towers, key=lambda tower: not tower.why_no_residual)]
+        """Return the streams to narrow. Raises UsageError for a tower that is not there, or whose stream is not known."""
+        return [stream_of(bundle.tower(name)) for name in self.towers]
 
     def width_of(self, stream: Stream) -> int:
         """Return the width that stays. Raises UsageError where that is none, or all though something was to go."""
