@@ -94,7 +94,9 @@ class VisionLanguage(PictureQuestions):
                 language,
                 heads=(*language.heads, *stages),
                 residual=None if stages else language.residual,
-                why_no_residual="convolutions add to the tokens of a video's frames" if stages else language.why_no_residual,
+                why_no_residual="convolutions add to the tokens of a video's frames"
+                if stages
+                else language.why_no_residual,
                 film=film,
                 why_no_film="" if film else "it is shown the frames of a video as pictures, one after the other",
                 prompt=self._prompt(model),

@@ -9,13 +9,13 @@ Let x be a state (C,), n(x) = x / sqrt(mean(x^2) + eps) its RMS norm, and Q (C, 
 
       W diag(g) S Q (Q'S Q)^-1,      S = E[n(x) n(x)']
 
-- The norm now takes the mean over K channels of what is left of x. Of E|n(x)|^2 = tr S the share e = tr Q'S Q / tr S is kept, so the
-  mean of its squares is e C / K times as large, and the norm's output is to be multiplied by sqrt(e C / K). eps stays: it is there
-  for states of nothing.
+- The norm now divides what is left of x by the root of its mean square over K channels, so that its outputs have a mean square
+  of 1. Those of Q'n(x) have e C / K, where e = tr Q'S Q / tr S is the share of energy that stays: the norm's gain becomes
+  sqrt(e C / K). Its eps stays what config.json says; states are not so small that it matters.
 
 Source: SliceGPT (Ashkboos et al. 2024), sections 3.1 to 3.3. Deliberate differences: one Q for the whole tower, the leading
 eigenvectors of the sum of S over all norms, so that no product (K, K) is needed between blocks; SliceGPT has one for each block.
-Readers are fitted; there they are W diag(g) Q, and the norm divides by C.
+Readers are fitted; there they are W diag(g) Q, and norms take the mean over C channels, e being 1.
 
 Shape alphabet: C channels, K channels left, V rows of a table.
 """

@@ -2,8 +2,8 @@
 
 The stream is turned into its principal directions, which changes nothing where norms are RMS norms, and the trailing ones are cut:
 one rotation for the whole tower, folded into the weights, so that the result is made of the modules the model had
-(`ops.residual`). Measured on SmolLM2-135M and the mini-VLM's decoder, one rotation loses less than one for each block with a product
-between, which is SliceGPT's way: what a block's own directions leave out is gone for all blocks behind.
+(`ops.residual`). One for each block, with products between, is SliceGPT's way. It lost more on SmolLM2-135M and on the mini-VLM's
+decoder: what one block's own directions leave out is gone for all blocks behind.
 
 What begins the stream is turned and cut with it: word tables and the last layer of a connector, which belongs to the vision tower.
 So the image tokens of a narrow model are other numbers than the original's, and fewer.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
@@ -49,10 +49,10 @@ def stream_of(tower: Tower) -> Stream:
     """Return the stream of a tower. Raises UsageError where the family does not say all that belongs to it."""
     residual = tower.residual
     if residual is None:
-        reason = tower.why_no_residual or "not all that reads and writes it is known"
+        reason = tower.why_no_residual or "its family does not name all that reads and writes it"
         raise UsageError(
-            f"the {tower.name} tower's residual stream cannot become narrower: {reason}",
-            hint="prune takes heads, neurons and blocks of any tower",
+            f"this tower's residual stream cannot become narrower: {reason}",
+            hint=f"name towers other than {tower.name} with --towers; mmc prune takes heads, neurons and blocks of any",
         )
     norms: dict[str, tuple[str, ...]] = {}
     for block in tower.blocks:
@@ -112,9 +112,9 @@ def parameters_after(bundle: Bundle, stream: Stream, width: int) -> dict[str, in
     gone, lost = stream.width - width, {}
     for path in stream.writers:
         linear = bundle.module(path)
-        lost[path] = gone * (linear.weight.shape[1] + (linear.bias is not None))
+        lost[path] = gone * (linear.get_parameter("weight").shape[1] + (linear.bias is not None))
     for path in stream.readers:
-        lost[path] = gone * bundle.module(path).weight.shape[0]
+        lost[path] = gone * bundle.module(path).get_parameter("weight").shape[0]
     lost |= dict.fromkeys(stream.norms, gone)
     for path, name in stream.rows:
         rows = bundle.module(path).get_parameter(name)
@@ -133,14 +133,14 @@ def macs_saved(bundle: Bundle, stream: Stream, width: int) -> int:
     tower, gone, seen = bundle.tower(stream.tower), stream.width - width, dict[str, int]()
     paths = [path for path in (*stream.writers, *stream.readers, *filter(None, [stream.tied])) if tower.owns(path)]
 
-    def record(path: str, tokens: object) -> None:
-        seen[path] = seen.get(path, 0) + len(tokens)  # type: ignore[arg-type]
+    def record(path: str, tokens: Tensor) -> None:
+        seen[path] = seen.get(path, 0) + len(tokens)
 
     modules = {path: bundle.module(path) for path in paths} | {stream.last: bundle.module(stream.last)}
     with evaluating(bundle.model), counting(), watch_inputs(modules, record):
         bundle.encode(tower.name, bundle.example_inputs(tower.name, 1))
     saved = 0
     for path in paths:
-        out, into = bundle.module(path).weight.shape
+        out, into = bundle.module(path).get_parameter("weight").shape
         saved += seen.get(path, 0) * gone * (into if path in stream.writers else out)
     return saved - (seen[stream.last] * width * width if stream.tied and gone else 0)

@@ -22,7 +22,8 @@ def without_gain(norm: nn.Module) -> nn.Module:
 def is_rms_norm(norm: nn.Module) -> bool:
     """Whether a module gives out x / rms(x) times its weight (C,), and has nothing else; found out by trying.
 
-    Such a norm commutes with rotations; one that subtracts the mean does not, and one that multiplies by 1 + weight is no such norm.
+    Such a norm commutes with rotations. One that subtracts the mean does not; of one that multiplies by 1 + weight, the gain is
+    not the weight.
     """
     parameters = dict(norm.named_parameters())
     if parameters.keys() != {"weight"} or parameters["weight"].dim() != 1:
@@ -33,12 +34,12 @@ def is_rms_norm(norm: nn.Module) -> bool:
     turn = torch.linalg.qr(turn).Q
     plain, scaled = (_with_gain(norm, gain) for gain in (torch.ones(channels), torch.linspace(-0.5, 2, channels)))
     made = plain(probe)
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    return (
-        torch.allclose(made.square().mean(-1), torch.ones(4), **close)
-        and torch.allclose(plain(probe @ turn), made @ turn, **close)
-        and torch.allclose(scaled(probe), made * scaled.get_parameter("weight"), **close)
+    pairs = (
+        (made.square().mean(-1), torch.ones(4)),
+        (plain(probe @ turn), made @ turn),
+        (scaled(probe), made * scaled.get_parameter("weight")),
     )
+    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs)
 
 
 def _with_gain(norm: nn.Module, gain: Tensor) -> nn.Module:

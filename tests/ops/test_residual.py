@@ -17,9 +17,11 @@ def tokens(count: int, channels: int, seed: int = 0) -> Tensor:
     """Return normalised states (T, C), float64, of unlike channels."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(count, channels, generator=generator, dtype=torch.float64)
-    states = states * torch.linspace(0.2, 3, channels) @ torch.linalg.qr(
-        torch.randn(channels, channels, generator=generator, dtype=torch.float64)
-    ).Q
+    states = (
+        states
+        * torch.linspace(0.2, 3, channels)
+        @ torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64)).Q
+    )
     return states / states.square().mean(-1, keepdim=True).sqrt()
 
 

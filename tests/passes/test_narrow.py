@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,7 @@ TIED, UNTIED = "llava_dinov2", "smolvlm"
 
 
 def context(family: str) -> Context:
-    return Context(
-        data=tiny.data(family, 8), num_samples=8, batch_size=4, teacher=lambda: tiny.bundle(family, seed=0)
-    )
+    return Context(data=tiny.data(family, 8), num_samples=8, batch_size=4, teacher=lambda: tiny.bundle(family, seed=0))
 
 
 def run(bundle: Bundle, family: str, name: str = "narrow", **params: Any) -> Record:
@@ -61,6 +61,20 @@ def answers(bundle: Bundle, family: str) -> Tensor:
     """What the language tower makes of samples, pictures first going through the vision tower."""
     batches = tower_batches(bundle, "language", context(family), "test")
     return torch.cat([bundle.encode("language", inputs).flatten() for inputs in batches])
+
+
+@contextmanager
+def watched(bundle: Bundle, found: Stream) -> Iterator[dict[str, Tensor]]:
+    """Yield what each norm is given (B, N, C) while active, by path."""
+    states: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Any:
+        return lambda _, args: states.update({path: args[0]})
+
+    handles = [bundle.module(path).register_forward_pre_hook(hook(path)) for path in found.norms]
+    yield states
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.mark.parametrize("family", [TIED, "llava_next", "qwen2_vl", "qwen3_vl"])
@@ -103,7 +117,9 @@ def test_a_narrow_model_computes_what_the_formulas_say() -> None:
                 fitted = (weight * gain).double() @ seen @ torch.linalg.inv(basis.T @ seen) @ basis.T
                 weight.copy_(fitted)
             share = float((basis.T @ moment.double() @ basis).trace() / moment.double().trace())
-            gain.fill_((share * 32 / width) ** 0.5 * (width / 32) ** 0.5)  # its mean is over 32 channels, of which 8 are 0
+            gain.fill_(
+                (share * 32 / width) ** 0.5 * (width / 32) ** 0.5
+            )  # its mean is over 32 channels, of which 8 are 0
     torch.testing.assert_close(answers(bundle, family), answers(reference, family), rtol=1e-4, atol=1e-5)
 
 
@@ -132,15 +148,8 @@ def test_the_share_of_energy_is_that_of_the_tokens(monkeypatch: pytest.MonkeyPat
     basis = residual.leading(look(bundle, found, context(UNTIED)).pooled(), 24)
     kept, total = 0.0, 0.0
     for inputs in tower_batches(bundle, "language", context(UNTIED), "test"):
-        states: dict[str, Tensor] = {}
-        handles = [
-            bundle.module(path).register_forward_pre_hook(lambda _, args, path=path: states.update({path: args[0]}))
-            for path in found.norms
-        ]
-        with torch.no_grad():
+        with watched(bundle, found) as states, torch.no_grad():
             bundle.encode("language", inputs)
-        for handle in handles:
-            handle.remove()
         for path, seen in states.items():
             real = seen[inputs["attention_mask"].bool()].double()
             real = real / (real.square().mean(-1, keepdim=True) + bundle.module(path).variance_epsilon).sqrt()
@@ -172,6 +181,29 @@ def test_tied_tables_stay_tied(tmp_path: Path) -> None:
         assert each.model.lm_head.weight.shape[1] == each.model.lm_head.in_features == 24
         assert [type(part).__name__ for part in each.module("model.language_model.norm")] == ["LlamaRMSNorm", "Linear"]
         assert each.tower("language").residual.width == 24  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("family", "multiple", "why"),
+    [
+        (UNTIED, 8, ""),
+        (UNTIED, 2, "config.json cannot say the shapes"),  # 22 channels, which 4 heads do not divide
+        ("qwen2_vl", 8, "config.json cannot say the shapes"),  # a head is as wide as the stream through their number
+        (TIED, 8, "stored differently, such as model.language_model.norm.0.weight"),
+    ],
+)
+def test_plain_transformers_loads_what_a_config_can_say(family: str, multiple: int, why: str, tmp_path: Path) -> None:
+    bundle = model(family)
+    run(bundle, family, ratio=0.3, multiple=multiple)
+    written = checkpoint.save(bundle, tmp_path / "model")
+    assert written.plain_transformers == (not why)
+    assert why in written.why
+    assert torch.equal(answers(checkpoint.load(tmp_path / "model"), family), answers(bundle, family))
+    if not why:
+        plain = type(bundle.model).from_pretrained(tmp_path / "model").eval()
+        assert plain.config.text_config.hidden_size == 16
+        other = Bundle(plain, bundle.processor, bundle.family, bundle.source)
+        assert torch.equal(answers(other, family), answers(bundle, family))
 
 
 def test_graphs_are_narrow_and_answer_alike(tmp_path: Path) -> None:
@@ -236,8 +268,9 @@ def test_what_is_refused_says_why() -> None:
         Narrow(ratio=0.8).check(bundle)
     assert "ratio <= 0.75" in (caught.value.hint or "")
     Narrow(ratio=0.75).check(bundle)
-    with pytest.raises(UsageError, match="vision tower's residual stream cannot become narrower"):
+    with pytest.raises(UsageError, match="stream cannot become narrower: its family does not name all") as caught:
         Narrow(towers=("vision",)).check(bundle)
+    assert "other than vision" in (caught.value.hint or "")
     with pytest.raises(UsageError, match="has no tower 'audio'"):
         Narrow(towers=("audio",)).check(bundle)
     with pytest.raises(UsageError, match="narrowing the stream of the language tower needs data"):
@@ -265,7 +298,11 @@ def test_what_is_refused_says_why() -> None:
 
 @pytest.mark.parametrize(
     ("params", "message"),
-    [({"ratio": 1.0}, r"narrow.ratio is 1; expected 0 <= ratio < 1"), ({"multiple": 0}, "narrow.multiple is 0"), ({"towers": ()}, "narrow.towers is empty")],
+    [
+        ({"ratio": 1.0}, r"narrow.ratio is 1; expected 0 <= ratio < 1"),
+        ({"multiple": 0}, "narrow.multiple is 0"),
+        ({"towers": ()}, "narrow.towers is empty"),
+    ],
 )
 def test_bad_parameters(params: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
