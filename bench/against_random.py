@@ -78,7 +78,7 @@ def main() -> None:
             findings[score] = [f.to_json() for f in random_findings([control for control, _ in controls], found)]
             print(name, score, *(f["text"] for f in findings[score]), sep="\n  ", flush=True)
         document["contests"][name] = {"rows": rows, "findings": findings}
-    (assets.RESULTS / "against_random.json").write_text(json.dumps(document, indent=1) + "\n")
+    (assets.RESULTS / "against_random.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def main() -> None:
             "facts": record.facts if record else {},
             "macs": cost_of(bundle).towers["vision"].macs,
         }
-        RESULT.write_text(json.dumps(document, indent=1) + "\n")
+        RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
         print(
             name,
             json.dumps({key: value for key, value in rows[name].items() if key != "facts"}),

@@ -84,7 +84,7 @@ def write(name: str, options: argparse.Namespace, recipes: dict[str, Recipe], re
         **result,
         "steps": {side: made.to_dict()["steps"] for side, made in recipes.items()},
     }
-    (assets.RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    (assets.RESULTS / f"{name}.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
 
 
 def compressed(work: Path, model: Path, name: str, made: Recipe) -> Path:

@@ -244,7 +244,7 @@ def main() -> None:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         result = run(work, options.rounds, options.threads, options.images)
-    (assets.RESULTS / "nncf.json").write_text(json.dumps(result, indent=1) + "\n")
+    (assets.RESULTS / "nncf.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
     print(json.dumps({key: result[key] for key in ("cosine_to_fp32", "times_as_fast")}, indent=1))
 
 

@@ -237,7 +237,7 @@ def main() -> None:
                 document["rows"][label] = row
                 print(label, json.dumps(row), flush=True)
         document["latency"] = timed(folders, options.rounds)
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def main() -> None:
                 }
             )
     document = {"command": "bench/gpu.sh", "machine": machine_facts(), "rows": rows}
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
+    options.output.write_text(json.dumps(document, separators=(",", ":")) + "\n")
     for row in rows:
         ratio = row["times_faster_than_same_precision"]
         what = f"{row['variant']:>16} {row['precision']:>9} batch {row['batch']:>3}"

@@ -96,7 +96,7 @@ def main() -> None:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         result = run(work, options.rounds, options.threads, options.overrides)
-    (assets.RESULTS / "edge.json").write_text(json.dumps(result, indent=1) + "\n")
+    (assets.RESULTS / "edge.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
     print(
         json.dumps(
             {"speed": result["speedups"], "r1": {k: v["image_to_text_r1"] for k, v in result["accuracy"].items()}},

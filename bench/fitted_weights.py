@@ -156,7 +156,7 @@ def write(given: argparse.Namespace, name: str, rows: dict[str, Any]) -> None:
     document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     document["command"] = f"python -m bench.fitted_weights --samples {given.samples} --questions {given.questions}"
     document["versions"] = {"mmc": mmcompress.__version__, "torch": torch.__version__}
-    RESULT.write_text(json.dumps(document | {name: rows}, indent=1) + "\n")
+    RESULT.write_text(json.dumps(document | {name: rows}, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

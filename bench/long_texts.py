@@ -138,7 +138,7 @@ def main() -> None:
         "rows": rows,
         "timings": timings,
     }
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
     print(json.dumps(timings, indent=1))
 
 

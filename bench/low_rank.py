@@ -169,7 +169,9 @@ def main() -> None:
         document = read("low_rank") or {"models": {}}
         document["machine"] = machine_facts()
         document["models"][name] = {"command": f"python -m bench.low_rank --only {name} {asked}", **made}
-        (assets.RESULTS / "low_rank.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (assets.RESULTS / "low_rank.json").write_text(
+            json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8"
+        )
 
     for name in options.only or CASES:
         measure(name, options.samples, options.ratios, write)

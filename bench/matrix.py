@@ -23,6 +23,7 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "search-prune": ("search-prune", QUESTIONS["search-prune"]),
     "trim-vocabulary": ("trim-vocabulary", QUESTIONS["trim-vocabulary"]),
     "factorize": ("factorize", QUESTIONS["factorize"]),
+    "narrow": ("narrow", QUESTIONS["narrow"]),
     "sparsify": ("sparsify", QUESTIONS["sparsify"]),
     "merge-tokens": ("merge-tokens", QUESTIONS["merge-tokens"]),
     "coarsen-tokens": ("coarsen-tokens", QUESTIONS["coarsen-tokens"]),

@@ -105,7 +105,7 @@ def main() -> None:
                 "peak_mib": round(peak.peak / 2**20),
                 "above_interpreter_in_models": round(share, 3),
             }
-            file.write_text(json.dumps(document, indent=1) + "\n")
+            file.write_text(json.dumps(document, separators=(",", ":")) + "\n")
             print(name, document["passes"][name], flush=True)
 
 

@@ -139,7 +139,7 @@ def main() -> None:
             "machine": machine_facts(),
             **contest(name, options.samples, options.seeds),
         }
-        file.write_text(json.dumps(document, indent=1) + "\n")
+        file.write_text(json.dumps(document, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def record(part: str, name: str, found: dict[str, Any]) -> None:
     document: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     document |= {"command": "python -m bench.sparse", "machine": machine_facts()}
     document[part] = {**document.get(part, {}), name: found} if name else found
-    FILE.write_text(json.dumps(document, indent=1) + "\n")
+    FILE.write_text(json.dumps(document, separators=(",", ":")) + "\n")
     print(part, name, json.dumps(found, indent=1), flush=True)
 
 

@@ -196,7 +196,7 @@ def main() -> None:
     for size in sys.argv[1:] or SIZES:
         with tempfile.TemporaryDirectory() as place:
             document["models"][size] = measure(size, Path(place))
-        file.write_text(json.dumps(document, indent=1) + "\n")
+        file.write_text(json.dumps(document, separators=(",", ":")) + "\n")
         print(size, document["models"][size], flush=True)
 
 

@@ -156,7 +156,7 @@ def main() -> None:
                 "command": f"python -m bench.token_edge {name} --rounds {chosen.rounds}",
                 **PARTS[name](work / name, chosen),
             }
-            RESULT.write_text(json.dumps(document, indent=1) + "\n")
+            RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
             print(json.dumps({key: document[name][key] for key in ("accuracy", "sides")}, indent=1))
 
 

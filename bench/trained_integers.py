@@ -94,7 +94,7 @@ def main() -> None:
                 row["against_all"] = paired_difference(reached["all"], reached[way]).to_json()
             document[f"{way}, {groups}"] = row
             print(f"{way}, {groups}", json.dumps(row), flush=True)
-            RESULT.write_text(json.dumps(document, indent=1) + "\n")
+            RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
 
 
 def trained(bundle: Bundle, model: Path, known: Dataset, way: str, epochs: float) -> dict[str, Any]:

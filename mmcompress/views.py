@@ -74,6 +74,8 @@ class Block:
     feed: tuple[str, ...] = ()
     cross: Attention | None = None
     """In a decoder that looks at an encoder: queries come from this block's tokens, keys and values from the encoder's output."""
+    norms: tuple[str, ...] = ()
+    """In a pre-norm block that nothing else reads or adds to: paths of the norms before attention and feed-forward."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,22 @@ class TokenStream:
     """For readout "attention": path of the nn.MultiheadAttention whose keys are the tokens."""
     blocks: int = 0
     """For readout "all": how many blocks there are up to where the tokens are read; 0: the whole tower."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Where the stream of states (B, N, C) begins and ends that a tower's blocks read through norms and add to."""
+
+    width: int
+    """C."""
+    rows: tuple[str, ...]
+    """Names of parameters (…, C) whose rows go in: word tables, the end of a picture's line."""
+    makers: tuple[str, ...]
+    """Paths of Linears outside the blocks whose outputs go in: a connector's last."""
+    norm: str
+    """Path of the norm behind the last block."""
+    readers: tuple[str, ...]
+    """Paths of the Linears that read what it gives out, and are all that does."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +220,10 @@ class Tower:
     """In a language model where that is None: why, for a person."""
     why_no_stream: str = ""
     """Where `stream` is None: why tokens of this tower cannot be merged, for a person."""
+    residual: Residual | None = None
+    """Where all that reads and writes the stream through the blocks is known, so that it may become narrower."""
+    why_no_residual: str = ""
+    """Where that is None: why, for a person."""
 
     def owns(self, name: str) -> bool:
         """Whether a parameter or module path belongs to this tower."""

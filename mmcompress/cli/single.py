@@ -23,6 +23,7 @@ def single_pass(
     schema = passes.schema(pass_name)
     explain = options.explain_option if explains else lambda function: function
     recover = options.recover_option if recovers else lambda function: function
+    default_towers = next((known.default for known in schema.parameters if known.name == "towers"), ())
 
     @click.command(
         command,
@@ -42,7 +43,8 @@ def single_pass(
     def run(model: str, output: Path, **given: Any) -> None:
         step = Step(pass_name, options.given(schema, given))
         minutes = given.pop("recover", None)
-        recipe = recipe_of([step, *([_recovery(step, minutes)] if minutes else [])], given)
+        towers = step.params.get("towers") or default_towers
+        recipe = recipe_of([step, *([_recovery(towers, minutes)] if minutes else [])], given)
         from mmcompress.cli.compress import run_recipe
 
         drawn = {key: given[key] for key in ("explain", "prompt") if explains}
@@ -54,10 +56,9 @@ def single_pass(
 RUN_KEYS = ("dry_run", "resume", "allow_pickle", "as_json", "quiet", "verbose")
 
 
-def _recovery(step: Step, minutes: float) -> Step:
-    """Return the training that follows `step`: of the towers that it changes."""
-    towers = {"towers": step.params["towers"]} if "towers" in step.params else {}
-    return Step("distill", {"max_minutes": minutes, **towers})
+def _recovery(towers: Sequence[str], minutes: float) -> Step:
+    """Return the training that follows a step which changes `towers`; all, where it names none."""
+    return Step("distill", {"max_minutes": minutes, **({"towers": towers} if towers else {})})
 
 
 def recipe_of(steps: Sequence[Step], given: dict[str, Any]) -> Recipe:

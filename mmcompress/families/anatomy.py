@@ -38,6 +38,8 @@ class BlockNames:
     """Parameters with a column for each head."""
     why_whole: str = ""
     """Why the attention's heads cannot be cut."""
+    norms: tuple[str, ...] = ()
+    """Of a pre-norm block: the norms before attention and feed-forward, where these are all that reads the block's stream."""
 
 
 CLIP_BLOCK = BlockNames(
@@ -143,6 +145,7 @@ LLAMA_BLOCK = BlockNames(
     mlp="mlp",
     mlp_writers=("mlp.gate_proj", "mlp.up_proj"),
     mlp_reader="mlp.down_proj",
+    norms=("input_layernorm", "post_attention_layernorm"),
 )
 """Llama, Mistral, Qwen 2 and 3, Gemma: grouped queries, gated MLPs; blocks are called with positions, so `attend` is empty."""
 
@@ -196,6 +199,7 @@ def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activatio
                 attend=names.attend,
                 feed=names.feed,
                 cross=_attention(block, path, names, names.cross) if names.cross else None,
+                norms=tuple(f"{path}.{norm}" for norm in names.norms),
             )
         )
     return tuple(blocks)

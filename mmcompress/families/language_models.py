@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mmcompress.errors import UsageError, closest
 from mmcompress.families.anatomy import LLAMA_BLOCK, QWEN_LANGUAGE_BLOCK, BlockNames, read_blocks
-from mmcompress.views import Block, Tower
+from mmcompress.views import Residual, Tower
 
 LANGUAGE: dict[str, BlockNames] = {
     "llama": LLAMA_BLOCK,
@@ -22,6 +23,12 @@ LANGUAGE: dict[str, BlockNames] = {
 }
 
 
+SCALED = ("gemma", "gemma2")
+"""Those whose words are multiplied by the root of the stream's width, and what norms give out by 1 + their weight."""
+SAYS_WIDTH = ("llama", "mistral", "smollm3", "qwen3", "qwen3_vl_text")
+"""Those whose config says a head's width apart from the stream's."""
+
+
 def require_language(family: str, kind: str) -> None:
     """Raise UsageError where the language model's `model_type` is none of `LANGUAGE`."""
     if kind not in LANGUAGE:
@@ -31,8 +38,11 @@ def require_language(family: str, kind: str) -> None:
         )
 
 
-def language_tower(model: Any, path: str) -> Tower:
-    """Return the view of the language model at `path`, with the output layer `lm_head`."""
+def language_tower(model: Any, path: str, makers: Sequence[str] = (), rows: Sequence[str] = ()) -> Tower:
+    """Return the view of the language model at `path`, with the output layer `lm_head`.
+
+    `makers`: paths of the Linears that make what goes in beside words; `rows`: names of parameters (…, C) that do.
+    """
     config = model.config.text_config
     activation = getattr(config, "hidden_act", None) or config.hidden_activation
     table = f"{path}.embed_tokens"
@@ -54,11 +64,20 @@ def language_tower(model: Any, path: str) -> Tower:
         tied=((table, "lm_head"),) if tied else (),
         numbered=per_block,  # type: ignore[arg-type]
         why_no_stream="the tokens of an answer follow one another, and each is needed",
-    )
+        residual=None if config.model_type in SCALED else Residual(
+            width=model.get_submodule(table).embedding_dim,
+            rows=(f"{table}.weight", *rows),
+            makers=tuple(makers),
+            norm=f"{path}.norm",
+            readers=("lm_head",),
+        ),
+        why_no_residual=f"{config.model_type} multiplies words by the root of the stream's width, and norms by 1 + their weight",
+    )  # fmt: skip
 
 
-def write_language_config(config: Any, blocks: tuple[Block, ...]) -> None:
-    """Write depth and uniform widths of the blocks into the config, heads where it names their size."""
+def write_language_config(config: Any, tower: Tower) -> None:
+    """Write depth and uniform widths of the blocks into the config, heads and the stream's width where it can say them."""
+    blocks = tower.blocks
     config.num_hidden_layers = len(blocks)
     neurons = {block.mlp.neurons for block in blocks}
     if len(neurons) == 1:
@@ -66,3 +85,7 @@ def write_language_config(config: Any, blocks: tuple[Block, ...]) -> None:
     heads = {(block.attention.heads, block.attention.kv_heads) for block in blocks}
     if len(heads) == 1 and getattr(config, "head_dim", None) is not None:
         config.num_attention_heads, config.num_key_value_heads = heads.pop()
+    if tower.residual and config.model_type in SAYS_WIDTH:
+        # transformers (5.23) refuses Llamas whose width their heads do not divide, though heads have a width of their own.
+        whole = config.model_type != "llama" or tower.residual.width % config.num_attention_heads == 0
+        config.hidden_size = tower.residual.width if whole else config.hidden_size

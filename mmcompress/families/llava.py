@@ -88,6 +88,12 @@ class Llava(VisionLanguage):
             leading=leading,
         )
 
+    def makers(self, model: Any) -> tuple[str, ...]:
+        return ("model.multi_modal_projector.linear_2",)
+
+    def rows(self, model: Any) -> tuple[str, ...]:
+        return ("model.image_newline",) if hasattr(model.model, "image_newline") else ()
+
     def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
         """Return pixel_values (B, 3, H, W). Raises UsageError where the processor makes another size than the model takes."""
         pixels = processor.image(images=list(images), return_tensors="pt")["pixel_values"]

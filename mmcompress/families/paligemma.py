@@ -74,6 +74,9 @@ class PaliGemma(VisionLanguage):
             stream=TokenStream(tokens=side**2, protected=0, readout="all"),
         )
 
+    def makers(self, model: Any) -> tuple[str, ...]:
+        return ("model.multi_modal_projector.linear",)
+
     def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
         """Return pixel_values (B, 3, H, W)."""
         return {"pixel_values": processor.image(images=list(images), return_tensors="pt")["pixel_values"]}

@@ -109,6 +109,14 @@ class QwenVL(VisionLanguage):
             for block in blocks
         )
 
+    def makers(self, model: Any) -> tuple[str, ...]:
+        merger = "model.visual.merger"
+        if model.config.model_type != "qwen3_vl":
+            return (f"{merger}.mlp.2",)
+        # Those of the deepstack are added to what the first blocks give out.
+        deeper = range(len(model.model.visual.deepstack_merger_list))
+        return (f"{merger}.linear_fc2", *(f"model.visual.deepstack_merger_list.{i}.linear_fc2" for i in deeper))
+
     def items(self, tower: str, sample: Sample) -> list[Any]:
         """Return each of a sample's images, and its video, as a sample or, for the language model, the sample with an answer."""
         if tower != "vision" or not sample.video:
@@ -303,6 +311,8 @@ class QwenVL(VisionLanguage):
     def write_vision_config(self, model: Any, tower: Tower) -> None:
         config = model.config.vision_config
         config.depth = len(tower.blocks)
+        if model.config.model_type == "qwen3_vl":
+            config.out_hidden_size = super().image_width(model)
         neurons = {block.mlp.neurons for block in tower.blocks}
         if len(neurons) > 1:
             return

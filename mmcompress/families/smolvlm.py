@@ -60,6 +60,9 @@ class SmolVLM(VisionLanguage):
             stream=TokenStream(tokens=(config.image_size // config.patch_size) ** 2, protected=0, readout="all"),
         )
 
+    def makers(self, model: Any) -> tuple[str, ...]:
+        return ("model.connector.modality_projection.proj",)
+
     def image_inputs(self, model: Any, processor: Processor, images: Sequence[Image]) -> dict[str, Tensor]:
         """Return pixel_values (B, tiles, 3, H, W), pixel_attention_mask (B, tiles, H, W) and tiles (B, 2), rows and columns."""
         made = processor.image(images=[[image] for image in images], return_row_col_info=True, return_tensors="pt")

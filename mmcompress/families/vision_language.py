@@ -85,19 +85,32 @@ class VisionLanguage(PictureQuestions):
     def towers(self, model: Any) -> tuple[Tower, ...]:
         vision = self.vision_tower(model)
         asked = {block.index for block in vision.blocks if choice_of(model.get_submodule(block.attention.path))}
-        language, film = language_tower(model, self.language), self.film(model)
+        language, film = language_tower(model, self.language, self.makers(model), self.rows(model)), self.film(model)
+        stages = self._stages(model)
         return (
             # The connector chooses tokens by what these blocks look at.
             replace(vision, needed=tuple(sorted(asked.union(vision.needed)))),
             replace(
                 language,
-                heads=(*language.heads, *self._stages(model)),
+                heads=(*language.heads, *stages),
+                residual=None if stages else language.residual,
+                why_no_residual="convolutions add to the tokens of a video's frames"
+                if stages
+                else language.why_no_residual,
                 film=film,
                 why_no_film="" if film else "it is shown the frames of a video as pictures, one after the other",
                 prompt=self._prompt(model),
                 needed=tuple(block.index for block in language.blocks if has_to_stay(model.get_submodule(block.path))),
             ),
         )
+
+    @abstractmethod
+    def makers(self, model: Any) -> tuple[str, ...]:
+        """Return the paths of the Linears whose outputs the language model is given, as they are or added up."""
+
+    def rows(self, model: Any) -> tuple[str, ...]:
+        """Return the names of parameters (…, C) that it is given beside these and words."""
+        return ()
 
     def film(self, model: Any) -> Film | None:
         """Return the view of what is given of a video; None where its frames are pictures like others."""
@@ -271,7 +284,7 @@ class VisionLanguage(PictureQuestions):
 
     def image_width(self, model: Any) -> int:
         """Return C of the image tokens."""
-        return int(model.config.text_config.hidden_size)
+        return int(model.get_input_embeddings().embedding_dim)
 
     def deep(self, model: Any) -> int:
         """Return how many of the language model's first blocks are given something of the picture beside the image tokens."""
@@ -285,7 +298,7 @@ class VisionLanguage(PictureQuestions):
         """Write depths and uniform widths of both towers."""
         vision, language = self.towers(model)
         self.write_vision_config(model, vision)
-        write_language_config(model.config.text_config, language.blocks)
+        write_language_config(model.config.text_config, language)
 
     @abstractmethod
     def write_vision_config(self, model: Any, tower: Tower) -> None:

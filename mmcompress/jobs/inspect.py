@@ -19,6 +19,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "search-prune": {"ratio": 0.05},
     "trim-vocabulary": {},
     "factorize": {"ratio": 0.05},
+    "narrow": {"ratio": 0.3},
     "sparsify": {},
     "merge-tokens": {"keep": 0.5},
     "coarsen-tokens": {"keep": 0.5},

@@ -19,6 +19,7 @@ PASSES: dict[str, str] = {
     "search-prune": "mmcompress.passes.search_prune:SearchPrune",
     "trim-vocabulary": "mmcompress.passes.trim_vocabulary:TrimVocabulary",
     "factorize": "mmcompress.passes.factorize:Factorize",
+    "narrow": "mmcompress.passes.narrow:Narrow",
     "sparsify": "mmcompress.passes.sparsify:Sparsify",
     "merge-tokens": "mmcompress.passes.merge_tokens:MergeTokens",
     "coarsen-tokens": "mmcompress.passes.coarsen_tokens:CoarsenTokens",
