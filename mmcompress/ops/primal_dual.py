@@ -9,7 +9,7 @@ where S_g is the sum of the ceil(s_g) smallest squared norms of the group's unit
 left. Its steps are
 
     shrink  the weights of the ceil(s_g) smallest units are divided by 1 + 2 eta y_g (the proximal step of y_g S_g)
-    s_g     down along y_g * (the norm of the next unit) + z * dcost/ds_g, the ceiling's gradient taken to be 1
+    s_g     down along y_g * (the norm of the next unit) + z * dcost/ds_g, the ceiling's gradient taken to be 1 (straight through)
     y_g     up along S_g, z along cost - budget; neither below 0
     k_l     down along dL/dk_l + z * dcost/dk_l, learnt through Gumbel-softmax gates on what the blocks add
 
@@ -47,11 +47,11 @@ TINY = torch.finfo(torch.float64).tiny
 TEMPERATURE = 0.5
 """Of the gates (the paper's)."""
 OPEN = 3.0
-"""Largest logit of a gate, and the first; the least is its negative. Closer to certainty nothing more would be learnt of a block."""
+"""Largest logit of a gate, and the first; the least is its negative. Nearer to certainty nothing more would be learnt."""
 
 
 def least_sums(ordered: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of the ceil(`removed`) smallest of each row (G,), and its slope: the next smallest (G,).
+    """Return the sum of the ceil(`removed`) smallest of each row (G,), and its slope (G,): the next unit.
 
     ordered: (G, U), rows ascending and then filled up with zeros, at least one; removed: (G,).
     """

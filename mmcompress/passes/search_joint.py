@@ -57,7 +57,7 @@ class Part:
 
 @dataclass
 class Joint(Pace):
-    """Shrinks the units that are to go and moves the structure, after every step; what blocks do is a mean over some `interval` steps.
+    """Shrinks the units that are to go and moves the structure, after every step; what blocks do is a mean over `interval` of them.
 
     What is found is brought to the budget before the end; from then on its weights are 0 and its blocks skipped, and the rest
     trains on without it.
