@@ -51,6 +51,8 @@ OF_DISTILL = (
     "teacher", "epochs", "steps", "max_minutes", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup", "clip",
     "cross_entropy", "augment", "amp", "save_minutes", "seed",
 )  # fmt: skip
+FAR = 0.02
+"""How far a search may end from its budget, as a share of the cost, without a word about it."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,12 @@ class SearchPrune:
 
         with _as_own():
             facts, trained = train(self.lesson, student, context, "search", asdict(self), fading)
+        for budget in found.get("search", ()):
+            if abs(budget["cost"] - budget["budget"]) > FAR:
+                context.progress.say(
+                    f"search-prune ended at {budget['cost']:.1%} of what {' and '.join(budget['towers'])} cost, and the budget is "
+                    f"{budget['budget']:.1%}: rounding did the rest; make more steps"
+                )
         # Blocks that stay have new names where others went.
         moved = [tower for tower in student.towers() if tower.name in made["kept"]["blocks"]]
         after = {
