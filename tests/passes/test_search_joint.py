@@ -66,6 +66,17 @@ def test_masked_is_what_is_cut() -> None:
         masked = outputs(bundle)
     made = decisions(totals, joint.cut(), joint.bounds.depths)
     assert all(made["kept"].values())  # type: ignore[union-attr]
+    # What the search takes it to cost is what it costs, whatever the parts of blocks that go would give up.
+    (part,) = joint.parts
+    gone = {(block.tower, block.block) for block in part.blocks if not joint.kept[block]}
+    removed = [
+        1.0 if (group.tower, group.block) in gone else group.units - float(joint.kept[group].sum())
+        for group in part.groups
+    ]
+    assert gone
+    keep = torch.cat([joint.kept[block] for block in part.blocks]).double()
+    share = float(part.state.prices.cost(torch.tensor(removed, dtype=torch.float64), keep))
+    assert share * part.pool.total == pytest.approx(sum(costs["parameters"] for costs in made["after"].values()))  # type: ignore[index, union-attr]
     cut = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model))
     SearchPrune(method="uvc", units=ALL).apply(cut, Plan(made))
     for name, found in outputs(cut).items():
@@ -153,6 +164,9 @@ def test_promised_is_recounted_and_the_budget_is_met(family: str, units: tuple[s
     assert bool(found["keep"]) == ("blocks" in units)
     gone = sum(row["parameters"] for row in record.facts["split"])
     assert before - gone == after
+    for row in record.facts["split"]:
+        if row["kind"] == "neurons":
+            assert row["after"] == sum(block.mlp.neurons for block in bundle.tower(row["tower"]).blocks)
     if family == "clip":
         assert bundle.model.config.vision_config.num_hidden_layers == len(bundle.tower("vision").blocks)
 
