@@ -16,13 +16,13 @@ left. Its steps are
 Deliberate differences. The paper's step sizes belong to 30 epochs of ImageNet; here no quantity has a unit, so that one set of
 rates fits any model, any budget and any number of steps:
 
-- s_g is moved as a share of the group. Squared norms are shares of the group's, costs of groups relative to their mean, the excess
-  over the budget relative to what has to go, so that it starts at 1. What blocks do for the loss is relative to the mean block,
-  and the mean block counts as much as all units of its groups.
+- s_g is moved as a share of the group. Costs of groups are relative to their mean, the excess over the budget to what has to go, so
+  that it starts at 1. A group's squared norm counts as much as its cost, as it would if all weights were of one size; so a
+  unit's is its share of that. What a block does for the loss is relative to the mean block, which counts as much as its cost.
 - Rates are per run: time goes from 0 to 1 over a search, and steps fall to 0, without which descent and ascent do not settle. The
   structure makes several steps for one of the weights in a short run.
-- y starts at 1: a unit of the group's mean norm is then worth z = 1. From y = 0, groups would give up units at the pace of their
-  cost alone until y has grown.
+- y starts at 1: a unit of the group's mean norm, and a block of mean use, are then worth z = 1. From y = 0, groups would give up
+  units at the pace of their cost alone until y has grown.
 - z follows the excess extrapolated over the time `LEAD`, as in the primal-dual method of Chambolle and Pock (2011): s and z alone
   would circle around the solution, since cost is linear in s.
 - Cost counts s_g and not its ceiling, which would jump by a unit in every group as soon as it moves.
@@ -110,11 +110,6 @@ class Prices:
         gone = torch.zeros_like(self.blocks).index_add(0, self.block[mine], (self.unit_costs * removed)[mine])
         return (self.blocks - gone) / self._mean
 
-    @property
-    def sizes(self) -> Tensor:
-        """How many groups a block has (L,), at least 1."""
-        return torch.bincount(self.block[self.block >= 0], minlength=len(self.blocks)).clamp_min(1).double()
-
     def _kept(self, keep: Tensor) -> Tensor:
         return torch.cat([keep, keep.new_ones(1)])[self.block]
 
@@ -164,7 +159,7 @@ class PrimalDual:
         shares = torch.zeros(len(norms), int(self.prices.units.max()) + 1 if norms else 1, dtype=torch.float64)
         for row, own in zip(shares, norms, strict=True):
             row[: len(own)] = own.sort().values / own.sum().clamp_min(TINY)
-        use = -slopes / slopes.abs().mean().clamp_min(TINY) * self.prices.sizes
+        use = -slopes / slopes.abs().mean().clamp_min(TINY)
         for _ in range(ticks):
             self.step(shares, use, time / ticks)
 
@@ -172,11 +167,13 @@ class PrimalDual:
         """Move s and the gates, then y and z, for `time`.
 
         shares: (G, U), what of a group's squared norm each unit has, as `least_sums` wants it; use: (L,), what keeping a block does
-        for the loss.
+        for the loss, relative to the mean.
         """
         least, following = least_sums(shares, self.removed)
-        descent = self.duals * following * self.prices.units - self.pressure * self.prices.savings(self.keep)
-        gain = use - self.pressure * self.prices.block_savings(self.removed)
+        norms = following * self.prices.units * self.prices.savings(torch.ones_like(self.logits))
+        descent = self.duals * norms - self.pressure * self.prices.savings(self.keep)
+        worth = use * self.prices.block_savings(torch.zeros_like(self.removed))
+        gain = worth - self.pressure * self.prices.block_savings(self.removed)
         moved = self.removed - PRIMAL * time * descent.clamp(-1, 1) * self.prices.units
         self.removed.copy_(moved.clamp_min(0).minimum(self.prices.most))
         self.logits.add_(GATE * time * gain.clamp(-1, 1)).clamp_(-OPEN, OPEN)

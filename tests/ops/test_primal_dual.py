@@ -59,7 +59,6 @@ def test_costs_by_hand() -> None:
     # A mean group costs 40 / 3. The block saves 24 less the 10 that are gone anyway.
     assert prices().savings(doubles(0.5)).tolist() == pytest.approx([0.45, 0.3, 1.5])
     assert prices().block_savings(doubles(2, 4, 5)).tolist() == pytest.approx([14 * 3 / 40])
-    assert prices().sizes.tolist() == [2]
 
 
 def test_savings_are_the_slopes_of_the_cost() -> None:
@@ -89,7 +88,7 @@ def test_without_multipliers_nothing_moves() -> None:
 def test_one_step_by_hand() -> None:
     state = PrimalDual(prices())
     state.removed.copy_(doubles(1, 0, 4))
-    state.duals.copy_(doubles(1, 2, 1))
+    state.duals.copy_(doubles(1, 2, 2))
     state.pressure.fill_(0.5)
     state.excess.copy_(state._excess())
     shares = torch.zeros(3, 11, dtype=torch.float64)
@@ -97,14 +96,13 @@ def test_one_step_by_hand() -> None:
     shares[1, :8] = 0.125
     shares[2, :10] = 0.1
     state.step(shares, doubles(0.25), 0.001)
-    # y times the next share times U, less z times savings (0.9, 0.6, 1.5); the second is clipped to 1, and s stays at 0.
-    slopes = (0.2 * 4 - 0.45, 1.0, 0.1 * 10 - 0.75)
+    # y times the next share times U, less z, times what the group costs (0.9, 0.6, 1.5 of the mean); the last, 2.25, is clipped.
     assert state.removed.tolist() == pytest.approx(
-        [1 - PRIMAL * 0.001 * slopes[0] * 4, 0, 4 - PRIMAL * 0.01 * slopes[2]]
+        [1 - PRIMAL * 0.001 * 0.9 * (0.8 - 0.5) * 4, 0, 4 - PRIMAL * 0.001 * 10]
     )
-    assert state.duals.tolist() == pytest.approx([1 + DUAL * 0.001 * 0.1, 2, 1 + DUAL * 0.001 * 0.4])
-    # The block would save 24 - 3 of 40 / 3: 0.25 - 0.5 * 1.575, before s moved.
-    assert float(OPEN + GATE * 0.001 * (0.25 - 0.5 * 1.575)) == pytest.approx(float(state.logits))
+    assert state.duals.tolist() == pytest.approx([1 + DUAL * 0.001 * 0.1, 2, 2 + DUAL * 0.001 * 0.4])
+    # The block costs 24 of 40 / 3, and would save 3 less, before s moved.
+    assert float(OPEN + GATE * 0.001 * (0.25 * 1.8 - 0.5 * 1.575)) == pytest.approx(float(state.logits))
     assert float(state.excess) == pytest.approx((state.cost - 0.7) / 0.3)
     assert float(state.pressure) > 0.5
 
