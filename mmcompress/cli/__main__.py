@@ -20,7 +20,7 @@ from mmcompress.errors import MissingError, MmcError, OutOfMemory, UsageError, c
 COMMANDS: dict[str, str] = {
     "inspect": "Show towers, parameters, MACs, tokens, bytes, and which passes apply.",
     "prune": "Remove heads, MLP neurons or blocks; one budget across the towers.",
-    "search": "Remove heads and MLP neurons while training towards the original (UPop).",
+    "search": "Remove heads, MLP neurons and blocks while training towards the original (UPop, UVC).",
     "trim": "Remove the words of a text tower that the data's texts do not use.",
     "factorize": "Replace Linears by products of two thinner ones (low rank); one budget across the towers.",
     "narrow": "Give a language model's residual stream fewer channels; smaller weights everywhere.",

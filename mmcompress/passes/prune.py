@@ -229,8 +229,11 @@ class Prune:
         """Return the towers to prune."""
         return chosen_towers(self.name, bundle, self.towers, self.ratios)
 
-    def survey(self, bundle: Bundle, towers: Sequence[Tower]) -> tuple[Any, ...]:
-        """Return what the towers cost, their groups, bounds and pools. Raises UsageError when the budget cannot be met."""
+    def survey(self, bundle: Bundle, towers: Sequence[Tower], units: Sequence[str] = ()) -> tuple[Any, ...]:
+        """Return what the towers cost, their groups (of `units`, else its own), bounds and pools.
+
+        Raises UsageError when the budget cannot be met.
+        """
         totals = {tower.name: count_costs(bundle, tower) for tower in towers}
         tokens = {path: count for tower in towers for path, count in count_tokens(bundle, tower).items()}
         depth = max(len(tower.blocks) for tower in towers)
@@ -240,7 +243,7 @@ class Prune:
                     f"prune.protect names block {index}, and no tower has more than {depth} blocks",
                     hint=f"use 0 to {depth - 1}, or -1 for the last",
                 )
-        groups = list_groups(bundle, towers, self.units, self.protect, tokens)
+        groups = list_groups(bundle, towers, units or self.units, self.protect, tokens)
         if not groups:
             raise UsageError("prune matched nothing: every block is protected", hint="protect fewer blocks")
         bounds = Bounds(self.min_keep, self.multiple, self.uniform, {tower.name: len(tower.blocks) for tower in towers})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from torch import Tensor
@@ -51,6 +51,10 @@ class Bounds:
         multiple = self.multiple if group.kind == "neurons" else 1
         return Layer(tuple(values), group.cost.of(measure), bound, multiple, tie)
 
+    def smallest(self, group: Group, measure: str) -> int:
+        """Return how many units of the group stay at least."""
+        return allocation.smallest_width(self.layer(group, [0.0] * group.units, measure))
+
 
 def share(fraction: float, count: int) -> int:
     """Return `fraction` of `count`, rounded up exactly as written in decimals, at least 1."""
@@ -82,8 +86,15 @@ def most_removable(pool: Pool, groups: Iterable[Group], bounds: Bounds, measure:
     mine = [group for group in groups if group.tower in pool.towers]
     layers = [bounds.layer(group, [0.0] * group.units, measure) for group in mine if group.kind != "blocks"]
     most = allocation.removable_cost(layers)
+    # What a block's parts can give up goes with the block, once.
+    parts: dict[tuple[str, int], int] = {}
+    for group, layer in zip([group for group in mine if group.kind != "blocks"], layers, strict=True):
+        place = (group.tower, group.block)
+        parts[place] = parts.get(place, 0) + allocation.removable_cost([layer])
     for name in pool.towers:
-        costs = sorted(g.cost.of(measure) for g in mine if g.kind == "blocks" and g.tower == name)
+        costs = sorted(
+            g.cost.of(measure) - parts.get((name, g.block), 0) for g in mine if g.kind == "blocks" and g.tower == name
+        )
         most += sum(costs[len(costs) - min(len(costs), bounds.depths[name] - _staying(name, bounds)) :])
     return most
 
@@ -106,12 +117,20 @@ def choose(
 ) -> dict[Group, list[int]]:
     """Return the units each of the pool's groups keeps, shared out by `allocator`, else the knapsack.
 
+    Where both blocks and parts of blocks may go, the blocks are chosen first; groups of blocks that go are kept whole here.
     Raises UsageError when the lower bounds leave too little.
     """
     priced = [
         (group, value.tolist()) for group, value in zip(groups, values, strict=True) if group.tower in pool.towers
     ]
     staying = _best_blocks(priced, bounds, measure)
+    if len({group.kind == "blocks" for group, _ in priced}) == 2:
+        gone = _blocks_to_go(pool, priced, staying, bounds, measure)
+        rest = replace(pool, remove=pool.remove - sum(group.cost.of(measure) for group in gone))
+        parts = [(g, v) for g, v in zip(groups, values, strict=True) if g.kind != "blocks" and not _within(g, gone)]
+        left = choose(family, rest, [g for g, _ in parts], [v for _, v in parts], bounds, measure, allocator)
+        whole = {group: [] if group in gone else list(range(group.units)) for group, _ in priced}
+        return whole | left
     free = [(group, value) for group, value in priced if group not in staying]
     layers = [bounds.layer(group, value, measure) for group, value in free]
     most = allocation.removable_cost(layers)
@@ -174,6 +193,49 @@ def _best_blocks(priced: Sequence[tuple[Group, list[float]]], bounds: Bounds, me
         needed = max(0, _staying(name, bounds) - untouched)
         best.update(group for _, _, group in sorted(blocks, key=lambda item: item[:2], reverse=True)[:needed])
     return best
+
+
+def _blocks_to_go(
+    pool: Pool, priced: Sequence[tuple[Group, list[float]]], staying: set[Group], bounds: Bounds, measure: str
+) -> set[Group]:
+    """Return the blocks that go where parts of blocks may go too.
+
+    All units go in order of value per cost until the budget holds, and a block takes with it what is left of it; then as many more
+    blocks as it takes for the other parts to pay for the rest. A block that alone would overshoot stays.
+    """
+    blocks = [group for group, _ in priced if group.kind == "blocks" and group not in staying]
+    units = [(value / group.cost.of(measure), place, group)
+             for place, (group, own) in enumerate(priced) if group not in staying for value in own]  # fmt: skip
+    order = [group for _, _, group in sorted(units, key=lambda unit: unit[:2])]
+    gone: set[Group] = set()
+    removed = 0
+    taken: dict[tuple[str, int], int] = {}
+    for group in order:
+        where, cost = (group.tower, group.block), group.cost.of(measure)
+        if removed >= pool.remove:
+            break
+        if group.kind == "blocks":
+            if removed + cost - taken.get(where, 0) <= pool.remove:
+                gone.add(group)
+                removed += cost - taken.get(where, 0)
+        elif not _within(group, gone):
+            taken[where] = taken.get(where, 0) + cost
+            removed += cost
+    for group in order:
+        if group in blocks and group not in gone and not _can_pay(pool, priced, gone, bounds, measure):
+            gone.add(group)
+    return gone
+
+
+def _within(group: Group, blocks: set[Group]) -> bool:
+    return any(block.tower == group.tower and block.block == group.block for block in blocks)
+
+
+def _can_pay(
+    pool: Pool, priced: Sequence[tuple[Group, list[float]]], gone: set[Group], bounds: Bounds, measure: str
+) -> bool:
+    parts = [bounds.layer(g, v, measure) for g, v in priced if g.kind != "blocks" and not _within(g, gone)]
+    return pool.remove - sum(group.cost.of(measure) for group in gone) <= allocation.removable_cost(parts)
 
 
 def _refuse(family: str, pool: Pool, groups: Sequence[Group], most: int, measure: str) -> None:

@@ -33,6 +33,12 @@ def decisions(totals: Mapping[str, Costs], cut: Kept, depths: Mapping[str, int])
     }
 
 
+def staying(groups: Sequence[Group], cut: Kept) -> list[Group]:
+    """Return `groups` without the parts of blocks that go: those are the blocks'."""
+    gone = {(group.tower, group.block) for group in cut if group.kind == "blocks"}
+    return [group for group in groups if group.kind == "blocks" or (group.tower, group.block) not in gone]
+
+
 def split(groups: Sequence[Group], cut: Kept) -> list[dict[str, Any]]:
     """Return, for each tower and kind of unit, how many there were of those that might go and are left, and what went with them."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}

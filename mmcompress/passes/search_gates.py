@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,10 @@ class Search(Pace):
         """Return the units that stay, of each group whose gates are not all open."""
         open_ = {group: self.gates.values[group.reader].detach() > 0 for group in self.groups}
         return {group: kept.nonzero().flatten().tolist() for group, kept in open_.items() if not kept.all()}
+
+    def facts(self) -> dict[str, Any]:
+        """Return nothing: what was chosen says it all."""
+        return {}
 
     def _close(self, reached: float) -> None:
         """Close the gates of what the share `reached` of the budget takes to 1 - `reached`; open all others."""

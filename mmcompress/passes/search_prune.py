@@ -1,4 +1,4 @@
-"""search-prune: find out which heads and neurons can go while the model trains, so that it learns to do without them.
+"""search-prune: find out which heads, neurons and blocks can go while the model trains, so that it learns to do without them.
 
 UPop (Shi et al. 2023, arXiv 2301.13741): every unit has a gate, 1 at first. Gates do not train; their gradients add up over all
 steps, and what opening a gate further would raise the loss by is least useful. After every `interval` steps a growing share of the
@@ -10,6 +10,14 @@ Differences from the paper and its code, on purpose: the loss is distillation fr
 are whole heads and not the same places of every head's width, so that heads stay as wide as the model says; a neuron's gate stands
 behind its activation, where a closed one equals the cut; costs are exact, parameters or MACs, and not a fixed 36 to 1; sparsity is
 not asked for in the loss: the gradient of a sum of gates is the same for each of them, and standardising takes it away again.
+
+UVC (Yu et al., ICLR 2022): how much every group gives up, and which blocks are skipped, is the structure of a problem with one
+constraint, the budget, solved by a primal-dual method (`ops.primal_dual`, where the formulas are) in the first steps, while the
+weights of what is to go shrink; in the last it is fixed, and the rest learns to do without it (`search_joint`). Differences: as
+above, the loss is distillation, costs are exact, and an attention's units are whole heads; nothing within a head goes, so the
+paper's r and p are left out, and with them its L0 threshold. Norms are those of what reads a unit. Blocks may be skipped where
+`units` names them. What was found is rounded to the budget as that of the other methods is, and cut, not masked. Step sizes are
+free of scale, which `ops.primal_dual` explains.
 
 What remains usually trains on: `distill` after it is the paper's third stage.
 """
@@ -32,8 +40,10 @@ from mmcompress.passes.distill_pace import Pace
 from mmcompress.passes.distill_ranks import Ranks
 from mmcompress.passes.distill_run import train
 from mmcompress.passes.prune import Prune
-from mmcompress.passes.prune_split import decisions, split
+from mmcompress.passes.prune_checks import require_prunable
+from mmcompress.passes.prune_split import decisions, split, staying
 from mmcompress.passes.search_gates import Search
+from mmcompress.passes.search_joint import Joint
 from mmcompress.surgery.gates import Gates
 
 OF_PRUNE = ("ratio", "target", "ratios", "budget", "units", "uniform", "towers", "min_keep", "multiple", "protect")
@@ -41,11 +51,13 @@ OF_DISTILL = (
     "teacher", "epochs", "steps", "max_minutes", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup", "clip",
     "cross_entropy", "augment", "amp", "save_minutes", "seed",
 )  # fmt: skip
+FAR = 0.02
+"""How far a search may end from its budget, as a share of the cost, without a word about it."""
 
 
 @dataclass(frozen=True)
 class SearchPrune:
-    """Remove heads and neurons while training towards the original: progressive pruning (UPop), under one budget across towers.
+    """Remove heads, neurons and blocks while training towards the original (UPop, UVC), under one budget across towers.
 
     What goes is chosen anew as training goes on, and fades before it is cut out. Needs data. Continues after being killed, and runs
     in several processes, as `distill` does.
@@ -61,13 +73,14 @@ class SearchPrune:
     """Separate ratios for towers, such as vision=0.5,text=0.1; the other towers share `ratio`."""
     budget: Literal["parameters", "macs"] = "parameters"
     """What is counted: parameters, or multiply-accumulates at the family's example input size."""
-    method: Literal["upop", "fisher", "random"] = "upop"
-    """How units are chosen: by the sum of their gates' gradients (upop), or of the squares of these (fisher); random is the
-    control, chosen once."""
+    method: Literal["upop", "fisher", "uvc", "random"] = "upop"
+    """How units are chosen: by the sum of their gates' gradients (upop), or of the squares of these (fisher); how many each group
+    gives up and which blocks are skipped by a primal-dual method, the smallest weights first (uvc); random is the control,
+    chosen once."""
     interval: int = 10
-    """Steps between two choices."""
+    """Steps between two choices; of uvc: between two steps of the blocks' gates."""
     units: tuple[str, ...] = ("heads", "neurons")
-    """What may go: heads, neurons."""
+    """What may go: heads, neurons; with uvc and random also blocks, alone or beside these."""
     uniform: bool = False
     """The same width in every block of a tower, so that config.json can say it."""
     towers: tuple[str, ...] = ()
@@ -112,17 +125,22 @@ class SearchPrune:
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise UsageError(f"search-prune.interval is {self.interval}; expected at least 1", hint="10 is the default")
-        if "blocks" in self.units:
+        if "blocks" in self.units and self.method in ("upop", "fisher"):
             raise UsageError(
-                "search-prune removes heads and neurons, and units names blocks", hint="mmc prune --units blocks"
+                f"search-prune with method {self.method} removes heads and neurons, and units names blocks",
+                hint="use method uvc, or mmc prune --units blocks",
             )
         with _as_own():
-            _ = self.prune, self.lesson
+            _ = self.prunes, self.lesson
 
     @property
-    def prune(self) -> Prune:
-        """What surveys and cuts."""
-        return Prune(score="magnitude", compensate="none", **{name: getattr(self, name) for name in OF_PRUNE})
+    def prunes(self) -> list[Prune]:
+        """What surveys, checks and cuts: one for parts of blocks and one for whole blocks, of which `prune` removes one kind."""
+        given = {name: getattr(self, name) for name in OF_PRUNE}
+        parts = tuple(unit for unit in self.units if unit != "blocks")
+        kinds = [parts] if parts or "blocks" not in self.units else []
+        kinds += [("blocks",)] if "blocks" in self.units else []
+        return [Prune(score="random", compensate="none", **{**given, "units": units}) for units in kinds]
 
     @property
     def lesson(self) -> Distill:
@@ -145,55 +163,71 @@ class SearchPrune:
     def check(self, bundle: Bundle) -> None:
         """Refuse what `prune` or `distill` would refuse."""
         with _as_own():
-            self.prune.check(bundle)
+            for prune in self.prunes:
+                require_prunable(prune, bundle, prune.chosen(bundle))
+            self._survey(bundle)
             self.lesson.check(bundle)
 
     def plan(self, bundle: Bundle, context: Context) -> Plan:
-        """Train a copy whose gates close; return what it kept, and its weights."""
-        prune = self.prune
-        totals, groups, bounds, wanted = prune.survey(bundle, prune.chosen(bundle))
+        """Train a copy whose units fade; return what it kept, and its weights."""
+        totals, groups, bounds, wanted = self._survey(bundle)
         if not wanted:
             return Plan(decisions(totals, {}, bounds.depths))
         student = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model))
         names = {name for pool in wanted for name in pool.towers}
         groups = [group for group in groups if group.tower in names]
         made: dict[str, Any] = {}
-        shares: list[dict[str, Any]] = []
+        found: dict[str, Any] = {}
 
         @contextmanager
-        def closing(job: Job, ranks: Ranks) -> Iterator[Pace]:
-            gates = Gates(student.model, {group.reader: group.units for group in groups})
-            search = Search(
-                bundle.family.name,
-                self.method,
-                self.interval,
-                groups,
-                wanted,
-                bounds,
-                self.budget,
-                gates,
-                ranks,
-                job.seed,
-            )
+        def fading(job: Job, ranks: Ranks) -> Iterator[Pace]:
+            blocks = [group.reader for group in groups if group.kind == "blocks"]
+            readers = {group.reader: group.units for group in groups if group.kind != "blocks"}
+            gates = Gates(student.model, {} if self.method == "uvc" else readers, blocks)
+            name, budget = bundle.family.name, self.budget
+            search: Search | Joint
+            if self.method == "uvc":
+                model = student.model
+                search = Joint(name, self.interval, groups, wanted, bounds, budget, model, gates, ranks, job.seed)
+            else:
+                search = Search(
+                    name, self.method, self.interval, groups, wanted, bounds, budget, gates, ranks, job.seed
+                )
             with gates.open():
                 yield search
             cut = search.cut()
             made.update(decisions(totals, cut, bounds.depths))
-            shares.extend(split(groups, cut))
-            prune.apply(student, Plan(made))
+            found.update(search.facts(), split=split(staying(groups, cut), cut))
+            self.apply(student, Plan(made))
 
         with _as_own():
-            facts, trained = train(self.lesson, student, context, "search", asdict(self), closing)
-        after = dict(student.model.named_parameters())
-        return Plan(made, {name: after[name].detach() for name in trained}, {**facts, "split": shares})
+            facts, trained = train(self.lesson, student, context, "search", asdict(self), fading)
+        for budget in found.get("search", ()):
+            if abs(budget["cost"] - budget["budget"]) > FAR:
+                context.progress.say(
+                    f"search-prune ended at {budget['cost']:.1%} of what {' and '.join(budget['towers'])} cost, and the budget is "
+                    f"{budget['budget']:.1%}: rounding did the rest; make more steps"
+                )
+        # Blocks that stay have new names where others went.
+        moved = [tower for tower in student.towers() if tower.name in made["kept"]["blocks"]]
+        after = {
+            name: parameter.detach()
+            for name, parameter in student.model.named_parameters()
+            if name in trained or any(tower.owns(name) for tower in moved)
+        }
+        return Plan(made, after, facts | found)
 
     def apply(self, bundle: Bundle, plan: Plan) -> None:
         """Cut what was decided, and put the trained weights in, in place."""
-        self.prune.apply(bundle, plan)
+        self.prunes[0].apply(bundle, plan)
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Tune nothing; recount what the cut model costs."""
-        return self.prune.fit(bundle, context)
+        return self.prunes[0].fit(bundle, context)
+
+    def _survey(self, bundle: Bundle) -> tuple[Any, ...]:
+        prune = self.prunes[0]
+        return prune.survey(bundle, prune.chosen(bundle), self.units)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def watch_inputs(modules: Mapping[str, nn.Module], record: Record, unmasked: Col
         chosen = everything if name in unmasked else watch
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            record(name, chosen.tokens(_first(args, kwargs).detach()))
+            record(name, chosen.tokens(first_state(args, kwargs).detach()))
 
         return before
 
@@ -79,7 +79,7 @@ def watch_blocks(blocks: Mapping[str, nn.Module], record: Callable[[str, Tensor,
     def hook(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            record(name, watch.tokens(_first(args, kwargs).detach()), watch.tokens(states.detach()))
+            record(name, watch.tokens(first_state(args, kwargs).detach()), watch.tokens(states.detach()))
 
         return after
 
@@ -111,7 +111,7 @@ def watch_gradients(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not torch.is_grad_enabled():
                 return None
-            states = _first(args, kwargs)
+            states = first_state(args, kwargs)
             if not states.requires_grad:
                 states = states.detach().requires_grad_()
             if of == "inputs":
@@ -127,7 +127,7 @@ def watch_gradients(
             if not torch.is_grad_enabled():
                 return
             made = output[0] if isinstance(output, tuple) else output
-            states = _first(args, kwargs).detach()
+            states = first_state(args, kwargs).detach()
             seen = made.detach() - states if of == "updates" else states
             made.register_hook(lambda gradient: record(name, seen, gradient))
 
@@ -177,7 +177,8 @@ def padding_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
     return None
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what a module is given first: of a block, the states."""
     states: Tensor = args[0] if args else kwargs["hidden_states"]
     return states
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmcompress.errors import UsageError
-from mmcompress.passes.prune_budget import Bounds, Pool, choose, require_possible, worth
+from mmcompress.passes.prune_budget import Bounds, Pool, choose, most_removable, require_possible, worth
 from mmcompress.passes.prune_units import Costs, Group, Kind
 
 BOUNDS = Bounds(0.1, 1, False, {"vision": 4})
@@ -62,3 +62,33 @@ def test_protected_blocks_count_among_those_that_stay() -> None:
     bounds = Bounds(0.5, 1, False, {"vision": 4})
     chosen = choose("x", Pool(("vision",), 100, 20, "ratio 0.2"), groups, values, bounds, "parameters")
     assert list(chosen.values()) == [[], []]
+
+
+def both(values: list[float], remove: int, min_keep: float = 0.1) -> list[list[int]]:
+    """Return what stays of two blocks of 20 with 10 neurons of 1 each, by values per cost: (block, its neurons) twice."""
+    groups = [group(0, 1, 20, "blocks"), group(0, 10, 1), group(1, 1, 20, "blocks"), group(1, 10, 1)]
+    made = [torch.tensor([value * 20]) if g.kind == "blocks" else value + torch.arange(10) / 1000
+            for g, value in zip(groups, values, strict=True)]  # fmt: skip
+    pool, bounds = Pool(("vision",), 100, remove, f"ratio {remove / 100}"), Bounds(min_keep, 1, False, {"vision": 4})
+    require_possible("x", pool, groups, bounds, "parameters")
+    return list(choose("x", pool, groups, made, bounds, "parameters").values())
+
+
+def test_a_block_takes_its_parts_with_it() -> None:
+    # The first block's neurons would be next, but are gone with it: the other's pay for the rest.
+    assert both([1, 2, 9, 3], remove=24) == [[], list(range(10)), [0], list(range(4, 10))]
+
+
+def test_a_block_that_would_overshoot_stays_while_parts_can_pay() -> None:
+    assert both([1, 2, 9, 3], remove=12) == [[0], [9], [0], list(range(3, 10))]
+    # 9 + 9 neurons may go at most, so for 19 a block has to.
+    assert both([4, 2, 9, 3], remove=18) == [[0], [9], [0], [9]]
+    assert both([4, 2, 9, 3], remove=19) == [[], list(range(10)), [0], list(range(10))]
+
+
+def test_what_can_go_counts_parts_of_blocks_that_go_once() -> None:
+    # Of four blocks two must stay, two of which may not go anyway.
+    groups = [group(0, 1, 20, "blocks"), group(0, 10, 1), group(1, 1, 20, "blocks"), group(1, 10, 1)]
+    for min_keep, most in ((0.5, 40), (0.75, 20 + 2), (1.0, 0)):
+        bounds = Bounds(min_keep, 1, False, {"vision": 4})
+        assert most_removable(Pool(("vision",), 100, 1, ""), groups, bounds, "parameters") == most

@@ -55,6 +55,29 @@ def test_closed_gates_are_a_cut() -> None:
             assert not torch.allclose(made, before[name], atol=1e-3)
 
 
+@torch.no_grad()
+def test_blocks_have_gates_too() -> None:
+    for family in ("clip", "whisper", "llava_clip"):
+        bundle = tiny.bundle(family)
+        tower = bundle.towers()[-1]
+        inputs = bundle.example_inputs(tower.name, 2)
+        before = bundle.encode(tower.name, inputs)
+        path = tower.blocks[-1].path
+        gates = Gates(bundle.model, {}, [path])
+        with gates.open():
+            assert torch.equal(bundle.encode(tower.name, inputs), before)
+            gates.set(path, torch.tensor([0.5]))
+            half = bundle.encode(tower.name, inputs)
+            gates.set(path, torch.tensor([0.0]))
+            skipped = bundle.encode(tower.name, inputs)
+        assert not any(module._forward_hooks for module in bundle.model.modules())
+        kept = write_ranges([block.index for block in tower.blocks[:-1]])
+        Prune().apply(bundle, Plan({"kept": {"heads": {}, "neurons": {}, "blocks": {tower.name: kept}}}))
+        assert torch.equal(bundle.encode(tower.name, inputs), skipped)
+        for one in (before, skipped):
+            assert not torch.allclose(half, one, atol=1e-4)
+
+
 def test_gradients_are_what_opening_a_gate_does() -> None:
     bundle = tiny.bundle("clip")
     bundle.model.double().requires_grad_(False)
