@@ -306,6 +306,7 @@ def test_inspect_counts_each_tower_and_says_why_not(bundle: Bundle, tmp_path: Pa
     assert applies == {
         (name, tower): name in ("prune", "search-prune", "factorize", "sparsify", "quantize", "distill")
         or (name in ("merge-tokens", "coarsen-tokens") and tower == "audio")
+        or (name == "trim-vocabulary" and tower == "decoder")
         for name in passes.PASSES
         for tower in ("audio", "decoder")
     }
