@@ -23,8 +23,8 @@ from mmcompress.errors import UsageError
 from mmcompress.ops import vocabulary
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.prune_units import read_ranges, write_ranges
+from mmcompress.passes.trim_words import renumber, spoken_of, words_of
 from mmcompress.progress import track
-from mmcompress.surgery.words import renumber, spoken_of, words_of
 from mmcompress.tokenizer import document_of, with_document
 
 

@@ -19,8 +19,8 @@ from mmcompress.measure.answerer import artifact_answerer
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune_units import read_ranges
 from mmcompress.passes.trim_vocabulary import TrimVocabulary
+from mmcompress.passes.trim_words import renumber, spoken_of, words_of
 from mmcompress.recipe import Step
-from mmcompress.surgery.words import renumber, spoken_of, words_of
 from tests import tiny
 
 USED = [word for word in tiny.WORDS if word.isalpha()][:5]
