@@ -42,6 +42,7 @@ from mmcompress.passes.prune_budget import (
 from mmcompress.passes.prune_checks import require_prunable, require_sensible
 from mmcompress.passes.prune_crosscheck import crosscheck
 from mmcompress.passes.prune_cut import cut_blocks, cut_heads, cut_neurons, set_parameters
+from mmcompress.passes.prune_direct import direct_effects
 from mmcompress.passes.prune_effects import taylor
 from mmcompress.passes.prune_evolution import Evolution
 from mmcompress.passes.prune_latency import plan_within_latency
@@ -85,6 +86,7 @@ class Prune:
         "obs",
         "activation",
         "relevance",
+        "direct-effect",
         "magnitude",
         "block-influence",
         "random",
@@ -92,7 +94,8 @@ class Prune:
     """What makes a unit important; auto: obs where what stays is refitted, taylor else. First-order effects on `objective`: taylor
     is their mean square (Fisher, optimal brain damage), taylor-signed their mean, taylor-absolute the mean of their sizes
     (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon); activation: Wanda; relevance: attention
-    and its gradient (Chefer), of heads alone; block-influence: of blocks alone; random is the control. Only magnitude and
+    and its gradient (Chefer), of heads alone; direct-effect: what a unit of a language model itself says of right answers
+    (multimodal neurons); block-influence: of blocks alone; random is the control. Only magnitude and
     random need no data."""
     objective: Literal["embedding", "contrastive", "answers"] = "embedding"
     """What Taylor scores differentiate: each embedding by itself (no pairs needed), the contrastive loss of batches of pairs, or
@@ -156,7 +159,9 @@ class Prune:
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """One look at the samples for the scores, with gradients for most, two for the repair, one for each allocation tried."""
-        scores = {"magnitude": 0, "random": 0, "activation": 1, "block-influence": 1}.get(self.ranking, 3)
+        scores = {"magnitude": 0, "random": 0, "activation": 1, "direct-effect": 1, "block-influence": 1}.get(
+            self.ranking, 3
+        )
         repair = 2 if self.compensate != "none" and "blocks" not in self.units else 0
         timed = SECONDS if self.latency_ms is not None else 0.0
         tried = 0
@@ -277,6 +282,8 @@ class Prune:
             return surgeon(bundle, groups, context, self.ridge)
         if self.ranking == "relevance":
             return relevance(bundle, groups, context)
+        if self.ranking == "direct-effect":
+            return direct_effects(bundle, groups, context)
         return taylor(bundle, groups, context, self.objective, self.ranking)
 
     def _normalise(self) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from mmcompress.bundle import Bundle, DualEncoder, TeacherForced
 from mmcompress.errors import UsageError, closest
 from mmcompress.passes.base import require_milliseconds, require_one
+from mmcompress.passes.prune_direct import require_direct
 from mmcompress.passes.prune_effects import SUMMARIES
 from mmcompress.passes.prune_relevance import require_maps
 from mmcompress.surgery.float_codes import is_float_coded
@@ -47,7 +48,7 @@ def require_sensible(settings: Prune) -> None:
     if ("blocks" in settings.units) != (settings.ranking == "block-influence") and settings.ranking not in BLOCK_SCORES[
         1:
     ]:
-        others = (*SUMMARIES, "obs", "activation", "magnitude", "random")
+        others = (*SUMMARIES, "obs", "activation", "direct-effect", "magnitude", "random")
         fitting = BLOCK_SCORES if "blocks" in settings.units else others
         raise UsageError(
             f"prune.score {settings.ranking} does not rank {' and '.join(settings.units)}",
@@ -107,6 +108,8 @@ def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -
         _require_plain(settings, bundle, tower)
     if settings.ranking == "relevance":
         require_maps(bundle, towers)
+    if settings.ranking == "direct-effect":
+        require_direct(bundle, towers)
     if "blocks" in settings.units and any(record.name == "merge-tokens" for record in bundle.history):
         raise UsageError(
             "tokens are already merged, with a schedule per block; removing blocks would break it",
