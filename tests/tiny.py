@@ -291,8 +291,11 @@ def bundle(name: str, seed: int = 0) -> Bundle:
         with torch.no_grad():
             # Else what the blocks add is small beside the last token's own embedding, and every answer is the same.
             for name_, parameter in model.named_parameters():
-                if name_.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")) and "vision" not in name_:
+                if name_.endswith(("o_proj.weight", "down_proj.weight")) and "vision" not in name_:
                     parameter.mul_(9)
+                # What is stacked has three dimensions, and was passed by above.
+                elif name_.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                    parameter.mul_(3 if "gate" in name_ else 27)
     tiny_joint.strengthen(model, name)
     model.eval()
     part = {"audio" if name in SOUND else "image": preprocessor}

@@ -40,6 +40,7 @@ from mmcompress.surgery.frames import STAGES, stages_of
 from mmcompress.surgery.ledger import putting_back
 from mmcompress.surgery.reducing import Choice, choice_of
 from mmcompress.surgery.reduction import ledger_of
+from mmcompress.surgery.routing import through_every_expert
 from mmcompress.views import Film, Prompt, Tower
 
 if TYPE_CHECKING:
@@ -291,8 +292,9 @@ class VisionLanguage(PictureQuestions):
         return 0
 
     def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Change nothing."""
-        return contextlib.nullcontext()
+        """Run every expert for every token, where there are experts."""
+        mixed = any(block.experts for tower in self.towers(model) for block in tower.blocks)
+        return through_every_expert(model.config.text_config) if mixed else contextlib.nullcontext()  # type: ignore[attr-defined]
 
     def write_config(self, model: Any) -> None:
         """Write depths and uniform widths of both towers."""

@@ -1,6 +1,10 @@
-"""What routers of experts decide while a model runs.
+"""Routers of experts: what they decide while a model runs, and how that is computed in a graph of fixed products.
 
-Shape alphabet: T tokens, E experts, K experts that a token goes through.
+transformers runs experts by sorting tokens by expert or by reading the chosen weights for each token: shapes that depend on data, or
+a copy of the weights for each token of a prompt. In a graph every expert computes for every token instead, and what was not chosen
+is multiplied by 0. That costs E / K times the experts' MACs, of a prompt and of each token alike.
+
+Shape alphabet: T tokens, C channels, E experts, K experts that a token goes through, I neurons of an expert.
 """
 
 from __future__ import annotations
@@ -9,9 +13,39 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mmcompress.surgery.watch import Watch
+
+EVERY = "mmc_every_expert"
+
+
+def every_expert(experts: Any, states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Return what `experts` make of states (T, C), given the indices and weights (T, K) of those chosen: (T, C).
+
+    A function for transformers, of experts (E, 2 * I, C) and (E, C, I) without biases.
+    """
+    chosen = indices[..., None] == torch.arange(experts.num_experts, device=indices.device)
+    shares = (chosen * weights[..., None]).sum(1)  # (T, E)
+    inner = experts._apply_gate(states @ experts.gate_up_proj.transpose(1, 2))  # (E, T, I)
+    made = inner @ experts.down_proj.transpose(1, 2)  # (E, T, C)
+    return (made * shares.t()[..., None].to(made.dtype)).sum(0)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EVERY, every_expert)
+
+
+@contextmanager
+def through_every_expert(config: Any) -> Iterator[None]:
+    """While it is open, models of `config` run every expert for every token."""
+    before = config._experts_implementation
+    config._experts_implementation = EVERY
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
 
 
 @contextmanager
