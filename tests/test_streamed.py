@@ -21,6 +21,7 @@ ROUND: dict[str, Any] = {"quantize": {"scheme": "W8A16"}}
 FOUR_BITS: dict[str, Any] = {"quantize": {"scheme": "W4A16", "group_size": 16}}
 RECIPE = {"steps": [ROUND]}
 CUT: dict[str, Any] = {"prune": {"ratio": 0.05, "score": "magnitude", "compensate": "none", "multiple": 1}}
+EXPERTS: dict[str, Any] = {"prune": {"ratio": 0.05, "units": ["experts"], "score": "magnitude"}}
 SHORTEN: dict[str, Any] = {"prune": {"ratio": 0.1, "score": "random", "units": ["blocks"]}}
 MERGE: dict[str, Any] = {"merge-tokens": {"keep": 0.7}}
 RUNS: list[tuple[str, list[dict[str, Any]]]] = [
@@ -29,6 +30,7 @@ RUNS: list[tuple[str, list[dict[str, Any]]]] = [
     *((name, [CUT, ROUND]) for name in ("qwen2_5_vl", "clap", "blip", "whisper", "clip")),
     ("llava_dinov2", [SHORTEN, CUT, CUT]),
     ("qwen2_5_vl", [SHORTEN, ROUND]),
+    ("qwen3_vl_moe", [EXPERTS, ROUND]),
     *((name, [FOUR_BITS]) for name in ("llava_dinov2", "qwen2_5_vl", "whisper")),
     ("llava_dinov2", [{"quantize": {"scheme": "FP8", "activations": "dynamic", "target": "cuda"}}]),
     ("whisper", [{"quantize": {"scheme": "W8A8", "activations": "dynamic"}}]),

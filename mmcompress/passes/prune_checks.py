@@ -116,7 +116,8 @@ def _require_fit_for_experts(settings: Prune) -> None:
         )
     if settings.crosscheck:
         raise UsageError(
-            "prune.crosscheck asks torch-pruning, which knows no experts", hint="leave crosscheck out, or use other units"
+            "prune.crosscheck asks torch-pruning, which knows no experts",
+            hint="leave crosscheck out, or use other units",
         )
 
 
@@ -178,7 +179,8 @@ def _require_feeding(settings: Prune, towers: Sequence[Tower]) -> None:
     names = " and ".join(tower.name for tower in towers)
     if "experts" in settings.units and not any(block.experts for block in blocks):
         raise UsageError(
-            f"{names} blocks have one feed-forward for all tokens, and no experts", hint="use units=heads, neurons or blocks"
+            f"{names} blocks have one feed-forward for all tokens, and no experts",
+            hint="use units=heads, neurons or blocks",
         )
     if set(settings.units) == {"neurons"} and not any(block.mlp for block in blocks):
         raise UsageError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLMoeForConditionalGeneration
 
-from mmcompress import checkpoint, passes, pipeline, streamed
+from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context, Plan
@@ -71,12 +71,13 @@ def test_what_belongs_to_an_expert_and_what_it_costs() -> None:
 def test_macs_are_those_of_the_experts_a_token_goes_through() -> None:
     """Of all four, and of the two that are left: the router's two rows less, and nothing else."""
     bundle = tiny.bundle(MODEL)
-    before = count_costs(bundle, bundle.tower("language"))
-    for block in mixtures(bundle):
-        group = next(g for g in list_groups(bundle, [bundle.tower("language")], ["blocks"], (),
-                                            count_tokens(bundle, bundle.tower("language"))) if g.block == block.index)  # fmt: skip
-        attention = 80 * (2 * 32 * 32 + 2 * 16 * 32) + 2 * 80 * 80 * 32
-        assert group.cost.macs == attention + 80 * (2 * (48 * 32 + 32 * 24) + 4 * 32)
+    tower = bundle.tower("language")
+    before = count_costs(bundle, tower)
+    first, middle, last = list_groups(bundle, [tower], ["blocks"], (), count_tokens(bundle, tower))
+    attention = 80 * (2 * 32 * 32 + 2 * 16 * 32) + 2 * 80 * 80 * 32
+    assert first.cost.macs == last.cost.macs == attention + 80 * (2 * (48 * 32 + 32 * 24) + 4 * 32)
+    answers = 8 * 32 * 48  # places whose next word is asked for, and words
+    assert before.macs == first.cost.macs + middle.cost.macs + last.cost.macs + answers
     made = settings(ratio=0.2, score="random")
     made.apply(bundle, made.plan(bundle, Context()))
     after = count_costs(bundle, bundle.tower("language"))
@@ -103,16 +104,16 @@ def never(router: nn.Module, gone: list[int]) -> None:
     def after(module: nn.Module, args: tuple[Tensor], made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits = made[0].clone()
         logits[:, gone] = -torch.inf
-        weights, indices = logits.softmax(-1, dtype=torch.float64).topk(module.top_k)
+        weights, indices = logits.softmax(-1, dtype=torch.float32).topk(module.top_k)
         return logits, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype), indices
 
     router.register_forward_hook(after)
 
 
 def test_cutting_equals_never_choosing() -> None:
-    """In float64, so that the order in which a softmax adds up does not matter; the weights of those left sum to 1 again."""
+    """In float64, but for the router's softmax; the weights of those left sum to 1 again."""
     bundle = tiny.bundle(MODEL)
-    bundle.model.double()
+    bundle.model.double().set_experts_implementation("eager")  # the other ways take no float64
     whole = output(bundle)
     plan = settings(ratio=0.2, score="random").plan(bundle, Context())
     masked = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model))
@@ -120,7 +121,7 @@ def test_cutting_equals_never_choosing() -> None:
         kept = read_ranges(plan.decisions["kept"]["experts"][f"language.{block.index}"])
         never(masked.module(block.experts.router), sorted({0, 1, 2, 3} - set(kept)))  # type: ignore[union-attr]
     settings(ratio=0.2).apply(bundle, plan)
-    torch.testing.assert_close(output(bundle), output(masked), rtol=0, atol=1e-7)
+    torch.testing.assert_close(output(bundle), output(masked), rtol=0, atol=1e-12)
     assert not torch.allclose(output(bundle), whole, rtol=0, atol=1e-4)
     sums: list[Tensor] = []
     routers = {block.path: bundle.module(block.experts.router) for block in mixtures(bundle)}  # type: ignore[union-attr]
@@ -210,8 +211,11 @@ def test_the_control_removes_as_much_at_random() -> None:
 def test_it_reloads_bit_equal_and_costs_what_was_promised(tmp_path: Path, uniform: bool) -> None:
     """Uneven numbers of experts are the plan's; equal ones config.json says, and plain transformers answers the same."""
     bundle = tiny.bundle(MODEL)
-    run(bundle, "prune", **EXPERTS, ratio=0.15, uniform=uniform, protect=() if uniform else (2,), min_keep=0.0) if uniform else run(
-        bundle, "prune", **EXPERTS, ratio=0.09, protect=(2,)
+    run(
+        bundle,
+        "prune",
+        **EXPERTS,
+        **({"ratio": 0.15, "uniform": True} if uniform else {"ratio": 0.09, "protect": (2,)}),
     )
     numbers = [block.experts.experts for block in mixtures(bundle)]  # type: ignore[union-attr]
     assert numbers == ([2, 2] if uniform else [2, 4])
@@ -266,7 +270,9 @@ def test_other_passes_leave_experts_as_they_are(tmp_path: Path, name: str, param
     assert all(torch.equal(value, before[key]) for key, value in state(bundle).items() if ".experts." in key)
     assert not torch.equal(output(bundle), output(tiny.bundle(MODEL)))
     left = bundle.history[-1].facts.get("experts_left")
-    assert left == ({"language": 2 * 4 * (48 * 32 + 32 * 24)} if name in ("quantize", "factorize", "sparsify") else None)
+    assert left == (
+        {"language": 2 * 4 * (48 * 32 + 32 * 24)} if name in ("quantize", "factorize", "sparsify") else None
+    )
     checkpoint.save(bundle, tmp_path / "small")
     again = checkpoint.load(tmp_path / "small")
     assert same_state(state(again), state(bundle))
@@ -284,15 +290,6 @@ def test_experts_learn() -> None:
     changed = [not torch.equal(value, before[key]) for key, value in state(bundle).items() if ".experts." in key]
     assert len(changed) == 4
     assert all(changed)
-
-
-def test_layer_by_layer_the_same_experts_go(tmp_path: Path) -> None:
-    checkpoint.save(tiny.bundle(MODEL), tmp_path / "model")
-    params = {**EXPERTS, "ratio": 0.1, "score": "magnitude"}
-    made = passes.build("prune", params)
-    assert streamed.can_stream(made)
-    outline = checkpoint.outline(tmp_path / "model")
-    assert outline.tower("language").blocks[0].experts is not None
 
 
 @pytest.mark.parametrize(
