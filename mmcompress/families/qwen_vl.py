@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with and without experts: pictures of any size, positions in three dimensions, grouped queries.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (with experts, too): pictures of any size, positions in three dimensions, grouped queries.
 
 The vision tower sees the patches of all pictures in one row, by the grid of each. Qwen2.5 looks through windows in all blocks but a
 few; Qwen3 gives the language model's first blocks what its own earlier blocks made (deepstack), beside the image tokens.

@@ -1,9 +1,12 @@
 """The score "routing" of `prune`: how much of the tokens' routing weight an expert is given.
 
-A token's weights sum to 1 over the experts it goes through, so an expert's mean weight over tokens is the share of the feed-forward's
-output that it makes, by the router's own measure, and the shares of a block sum to 1. Counting choices instead (as SEER-MoE's heavy
-hitters do with hard counts, Muzio et al. 2024, section 3.1) would take an expert that comes in second with a weight near 0 for as
-good as one that decides. An expert that no token is sent to has 0: without it the same is computed of these samples.
+A token's weights sum to 1 over the experts it goes through. So an expert's mean weight over tokens is the share that it has in what
+the feed-forward gives out, by the router's own measure, and the shares of a block sum to 1. To count how often it is chosen instead
+would take one that comes in second with a weight near 0 for as good as one that decides. An expert that no token is sent to has 0:
+without it the same is computed of these samples.
+
+The idea is that of SEER-MoE (Muzio, Sun and He 2024, arXiv 2404.05089), which counts choices over a calibration set, hard or by the
+router's softmax over all experts. Here the weights are those that the model multiplies with: the softmax over those chosen.
 
 Shape alphabet: T tokens, E experts, K experts that a token goes through.
 """

@@ -24,7 +24,10 @@ from mmcompress.surgery.watch import Sums, evaluating, padding_mask, watch_block
 
 
 def magnitude(bundle: Bundle, groups: Sequence[Group]) -> list[Tensor]:
-    """Return the L2 norm of each unit's rows, biases and columns, per group (U,); of an expert, of its weights and its router's row."""
+    """Return the L2 norm of each unit's rows, biases and columns, per group (U,).
+
+    Of an expert, that of all its weights and of its row of the router.
+    """
     scores = []
     for group in groups:
         if group.kind == "experts":

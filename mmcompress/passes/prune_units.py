@@ -2,10 +2,11 @@
 
 A unit is an attention head (a key-value group with its query heads, where there are fewer key than query heads), an MLP neuron,
 one of the experts a router chooses from, or a block. An expert takes no MACs with it but those of its row of the router: each token
-goes through as many as before. A block's heads of cross-attention are a group of their own. Costs are counted, not estimated: parameters from shapes;
-multiply-accumulates from shapes and from the number of tokens seen at each Linear in one forward pass of the family's example
-inputs, so that a shortened token stream is priced as it is. MACs are those of Linears, convolutions and attention products at
-batch 1. Cross-attention makes keys and values of all S tokens of the encoder, and counts them; the encoder itself counts apart.
+goes through as many as before. A block's heads of cross-attention are a group of their own. Costs are counted, not estimated:
+parameters from shapes; multiply-accumulates from shapes and from the number of tokens seen at each Linear in one forward pass of
+the family's example inputs, so that a shortened token stream is priced as it is. MACs are those of Linears, convolutions and
+attention products at batch 1. Cross-attention makes keys and values of all S tokens of the encoder, and counts them; the encoder
+itself counts apart.
 
 Shape alphabet: N tokens, S tokens of the encoder a decoder looks at, C channels, H heads, D head width.
 """
@@ -186,7 +187,8 @@ def _block_macs(bundle: Bundle, block: Block, tokens: dict[str, int]) -> int:
 def count_tokens(bundle: Bundle, tower: Tower) -> dict[str, int]:
     """Return N at every reader of `tower`, by the reader's path, in one forward pass of its example inputs.
 
-    Beside them, N at mixtures of experts, by their path, and the S tokens that the values of cross-attention are made of, by the path of the value Linear.
+    Beside them, N at mixtures of experts, by their path, and the S tokens that the values of cross-attention are made of, by the
+    path of the value Linear.
     """
     readers = [path for block in tower.blocks for path in (block.attention.reader, _feeding(block))]
     readers += [path for block in tower.blocks if block.cross for path in (block.cross.reader, block.cross.writers[-1])]

@@ -1,8 +1,8 @@
 """Routers of experts: what they decide while a model runs, and how that is computed in a graph of fixed products.
 
-transformers runs experts by sorting tokens by expert or by reading the chosen weights for each token: shapes that depend on data, or
-a copy of the weights for each token of a prompt. In a graph every expert computes for every token instead, and what was not chosen
-is multiplied by 0. That costs E / K times the experts' MACs, of a prompt and of each token alike.
+transformers runs experts by sorting tokens by expert, or by reading the chosen weights for each token: shapes that depend on data,
+or a copy of the weights for each token of a prompt. In a graph every expert computes for every token instead, and what was not
+chosen is left out of the sum. That costs E / K times the experts' MACs, of a prompt and of each token alike.
 
 Shape alphabet: T tokens, C channels, E experts, K experts that a token goes through, I neurons of an expert.
 """
