@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from mmcompress.bundle import Bundle
 from mmcompress.passes.base import Context
+from mmcompress.passes.quantize_layers import bytes_of
 from mmcompress.views import Tower
 
 
@@ -15,10 +16,11 @@ def say_left(bundle: Bundle, towers: Iterable[Tower], context: Context, stay: st
     for tower in towers:
         names = [name for block in tower.blocks if block.experts for name in block.experts.stacked]
         if names:
-            left[tower.name] = sum(bundle.model.get_parameter(name).numel() for name in names)
-            whole = sum(value.numel() for name, value in bundle.model.named_parameters() if tower.owns(name))
+            weights = [bundle.model.get_parameter(name) for name in names]
+            left[tower.name] = sum(weight.numel() for weight in weights)
+            share = sum(weight.nbytes for weight in weights) / bytes_of(bundle, tower)
             context.progress.say(
-                f"{tower.name}: experts, {left[tower.name]:,} weights, stay {stay}; beside them there are "
-                f"{whole - left[tower.name]:,} parameters. mmc prune --units experts removes some"
+                f"{tower.name}: its experts stay {stay}, {left[tower.name]:,} weights, now {share:.0%} of the tower's bytes; "
+                "mmc prune --units experts removes some"
             )
     return {"experts_left": left} if left else {}
