@@ -176,15 +176,15 @@ def _require_objective(settings: Prune, bundle: Bundle, towers: Sequence[Tower])
 def _require_feeding(settings: Prune, towers: Sequence[Tower]) -> None:
     """Raise UsageError where no block of the towers has what alone may go: experts, or neurons."""
     blocks = [block for tower in towers for block in tower.blocks]
-    names = " and ".join(tower.name for tower in towers)
     if "experts" in settings.units and not any(block.experts for block in blocks):
         raise UsageError(
-            f"{names} blocks have one feed-forward for all tokens, and no experts",
-            hint="use units=heads, neurons or blocks",
+            "there are no experts: every block has one feed-forward for all tokens",
+            hint="use units=heads, neurons or blocks, or name other towers with --towers",
         )
     if set(settings.units) == {"neurons"} and not any(block.mlp for block in blocks):
         raise UsageError(
-            f"{names} blocks have experts in a feed-forward's place", hint="use units=experts, heads or blocks"
+            "there are no neurons to choose from: every block has experts in a feed-forward's place",
+            hint="use units=experts, heads or blocks",
         )
 
 

@@ -19,7 +19,7 @@ from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_units import count_costs, count_tokens, list_groups, read_ranges
 from mmcompress.recipe import Step
-from mmcompress.surgery.routing import watch_routing
+from mmcompress.surgery.routing import through_every_expert, watch_routing
 from mmcompress.views import Block
 from tests import tiny
 
@@ -229,6 +229,8 @@ def test_it_reloads_bit_equal_and_costs_what_was_promised(tmp_path: Path, unifor
     samples = list(tiny.data(MODEL, 4))
     assert again.generate(samples) == bundle.generate(samples)
     assert written.plain_transformers == uniform
+    with through_every_expert(again.model.config.text_config):  # as it is exported
+        torch.testing.assert_close(output(again), output(bundle), rtol=0, atol=1e-6)
     if uniform:
         plain = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "small")
         assert plain.config.text_config.num_experts == 2
@@ -315,8 +317,8 @@ def test_what_does_not_go_together_is_refused(params: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("model", "params", "message"),
     [
-        ("clip", {"towers": ()}, "vision and text blocks have one feed-forward for all tokens"),
-        (MODEL, {"towers": ("vision",)}, "vision blocks have one feed-forward"),
+        ("clip", {"towers": ()}, "there are no experts: every block has one feed-forward"),
+        (MODEL, {"towers": ("vision",)}, "there are no experts"),
         (MODEL, {"ratio": 0.3}, r"at most 9,344 can go within the lower bounds \(a token goes through 2 experts"),
         (MODEL, {"ratio": 0.01, "budget": "macs"}, "at most 10,240 can go"),
     ],
@@ -333,3 +335,12 @@ def test_uniform_wants_equal_numbers_and_search_has_no_gates_for_experts() -> No
         settings(uniform=True, score="magnitude").check(bundle)
     with pytest.raises(UsageError, match="experts have none"):
         passes.build("search-prune", {"units": ("experts",)})
+
+
+def test_where_every_block_has_experts_there_are_no_neurons() -> None:
+    bundle = tiny.bundle(MODEL)
+    passes.build("prune", {"ratio": 0.01, "units": ("neurons",), "score": "magnitude"}).check(bundle)
+    made = Prune(units=("blocks",), score="random", towers=("language",))
+    made.apply(bundle, Plan({"kept": {"heads": {}, "neurons": {}, "blocks": {"language": "0,2"}}}))
+    with pytest.raises(UsageError, match="every block has experts"):
+        Prune(ratio=0.01, units=("neurons",), score="magnitude", towers=("language",)).check(bundle)
