@@ -19,6 +19,7 @@ END = "<!-- end matrix -->"
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "prune heads": ("prune", {"ratio": 0.01, "units": ["heads"], "score": "magnitude"}),
     "prune neurons": ("prune", {"ratio": 0.01, "units": ["neurons"], "score": "magnitude"}),
+    "prune experts": ("prune", {"ratio": 0.01, "units": ["experts"], "score": "magnitude"}),
     "prune blocks": ("prune", {"ratio": 0.01, "units": ["blocks"], "score": "random"}),
     "search-prune": ("search-prune", QUESTIONS["search-prune"]),
     "trim-vocabulary": ("trim-vocabulary", QUESTIONS["trim-vocabulary"]),
@@ -57,7 +58,7 @@ def section() -> str:
 def rows() -> list[tuple[str, tuple[str, ...], Answers]]:
     """Return (class, towers, answers), one row a class; models of one class that differ are told apart by name."""
     asked: dict[str, list[tuple[str, tuple[str, ...], Answers]]] = {}
-    for name in sorted(tiny.EVERY, key=lambda name: list(FAMILIES).index(_family(name))):
+    for name in sorted((*tiny.EVERY, *tiny.MIXTURES), key=lambda name: list(FAMILIES).index(_family(name))):
         bundle = tiny.bundle(name)
         towers = bundle.towers()
         answers = {

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming, rename_source_key
 
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
@@ -38,7 +38,7 @@ def opened(model: str | Path, files: Sequence[Path], *, to_run: bool = False) ->
 def _reader(model: Any, files: Sequence[Path]) -> Iterator[Callable[[str], Callable[[], Tensor]]]:
     """Yield a function that returns what reads a tensor, by the name the model has for it.
 
-    Raises UsageError where a checkpoint's tensors have to be joined or cut first.
+    One that is stored with two sides swapped is turned as it is read. Raises UsageError where tensors have to be joined or cut.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -50,12 +50,16 @@ def _reader(model: Any, files: Sequence[Path]) -> Iterator[Callable[[str], Calla
             opened = stack.enter_context(safe_open(file, framework="pt", backend="pread"))
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-                if pattern is not None and name not in own:
-                    raise UsageError(
-                        f"{file} stores {key} in another shape than the model has it",
-                        hint="load and save it with transformers 5 first, which joins such tensors",
-                    )
-                found[name] = _slice(opened, key)
+                swapped: tuple[int, ...] = ()
+                if pattern is not None:
+                    shape, wanted = opened.get_slice(key).get_shape(), list(own[name].shape) if name in own else None
+                    swapped = () if shape == wanted else _swapped(converters, pattern)
+                    if _turned(shape, swapped) != wanted:
+                        raise UsageError(
+                            f"{file} stores {key} in another shape than the model has it",
+                            hint="load and save it with transformers 5 first, which joins such tensors",
+                        )
+                found[name] = _slice(opened, key, swapped)
 
         ties = dict(getattr(model, "all_tied_weights_keys", {}))
 
@@ -68,8 +72,22 @@ def _reader(model: Any, files: Sequence[Path]) -> Iterator[Callable[[str], Calla
         yield reading
 
 
-def _slice(opened: Any, key: str) -> Callable[[], Tensor]:
-    return lambda: opened.get_tensor(key)
+def _swapped(converters: Sequence[WeightConverter], pattern: str) -> tuple[int, ...]:
+    """Return the two sides that the converter of `pattern` swaps, where it does nothing else."""
+    found = next(entry.operations for entry in converters if pattern in entry.source_patterns)
+    only = found[0] if len(found) == 1 else None
+    return (only.dim0, only.dim1) if isinstance(only, Transpose) else ()
+
+
+def _turned(shape: list[int], swapped: tuple[int, ...]) -> list[int]:
+    """Return `shape` with two sides swapped, if any."""
+    return list(torch.empty(shape, device="meta").transpose(*swapped).shape) if swapped else shape
+
+
+def _slice(opened: Any, key: str, swapped: tuple[int, ...] = ()) -> Callable[[], Tensor]:
+    if not swapped:
+        return lambda: opened.get_tensor(key)
+    return lambda: opened.get_tensor(key).transpose(*swapped).contiguous()
 
 
 def stored(file: Path, name: str) -> Callable[[], Tensor]:

@@ -76,8 +76,7 @@ def memory_needed(bundle: Bundle, stages: Sequence[Stage], states: int = 0) -> i
 
     With data also what passes gather, and `states`: the bytes that all samples have between two layers.
     """
-    layers = (module for module in bundle.model.modules() if next(module.children(), None) is None)
-    largest = max(sum(parameter.nbytes for parameter in layer.parameters(recurse=False)) for layer in layers)
+    largest = max(sum(own.nbytes for own in layer.parameters(recurse=False)) for layer in bundle.model.modules())
     held = max((stage.made.holds(bundle) for stage in stages if isinstance(stage.made, Holding)), default=0)
     return 2 * largest + max(SHARD_BYTES, held + states)
 

@@ -58,6 +58,28 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in a feed-forward's place: each token goes through the `top` of them that a router likes best.
+
+    The router's softmax over its rows' logits is cut to these and sums to 1 again.
+    """
+
+    path: str
+    """The module that is called with hidden states."""
+    router: str
+    """Path of the module whose `weight` (experts, C) has a row for each; it gives out (logits (T, experts), weights (T, top),
+    indices (T, top))."""
+    stacked: tuple[str, ...]
+    """Names of the parameters (experts, …) that hold the weights of all, one after the other."""
+    experts: int
+    top: int
+    neurons: int
+    """Of one expert."""
+    bookkeeping: tuple[tuple[str, str], ...] = ()
+    """(module path, attribute): integers transformers keeps beside the weights that count experts."""
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block.
 
@@ -69,13 +91,23 @@ class Block:
     path: str
     index: int
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | None
+    """None where the block has `experts`."""
     attend: tuple[str, ...] = ()
     feed: tuple[str, ...] = ()
     cross: Attention | None = None
     """In a decoder that looks at an encoder: queries come from this block's tokens, keys and values from the encoder's output."""
     norms: tuple[str, ...] = ()
     """In a pre-norm block that nothing else reads or adds to: paths of the norms before attention and feed-forward."""
+    experts: Experts | None = None
+    """What this block has in place of `mlp`."""
+
+    @property
+    def feeding(self) -> Mlp | Experts:
+        """The feed-forward, of one kind or the other."""
+        found = self.mlp or self.experts
+        assert found is not None, f"{self.path} has neither a feed-forward nor experts"
+        return found
 
 
 @dataclass(frozen=True)

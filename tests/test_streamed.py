@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmcompress import checkpoint, passes, streamed
 from mmcompress.errors import MmcError, UsageError
@@ -21,6 +21,7 @@ ROUND: dict[str, Any] = {"quantize": {"scheme": "W8A16"}}
 FOUR_BITS: dict[str, Any] = {"quantize": {"scheme": "W4A16", "group_size": 16}}
 RECIPE = {"steps": [ROUND]}
 CUT: dict[str, Any] = {"prune": {"ratio": 0.05, "score": "magnitude", "compensate": "none", "multiple": 1}}
+EXPERTS: dict[str, Any] = {"prune": {"ratio": 0.05, "units": ["experts"], "score": "magnitude"}}
 SHORTEN: dict[str, Any] = {"prune": {"ratio": 0.1, "score": "random", "units": ["blocks"]}}
 MERGE: dict[str, Any] = {"merge-tokens": {"keep": 0.7}}
 RUNS: list[tuple[str, list[dict[str, Any]]]] = [
@@ -29,6 +30,7 @@ RUNS: list[tuple[str, list[dict[str, Any]]]] = [
     *((name, [CUT, ROUND]) for name in ("qwen2_5_vl", "clap", "blip", "whisper", "clip")),
     ("llava_dinov2", [SHORTEN, CUT, CUT]),
     ("qwen2_5_vl", [SHORTEN, ROUND]),
+    ("qwen3_vl_moe", [EXPERTS, ROUND]),
     *((name, [FOUR_BITS]) for name in ("llava_dinov2", "qwen2_5_vl", "whisper")),
     ("llava_dinov2", [{"quantize": {"scheme": "FP8", "activations": "dynamic", "target": "cuda"}}]),
     ("whisper", [{"quantize": {"scheme": "W8A8", "activations": "dynamic"}}]),
@@ -77,6 +79,22 @@ def test_the_files_are_those_of_a_run_in_memory(
             assert first == second
         elif name not in ("README.md", "recipe.yaml"):  # they tell what was measured
             assert one == other, name
+
+
+def test_experts_stored_with_two_sides_swapped_are_turned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first checkpoints of Qwen3-VL-MoE store them: (experts, inputs, outputs)."""
+    model = stored("qwen3_vl_moe", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    turned = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in tensors.items()}
+    swapped = stored("qwen3_vl_moe", tmp_path / "swapped")
+    save_file(turned, swapped / "model.safetensors", metadata={"format": "pt"})
+    want = checkpoint.load(model).model.state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in checkpoint.load(swapped).model.state_dict().items())
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: pytest.fail("the whole model was loaded"))
+    for place in (model, swapped):
+        job.compress(place, parse({"steps": [EXPERTS]}), tmp_path / f"small-{place.name}")
+    one, other = ((tmp_path / f"small-{place.name}" / "model.safetensors").read_bytes() for place in (model, swapped))
+    assert one == other
 
 
 def _named(steps: list[dict[str, Any]]) -> str:

@@ -87,7 +87,7 @@ def test_the_files_are_those_of_a_run_in_memory(
     assert one == other
 
 
-@pytest.mark.parametrize("name", tiny.EVERY)
+@pytest.mark.parametrize("name", [*tiny.EVERY, *tiny.MIXTURES])
 def test_every_model_computes_in_step_what_it_does_alone(name: str, tmp_path: Path) -> None:
     """One sample a batch, some without a picture; each layer is given everything before it is reached, and is reached once."""
     model = stored(name, tmp_path / "model")

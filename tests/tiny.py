@@ -62,9 +62,13 @@ HEARING = ("clap",)
 """The dual encoders of sound and texts."""
 GENERATORS = ("whisper", "blip", "blip_vqa", "vilt", *tiny_vlm.MODELS)
 """Families that answer in text."""
+MIXTURES = tiny_vlm.MIXTURES
+"""Generators that others stand for, but where experts are concerned: not among those that all tests go through."""
 JUDGES = ("vilt_retrieval", "layoutlm", "layoutlm_pages", "layoutlm_words")
 """Those that neither embed nor answer."""
 EVERY = (*FAMILIES, *WHOLE, *HEARING, *GENERATORS, *JUDGES)
+SHOWN = (*tiny_vlm.MODELS, *MIXTURES)
+"""Those that are shown pictures and answer in text, through a language model of their own."""
 TOWERS = {
     "blip_retrieval": ("vision", "text"),
     "vilt": ("joint",),
@@ -73,7 +77,7 @@ TOWERS = {
     "whisper": ("audio", "decoder"),
     "blip": ("vision", "decoder"),
     "blip_vqa": ("vision", "text", "decoder"),
-    **dict.fromkeys(tiny_vlm.MODELS, ("vision", "language")),
+    **dict.fromkeys(SHOWN, ("vision", "language")),
 }
 """The towers of all but FAMILIES, which have "vision" and "text"."""
 WORDS = [
@@ -251,7 +255,7 @@ def _clap() -> tuple[Any, Any]:
 def bundle(name: str, seed: int = 0) -> Bundle:
     """Return a small random model of the family `name`, in evaluation mode; the same weights for the same seed."""
     words = tokenizer()
-    if name in tiny_vlm.MODELS:
+    if name in SHOWN:
         config, preprocessor, words = tiny_vlm.parts(name, tuple(WORDS))
     elif name in tiny_joint.ARCHITECTURES:
         config, preprocessor = tiny_joint.parts(name)
@@ -284,13 +288,16 @@ def bundle(name: str, seed: int = 0) -> Bundle:
             no_timestamps_token_id=24,
             suppress_tokens=[0, 1, 2, 24],
         )
-    if name in tiny_vlm.MODELS:
+    if name in SHOWN:
         model.generation_config = tiny_vlm.settings()
         with torch.no_grad():
             # Else what the blocks add is small beside the last token's own embedding, and every answer is the same.
             for name_, parameter in model.named_parameters():
                 if name_.endswith(("o_proj.weight", "down_proj.weight")) and "vision" not in name_:
                     parameter.mul_(9)
+                # What is stacked has three dimensions, and was passed by above.
+                elif name_.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                    parameter.mul_(3 if "gate" in name_ else 27)
     tiny_joint.strengthen(model, name)
     model.eval()
     part = {"audio" if name in SOUND else "image": preprocessor}
@@ -392,6 +399,6 @@ def data(family: str, count: int, seed: int = 0) -> Dataset:
     if family in tiny_joint.ASKED:
         pairs = zip(asked(count, seed, turns=False), images(count, seed), strict=True)
         return Dataset(Memory([replace(sample, picture=image) for sample, image in pairs]), "asked of pictures")
-    if family in tiny_vlm.MODELS:
+    if family in SHOWN:
         return asked(count, seed, turns=family != "paligemma")
     return dataset(count, seed)

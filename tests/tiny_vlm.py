@@ -25,6 +25,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SmolVLMConfig,
@@ -90,6 +91,8 @@ def _qwen(size: int, **more: Any) -> dict[str, Any]:
     return {"text_config": _text(size, rope_parameters=rope, head_dim=8), **ids, **more}
 
 
+MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+"""The middle one of three blocks has one feed-forward for all tokens."""
 SQUARE = {"height": SIDE, "width": SIDE}
 CLIP_PIXELS = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
 QWEN_PIXELS = {"min_pixels": SIDE**2, "max_pixels": (4 * SIDE) ** 2, "patch_size": PATCH, "merge_size": 2}
@@ -139,10 +142,14 @@ def _made(name: str, size: int) -> tuple[Any, Any]:
         vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 144, "num_heads": 4}
         vision |= {"patch_size": PATCH, "window_size": SIDE, "fullatt_block_indexes": [1]}
         return Qwen2_5_VLConfig(vision_config=vision, **_qwen(size)), Qwen2VLImageProcessorPil(**QWEN_PIXELS)
-    if name == "qwen3_vl":
+    if name in ("qwen3_vl", "qwen3_vl_moe"):
         vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 144, "num_heads": 4}
         vision |= {"patch_size": PATCH, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-        return Qwen3VLConfig(vision_config=vision, **_qwen(size)), Qwen2VLImageProcessorPil(**QWEN_PIXELS)
+        if name == "qwen3_vl":
+            return Qwen3VLConfig(vision_config=vision, **_qwen(size)), Qwen2VLImageProcessorPil(**QWEN_PIXELS)
+        made = _qwen(size)
+        made["text_config"] |= MIXED
+        return Qwen3VLMoeConfig(vision_config=vision, **made), Qwen2VLImageProcessorPil(**QWEN_PIXELS)
     if name == "paligemma":
         vision = _vision(intermediate_size=144, projection_dim=32, vision_use_head=False)
         vision["model_type"] = "siglip_vision_model"
@@ -170,6 +177,8 @@ MODELS = (
     "idefics3",
     "paligemma",
 )
+MIXTURES = ("qwen3_vl_moe",)
+"""Those with several feed-forwards in a block, of which a router chooses a few for each token."""
 
 
 def parts(name: str, words: tuple[str, ...]) -> tuple[Any, Any, PreTrainedTokenizerFast]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from mmcompress.cli import options
@@ -27,7 +29,7 @@ def command(model: str, allow_pickle: bool, as_json: bool, quiet: bool, verbose:
         [
             [
                 t["name"], t["blocks"], t["heads"], t["head_dim"], t["neurons"], t["tokens"] or "-", t["readout"] or "-",
-                f"{t['parameters']:,}", f"{t['macs'] / 1e6:,.0f}",
+                _parameters(t), f"{t['macs'] / 1e6:,.0f}",
             ]
             for t in found["towers"]
         ],
@@ -40,4 +42,15 @@ def command(model: str, allow_pickle: bool, as_json: bool, quiet: bool, verbose:
     )
     for record in found["history"]:
         render.line(f"already done: {record['pass']} {render.parameters(record['params'])}")
+    for tower in found["towers"]:
+        if tower["experts"]:
+            render.line(
+                f"{tower['name']}: a token goes through {tower['experts_per_token']} of a block's {tower['experts']} experts"
+            )
     render.Terminal(quiet).next_step(f"mmc prune {model} -o OUT --ratio 0.3 --data DATA --eval-data HELD-OUT")
+
+
+def _parameters(tower: dict[str, Any]) -> str:
+    """ "300", or "300, 200 a token" where a token goes through some of them only."""
+    whole, idle = tower["parameters"], tower["parameters_idle_per_token"]
+    return f"{whole:,}, {whole - idle:,} a token" if idle else f"{whole:,}"

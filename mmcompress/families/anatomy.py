@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mmcompress.views import Attention, Block, Counts, Mlp
+from mmcompress.views import Attention, Block, Counts, Experts, Mlp
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,15 @@ class BlockNames:
     """Why the attention's heads cannot be cut."""
     norms: tuple[str, ...] = ()
     """Of a pre-norm block: the norms before attention and feed-forward, where these are all that reads the block's stream."""
+    experts: str = ""
+    """Where some blocks have a mixture of experts: the module that holds them, in those."""
+    stacked: tuple[str, ...] = ()
+    """Parameters of the experts; the last one's columns are an expert's neurons."""
+    router: str = ""
+    top: str = ""
+    """Attribute of the router: how many experts a token goes through."""
+    experts_counted: tuple[str, ...] = ()
+    """Attributes that count experts."""
 
 
 CLIP_BLOCK = BlockNames(
@@ -152,6 +161,16 @@ LLAMA_BLOCK = BlockNames(
 QWEN_LANGUAGE_BLOCK = replace(LLAMA_BLOCK, bookkeeping=(("num_heads", "heads"), ("num_key_value_heads", "kv_heads")))
 """The language models of Qwen2-VL and Qwen2.5-VL."""
 
+QWEN_MIXTURE_BLOCK = replace(
+    LLAMA_BLOCK,
+    experts="mlp.experts",
+    stacked=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    router="mlp.gate",
+    top="mlp.gate.top_k",
+    experts_counted=("mlp.gate.num_experts", "mlp.experts.num_experts"),
+)
+"""The language model of Qwen3-VL-MoE: feed-forwards, and experts in their place."""
+
 QWEN2_VISION_BLOCK = BlockNames(
     attention="attn",
     writers=("attn.qkv",),
@@ -184,25 +203,50 @@ def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activatio
     blocks = []
     for index, block in enumerate(model.get_submodule(blocks_path).children()):
         path = f"{blocks_path}.{index}"
+        experts = _experts(block, path, names)
         blocks.append(
             Block(
                 path=path,
                 index=index,
                 attention=_attention(block, path, names, names.attention),
-                mlp=Mlp(
-                    path=f"{path}.{names.mlp}".rstrip("."),
-                    writers=tuple(f"{path}.{writer}" for writer in names.mlp_writers),
-                    reader=f"{path}.{names.mlp_reader}",
-                    neurons=_width(block, names.mlp_reader, "in_features"),
-                    activation=activation,
-                ),
+                mlp=None if experts else _mlp(block, path, names, activation),
                 attend=names.attend,
                 feed=names.feed,
                 cross=_attention(block, path, names, names.cross) if names.cross else None,
                 norms=tuple(f"{path}.{norm}" for norm in names.norms),
+                experts=experts,
             )
         )
     return tuple(blocks)
+
+
+def _mlp(block: nn.Module, path: str, names: BlockNames, activation: str) -> Mlp:
+    return Mlp(
+        path=f"{path}.{names.mlp}".rstrip("."),
+        writers=tuple(f"{path}.{writer}" for writer in names.mlp_writers),
+        reader=f"{path}.{names.mlp_reader}",
+        neurons=_width(block, names.mlp_reader, "in_features"),
+        activation=activation,
+    )
+
+
+def _experts(block: nn.Module, path: str, names: BlockNames) -> Experts | None:
+    """Return the view of a block's experts; None where it has one feed-forward for all tokens."""
+    if not names.experts or names.experts not in dict(block.named_modules()):
+        return None
+    down = block.get_parameter(names.stacked[-1])
+    return Experts(
+        path=f"{path}.{names.mlp}",
+        router=f"{path}.{names.router}",
+        stacked=tuple(f"{path}.{name}" for name in names.stacked),
+        experts=len(down),
+        top=int(_attribute(block, names.top)),
+        neurons=down.shape[-1],
+        bookkeeping=tuple(
+            (f"{path}.{owner}", attribute)
+            for owner, _, attribute in (name.rpartition(".") for name in names.experts_counted)
+        ),
+    )
 
 
 def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> Attention:
@@ -230,7 +274,7 @@ def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> At
 
 def widths(blocks: tuple[Block, ...]) -> tuple[int, int] | None:
     """Return (heads, neurons) when every block has the same, else None."""
-    found = {(block.attention.heads, block.mlp.neurons) for block in blocks}
+    found = {(block.attention.heads, block.feeding.neurons) for block in blocks}
     return found.pop() if len(found) == 1 else None
 
 

@@ -133,8 +133,8 @@ class Clap(TwoTowers):
         found = widths(text.blocks)
         if found:
             config.intermediate_size = found[1]
-        inputs = [model.get_submodule(block.mlp.writers[0]).in_features for block in audio.blocks]
-        neurons = [block.mlp.neurons for block in audio.blocks]
+        inputs = [model.get_submodule(block.attention.reader).out_features for block in audio.blocks]
+        neurons = [block.feeding.neurons for block in audio.blocks]
         ratio = neurons[0] / inputs[0]
         if all(int(ratio * width) == own for width, own in zip(inputs, neurons, strict=True)):
             model.config.audio_config.mlp_ratio = ratio

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmcompress.errors import UsageError, closest
-from mmcompress.families.anatomy import LLAMA_BLOCK, QWEN_LANGUAGE_BLOCK, BlockNames, read_blocks
-from mmcompress.views import Residual, Tower
+from mmcompress.families.anatomy import LLAMA_BLOCK, QWEN_LANGUAGE_BLOCK, QWEN_MIXTURE_BLOCK, BlockNames, read_blocks
+from mmcompress.views import Block, Residual, Tower
 
 LANGUAGE: dict[str, BlockNames] = {
     "llama": LLAMA_BLOCK,
@@ -20,6 +20,7 @@ LANGUAGE: dict[str, BlockNames] = {
     "qwen2_vl_text": QWEN_LANGUAGE_BLOCK,
     "qwen2_5_vl_text": QWEN_LANGUAGE_BLOCK,
     "qwen3_vl_text": LLAMA_BLOCK,
+    "qwen3_vl_moe_text": QWEN_MIXTURE_BLOCK,
 }
 
 
@@ -52,11 +53,13 @@ def language_tower(model: Any, path: str, makers: Sequence[str] = (), rows: Sequ
     per_block = tuple(
         ("config.text_config", key, "each") for key in ("layer_types", "no_rope_layers") if getattr(config, key, None)
     )
+    blocks = read_blocks(model, f"{path}.layers", LANGUAGE[config.model_type], activation)
+    why_no_residual = _why_no_residual(config.model_type, blocks)
     return Tower(
         name="language",
         path=path,
         blocks_path=f"{path}.layers",
-        blocks=read_blocks(model, f"{path}.layers", LANGUAGE[config.model_type], activation),
+        blocks=blocks,
         config="text_config",
         depth_key="num_hidden_layers",
         heads=("lm_head",),
@@ -64,24 +67,35 @@ def language_tower(model: Any, path: str, makers: Sequence[str] = (), rows: Sequ
         tied=((table, "lm_head"),) if tied else (),
         numbered=per_block,  # type: ignore[arg-type]
         why_no_stream="the tokens of an answer follow one another, and each is needed",
-        residual=None if config.model_type in SCALED else Residual(
+        residual=None if why_no_residual else Residual(
             width=model.get_submodule(table).embedding_dim,
             rows=(f"{table}.weight", *rows),
             makers=tuple(makers),
             norm=f"{path}.norm",
             readers=("lm_head",),
         ),
-        why_no_residual=f"{config.model_type} multiplies words by the root of the stream's width, and norms by 1 + their weight",
+        why_no_residual=why_no_residual,
     )  # fmt: skip
+
+
+def _why_no_residual(kind: str, blocks: Sequence[Block]) -> str:
+    """Return why the stream cannot become narrower, "" where it can."""
+    if kind in SCALED:
+        return f"{kind} multiplies words by the root of the stream's width, and norms by 1 + their weight"
+    return "routers and experts read it through no Linear" if any(block.experts for block in blocks) else ""
 
 
 def write_language_config(config: Any, tower: Tower) -> None:
     """Write depth and uniform widths of the blocks into the config, heads and the stream's width where it can say them."""
     blocks = tower.blocks
     config.num_hidden_layers = len(blocks)
-    neurons = {block.mlp.neurons for block in blocks}
+    neurons = {block.mlp.neurons for block in blocks if block.mlp}
     if len(neurons) == 1:
         config.intermediate_size = neurons.pop()
+    if hasattr(config, "mlp_only_layers"):
+        config.mlp_only_layers, config.decoder_sparse_step = [block.index for block in blocks if block.mlp], 1
+        experts = {block.experts.experts for block in blocks if block.experts}
+        config.num_experts = experts.pop() if len(experts) == 1 else config.num_experts
     heads = {(block.attention.heads, block.attention.kv_heads) for block in blocks}
     if len(heads) == 1 and getattr(config, "head_dim", None) is not None:
         config.num_attention_heads, config.num_key_value_heads = heads.pop()

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size, positions in three dimensions, grouped queries.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (with experts, too): pictures of any size, positions in three dimensions, grouped queries.
 
 The vision tower sees the patches of all pictures in one row, by the grid of each. Qwen2.5 looks through windows in all blocks but a
 few; Qwen3 gives the language model's first blocks what its own earlier blocks made (deepstack), beside the image tokens.
@@ -17,6 +17,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
@@ -47,14 +48,21 @@ CLASSES: dict[str, type[nn.Module]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
 }
 BLOCKS = {"qwen2_vl": QWEN2_VISION_BLOCK, "qwen2_5_vl": QWEN25_VISION_BLOCK, "qwen3_vl": QWEN3_VISION_BLOCK}
 EXAMPLE_GRID = (1, 16, 16)
 """Frames, rows and columns of patches in an example picture, and in all that exported models see."""
 
 
+def kind_of(model: Any) -> str:
+    """Return the model_type; with experts, that of the model which differs in nothing else."""
+    kind: str = model.config.model_type
+    return kind.removesuffix("_moe")
+
+
 class QwenVL(VisionLanguage):
-    """All three; what differs is told by the config's model_type."""
+    """All of them; what differs is told by the config's model_type."""
 
     name = "qwen_vl"
     model_types: tuple[str, ...] = tuple(CLASSES)
@@ -72,9 +80,9 @@ class QwenVL(VisionLanguage):
         heads, embeddings = [f"{root}.merger"], [f"{root}.patch_embed.proj"]
         numbered: list[tuple[str, str, Numbering]] = []
         needed: tuple[int, ...] = ()
-        if model.config.model_type == "qwen2_5_vl":
+        if kind_of(model) == "qwen2_5_vl":
             numbered = [(owner, "fullatt_block_indexes", "block") for owner in (root, "config.vision_config")]
-        if model.config.model_type == "qwen3_vl":
+        if kind_of(model) == "qwen3_vl":
             heads.append(f"{root}.deepstack_merger_list")
             embeddings.append(f"{root}.pos_embed")
             numbered = [(owner, "deepstack_visual_indexes", "block") for owner in (root, "config.vision_config")]
@@ -98,8 +106,8 @@ class QwenVL(VisionLanguage):
     @staticmethod
     def _vision_blocks(model: Any, root: str) -> tuple[Block, ...]:
         config = model.config.vision_config
-        blocks = read_blocks(model, f"{root}.blocks", BLOCKS[model.config.model_type], config.hidden_act)
-        if model.config.model_type != "qwen2_5_vl":
+        blocks = read_blocks(model, f"{root}.blocks", BLOCKS[kind_of(model)], config.hidden_act)
+        if kind_of(model) != "qwen2_5_vl":
             return blocks
         window = layout(config, EXAMPLE_GRID).mean_window
         return tuple(
@@ -111,7 +119,7 @@ class QwenVL(VisionLanguage):
 
     def makers(self, model: Any) -> tuple[str, ...]:
         merger = "model.visual.merger"
-        if model.config.model_type != "qwen3_vl":
+        if kind_of(model) != "qwen3_vl":
             return (f"{merger}.mlp.2",)
         # Those of the deepstack are added to what the first blocks give out.
         deeper = range(len(model.model.visual.deepstack_merger_list))
@@ -133,7 +141,7 @@ class QwenVL(VisionLanguage):
 
         Where there are videos also grid_seconds (B,), how long a layer of their grids lasts; 0 for images.
         """
-        kind, layer = model.config.model_type, processor.image.temporal_patch_size
+        kind, layer = kind_of(model), processor.image.temporal_patch_size
         made = [
             image_patches(processor, one) if isinstance(one, Image) else video_patches(processor, one, kind)
             for one in images
@@ -171,7 +179,7 @@ class QwenVL(VisionLanguage):
         token, grid = self.image_tokens_of(model, processor)[1], inputs["image_grid_thw"][row]
         layers, layer = int(grid[0]), processor.image.temporal_patch_size
         how, count = merging_of(model.model), self._count(model, grid) // layers
-        if model.config.model_type != "qwen3_vl":
+        if kind_of(model) != "qwen3_vl":
             return Shown(token, token * count * (how.left(layers) if how else layers), "video")
         # Qwen3 is told the time of each layer of frames in words: that of its middle.
         ids = [model.config.vision_start_token_id, model.config.vision_end_token_id]
@@ -208,7 +216,7 @@ class QwenVL(VisionLanguage):
         return len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
 
     def film(self, model: Any) -> Film:
-        how, kind = merging_of(model.model), model.config.model_type
+        how, kind = merging_of(model.model), kind_of(model)
         return film(kind, super().image_width(model), 1 + self.deep(model), how.stride if how else 1)
 
     def handed_on(self, model: Any, made: dict[str, Any], images: dict[str, Tensor]) -> dict[str, Any]:
@@ -301,7 +309,7 @@ class QwenVL(VisionLanguage):
         if "video" in kinds:
             given = packed(kinds["video"])
             inputs |= {"pixel_values_videos": given["pixel_values"], "video_grid_thw": given["image_grid_thw"]}
-            if model.config.model_type == "qwen2_5_vl":
+            if kind_of(model) == "qwen2_5_vl":
                 inputs["second_per_grid_ts"] = given["grid_seconds"]
         if "image" in kinds:
             given = packed(kinds["image"])
@@ -311,12 +319,12 @@ class QwenVL(VisionLanguage):
     def write_vision_config(self, model: Any, tower: Tower) -> None:
         config = model.config.vision_config
         config.depth = len(tower.blocks)
-        if model.config.model_type == "qwen3_vl":
+        if kind_of(model) == "qwen3_vl":
             config.out_hidden_size = super().image_width(model)
-        neurons = {block.mlp.neurons for block in tower.blocks}
+        neurons = {block.mlp.neurons for block in tower.blocks if block.mlp}
         if len(neurons) > 1:
             return
-        if model.config.model_type == "qwen2_vl":
+        if kind_of(model) == "qwen2_vl":
             # Its config knows only a whole ratio; other widths cannot be said.
             ratio, rest = divmod(neurons.pop(), config.embed_dim)
             config.mlp_ratio = config.mlp_ratio if rest else ratio

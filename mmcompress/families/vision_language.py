@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcompress.bundle import Processor
@@ -40,6 +40,7 @@ from mmcompress.surgery.frames import STAGES, stages_of
 from mmcompress.surgery.ledger import putting_back
 from mmcompress.surgery.reducing import Choice, choice_of
 from mmcompress.surgery.reduction import ledger_of
+from mmcompress.surgery.routing import through_every_expert
 from mmcompress.views import Film, Prompt, Tower
 
 if TYPE_CHECKING:
@@ -290,9 +291,10 @@ class VisionLanguage(PictureQuestions):
         """Return how many of the language model's first blocks are given something of the picture beside the image tokens."""
         return 0
 
-    def exporting(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Change nothing."""
-        return contextlib.nullcontext()
+    def exporting(self, model: Any) -> AbstractContextManager[None]:
+        """Run every expert for every token, where there are experts."""
+        mixed = any(block.experts for tower in self.towers(model) for block in tower.blocks)
+        return through_every_expert(model.config.text_config) if mixed else contextlib.nullcontext()
 
     def write_config(self, model: Any) -> None:
         """Write depths and uniform widths of both towers."""

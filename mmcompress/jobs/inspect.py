@@ -42,7 +42,7 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
         "dtype": bundle.source.dtype,
         "parameters": cost.parameters,
         "bytes": cost.bytes,
-        "towers": [{**_tower(tower), **vars(cost.towers[tower.name])} for tower in bundle.towers()],
+        "towers": [{**_tower(bundle, tower), **vars(cost.towers[tower.name])} for tower in bundle.towers()],
         "passes": [
             {"pass": name, "tower": tower.name, **applies(bundle, name, tower)}
             for name in passes.PASSES
@@ -52,13 +52,22 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     }
 
 
-def _tower(tower: Tower) -> dict[str, Any]:
+def _tower(bundle: Bundle, tower: Tower) -> dict[str, Any]:
+    mixtures = [block.experts for block in tower.blocks if block.experts]
+    idle = sum(
+        bundle.model.get_parameter(name)[0].numel() * (mixed.experts - mixed.top)
+        for mixed in mixtures
+        for name in mixed.stacked
+    )
     return {
         "name": tower.name,
         "blocks": len(tower.blocks),
         "heads": _span([block.attention.heads for block in tower.blocks]),
         "head_dim": _span([block.attention.head_dim for block in tower.blocks]),
-        "neurons": _span([block.mlp.neurons for block in tower.blocks]),
+        "neurons": _span([block.feeding.neurons for block in tower.blocks]),
+        "experts": _span([mixed.experts for mixed in mixtures]) if mixtures else None,
+        "experts_per_token": _span([mixed.top for mixed in mixtures]) if mixtures else None,
+        "parameters_idle_per_token": idle,
         "tokens": tower.stream.tokens if tower.stream else None,
         "readout": tower.stream.readout if tower.stream else None,
     }

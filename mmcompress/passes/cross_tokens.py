@@ -60,7 +60,7 @@ def add_vectors(bundle: Bundle, tower: Tower, merged: Sequence[int]) -> None:
     """Give each block of `tower` that merges tokens, by how many each does, its vector, untrained."""
     for block, removed in zip(merging_blocks(tower), merged, strict=True):
         if removed:
-            width = int(bundle.module(block.mlp.reader).out_features)  # type: ignore[arg-type]
+            width = int(bundle.module(block.attention.reader).out_features)  # type: ignore[arg-type]
             with bundle.device:
                 add_cross_token(bundle.module(block.path), width, bundle.model.dtype)
 

@@ -206,7 +206,7 @@ class DropVisualTokens:
             return
         tower, prompt = self._language(bundle)
         block = tower.blocks[0]
-        attention, mlp = (path.removeprefix(f"{block.path}.") for path in (block.attention.path, block.mlp.path))
+        attention, mlp = (path.removeprefix(f"{block.path}.") for path in (block.attention.path, block.feeding.path))
         how = Dropping(
             method=self.method,
             drops=tuple(

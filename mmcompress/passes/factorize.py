@@ -23,6 +23,7 @@ from mmcompress.passes.factorize_ranks import Layer, choose_ranks, list_layers, 
 from mmcompress.passes.prune_budget import Pool, pools
 from mmcompress.passes.prune_cut import set_parameters
 from mmcompress.passes.prune_units import Costs, count_costs
+from mmcompress.passes.stacked import say_left
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.low_rank import LowRankLinear
 from mmcompress.views import Tower
@@ -117,7 +118,9 @@ class Factorize:
 
     def fit(self, bundle: Bundle, context: Context) -> dict[str, Any]:
         """Tune nothing; recount what the model costs now."""
-        return {"recount": {tower.name: asdict(count_costs(bundle, tower)) for tower in self.chosen(bundle)}}
+        towers = self.chosen(bundle)
+        left = say_left(bundle, towers, context, "whole")
+        return {"recount": {tower.name: asdict(count_costs(bundle, tower)) for tower in towers}, **left}
 
     def chosen(self, bundle: Bundle) -> list[Tower]:
         """Return the towers to factorize."""

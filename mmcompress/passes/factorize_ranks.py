@@ -76,7 +76,7 @@ def layer_paths(tower: Tower, kinds: Sequence[str]) -> list[str]:
         if "attention" in kinds:
             for attention in (block.attention, block.cross):
                 paths += (*attention.writers, attention.reader) if attention else ()
-        if "mlp" in kinds:
+        if "mlp" in kinds and block.mlp:
             paths += (*block.mlp.writers, block.mlp.reader)
     return list(dict.fromkeys(paths))
 

@@ -111,8 +111,9 @@ def block_macs(bundle: Bundle, tower: Tower, tokens: Sequence[tuple[int, int]]) 
     """Return the multiply-adds of the blocks' Linears and attention, given the tokens before and after each one's attention."""
     total = 0
     for block, (before, after) in zip(tower.blocks, tokens, strict=True):
-        width = int(bundle.module(block.mlp.reader).out_features)  # type: ignore[arg-type]
+        width = int(bundle.module(block.attention.reader).out_features)  # type: ignore[arg-type]
         inner = (block.attention.heads + block.attention.kv_heads) * block.attention.head_dim
         total += before * 2 * width * inner + 2 * before * before * block.attention.heads * block.attention.head_dim
+        assert block.mlp is not None, f"{block.path} has experts, and is in a tower whose tokens are merged"
         total += after * width * block.mlp.neurons * (len(block.mlp.writers) + 1)
     return total

@@ -16,7 +16,7 @@ from mmcompress.surgery.counting import counting
 from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.surgery.narrowing import is_rms_norm
 from mmcompress.surgery.watch import evaluating, watch_inputs
-from mmcompress.views import Residual, Tower
+from mmcompress.views import Attention, Block, Mlp, Residual, Tower
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def stream_of(tower: Tower) -> Stream:
     norms: dict[str, tuple[str, ...]] = {}
     for block in tower.blocks:
         assert len(block.norms) == 2, f"{block.path} is in a tower whose stream is known, but not its norms"
-        norms |= zip(block.norms, (block.attention.writers, block.mlp.writers), strict=True)
+        norms |= zip(block.norms, (part.writers for part in _parts(block)), strict=True)
     norms[residual.norm] = residual.readers
-    added = [path for block in tower.blocks for path in (block.attention.reader, block.mlp.reader)]
+    added = [part.reader for block in tower.blocks for part in _parts(block)]
     table, tied = _tie(tower, residual)
     return Stream(
         tower.name,
@@ -71,6 +71,11 @@ def stream_of(tower: Tower) -> Stream:
         tied,
         table,
     )
+
+
+def _parts(block: Block) -> tuple[Attention, Mlp]:
+    assert block.mlp is not None, f"{block.path} has experts, and is in a tower whose stream is known"
+    return block.attention, block.mlp
 
 
 def _tie(tower: Tower, residual: Residual) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""prune: remove attention heads, MLP neurons or whole blocks, under one budget across towers.
+"""prune: remove attention heads, MLP neurons, experts or whole blocks, under one budget across towers.
 
 Units are scored, priced exactly and chosen by `ops.allocation`; their rows and columns are then cut out of the Linears, so the
 model is smaller, not masked. What stays can be repaired in closed form from calibration statistics (`ops.reconstruction`). Scores
@@ -10,6 +10,9 @@ With "kind" they are standardised over all units of one kind, of all towers, and
 damage of removing a unit, in one currency for all layers and both towers, and the least damage per parameter or MAC goes first;
 Taylor and optimal brain surgeon mean just that. "auto" is "none" for these two, "layer" otherwise, but for signed and absolute
 first-order effects, which are divided by the root mean square of the layer.
+
+Experts are scored by how much of the tokens' routing weight they are given (`prune_routing`); "auto" takes that as it is. What is
+left is not repaired: a token that had chosen one that is gone goes through the next best, with weights that sum to 1 again.
 
 How many units each layer gives up (`allocate`) follows from that with "knapsack". "even" asks scores only which units of a layer
 go, and "evolutionary" tries on the model how many of each (`prune_evolution`).
@@ -41,13 +44,14 @@ from mmcompress.passes.prune_budget import (
 )
 from mmcompress.passes.prune_checks import require_prunable, require_sensible
 from mmcompress.passes.prune_crosscheck import crosscheck
-from mmcompress.passes.prune_cut import cut_blocks, cut_heads, cut_neurons, set_parameters
+from mmcompress.passes.prune_cut import cut_blocks, cut_experts, cut_heads, cut_neurons, set_parameters
 from mmcompress.passes.prune_direct import direct_effects
 from mmcompress.passes.prune_effects import taylor
 from mmcompress.passes.prune_evolution import Evolution
 from mmcompress.passes.prune_latency import plan_within_latency
 from mmcompress.passes.prune_relevance import relevance
 from mmcompress.passes.prune_repair import repaired_readers
+from mmcompress.passes.prune_routing import routing
 from mmcompress.passes.prune_split import decisions, split
 from mmcompress.passes.prune_surgeon import surgeon
 from mmcompress.passes.prune_units import Group, count_costs, count_tokens, list_groups, read_ranges
@@ -57,10 +61,10 @@ from mmcompress.views import Tower
 
 @dataclass(frozen=True)
 class Prune:
-    """Remove attention heads, MLP neurons or whole blocks, under one budget across towers.
+    """Remove attention heads, MLP neurons, experts or whole blocks, under one budget across towers.
 
-    Cuts rows and columns out of the Linears. Widths may differ from block to block; with `uniform` and without heads, plain
-    transformers loads the result.
+    Cuts rows and columns out of the Linears, and experts with their rows of the router. Widths may differ from block to block; with
+    `uniform` and without heads, plain transformers loads the result.
     """
 
     name: ClassVar[str] = "prune"
@@ -77,7 +81,8 @@ class Prune:
     budget: Literal["parameters", "macs"] = "parameters"
     """What is counted: parameters, or multiply-accumulates at the family's example input size."""
     units: tuple[str, ...] = ("heads", "neurons")
-    """What may go: heads, neurons, or blocks alone."""
+    """What may go: heads, neurons, or blocks alone, or experts alone. Without experts a token goes through as many as before: the
+    model is smaller, not faster."""
     score: Literal[
         "auto",
         "taylor",
@@ -88,15 +93,16 @@ class Prune:
         "relevance",
         "direct-effect",
         "magnitude",
+        "routing",
         "block-influence",
         "random",
     ] = "auto"
-    """What makes a unit important; auto: obs where what stays is refitted, taylor else. First-order effects on `objective`: taylor
-    is their mean square (Fisher, optimal brain damage), taylor-signed their mean, taylor-absolute the mean of their sizes
-    (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon); activation: Wanda; relevance: attention
-    and its gradient (Chefer), of heads alone; direct-effect: what a unit of a language model itself says of right answers
-    (multimodal neurons); block-influence: of blocks alone; random is the control. Only magnitude and
-    random need no data."""
+    """What makes a unit important; auto: routing for experts, obs where what stays is refitted, taylor else. First-order effects on
+    `objective`: taylor is their mean square (Fisher, optimal brain damage), taylor-signed their mean, taylor-absolute the mean of
+    their sizes (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon); activation: Wanda; relevance:
+    attention and its gradient (Chefer), of heads alone; direct-effect: what a unit of a language model itself says of right answers
+    (multimodal neurons); routing: the mean weight that a router gives it over tokens, of experts alone; block-influence: of blocks
+    alone; random is the control. Only magnitude and random need no data."""
     objective: Literal["embedding", "contrastive", "answers"] = "embedding"
     """What Taylor scores differentiate: each embedding by itself (no pairs needed), the contrastive loss of batches of pairs, or
     the likelihood of right answers."""
@@ -114,7 +120,7 @@ class Prune:
     """Evolutionary allocation only: how many samples each is tried on."""
     compensate: Literal["least-squares", "bias", "none"] = "least-squares"
     """Repair what stays: refit the reading Linears to their outputs in the uncut model, fold the removed mean into their biases,
-    or neither. Needs data. Blocks are removed without repair."""
+    or neither. Needs data. Blocks and experts are removed without repair."""
     ridge: float = 0.01
     """Least squares and obs only: how strongly refitted weights are held to the original, relative to the channels' variance."""
     uniform: bool = False
@@ -122,7 +128,8 @@ class Prune:
     towers: tuple[str, ...] = ()
     """Towers to prune; empty means all."""
     min_keep: float = 0.1
-    """Share of a block's heads and neurons (of a tower's blocks) that always stays; at least one does."""
+    """Share of a block's heads, neurons and experts (of a tower's blocks) that always stays; at least one does, and as many experts
+    as a token goes through."""
     multiple: int = 8
     """Neuron counts are rounded to multiples of this, which matrix kernels like. 64 suits int8 kernels (AMX, VNNI)."""
     protect: tuple[int, ...] = ()
@@ -138,8 +145,15 @@ class Prune:
         """The score that is meant."""
         if self.score != "auto":
             return self.score
-        refits = self.compensate == "least-squares" and "blocks" not in self.units and self.objective == "embedding"
+        if "experts" in self.units:
+            return "routing"
+        refits = self.compensate == "least-squares" and self.repairs and self.objective == "embedding"
         return "obs" if refits else "taylor"
+
+    @property
+    def repairs(self) -> bool:
+        """Whether what stays is repaired."""
+        return self.compensate != "none" and not {"blocks", "experts"} & set(self.units)
 
     def control(self, decisions: Mapping[str, Any] | None = None) -> Prune | None:
         """Return the pass that removes as much at random, repaired the same way."""
@@ -153,16 +167,14 @@ class Prune:
 
     def streams(self, data: bool = False) -> bool:
         """Whether scores come from one block's weights at a time, and nothing is repaired."""
-        repairs = self.compensate != "none" and "blocks" not in self.units
         alone = self.ranking in ("magnitude", "random") and self.allocate != "evolutionary"
-        return alone and not repairs and not self.crosscheck and not data
+        return alone and not self.repairs and not self.crosscheck and not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """One look at the samples for the scores, with gradients for most, two for the repair, one for each allocation tried."""
-        scores = {"magnitude": 0, "random": 0, "activation": 1, "direct-effect": 1, "block-influence": 1}.get(
-            self.ranking, 3
-        )
-        repair = 2 if self.compensate != "none" and "blocks" not in self.units else 0
+        once = ("activation", "direct-effect", "routing", "block-influence")
+        scores = {"magnitude": 0, "random": 0, **dict.fromkeys(once, 1)}.get(self.ranking, 3)
+        repair = 2 if self.repairs else 0
         timed = SECONDS if self.latency_ms is not None else 0.0
         tried = 0
         if self.allocate == "evolutionary":
@@ -187,8 +199,7 @@ class Prune:
         """Return the plan for a share that is given; `scores` are those of all groups, where they are known."""
         totals, groups, bounds, wanted = self.survey(bundle, self.chosen(bundle))
         chosen: dict[Group, list[int]] = {}
-        means = self.compensate != "none" and "blocks" not in self.units
-        search = Evolution(bundle, context, self.evaluations, self.judging_samples, means)
+        search = Evolution(bundle, context, self.evaluations, self.judging_samples, self.repairs)
         allocators: dict[str, Allocator] = {"knapsack": knapsack, "even": even, "evolutionary": search}
         if wanted:
             names = {name for pool in wanted for name in pool.towers}
@@ -201,7 +212,7 @@ class Prune:
                 )
         cut = {group: kept for group, kept in chosen.items() if len(kept) < group.units}
         tensors: dict[str, Tensor] = {}
-        if cut and means:
+        if cut and self.repairs:
             tensors = repaired_readers(bundle, cut, context, self.compensate, self.ridge)
         facts = {
             "score": self.ranking,
@@ -219,8 +230,10 @@ class Prune:
                 for place, attention in ((key, block.attention), (f"{key}.cross", block.cross)):
                     if attention and place in kept["heads"]:
                         cut_heads(bundle, attention, read_ranges(kept["heads"][place]))
-                if key in kept["neurons"]:
+                if block.mlp and key in kept["neurons"]:
                     cut_neurons(bundle, block.mlp, read_ranges(kept["neurons"][key]))
+                if block.experts and key in kept.get("experts", ()):
+                    cut_experts(bundle, block.experts, read_ranges(kept["experts"][key]))
                 give_back_freed()
             if tower.name in kept["blocks"]:
                 cut_blocks(bundle, tower, read_ranges(kept["blocks"][tower.name]))
@@ -280,6 +293,8 @@ class Prune:
             return prune_scores.block_influence(bundle, groups, context)
         if self.ranking == "obs":
             return surgeon(bundle, groups, context, self.ridge)
+        if self.ranking == "routing":
+            return routing(bundle, groups, context)
         if self.ranking == "relevance":
             return relevance(bundle, groups, context)
         if self.ranking == "direct-effect":
@@ -291,6 +306,5 @@ class Prune:
             return "cost"
         if self.normalise != "auto":
             return self.normalise
-        return {"taylor": "none", "obs": "none", "taylor-signed": "norm", "taylor-absolute": "norm"}.get(
-            self.ranking, "layer"
-        )
+        suits = {"taylor": "none", "obs": "none", "routing": "none", "taylor-signed": "norm", "taylor-absolute": "norm"}
+        return suits.get(self.ranking, "layer")

@@ -47,7 +47,7 @@ class Bounds:
     def layer(self, group: Group, values: Sequence[float], measure: str) -> Layer:
         """Return the group as the allocator sees it."""
         tie = f"{group.tower}.{group.kind}.{group.part}" if self.uniform and group.kind != "blocks" else ""
-        bound = 0 if group.kind == "blocks" else share(self.min_keep, group.units)
+        bound = 0 if group.kind == "blocks" else max(group.least, share(self.min_keep, group.units))
         multiple = self.multiple if group.kind == "neurons" else 1
         return Layer(tuple(values), group.cost.of(measure), bound, multiple, tie)
 
@@ -242,9 +242,11 @@ def _refuse(family: str, pool: Pool, groups: Sequence[Group], most: int, measure
     units = {(g.tower, g.kind): sum(h.units for h in groups if (h.tower, h.kind) == (g.tower, g.kind)) for g in groups}
     listed = ", ".join(f"{count:,} {tower} {kind}" for (tower, kind), count in units.items()) or "no units"
     largest = math.floor(most * 1000 / pool.total) / 1000
+    needed = max((group.least for group in groups), default=1)
+    bounds = "the lower bounds" + (f" (a token goes through {needed} experts of a block)" if needed > 1 else "")
     hint = f"use target >= {pool.total - most:,}" if pool.asked.startswith("target") else f"use ratio <= {largest:g}"
     raise UsageError(
         f"{family} has {listed}; {pool.asked} of {pool.total:,} {measure} would remove {pool.remove:,}, "
-        f"and at most {most:,} can go within the lower bounds",
+        f"and at most {most:,} can go within {bounds}",
         hint=f"{hint}, a smaller min_keep or multiple, more units, or protect fewer blocks",
     )

@@ -21,8 +21,13 @@ from mmcompress.views import Tower
 if TYPE_CHECKING:
     from mmcompress.passes.prune import Prune
 
-KINDS = ("heads", "neurons", "blocks")
-BLOCK_SCORES = ("block-influence", *SUMMARIES, "random")
+KINDS = ("heads", "neurons", "experts", "blocks")
+SCORES = (*SUMMARIES, "obs", "activation", "relevance", "direct-effect", "magnitude", "random")
+SCORES_OF: dict[str, tuple[str, ...]] = {
+    "blocks": ("block-influence", *SUMMARIES, "random"),
+    "experts": ("routing", "magnitude", "random"),
+}
+"""Of units that are removed alone; the others have SCORES."""
 
 
 def require_sensible(settings: Prune) -> None:
@@ -45,11 +50,12 @@ def require_sensible(settings: Prune) -> None:
         raise UsageError(f"prune.units is {list(settings.units)}", hint=closest(unknown[0] if unknown else "", KINDS))
     if "blocks" in settings.units and len(set(settings.units)) > 1:
         raise UsageError("prune.units mixes blocks with parts of blocks", hint="use two prune steps, blocks first")
-    if ("blocks" in settings.units) != (settings.ranking == "block-influence") and settings.ranking not in BLOCK_SCORES[
-        1:
-    ]:
-        others = (*SUMMARIES, "obs", "activation", "direct-effect", "magnitude", "random")
-        fitting = BLOCK_SCORES if "blocks" in settings.units else others
+    if "experts" in settings.units and len(set(settings.units)) > 1:
+        raise UsageError(
+            "prune.units mixes experts with others, and no score compares them", hint="use two prune steps"
+        )
+    fitting = SCORES_OF.get(settings.units[0], SCORES)
+    if settings.ranking not in fitting:
         raise UsageError(
             f"prune.score {settings.ranking} does not rank {' and '.join(settings.units)}",
             hint="use " + ", ".join(fitting),
@@ -84,6 +90,8 @@ def _require_sensible_allocation(settings: Prune) -> None:
             raise UsageError(
                 f"prune.{key} is {value}; expected at least 2", hint="more find better allocations, slower"
             )
+    if "experts" in settings.units:
+        _require_fit_for_experts(settings)
     if settings.allocate != "knapsack" and "blocks" in settings.units:
         raise UsageError(
             f"prune.allocate {settings.allocate} shares units out among blocks, and whole blocks are to go",
@@ -96,6 +104,24 @@ def _require_sensible_allocation(settings: Prune) -> None:
         )
 
 
+def _require_fit_for_experts(settings: Prune) -> None:
+    if settings.latency_ms is not None:
+        raise UsageError(
+            "prune.latency_ms asks for less time, and without experts a token still goes through as many",
+            hint="use ratio or target, or units=heads and neurons",
+        )
+    if settings.allocate == "evolutionary":
+        raise UsageError(
+            "prune.allocate evolutionary tries models with channels silenced, and experts have no channels of their own",
+            hint="use allocate=knapsack or even",
+        )
+    if settings.crosscheck:
+        raise UsageError(
+            "prune.crosscheck asks torch-pruning, which knows no experts",
+            hint="leave crosscheck out, or use other units",
+        )
+
+
 def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -> None:
     """Raise UsageError where layers of `towers` cannot be cut, or the score does not suit the model."""
     _require_objective(settings, bundle, towers)
@@ -104,6 +130,7 @@ def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -
             "prune.balance weighs image tokens against text, and no tower to be pruned is given both",
             hint="leave balance out, or name a language model that is shown pictures with --towers",
         )
+    _require_feeding(settings, towers)
     for tower in towers:
         _require_plain(settings, bundle, tower)
     if settings.ranking == "relevance":
@@ -149,8 +176,23 @@ def _require_objective(settings: Prune, bundle: Bundle, towers: Sequence[Tower])
                 )
 
 
+def _require_feeding(settings: Prune, towers: Sequence[Tower]) -> None:
+    """Raise UsageError where no block of the towers has what alone may go: experts, or neurons."""
+    blocks = [block for tower in towers for block in tower.blocks]
+    if "experts" in settings.units and not any(block.experts for block in blocks):
+        raise UsageError(
+            "there are no experts: every block has one feed-forward for all tokens",
+            hint="use units=heads, neurons or blocks, or name other towers with --towers",
+        )
+    if set(settings.units) == {"neurons"} and not any(block.mlp for block in blocks):
+        raise UsageError(
+            "there are no neurons to choose from: every block has experts in a feed-forward's place",
+            hint="use units=experts, heads or blocks",
+        )
+
+
 def _require_plain(settings: Prune, bundle: Bundle, tower: Tower) -> None:
-    for block in tower.blocks:
+    for block in tower.blocks if "experts" not in settings.units else ():
         parts = [part for part in (block.attention, block.cross, block.mlp) if part]
         readers = [part.reader for part in parts]
         for path in (*(path for part in parts for path in part.writers), *readers):
@@ -166,7 +208,8 @@ def _require_plain(settings: Prune, bundle: Bundle, tower: Tower) -> None:
     for kind, widths in (
         ("heads", {block.attention.heads for block in tower.blocks}),
         ("heads", {block.cross.heads for block in tower.blocks if block.cross}),
-        ("neurons", {block.mlp.neurons for block in tower.blocks}),
+        ("neurons", {block.mlp.neurons for block in tower.blocks if block.mlp}),
+        ("experts", {block.experts.experts for block in tower.blocks if block.experts}),
     ):
         if settings.uniform and kind in settings.units and len(widths) > 1:
             raise UsageError(

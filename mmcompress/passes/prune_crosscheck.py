@@ -68,8 +68,9 @@ def unit_channels(bundle: Bundle, tower: Tower) -> Iterator[Channels]:
                 rows = kept_rows(attention, last)
                 ours: Channels = {(path, "rows"): channels.tolist() for path, channels in rows.items()}
                 yield ours | {(attention.reader, "columns"): spread(last, head_rows(attention)[0]).tolist()}
-        neuron = [block.mlp.neurons - 1]
-        yield {**{(path, "rows"): neuron for path in block.mlp.writers}, (block.mlp.reader, "columns"): neuron}
+        if block.mlp:
+            neuron = [block.mlp.neurons - 1]
+            yield {**{(path, "rows"): neuron for path in block.mlp.writers}, (block.mlp.reader, "columns"): neuron}
 
 
 class _Encoder(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.passes.prune_units import head_rows, kept_rows
 from mmcompress.surgery.linears import keep_columns, keep_rows, selected, spread
-from mmcompress.views import Attention, Mlp, Numbering, Tower
+from mmcompress.views import Attention, Experts, Mlp, Numbering, Tower
 
 PLACES = ("layer_idx", "layer_index", "layer_id")
 
@@ -42,6 +42,16 @@ def cut_neurons(bundle: Bundle, mlp: Mlp, kept: Sequence[int]) -> None:
     for path in mlp.writers:
         keep_rows(_linear(bundle, path), units)
     keep_columns(_linear(bundle, mlp.reader), units)
+
+
+def cut_experts(bundle: Bundle, experts: Experts, kept: Sequence[int]) -> None:
+    """Keep the experts `kept`: their slices of the parameters that hold all of them, and their rows of the router."""
+    units = torch.tensor(kept)
+    for name in (*experts.stacked, f"{experts.router}.weight"):
+        path, _, own = name.rpartition(".")
+        setattr(bundle.module(path), own, selected(bundle.model.get_parameter(name), 0, units))
+    for path, attribute in experts.bookkeeping:
+        setattr(bundle.module(path), attribute, len(kept))
 
 
 def cut_blocks(bundle: Bundle, tower: Tower, kept: Sequence[int]) -> None:

@@ -50,7 +50,8 @@ def direct_effects(bundle: Bundle, groups: Sequence[Group], context: Context) ->
     for name, mine in by_tower(groups):
         readers = {group.reader: bundle.module(group.reader) for group in mine}
         tower = bundle.tower(name)
-        last = tower.blocks[-1].mlp.reader
+        last = tower.blocks[-1].mlp
+        assert last is not None, f"the stream of the {name} tower is known, and not what its last block adds"
         seen: dict[str, Tensor] = {}
         step = slice_size(bundle, name)
         samples = 0
@@ -71,7 +72,7 @@ def direct_effects(bundle: Bundle, groups: Sequence[Group], context: Context) ->
         with (
             evaluating(bundle.model),
             watch_inputs(readers, seen.__setitem__),
-            watch_gradients({last: bundle.module(last)}, add, "outputs"),
+            watch_gradients({last.reader: bundle.module(last.reader)}, add, "outputs"),
         ):
             for inputs, differentiate in answers(bundle, name, context, "direct effects"):
                 samples += int((bundle.forced.next_tokens(bundle.model, inputs) >= 0).any(1).sum())

@@ -37,6 +37,7 @@ from mmcompress.passes.prune_scores import by_tower, tower_batches
 from mmcompress.passes.prune_units import Group, count_tokens
 from mmcompress.progress import track
 from mmcompress.surgery.watch import Sums, evaluating, watch_gradients
+from mmcompress.views import Block
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample
@@ -235,6 +236,11 @@ def backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: O
                 found.backward()
 
 
+def _neurons(block: Block) -> int:
+    """Return how many neurons a token goes through."""
+    return block.feeding.neurons * (block.experts.top if block.experts else 1)
+
+
 def slice_size(bundle: Bundle, name: str) -> int:
     """Return how many samples may keep their graph at once: about an eighth of the model's bytes (or 32 MiB), at least one."""
     tower = bundle.tower(name)
@@ -244,7 +250,7 @@ def slice_size(bundle: Bundle, name: str) -> int:
     seen = count_tokens(bundle, tower)
     tokens = tower.stream.tokens if tower.stream else max(64, *(seen[block.attention.reader] for block in tower.blocks))
     # Saved per token and block: the MLP's hidden states before and after the activation; norms, q, k, v, attention: about 8 C.
-    numbers = tokens * sum(8 * b.attention.heads * b.attention.head_dim + 3 * b.mlp.neurons for b in tower.blocks)
+    numbers = tokens * sum(8 * b.attention.heads * b.attention.head_dim + 3 * _neurons(b) for b in tower.blocks)
     crosses = [block.cross for block in tower.blocks if block.cross]
     numbers += sum(2 * seen[cross.writers[-1]] * cross.kv_heads * cross.head_dim for cross in crosses)
     if tower.tied:

@@ -24,9 +24,17 @@ from mmcompress.surgery.watch import Sums, evaluating, padding_mask, watch_block
 
 
 def magnitude(bundle: Bundle, groups: Sequence[Group]) -> list[Tensor]:
-    """Return the L2 norm of each unit's rows, biases and columns, per group (U,)."""
+    """Return the L2 norm of each unit's rows, biases and columns, per group (U,).
+
+    Of an expert, that of all its weights and of its row of the router.
+    """
     scores = []
     for group in groups:
+        if group.kind == "experts":
+            owners = [name.rpartition(".")[::2] for name in (*group.writers, f"{group.reader}.weight")]
+            own = [bundle.layer(path).get_parameter(name).detach().flatten(1) for path, name in owners]
+            scores.append(torch.cat(own, dim=1).double().norm(dim=1).float())
+            continue
         writers = [bundle.layer(path) for path in group.writers]
         joined = [part for writer in writers for part in (writer.weight, writer.bias) if isinstance(part, Tensor)]
         rows = [part for both in joined for part in both.chunk(group.sections)]

@@ -23,7 +23,7 @@ def decisions(totals: Mapping[str, Costs], cut: Kept, depths: Mapping[str, int])
         if group.kind == "blocks":
             gone_blocks.setdefault(group.tower, set()).add(group.block)
         else:
-            kept[group.kind][group.key] = write_ranges(indices)
+            kept.setdefault(group.kind, {})[group.key] = write_ranges(indices)
     for name, gone in gone_blocks.items():
         kept["blocks"][name] = write_ranges([index for index in range(depths[name]) if index not in gone])
     return {

@@ -1,10 +1,12 @@
 """What `prune` can remove: units, what belongs to each, and what each costs, as exact integers.
 
-A unit is an attention head (a key-value group with its query heads, where there are fewer key than query heads), an MLP neuron
-or a block. A block's heads of cross-attention are a group of their own. Costs are counted, not estimated: parameters from shapes;
-multiply-accumulates from shapes and from the number of tokens seen at each Linear in one forward pass of the family's example
-inputs, so that a shortened token stream is priced as it is. MACs are those of Linears, convolutions and attention products at
-batch 1. Cross-attention makes keys and values of all S tokens of the encoder, and counts them; the encoder itself counts apart.
+A unit is an attention head (a key-value group with its query heads, where there are fewer key than query heads), an MLP neuron,
+one of the experts a router chooses from, or a block. An expert takes no MACs with it but those of its row of the router: each token
+goes through as many as before. A block's heads of cross-attention are a group of their own. Costs are counted, not estimated:
+parameters from shapes; multiply-accumulates from shapes and from the number of tokens seen at each Linear in one forward pass of
+the family's example inputs, so that a shortened token stream is priced as it is. MACs are those of Linears, convolutions and
+attention products at batch 1. Cross-attention makes keys and values of all S tokens of the encoder, and counts them; the encoder
+itself counts apart.
 
 Shape alphabet: N tokens, S tokens of the encoder a decoder looks at, C channels, H heads, D head width.
 """
@@ -22,9 +24,9 @@ from mmcompress.bundle import Bundle
 from mmcompress.surgery.counting import counting, macs_within
 from mmcompress.surgery.linears import spread
 from mmcompress.surgery.watch import evaluating, watch_inputs
-from mmcompress.views import Attention, Block, Tower
+from mmcompress.views import Attention, Block, Experts, Mlp, Tower
 
-Kind = Literal["heads", "neurons", "blocks"]
+Kind = Literal["heads", "neurons", "experts", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,17 @@ class Group:
     cost: Costs
     """Of one unit."""
     writers: tuple[str, ...] = ()
-    """Linears whose rows are cut with a unit; empty for blocks."""
+    """Linears whose rows are cut with a unit; for experts the parameters that hold them; empty for blocks."""
     reader: str = ""
-    """Linear whose columns are cut with a unit; for a block, the path of the block."""
+    """Linear whose columns are cut with a unit; for experts, the path of their router; for a block, that of the block."""
     width: int = 1
     """Columns of the reader per unit."""
     part: str = ""
     """"cross" for the heads of cross-attention."""
     sections: int = 1
     """How many layers' rows a writer holds one after the other: 3 where q, k and v are fused."""
+    least: int = 1
+    """How many units stay in any case: as many experts as a token goes through."""
 
     @property
     def key(self) -> str:
@@ -82,8 +86,10 @@ def list_groups(
                     groups.append(_heads(bundle, tower, block, block.attention, tokens))
                 if block.cross and not block.cross.why_whole:
                     groups.append(_heads(bundle, tower, block, block.cross, tokens, "cross"))
-            if "neurons" in kinds:
-                groups.append(_neurons(bundle, tower, block, tokens))
+            if "neurons" in kinds and block.mlp:
+                groups.append(_neurons(bundle, tower, block, block.mlp, tokens))
+            if "experts" in kinds and block.experts:
+                groups.append(_experts(bundle, tower, block, block.experts, tokens))
             if "blocks" in kinds and block.index not in tower.needed:
                 cost = Costs(_numel(bundle.module(block.path)), _block_macs(bundle, block, tokens))
                 groups.append(Group(tower.name, block.index, "blocks", 1, cost, reader=block.path))
@@ -118,14 +124,37 @@ def _heads(
     )
 
 
-def _neurons(bundle: Bundle, tower: Tower, block: Block, tokens: dict[str, int]) -> Group:
-    mlp = block.mlp
+def _neurons(bundle: Bundle, tower: Tower, block: Block, mlp: Mlp, tokens: dict[str, int]) -> Group:
     reader = _linear(bundle, mlp.reader)
     inputs = [_linear(bundle, path) for path in mlp.writers]
     weights = sum(linear.in_features for linear in inputs) + reader.out_features
     biases = sum(linear.bias is not None for linear in inputs)
     cost = Costs(weights + biases, tokens[mlp.reader] * weights)
     return Group(tower.name, block.index, "neurons", mlp.neurons, cost, mlp.writers, mlp.reader)
+
+
+def _experts(bundle: Bundle, tower: Tower, block: Block, experts: Experts, tokens: dict[str, int]) -> Group:
+    row = _router_row(bundle, experts)
+    cost = Costs(row + _expert_weights(bundle, experts), tokens[experts.path] * row)
+    return Group(
+        tower.name,
+        block.index,
+        "experts",
+        experts.experts,
+        cost,
+        experts.stacked,
+        experts.router,
+        least=experts.top,
+    )
+
+
+def _router_row(bundle: Bundle, experts: Experts) -> int:
+    return bundle.model.get_parameter(f"{experts.router}.weight").shape[1]
+
+
+def _expert_weights(bundle: Bundle, experts: Experts) -> int:
+    """Return how many weights one expert has."""
+    return sum(bundle.model.get_parameter(name)[0].numel() for name in experts.stacked)
 
 
 def attention_macs(queries: int, keys: float, heads: int, head_dim: int) -> int:
@@ -143,7 +172,10 @@ def _block_macs(bundle: Bundle, block: Block, tokens: dict[str, int]) -> int:
     def linears(paths: Sequence[str], seen: int) -> int:
         return seen * sum(_linear(bundle, path).weight.numel() for path in paths)
 
-    total = linears((*block.mlp.writers, block.mlp.reader), tokens[block.mlp.reader])
+    total = linears((*block.mlp.writers, block.mlp.reader), tokens[block.mlp.reader]) if block.mlp else 0
+    if block.experts:
+        mixed, row = block.experts, _router_row(bundle, block.experts)
+        total += tokens[mixed.path] * (mixed.experts * row + mixed.top * _expert_weights(bundle, mixed))
     for attention in (block.attention, block.cross):
         if attention:
             queries, keys = _looked_at(attention, tokens)
@@ -155,9 +187,10 @@ def _block_macs(bundle: Bundle, block: Block, tokens: dict[str, int]) -> int:
 def count_tokens(bundle: Bundle, tower: Tower) -> dict[str, int]:
     """Return N at every reader of `tower`, by the reader's path, in one forward pass of its example inputs.
 
-    Beside them, the S tokens that the values of cross-attention are made of, by the path of the value Linear.
+    Beside them, N at mixtures of experts, by their path, and the S tokens that the values of cross-attention are made of, by the
+    path of the value Linear.
     """
-    readers = [path for block in tower.blocks for path in (block.attention.reader, block.mlp.reader)]
+    readers = [path for block in tower.blocks for path in (block.attention.reader, _feeding(block))]
     readers += [path for block in tower.blocks if block.cross for path in (block.cross.reader, block.cross.writers[-1])]
     seen: dict[str, int] = {}
 
@@ -167,6 +200,11 @@ def count_tokens(bundle: Bundle, tower: Tower) -> dict[str, int]:
     with evaluating(bundle.model), counting(), watch_inputs({p: bundle.module(p) for p in readers}, record):
         bundle.encode(tower.name, bundle.example_inputs(tower.name, 1))
     return seen
+
+
+def _feeding(block: Block) -> str:
+    """Return the path of what is given a block's tokens once, behind its attention."""
+    return block.mlp.reader if block.mlp else block.feeding.path
 
 
 def count_costs(bundle: Bundle, tower: Tower) -> Costs:

@@ -22,6 +22,7 @@ from mmcompress.passes.quantize_mixed import plan_mixed
 from mmcompress.passes.quantize_plan import begun, finished, plan_tower
 from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, with_activations
 from mmcompress.passes.quantize_times import TIMING_SECONDS
+from mmcompress.passes.stacked import say_left
 from mmcompress.surgery.float_codes import loading_config
 from mmcompress.surgery.folding import fold
 from mmcompress.surgery.freeing import give_back_freed
@@ -221,7 +222,9 @@ class Quantize:
         held = cache_bytes(bundle)
         if self.cache == "int8":
             context.progress.say("bytes of a token in the cache: {} before, now {}".format(*held.values()))
-        return {"bytes": {tower.name: bytes_of(bundle, tower) for tower in bundle.towers()}, **held}
+        towers = [tower for tower in bundle.towers() if self.scheme_of(tower.name) != OFF]
+        left = say_left(bundle, towers, context, "floats")
+        return {"bytes": {tower.name: bytes_of(bundle, tower) for tower in bundle.towers()}, **held, **left}
 
     @property
     def maker(self) -> Maker:

@@ -86,6 +86,7 @@ def balance_for(kind: Kind, bundle: Bundle, tower: Tower, context: Context) -> B
         for part in ("attention", "mlp")
         for block in tower.blocks
         for owner in (block.attention if part == "attention" else block.mlp,)
+        if owner
     }
     if kind == "text":
         weights = {path: (0.0, 1.0) for paths in parts.values() for path in paths}
@@ -96,7 +97,7 @@ def balance_for(kind: Kind, bundle: Bundle, tower: Tower, context: Context) -> B
         return Balance()
     made = Balance(tower.prompt.image_tokens)
     for part in ("attention", "mlp"):
-        names = [f"{block.path}.{part}" for block in tower.blocks]
+        names = [name for name in parts if name.endswith(part)]
         sizes = torch.tensor([found.sizes[name] for name in names], dtype=torch.float64)
         ratios = floored_ratios(sizes[:, 0] / found.image, sizes[:, 1] / found.text).tolist()
         made.ratios[part] = [round(ratio, 4) for ratio in ratios]
@@ -118,7 +119,7 @@ class Gradients:
 def gradients(bundle: Bundle, tower: Tower, image_tokens: Sequence[int], context: Context) -> Gradients:
     """Return how large the gradients of the answers' loss are at each block's outputs. Raises UsageError without data."""
     readers = {block.attention.reader: f"{block.path}.attention" for block in tower.blocks}
-    readers |= {block.mlp.reader: f"{block.path}.mlp" for block in tower.blocks}
+    readers |= {block.mlp.reader: f"{block.path}.mlp" for block in tower.blocks if block.mlp}
     found = Gradients({name: [0.0, 0.0] for name in readers.values()})
     image = torch.empty(0)
 

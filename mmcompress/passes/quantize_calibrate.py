@@ -209,7 +209,8 @@ def _gains(
 
 def readers_of_one_input(tower: Tower, paths: Sequence[str]) -> list[list[str]]:
     """Return `paths` such that those which are given one and the same input stand together."""
-    known = [_with_factors(group) for block in tower.blocks for group in (block.attention.writers, block.mlp.writers)]
+    parts = [part for block in tower.blocks for part in (block.attention, block.mlp) if part]
+    known = [_with_factors(part.writers) for part in parts]
     known += [_reads_encoder(tower)]
     shared = [[path for path in group if path in paths] for group in known]
     alone = [[path] for path in paths if not any(path in group for group in known)]

@@ -58,7 +58,7 @@ def channels_of(tower: Tower) -> dict[str, Channels]:
             if attention is not None:
                 found[attention.reader] = _values(attention)
         mlp = block.mlp
-        if len(mlp.writers) == 2 or mlp.activation == "relu":
+        if mlp and (len(mlp.writers) == 2 or mlp.activation == "relu"):
             found[mlp.reader] = Channels(mlp.writers[-1], 1, 1, mlp.neurons)
     return found | {factor_paths(reader)[0]: channels for reader, channels in found.items()}
 

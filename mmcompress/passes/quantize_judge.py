@@ -43,7 +43,7 @@ def groups_of(tower: Tower, paths: Sequence[str]) -> dict[str, list[str]]:
                 name = f"{block.path}.attention"
             elif block.cross and layer in (*block.cross.writers, block.cross.reader):
                 name = f"{block.path}.cross"
-            elif layer in (*block.mlp.writers, block.mlp.reader):
+            elif block.mlp and layer in (*block.mlp.writers, block.mlp.reader):
                 name = f"{block.path}.mlp"
         groups.setdefault(name, []).append(path)
     return groups

@@ -125,6 +125,10 @@ class SearchPrune:
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise UsageError(f"search-prune.interval is {self.interval}; expected at least 1", hint="10 is the default")
+        if "experts" in self.units:
+            raise UsageError(
+                "search-prune removes what gates can close, and experts have none", hint="use mmc prune --units experts"
+            )
         if "blocks" in self.units and self.method in ("upop", "fisher"):
             raise UsageError(
                 f"search-prune with method {self.method} removes heads and neurons, and units names blocks",

@@ -28,6 +28,7 @@ from mmcompress.passes.base import Context, Plan, Work, require_one
 from mmcompress.passes.prune_cut import set_parameters
 from mmcompress.passes.sparsify_layers import linears_of_blocks, named, recount
 from mmcompress.passes.sparsify_weights import FROM_SAMPLES, Method, looks, sparse_weights
+from mmcompress.passes.stacked import say_left
 from mmcompress.views import Tower
 
 SPARSITY = 0.5
@@ -179,7 +180,7 @@ class Sparsify:
                 f"{tower.name}: {found['zeros']:,} of {found['weights']:,} weights of its blocks' Linears are zero "
                 f"({found['share']:.1%}; {found['share_of_tower']:.1%} of all its parameters)"
             )
-        return {"sparsity": counted}
+        return {"sparsity": counted, **say_left(bundle, self.chosen(bundle), context, "dense")}
 
     def chosen(self, bundle: Bundle) -> list[Tower]:
         """Return the towers to make sparse."""

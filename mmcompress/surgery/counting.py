@@ -1,7 +1,7 @@
 """Counting multiply-accumulates while a model runs, without multiplying anything.
 
-torch's FlopCounterMode does the dispatching. Deliberate differences: it knows no CPU flash attention, no matrix-vector
-and no int8 product and silently counts them as zero, so they are added here; and the fused path of
+torch's FlopCounterMode does the dispatching. Deliberate differences: it knows no CPU flash attention, no matrix-vector,
+grouped and no int8 product and silently counts them as zero, so they are added here; and the fused path of
 nn.MultiheadAttention is switched off while counting, for the same reason.
 """
 
@@ -46,6 +46,10 @@ class NothingMultiplied(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.overloadpacket not in flop_registry and func.overloadpacket not in _MISSING_RULES:
             return func(*args, **kwargs)
+        if func.overloadpacket is torch.ops.aten._grouped_mm:
+            # What gives its shape on meta tensors takes bfloat16 alone (torch 2.13).
+            rows, weights = args[:2]
+            return rows.new_zeros(len(rows), weights.shape[-1])
         first = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor))
 
         def without_values(value: Any) -> Any:
@@ -97,12 +101,18 @@ def _packed_product(first: Shape, second: Shape, *rest: Any, **options: Any) -> 
     return 2 * math.prod(first) * second[0]
 
 
+def _grouped_product(first: Shape, second: Shape, *rest: Any, **options: Any) -> int:
+    """first: (N,C) sorted by group, second: (E,C,M): each row meets its own group's (C,M)."""
+    return 2 * math.prod(first) * second[-1]
+
+
 _MISSING_RULES: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable: _attention,
     torch.ops.aten.mv: _matrix_vector,
     torch.ops.aten.addmv: _add_matrix_vector,
     torch.ops.aten.dot: _dot,
+    torch.ops.aten._grouped_mm: _grouped_product,
     torch.ops.aten._int_mm: _product,
     torch.ops.aten._weight_int8pack_mm: _packed_product,
 }

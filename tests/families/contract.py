@@ -20,7 +20,7 @@ from mmcompress.export.onnx import export_onnx
 from mmcompress.export.trace import traced_parts
 from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
 from mmcompress.parts import BATCH
-from mmcompress.views import Tower
+from mmcompress.views import Experts, Tower
 from tests import tiny
 
 
@@ -42,7 +42,6 @@ class FamilyContract:
 
     def test_every_path_leads_to_a_module_of_the_right_shape(self, bundle: Bundle) -> None:
         for tower, block in blocks_of(bundle):
-            mlp = block.mlp
             for attention in filter(None, (block.attention, block.cross)):
                 width = attention.heads * attention.head_dim
                 keys = attention.kv_heads * attention.head_dim
@@ -52,9 +51,13 @@ class FamilyContract:
                 assert attention.path.startswith(block.path)
                 bundle.module(attention.path)
             assert block.cross is None or block.cross.path != block.attention.path
-            bundle.module(mlp.path)
-            assert all(bundle.module(path).out_features == mlp.neurons for path in mlp.writers)
-            assert bundle.module(mlp.reader).in_features == mlp.neurons
+            bundle.module(block.feeding.path)
+            assert (block.mlp is None) != (block.experts is None)
+            if block.mlp:
+                assert all(bundle.module(path).out_features == block.mlp.neurons for path in block.mlp.writers)
+                assert bundle.module(block.mlp.reader).in_features == block.mlp.neurons
+            else:
+                check_experts(bundle, block.experts)
             assert block.path.startswith(tower.blocks_path)
         for tower in bundle.towers():
             for path in (*tower.heads, *tower.embeddings):
@@ -88,7 +91,7 @@ class FamilyContract:
             if not block.attend:
                 continue
             module = bundle.module(block.path)
-            width = bundle.module(block.mlp.writers[0]).in_features
+            width = bundle.module(block.attention.reader).out_features
             hidden = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(1))
             out = hidden + chain(module, block.attend, hidden)
             out = out + chain(module, block.feed, out)
@@ -163,6 +166,20 @@ class FamilyContract:
             again = type(bundle.model)(bundle.model.config)
         shapes = {name: tensor.shape for name, tensor in bundle.model.state_dict().items()}
         assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
+
+
+def check_experts(bundle: Bundle, mixed: Experts) -> None:
+    """What is stacked has a part for each, and the router gives tokens to as many of them as it is said to."""
+    router = bundle.module(mixed.router)
+    assert {len(bundle.model.get_parameter(name)) for name in mixed.stacked} == {mixed.experts} == {len(router.weight)}
+    assert bundle.model.get_parameter(mixed.stacked[-1]).shape[-1] == mixed.neurons
+    assert all(getattr(bundle.module(path), attribute) == mixed.experts for path, attribute in mixed.bookkeeping)
+    states = torch.randn(9, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    logits, weights, indices = router(states)
+    assert logits.shape == (9, mixed.experts)
+    assert weights.shape == indices.shape == (9, mixed.top)
+    torch.testing.assert_close(logits, states @ router.weight.t())
+    torch.testing.assert_close(weights, logits.gather(1, indices).softmax(-1))
 
 
 class DualEncoderContract(FamilyContract):

@@ -21,7 +21,7 @@ from tests import tiny
 MIB = 2**20
 
 
-@pytest.mark.parametrize("name", tiny.EVERY)
+@pytest.mark.parametrize("name", [*tiny.EVERY, *tiny.MIXTURES])
 def test_nothing_is_read_and_everything_is_right(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tiny.bundle(name), tmp_path / "model")
     (tmp_path / "model" / "mmc.json").unlink()
