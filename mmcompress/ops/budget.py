@@ -1,4 +1,4 @@
-"""Which share to keep when what is given is a budget: multiply-adds, or milliseconds on this machine."""
+"""How much of something it takes: the share a budget of multiply-adds or milliseconds leaves, the fewest that are enough."""
 
 from __future__ import annotations
 
@@ -19,3 +19,18 @@ def largest_within(cost: Callable[[float], float], budget: float, least: float, 
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
     return low
+
+
+def fewest(count: int, enough: Callable[[int], bool]) -> int:
+    """Return the least number, from 0 to `count`, that is enough; `count` where none is.
+
+    A number above one that is enough must be enough, too. Asked by doubling, then by halving: few numbers cost what one after the
+    other costs, many about 2 log2 of them.
+    """
+    low, high = -1, 0
+    while high < count and not enough(high):
+        low, high = high, min(count, 2 * high + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmcompress.bundle import Bundle
+from mmcompress.ops.budget import fewest
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_calibrate import batches
 from mmcompress.passes.quantize_layers import weighed
@@ -110,30 +111,39 @@ def settle(
     least: float,
     every: bool,
 ) -> Settled:
-    """Measure all of `made` together; give groups back, worst first, until the cosine is `least`.
+    """Measure all of `made` together; give as few groups back as it takes, worst first, until the cosine is `least`.
 
     Each of `groups` is measured alone where one has to go back or `every` asks for it. What takes the place of a layer that is
     given back is `instead`, None for the float layer.
     """
-    left, given_back = dict(made), list[str]()
-    before = reached = judge.cosine(left)
+    before = judge.cosine(made)
     alone: dict[str, float] = {}
     if every or before < least:
         alone = {
             name: judge.cosine({path: made[path] for path in paths})
             for name, paths in track(groups.items(), judge.progress, f"{judge.tower} sensitivity", len(groups))
         }
-    for name in sorted(alone, key=lambda name: alone[name]):
-        if reached >= least:
-            break
-        for path in groups[name]:
+    worst = sorted(alone, key=lambda name: alone[name])
+    reached = {0: before}
+
+    def without(count: int) -> dict[str, nn.Module]:
+        left = dict(made)
+        for path in (path for name in worst[:count] for path in groups[name]):
             del left[path]
             other = instead(path)
             if other is not None:
                 left[path] = other
-        given_back.extend(groups[name])
-        reached = judge.cosine(left)
-    return Settled(left, reached, before, alone, given_back)
+        return left
+
+    def enough(count: int) -> bool:
+        if count not in reached:
+            reached[count] = judge.cosine(without(count))
+        return reached[count] >= least
+
+    count = fewest(len(worst), enough)
+    enough(count)  # of all of them nothing is known yet where fewer never were
+    given_back = [path for name in worst[:count] for path in groups[name]]
+    return Settled(without(count), reached[count], before, alone, given_back)
 
 
 def judge_tower(
@@ -155,18 +165,18 @@ def judge_tower(
     if sizes.keys() & made.keys():
 
         def eight_bits(path: str) -> nn.Module:
-            if sizes.pop(path, 0):
-                layers[path] = "W8A16"
-                # Its scales and bias were those of 4 bits.
-                plan.decisions["scaled"].pop(path, None)
-                for own in ("gain", "bias"):
-                    plan.tensors.pop(f"{path}.{own}", None)
-            return bundle.aside(path, maker.made(bundle.layer(path), path, plan))
+            return bundle.aside(path, maker.made(bundle.layer(path), path, _in_eight_bits(plan, path)))
 
         packed = {name: own for name, own in groups.items() if sizes.keys() & set(own)}
         first, schemes = dict(made), dict(layers)
         found = settle(judge, packed, made, eight_bits, min_cosine, every)
         made, everything = found.made, found.before
+        for path in found.given_back:
+            if sizes.pop(path, 0):
+                layers[path] = "W8A16"
+                plan.decisions["scaled"].pop(path, None)
+                for name in _of_four_bits(path):
+                    plan.tensors.pop(name, None)
         report = {"given_8_bits": found.given_back, "sensitivity": found.alone}
         report["options"] = _options(bundle, found, groups, first, schemes)
         _say(judge, f"{len(found.given_back)} of {len(made)} layers take 8 bits", found, min_cosine)
@@ -188,6 +198,22 @@ def judge_tower(
         "sensitivity": {name: round(1 - value, 7) for name, value in report["sensitivity"].items()},
         "judged_on": {"samples": judge.samples, "runs": judge.runs},
     }
+
+
+def _of_four_bits(path: str) -> tuple[str, str]:
+    """Return the names of tensors that are a layer's as long as it has 4 bits: scales of its inputs, and its bias."""
+    return f"{path}.gain", f"{path}.bias"
+
+
+def _in_eight_bits(plan: Plan, path: str) -> Plan:
+    """Return a plan for one layer, as it is unless it has 4 bits, which become 8."""
+    own = {name: plan.tensors[name] for name in plan.tensors if name.startswith(f"{path}.")}
+    if path not in plan.decisions["groups"]:
+        return Plan(plan.decisions, own)
+    scaled = {other: value for other, value in plan.decisions["scaled"].items() if other != path}
+    changed = {"layers": {**plan.decisions["layers"], path: "W8A16"}, "scaled": scaled}
+    tensors = {name: tensor for name, tensor in own.items() if name not in _of_four_bits(path)}
+    return Plan({**plan.decisions, **changed}, tensors)
 
 
 def _options(
