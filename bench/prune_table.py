@@ -4,6 +4,7 @@
 - `heads`: its attention heads alone, which relevance ranks.
 - `speech`: Whisper tiny.en, both towers; words of the test sentences.
 - `answers`: the mini-VLM, both towers; held-out questions.
+- `words`: its language model alone, where scores may ask what units say.
 
 A ratio is the share of all towers' parameters that goes, embeddings and projections counted in. What stays is refitted by least
 squares, random units too, so that only the selection differs. Each result is judged in torch, paired with the original (n and
@@ -66,6 +67,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "activation-balanced": {"score": "activation", "balance": True},
     "magnitude": {"score": "magnitude"},
     "relevance": {"score": "relevance"},
+    "taylor-answers": {"score": "taylor", "objective": "answers"},
+    "direct-effect": {"score": "direct-effect"},
 }
 ANYWHERE = (RANDOM, DEFAULT, "obs", "taylor-even", "obs-even", "taylor-absolute", "activation", "magnitude")
 
@@ -106,6 +109,12 @@ CONTESTS = {
     "answers": Contest(
         assets.mini_vlm, (*ANYWHERE, "activation-balanced"),
         lambda: open_data(str(assets.vqa("training"))), 64, "vqa", lambda: open_data(str(assets.vqa("heldout"))), 60,
+    ),
+    "words": Contest(
+        assets.mini_vlm,
+        (RANDOM, DEFAULT, "obs", "activation", "activation-balanced", "magnitude", "taylor-answers", "direct-effect"),
+        lambda: open_data(str(assets.vqa("training"))), 64, "vqa", lambda: open_data(str(assets.vqa("heldout"))), 200,
+        (0.1, 0.2), {"towers": ("language",)},
     ),
 }  # fmt: skip
 

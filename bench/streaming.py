@@ -39,8 +39,16 @@ VISION = {
     "window_size": 112,
 }
 VISION |= {"fullatt_block_indexes": [7, 15, 23, 31]}  # type: ignore[dict-item]
-ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
 SIZES: dict[str, dict[str, Any]] = {
+    "1b": {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+        "tie": True,
+    },
     "3b": {
         "hidden_size": 2048,
         "num_hidden_layers": 36,
@@ -69,9 +77,11 @@ def architecture(size: str) -> tuple[Any, Any]:
     """Return the config and the model, to be made on the meta device."""
     text = dict(SIZES[size])
     tie = text.pop("tie")
+    width = text["hidden_size"] // text["num_attention_heads"]
+    rope = {"rope_type": "default", "mrope_section": [width // 8, 3 * width // 16, 3 * width // 16], "rope_theta": 1e6}
     config = AutoConfig.for_model(
         "qwen2_5_vl",
-        text_config={**text, "rope_parameters": ROPE},
+        text_config={**text, "rope_parameters": rope},
         vision_config={**VISION, "out_hidden_size": text["hidden_size"]},
         tie_word_embeddings=tie,
     )
@@ -193,7 +203,7 @@ def main() -> None:
     file = assets.RESULTS / "streaming.json"
     document = json.loads(file.read_text()) if file.exists() else {"models": {}}
     document |= {"command": "python -m bench.streaming", "machine": machine_facts()}
-    for size in sys.argv[1:] or SIZES:
+    for size in sys.argv[1:] or ("3b", "7b"):
         with tempfile.TemporaryDirectory() as place:
             document["models"][size] = measure(size, Path(place))
         file.write_text(json.dumps(document, separators=(",", ":")) + "\n")

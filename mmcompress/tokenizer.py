@@ -27,13 +27,21 @@ def document_of(processor: Processor) -> dict[str, Any]:
     return document
 
 
-def with_document(processor: Processor, document: dict[str, Any]) -> Processor:
-    """Return the preprocessing with another tokenizer.json, and the tokenizer's own settings as they were."""
+def with_length(processor: Processor, length: int) -> Processor:
+    """Return the preprocessing with a tokenizer that knows texts to have at most `length` tokens."""
+    return with_document(processor, document_of(processor), length)
+
+
+def with_document(processor: Processor, document: dict[str, Any], length: int | None = None) -> Processor:
+    """Return the preprocessing with another tokenizer.json, and the tokenizer's own settings as they were.
+
+    `length`: the most tokens a text may have, where that is another number now.
+    """
     old = processor.tokenizer
     special = {name: value for name, value in old.special_tokens_map.items() if isinstance(value, str)}
     made = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(document)),
-        model_max_length=old.model_max_length,
+        model_max_length=old.model_max_length if length is None else length,
         padding_side=old.padding_side,
         truncation_side=old.truncation_side,
         model_input_names=old.model_input_names,

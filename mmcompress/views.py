@@ -143,6 +143,18 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """A table that has a row for every place of a text, of which a text reads the first ones."""
+
+    table: str
+    """Path of the nn.Embedding."""
+    first: int = 0
+    """The row of the first token; those before belong to padding."""
+    key: str = "max_position_embeddings"
+    """The config key that counts the rows."""
+
+
+@dataclass(frozen=True)
 class Line:
     """An encoder's tokens that stand in a line, as many as a sample has, and all look at one another."""
 
@@ -234,6 +246,8 @@ class Tower:
     embeddings: tuple[str, ...] = ()
     """Paths of the nn.Embedding tables and the patch embedding."""
     stream: TokenStream | None = None
+    positions: Positions | None = None
+    """In an encoder of texts that has a learned row for every place, and reads no more of them than a text has tokens."""
     line: Line | None = None
     """In an encoder of texts or sounds whose blocks take (tokens, mask) in any number."""
     uncalled: tuple[str, ...] = ()

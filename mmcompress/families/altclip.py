@@ -27,7 +27,7 @@ class AltClip(TwoTowers):
     def towers(self, model: Any) -> tuple[Tower, ...]:
         return (
             clip_vision(model),
-            bert_text(model, "roberta", "encoder.layers"),
+            bert_text(model, "roberta", "encoder.layers", first=self.text_config(model).pad_token_id + 1),
         )
 
     def text_limit(self, model: Any) -> int:

@@ -61,7 +61,7 @@ class Clap(TwoTowers):
                 packed=True,
                 why_no_stream="its tokens are a grid that is cut into windows",
             ),
-            bert_text(model),
+            bert_text(model, first=self.text_config(model).pad_token_id + 1),
         )
 
     def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:

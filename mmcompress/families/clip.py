@@ -9,7 +9,7 @@ from transformers import CLIPModel
 
 from mmcompress.families.anatomy import CLIP_BLOCK, read_blocks, widths
 from mmcompress.families.two_tower import TwoTowers
-from mmcompress.views import TokenStream, Tower
+from mmcompress.views import Positions, TokenStream, Tower
 
 
 class Clip(TwoTowers):
@@ -35,6 +35,7 @@ class Clip(TwoTowers):
                 depth_key="num_hidden_layers",
                 heads=("text_projection",),
                 embeddings=("text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding"),
+                positions=Positions("text_model.embeddings.position_embedding"),
                 why_no_stream="CLIP reads its text at the end-of-text position, which merging would move",
             ),
         )

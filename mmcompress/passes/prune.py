@@ -45,6 +45,7 @@ from mmcompress.passes.prune_budget import (
 from mmcompress.passes.prune_checks import require_prunable, require_sensible
 from mmcompress.passes.prune_crosscheck import crosscheck
 from mmcompress.passes.prune_cut import cut_blocks, cut_experts, cut_heads, cut_neurons, set_parameters
+from mmcompress.passes.prune_direct import direct_effects
 from mmcompress.passes.prune_effects import taylor
 from mmcompress.passes.prune_evolution import Evolution
 from mmcompress.passes.prune_latency import plan_within_latency
@@ -90,6 +91,7 @@ class Prune:
         "obs",
         "activation",
         "relevance",
+        "direct-effect",
         "magnitude",
         "routing",
         "block-influence",
@@ -98,8 +100,9 @@ class Prune:
     """What makes a unit important; auto: routing for experts, obs where what stays is refitted, taylor else. First-order effects on
     `objective`: taylor is their mean square (Fisher, optimal brain damage), taylor-signed their mean, taylor-absolute the mean of
     their sizes (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon); activation: Wanda; relevance:
-    attention and its gradient (Chefer), of heads alone; routing: the mean weight that a router gives it over tokens, of experts
-    alone; block-influence: of blocks alone; random is the control. Only magnitude and random need no data."""
+    attention and its gradient (Chefer), of heads alone; direct-effect: what a unit of a language model itself says of right answers
+    (multimodal neurons); routing: the mean weight that a router gives it over tokens, of experts alone; block-influence: of blocks
+    alone; random is the control. Only magnitude and random need no data."""
     objective: Literal["embedding", "contrastive", "answers"] = "embedding"
     """What Taylor scores differentiate: each embedding by itself (no pairs needed), the contrastive loss of batches of pairs, or
     the likelihood of right answers."""
@@ -169,7 +172,8 @@ class Prune:
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """One look at the samples for the scores, with gradients for most, two for the repair, one for each allocation tried."""
-        scores = {"magnitude": 0, "random": 0, "activation": 1, "routing": 1, "block-influence": 1}.get(self.ranking, 3)
+        once = ("activation", "direct-effect", "routing", "block-influence")
+        scores = {"magnitude": 0, "random": 0, **dict.fromkeys(once, 1)}.get(self.ranking, 3)
         repair = 2 if self.repairs else 0
         timed = SECONDS if self.latency_ms is not None else 0.0
         tried = 0
@@ -293,6 +297,8 @@ class Prune:
             return routing(bundle, groups, context)
         if self.ranking == "relevance":
             return relevance(bundle, groups, context)
+        if self.ranking == "direct-effect":
+            return direct_effects(bundle, groups, context)
         return taylor(bundle, groups, context, self.objective, self.ranking)
 
     def _normalise(self) -> str:

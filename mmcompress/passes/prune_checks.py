@@ -11,6 +11,7 @@ from torch import nn
 from mmcompress.bundle import Bundle, DualEncoder, TeacherForced
 from mmcompress.errors import UsageError, closest
 from mmcompress.passes.base import require_milliseconds, require_one
+from mmcompress.passes.prune_direct import require_direct
 from mmcompress.passes.prune_effects import SUMMARIES
 from mmcompress.passes.prune_relevance import require_maps
 from mmcompress.surgery.float_codes import is_float_coded
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from mmcompress.passes.prune import Prune
 
 KINDS = ("heads", "neurons", "experts", "blocks")
-SCORES = (*SUMMARIES, "obs", "activation", "relevance", "magnitude", "random")
+SCORES = (*SUMMARIES, "obs", "activation", "relevance", "direct-effect", "magnitude", "random")
 SCORES_OF: dict[str, tuple[str, ...]] = {
     "blocks": ("block-influence", *SUMMARIES, "random"),
     "experts": ("routing", "magnitude", "random"),
@@ -134,6 +135,8 @@ def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -
         _require_plain(settings, bundle, tower)
     if settings.ranking == "relevance":
         require_maps(bundle, towers)
+    if settings.ranking == "direct-effect":
+        require_direct(bundle, towers)
     if "blocks" in settings.units and any(record.name == "merge-tokens" for record in bundle.history):
         raise UsageError(
             "tokens are already merged, with a schedule per block; removing blocks would break it",

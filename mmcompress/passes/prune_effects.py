@@ -1,7 +1,7 @@
 """Scores for `prune` from gradients: what removing a unit does to an objective, to first order; and how much each token matters.
 
 No weight needs a gradient: parameters are frozen and the gradient is taken with respect to the activations each reader sees, one
-small slice of a batch at a time, so memory is that of a few samples' activations (`_slice_size` keeps it near an eighth of the
+small slice of a batch at a time, so memory is that of a few samples' activations (`slice_size` keeps it near an eighth of the
 model's size).
 
 Objectives:
@@ -58,15 +58,15 @@ def taylor(
 def effects(bundle: Bundle, groups: Sequence[Group], context: Context, objective: str) -> Effects:
     """Return the first-order effects of every unit on the objective, summed up over the samples."""
     found = Effects(groups)
-    walk = {"contrastive": _contrastive, "answers": _answers}.get(objective, _directions)
+    walk = {"contrastive": _contrastive, "answers": answers}.get(objective, _directions)
     for name, mine in by_tower(groups):
         modules: dict[str, nn.Module] = {group.reader: bundle.module(group.reader) for group in mine}
         side: Literal["inputs", "updates"] = "updates" if mine[0].kind == "blocks" else "inputs"
-        step = _slice_size(bundle, name)
+        step = slice_size(bundle, name)
         add = found.add_sample if bundle.tower(name).packed else found.add
         with evaluating(bundle.model), watch_gradients(modules, add, side):
             for inputs, differentiate in walk(bundle, name, context, "Taylor score"):
-                _backward(bundle, name, inputs, differentiate, step)
+                backward(bundle, name, inputs, differentiate, step)
     return found
 
 
@@ -96,11 +96,11 @@ def stream_by_effect(
         mine = {path: bundle.module(path) for path in sums if tower.owns(path)}
         if mine:
             samples[tower.name] = 0
-            step = _slice_size(bundle, tower.name)
+            step = slice_size(bundle, tower.name)
             with evaluating(bundle.model), watch_gradients(mine, record, "outputs"):
                 for inputs, differentiate in _directions(bundle, tower.name, context, label, of):
                     samples[tower.name] += len(next(iter(inputs.values())))
-                    _backward(bundle, tower.name, inputs, differentiate, step)
+                    backward(bundle, tower.name, inputs, differentiate, step)
     return samples
 
 
@@ -195,7 +195,7 @@ def _contrastive(
         yield inputs[tower], differentiate
 
 
-def _answers(bundle: Bundle, tower: str, context: Context, label: str) -> Iterator[tuple[dict[str, Tensor], Objective]]:
+def answers(bundle: Bundle, tower: str, context: Context, label: str) -> Iterator[tuple[dict[str, Tensor], Objective]]:
     """Yield each batch with the negative log-likelihood of every sample's answer. Raises UsageError where none has one."""
     found = False
     for inputs in tower_batches(bundle, tower, context, label):
@@ -212,8 +212,8 @@ def _answers(bundle: Bundle, tower: str, context: Context, label: str) -> Iterat
         yield inputs, differentiate
     if not found:
         raise UsageError(
-            f"prune.objective is answers, and no sample has an answer for the {tower} tower",
-            hint="give data with answers, or use objective=embedding, which needs none",
+            f"prune with {label}: no sample has an answer for the {tower} tower",
+            hint="give data with answers, or use score=taylor with objective=embedding, which needs none",
         )
 
 
@@ -224,7 +224,8 @@ def _has(sample: Sample, media: str) -> bool:
     return (sample.audio if media == "audio" else sample.picture) is not None
 
 
-def _backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: Objective, step: int) -> None:
+def backward(bundle: Bundle, tower: str, inputs: dict[str, Tensor], objective: Objective, step: int) -> None:
+    """Differentiate the objective of a batch, `step` samples at a time: whoever watches sees them go by."""
     size = len(next(iter(inputs.values())))
     for start in range(0, size, step):
         part = {name: value[start : start + step] for name, value in inputs.items()}
@@ -240,7 +241,7 @@ def _neurons(block: Block) -> int:
     return block.feeding.neurons * (block.experts.top if block.experts else 1)
 
 
-def _slice_size(bundle: Bundle, name: str) -> int:
+def slice_size(bundle: Bundle, name: str) -> int:
     """Return how many samples may keep their graph at once: about an eighth of the model's bytes (or 32 MiB), at least one."""
     tower = bundle.tower(name)
     if tower.packed:

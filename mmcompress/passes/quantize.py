@@ -90,6 +90,8 @@ class Quantize:
     group_size: int = 32
     """For W4A16: how many neighbouring inputs share a scale (16, 32, 64 or 128; 0: all of a row). Where it does not divide them,
     the largest that does; Linears that none divides take 8 bits."""
+    double_quant: bool = False
+    """For NF4 and FP4: store the scale of each 64 weights in 8 bits, which takes 4.13 bits a weight in place of 4.5."""
     rounding: Literal["nearest", "hqq", "gptq"] = "nearest"
     """For W4A16: to the nearest place of a grid that covers a group; of the grid that suits most of its weights (HQQ; on SmolLM2 no
     better, python -m bench.fitted_weights); or so that outputs change least on the calibration samples (GPTQ, on HQQ's grids; it
@@ -232,6 +234,7 @@ class Quantize:
             smooth=self.smooth > 0,
             rounding=nearest if self.rounding == "nearest" else half_quadratic,
             rounds_inputs=self.target == "cpu",
+            double_quant=self.double_quant,
             tokens=self._tokens,
         )
 

@@ -74,6 +74,11 @@ def require_sensible(settings: Quantize) -> None:
             "quantize has towers of NF4 and of FP4, which no checkpoint of bitsandbytes can say",
             hint="use one of them",
         )
+    if settings.double_quant and not coded:
+        raise UsageError(
+            "quantize.double_quant is for the scales of 4-bit floats, and no tower gets NF4 or FP4",
+            hint="leave it out, or use scheme NF4",
+        )
     if coded and settings.target not in ("cpu", "cuda"):
         raise UsageError(
             f"quantize.scheme {coded[0]} does not go to {settings.target}; only torch computes with bitsandbytes' layers",

@@ -33,6 +33,8 @@ class Maker:
     """How 4-bit weights are rounded that the plan does not hold."""
     rounds_inputs: bool
     """Whether runtimes may round the inputs of weights that alone are integers."""
+    double_quant: bool = False
+    """Whether the scales of 4-bit floats are rounded too."""
     tokens: TokenGrid | None = None
     """What each token's inputs are rounded to, where they have no one grid."""
 
@@ -51,7 +53,7 @@ class Maker:
         scheme = plan.decisions["layers"][path]
         if scheme in FLOAT_CODES:
             assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have float codes"
-            return float_coded(module, "nf4" if scheme == "NF4" else "fp4")
+            return float_coded(module, "nf4" if scheme == "NF4" else "fp4", self.double_quant)
         if SCHEMES[scheme].weights == "float8":
             return self._float8(module, path, plan)
         gain = plan.tensors.get(f"{path}.gain")

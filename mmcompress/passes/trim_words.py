@@ -38,14 +38,14 @@ class Words:
     def cut(self, bundle: Bundle, new: Mapping[int, int], values: Mapping[str, Tensor]) -> None:
         """Put a table and an output layer of `new` words (their number by what it was) in place; `values` by name, or none yet."""
         old: Any = bundle.module(self.table)
-        table = _of_size(old, len(new), {"weight": values.get(f"{self.table}.weight")})
+        table = of_size(old, len(new), {"weight": values.get(f"{self.table}.weight")})
         table.num_embeddings = len(new)
         table.padding_idx = new.get(old.padding_idx) if old.padding_idx is not None else None
         bundle.replace(self.table, table)
         if not self.output:
             return
         given = {name: values.get(f"{self.output}.{name}") for name in ("weight", "bias")}
-        output = _of_size(bundle.module(self.output), len(new), given)
+        output = of_size(bundle.module(self.output), len(new), given)
         output.out_features = len(new)
         if self.tied:
             output.weight = table.weight
@@ -66,7 +66,7 @@ def words_of(bundle: Bundle, name: str = "") -> Words:
             hint="mmc quantize stores word tables in 8 bits",
         )
     tower = bundle.tower(name)
-    size = getattr(_config(bundle, tower), "vocab_size", None)
+    size = getattr(config_of(bundle, tower), "vocab_size", None)
     if size is None:
         raise UsageError(f"the {name} tower reads no words", hint="name the tower that does with --tower")
     tables = {path: bundle.module(path) for path in tower.embeddings}
@@ -106,7 +106,7 @@ def renumber(bundle: Bundle, name: str, special: Mapping[int, int], new: Mapping
     words that are left; of those never to be written the others are struck off.
     """
     tower = bundle.tower(name)
-    config, settings = _config(bundle, tower), getattr(bundle.model, "generation_config", None)
+    config, settings = config_of(bundle, tower), getattr(bundle.model, "generation_config", None)
     modules = [bundle.model, *bundle.module(tower.path).modules()]
     for owner in (bundle.model.config, config, *modules):
         if vars(owner).get("vocab_size") == before:
@@ -126,7 +126,7 @@ def renumber(bundle: Bundle, name: str, special: Mapping[int, int], new: Mapping
             owner.forced_decoder_ids = [[place, _renumbered(index, new)] for place, index in pairs]
 
 
-def _config(bundle: Bundle, tower: Tower) -> Any:
+def config_of(bundle: Bundle, tower: Tower) -> Any:
     return attrgetter(tower.config)(bundle.model.config) if tower.config else bundle.model.config
 
 
@@ -155,7 +155,7 @@ def _renumbered(value: Any, new: Mapping[int, int]) -> Any:
     return new.get(value, value) if isinstance(value, int) else value
 
 
-def _of_size(old: nn.Module, rows: int, values: Mapping[str, Tensor | None]) -> Any:
+def of_size(old: nn.Module, rows: int, values: Mapping[str, Tensor | None]) -> Any:
     """Return a table or output layer like `old` with so many rows: `values`, or whatever lies in memory."""
     made = copy.copy(old)
     made._parameters = dict(old._parameters)

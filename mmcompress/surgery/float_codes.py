@@ -1,7 +1,8 @@
 """Linears whose weights are 4-bit floats, NF4 or FP4: bitsandbytes' own layer, as transformers loads and saves it.
 
     weight                                (out * in / 2, 1) uint8, two codes to a byte, the earlier in the upper half
-    weight.absmax                         one per block of 64 neighbouring weights: the largest, which code 1.0 stands for
+    weight.absmax                         one per block of 64 neighbouring weights: the largest, which code 1.0 stands for; doubly
+                                          quantized, it is 8 bits (Dettmers et al., section 3) and two tables more say of what
     weight.quant_map                      (16,) what the codes stand for
     weight.quant_state.bitsandbytes__nf4  shape, block size and dtype, as JSON (__fp4 likewise)
     bias                                  as before, trainable
@@ -32,6 +33,8 @@ Kind = Literal["nf4", "fp4"]
 
 BLOCK = 64
 """Weights that share a scale."""
+SCALES = 256
+"""Doubly quantized: scales that share a scale."""
 OUTPUTS = 32
 """Outputs that bitsandbytes' CPU kernel takes at a time."""
 
@@ -48,15 +51,17 @@ def fits(linear: nn.Linear) -> bool:
     return linear.in_features % BLOCK == 0 and linear.out_features % OUTPUTS == 0
 
 
-def float_coded(linear: nn.Linear, kind: Kind) -> nn.Module:
+def float_coded(linear: nn.Linear, kind: Kind, double: bool = False) -> nn.Module:
     """Return the counterpart of a Linear with weights of 4-bit floats, sharing its bias; without values on the meta device.
+
+    With `double` the scales of blocks are 8-bit numbers, with a scale of their own for each 256 of them.
 
     Raises MissingError without bitsandbytes.
     """
     require_bitsandbytes()
     import bitsandbytes
 
-    settings: dict[str, Any] = {"quant_type": kind, "compress_statistics": False}
+    settings: dict[str, Any] = {"quant_type": kind, "compress_statistics": double}
     with torch.device("meta"):
         made: Any = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, **settings)
     made.weight.data = made.weight.data.to(torch.uint8)
@@ -71,7 +76,7 @@ def float_coded(linear: nn.Linear, kind: Kind) -> nn.Module:
         made.weight = parameter.to(weight.device)  # quantized by that
     # What transformers notes of a layer it has put in place; it asks it of those it finds when it loads (5.23).
     made.source_cls = nn.Linear
-    made.float_kind = kind
+    made.float_kind, made.float_double = kind, double
     return made.train(linear.training)
 
 
@@ -81,20 +86,32 @@ def is_float_coded(module: nn.Module) -> bool:
 
 
 def empty_codes(layer: Any) -> None:
-    """Give a layer without values parts of the shapes they will have, that take no memory: to be counted."""
+    """Give a layer without values parts of the shapes they will have, that take no memory: to be counted.
+
+    Doubly quantized, a layer is exact but for the digits of one number in its description.
+    """
     import bitsandbytes
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros((), dtype=dtype).expand(shape)
 
     weights = layer.in_features * layer.out_features
+    blocks = -(-weights // BLOCK)
+    nested: dict[str, Any] = {}
+    if layer.float_double:
+        scales = bitsandbytes.functional.QuantState(
+            absmax=zeros(-(-blocks // SCALES)), code=zeros(256), blocksize=SCALES, dtype=torch.float32
+        )
+        # Stored as text: a third has about as many digits as any.
+        nested = {"offset": torch.tensor(1 / 3), "state2": scales}
     state = bitsandbytes.functional.QuantState(
-        absmax=zeros(-(-weights // BLOCK)),
+        absmax=zeros(blocks, dtype=torch.uint8 if nested else torch.float32),
         shape=torch.Size((layer.out_features, layer.in_features)),
         code=zeros(16),
         blocksize=BLOCK,
         quant_type=layer.float_kind,
         dtype=torch.float32,
+        **nested,
     )
     layer.weight = bitsandbytes.nn.Params4bit(
         zeros(-(-weights // 2), 1, dtype=torch.uint8), requires_grad=False, quant_state=state, bnb_quantized=True
@@ -134,7 +151,7 @@ def loading_config(model: nn.Module, dtype: str) -> dict[str, Any] | None:
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": coded[0].float_kind,
-        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_use_double_quant": coded[0].float_double,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": [path for path, module in model.named_modules() if type(module) is nn.Linear],

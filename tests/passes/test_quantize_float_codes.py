@@ -26,7 +26,7 @@ from mmcompress.recipe import Step
 from mmcompress.surgery.float_codes import is_float_coded
 from tests import tiny
 
-pytest.importorskip("bitsandbytes", reason="pip install 'mmcompress[bnb]'")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'mmcompress[bnb]'")
 pytest.importorskip("accelerate", reason="pip install 'mmcompress[bnb]'")
 
 
@@ -146,9 +146,41 @@ def test_bytes_are_those_of_the_codes() -> None:
         assert facts[tower.name] == report[tower.name]["bytes_before"] - saved
 
 
+def test_doubly_quantized_plain_transformers_loads_it(tmp_path: Path) -> None:
+    """Scales are 8 bits, a float for each 256 of them, and tables that say what they stand for."""
+    bundle, once = run(scheme="NF4", double_quant=True), run()
+    assert coded(bundle) == coded(once)
+    for path in coded(bundle):
+        stored, before = bundle.module(path).state_dict(), once.module(path).state_dict()
+        blocks = before["weight.absmax"].numel()
+        assert stored["weight.absmax"].dtype == torch.uint8
+        assert stored["weight.absmax"].numel() == blocks
+        assert stored["weight.nested_absmax"].numel() == -(-blocks // 256)
+        assert torch.equal(stored["weight"], before["weight"])
+        rows = bundle.module(path).weight.quant_state
+        wanted = once.module(path).weight.quant_state.absmax
+        scales = bitsandbytes.functional.dequantize_blockwise(rows.absmax, rows.state2) + rows.offset
+        assert 0 < (scales - wanted).abs().max() < 0.02 * wanted.max()
+    checkpoint.save(bundle, tmp_path / "out")
+    again = checkpoint.load(tmp_path / "out")
+    assert same(bundle, again)
+    outlined, whole = cost_of(checkpoint.outline(tmp_path / "out")), cost_of(bundle)
+    assert outlined.parameters == whole.parameters
+    assert abs(outlined.bytes - whole.bytes) <= 5 * len(coded(bundle))  # digits of one number each
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][
+        "bnb_4bit_use_double_quant"
+    ]
+    plain = type(bundle.model).from_pretrained(tmp_path / "out")
+    for path in coded(bundle):
+        state = plain.get_submodule(path).weight.quant_state
+        assert state.nested
+        assert torch.equal(state.absmax, bundle.module(path).weight.quant_state.absmax)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
+        ({"scheme": "W8A16", "double_quant": True}, "no tower gets NF4 or FP4"),
         ({"scheme": "NF4", "text_scheme": "FP4"}, "towers of NF4 and of FP4"),
         ({"scheme": "NF4", "target": "tensorrt"}, "NF4 does not go to tensorrt"),
         ({"scheme": "W8A16", "text_scheme": "fp4", "target": "openvino"}, "FP4 does not go to openvino"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
@@ -109,6 +109,43 @@ def test_special_tokens_that_move_are_said_to_everyone_who_knows_them() -> None:
     assert all(module.eos_token_id == 7 for module in owners)
 
 
+@pytest.mark.parametrize("family", ["clip", "dual_encoder_dinov2", "clap", "altclip"])
+def test_short_texts_need_no_places_for_long_ones(family: str, tmp_path: Path) -> None:
+    """The longest has five words; one of seven is cut, here as elsewhere, and was so by the table before."""
+    texts = [" ".join(USED), USED[0]]
+    original = tiny.bundle(family)
+    wanted = original.encode("text", original.prepare("text", texts))
+    bundle, record = run(family, minimum=0, length=0)
+    longest = original.prepare("text", texts)["input_ids"].shape[1]
+    assert record.plan["length"]["after"] == longest < record.plan["length"]["before"]
+    assert record.plan["after"] == record.plan["before"]
+    assert torch.equal(bundle.encode("text", bundle.prepare("text", texts)), wanted)
+    gone = sum(p.numel() for p in original.model.parameters()) - sum(p.numel() for p in bundle.model.parameters())
+    cut, width = record.plan["length"]["before"] - longest, bundle.model.config.text_config.hidden_size
+    assert gone == cut * width
+    long = f"{texts[0]} {texts[0]}"
+    assert bundle.prepare("text", [long])["input_ids"].shape[1] == longest
+    assert bundle.encode("text", bundle.prepare("text", [long])).isfinite().all()
+    checkpoint.save(bundle, tmp_path / "model")
+    again = checkpoint.load(tmp_path / "model")
+    assert torch.equal(again.encode("text", again.prepare("text", texts)), wanted)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").model_max_length == longest
+    plain = AutoModel.from_pretrained(tmp_path / "model")
+    inputs = again.prepare("text", texts)
+    # CLAP's are normalised there.
+    rows = [plain.eval().get_text_features(**inputs).pooler_output, again.encode("text", inputs)]
+    torch.testing.assert_close(*(torch.nn.functional.normalize(each, dim=-1) for each in rows))
+
+
+def test_words_and_places_go_together() -> None:
+    bundle, record = run("clip", length=9)
+    assert record.plan["after"] == 9
+    assert bundle.model.config.text_config.max_position_embeddings == 9
+    texts, original = [USED[1]], tiny.bundle("clip")
+    wanted = original.encode("text", original.prepare("text", texts))
+    assert torch.equal(bundle.encode("text", bundle.prepare("text", texts)), wanted)
+
+
 def test_random_keeps_as_many() -> None:
     made = TrimVocabulary()
     control = made.control()
@@ -122,7 +159,8 @@ def test_random_keeps_as_many() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [({"minimum": -1}, "minimum is -1"), ({"tokens": 0}, "tokens is 0; expected at least 1")]
+    ("given", "message"),
+    [({"minimum": -1}, "minimum is -1"), ({"tokens": 0}, "tokens is 0; expected at least 1")],
 )
 def test_bad_parameters(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -136,6 +174,14 @@ def test_what_cannot_be_trimmed_is_refused() -> None:
         TrimVocabulary().check(tiny.bundle("blip"))
     with pytest.raises(UsageError, match="the vision tower reads no words"):
         TrimVocabulary(tower="vision").check(tiny.bundle("clip"))
+    for family in ("siglip", "whisper"):
+        with pytest.raises(UsageError, match="models has none that a short text leaves unread"):
+            TrimVocabulary(length=0).check(tiny.bundle(family))
+    for length in (2, 21):
+        with pytest.raises(UsageError, match=f"length is {length}; expected 3 to 20 tokens for the text tower"):
+            TrimVocabulary(length=length).check(tiny.bundle("clip"))
+    with pytest.raises(UsageError, match="length is -1"):
+        TrimVocabulary(length=-1)
     with pytest.raises(UsageError, match="no sample of the data has a text"):
         TrimVocabulary().plan(
             tiny.bundle("clip"), Context(data=Dataset(Memory([Sample("1", picture=tiny.images(1)[0])])))
