@@ -19,8 +19,8 @@ END = "<!-- end matrix -->"
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "prune heads": ("prune", {"ratio": 0.01, "units": ["heads"], "score": "magnitude"}),
     "prune neurons": ("prune", {"ratio": 0.01, "units": ["neurons"], "score": "magnitude"}),
-    "prune experts": ("prune", {"ratio": 0.01, "units": ["experts"], "score": "magnitude"}),
     "prune blocks": ("prune", {"ratio": 0.01, "units": ["blocks"], "score": "random"}),
+    "prune experts": ("prune", {"ratio": 0.01, "units": ["experts"], "score": "magnitude"}),
     "search-prune": ("search-prune", QUESTIONS["search-prune"]),
     "trim-vocabulary": ("trim-vocabulary", QUESTIONS["trim-vocabulary"]),
     "factorize": ("factorize", QUESTIONS["factorize"]),
