@@ -16,6 +16,7 @@ TITLES = {
     "heads": "Heads alone of the DINOv2-S + MiniLM dual encoder, R@1 image → text",
     "speech": "Heads and neurons of Whisper tiny.en, word accuracy",
     "answers": "Heads and neurons of the mini-VLM, right answers",
+    "words": "Heads and neurons of the mini-VLM's language model, right answers",
 }
 LEFT = "share of the parameters that is left"
 MARKS = {"WORSE": "¹", "no better": "²"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bench.cells import interval, machine, points, read
@@ -11,7 +12,11 @@ SUBJECTS = {
     "whisper": "Whisper tiny.en, 30% of what can be pruned",
     "mini-vlm": "the mini-VLM's language model, 20% of what can be pruned",
 }
-METRICS = {"dual-encoder": "image_to_text_r1", "whisper": "word_accuracy", "mini-vlm": "accuracy"}
+METRICS = {
+    "dual-encoder": ("image_to_text_r1", "text_to_image_r1"),
+    "whisper": ("word_accuracy",),
+    "mini-vlm": ("accuracy",),
+}
 
 
 def recovered() -> str:
@@ -23,10 +28,11 @@ def recovered() -> str:
     for subject, title in SUBJECTS.items():
         if subject not in found:
             continue
-        metric, rows = METRICS[subject], found[subject]
+        metrics, rows = METRICS[subject], found[subject]
         original = rows["original"]
+        before = " and ".join(f"{metric.replace('_', ' ')} {interval(original[metric])}" for metric in metrics)
         lines = [
-            f"{title[0].upper()}{title[1:]}: {metric.replace('_', ' ')} {interval(original[metric])}, n = {original[metric]['n']}",
+            f"{title[0].upper()}{title[1:]}: {before}, n = {original[metrics[0]]['n']}",
             "",
             "| chosen | parameters left | as cut, points | steps of training | trained, points |",
             "|---|---|---|---|---|",
@@ -34,7 +40,7 @@ def recovered() -> str:
         for way, row in rows.items():
             if way != "original":
                 lines.append(
-                    f"| {way} | {_left(row)} | {_as_cut(row, metric)} | {_steps(row)} | {_trained(row, metric)} |"
+                    f"| {way} | {_left(row)} | {_as_cut(row, metrics)} | {_steps(row)} | {_lost(row['steps'][-1], metrics)} |"
                 )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -45,9 +51,9 @@ def _left(row: dict[str, Any]) -> str:
     return f"{row['parameters'] / 1e6:.1f} M ({towers})"
 
 
-def _as_cut(row: dict[str, Any], metric: str) -> str:
+def _as_cut(row: dict[str, Any], metrics: Sequence[str]) -> str:
     first = row["steps"][0]
-    return points(first[metric]["difference"]) if first["pass"] == "prune" else ""
+    return _lost(first, metrics) if first["pass"] == "prune" else ""
 
 
 def _steps(row: dict[str, Any]) -> str:
@@ -55,8 +61,8 @@ def _steps(row: dict[str, Any]) -> str:
     return " + ".join(map(str, counts))
 
 
-def _trained(row: dict[str, Any], metric: str) -> str:
-    return points(row["steps"][-1][metric]["difference"])
+def _lost(step: dict[str, Any], metrics: Sequence[str]) -> str:
+    return " and ".join(points(step[metric]["difference"]) for metric in metrics)
 
 
 def torch_pruning() -> str:
