@@ -188,6 +188,16 @@ def test_experts_no_token_is_sent_to_go_first_and_take_nothing_along() -> None:
     assert bundle.generate(data) == said
 
 
+def test_shares_of_blocks_with_few_and_with_many_experts_compare_as_they_are() -> None:
+    """0.247 of a block of four goes before 0.45 of a block of two, which is less beside the mean of its block."""
+    bundle = run(tiny.bundle(MODEL), "prune", **EXPERTS, ratio=0.09, score="magnitude", protect=(2,))
+    for block in mixtures(bundle):
+        bundle.module(block.experts.router).top_k = 1  # type: ignore[union-attr]
+    shares = [torch.tensor([0.55, 0.45]), torch.tensor([0.26, 0.24667, 0.24667, 0.24666])]
+    made = settings(ratio=0.03)
+    assert made.planned(bundle, context(), shares).decisions["kept"]["experts"] == {"language.2": "0-2"}
+
+
 def test_the_magnitude_of_an_expert_is_that_of_all_its_weights() -> None:
     bundle = tiny.bundle(MODEL)
     made = settings(score="magnitude")
