@@ -10,10 +10,10 @@ sample by sample.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from bench import assets
+from bench.cells import write_result
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.data import open_data
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
@@ -78,7 +78,7 @@ def main() -> None:
             findings[score] = [f.to_json() for f in random_findings([control for control, _ in controls], found)]
             print(name, score, *(f["text"] for f in findings[score]), sep="\n  ", flush=True)
         document["contests"][name] = {"rows": rows, "findings": findings}
-    (assets.RESULTS / "against_random.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    write_result(assets.RESULTS / "against_random.json", document)
 
 
 if __name__ == "__main__":

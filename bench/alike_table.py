@@ -17,6 +17,7 @@ import json
 from typing import Any
 
 from bench import assets
+from bench.cells import write_result
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import open_data
@@ -81,7 +82,7 @@ def main() -> None:
             "facts": record.facts if record else {},
             "macs": cost_of(bundle).towers["vision"].macs,
         }
-        RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+        write_result(RESULT, document)
         print(
             name,
             json.dumps({key: value for key, value in rows[name].items() if key != "facts"}),

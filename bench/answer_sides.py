@@ -13,6 +13,7 @@ from typing import Any
 
 import mmcompress
 from bench import assets
+from bench.cells import write_result
 from bench.edge import digest
 from mmcompress import checkpoint
 from mmcompress.data import Dataset
@@ -84,7 +85,7 @@ def write(name: str, options: argparse.Namespace, recipes: dict[str, Recipe], re
         **result,
         "steps": {side: made.to_dict()["steps"] for side, made in recipes.items()},
     }
-    (assets.RESULTS / f"{name}.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    write_result(assets.RESULTS / f"{name}.json", document)
 
 
 def compressed(work: Path, model: Path, name: str, made: Recipe) -> Path:

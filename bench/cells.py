@@ -16,6 +16,19 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
+def write_result(path: Path, document: Any) -> None:
+    """Write a result: numbers with six digits, of which none more was ever measured, on one line."""
+    path.write_text(json.dumps(_rounded(document), separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def machine(found: dict[str, Any]) -> str:
     machine = found["machine"]
     return f"{machine['threads']} threads of {machine['cpu']}"

@@ -21,6 +21,7 @@ import numpy as np
 
 import mmcompress
 from bench import assets
+from bench.cells import write_result
 from bench.edge import OtherVision, score
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
@@ -244,7 +245,7 @@ def main() -> None:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         result = run(work, options.rounds, options.threads, options.images)
-    (assets.RESULTS / "nncf.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    write_result(assets.RESULTS / "nncf.json", result)
     print(json.dumps({key: result[key] for key in ("cosine_to_fp32", "times_as_fast")}, indent=1))
 
 

@@ -31,6 +31,7 @@ import torch
 
 import mmcompress
 from bench import assets
+from bench.cells import write_result
 from bench.compare_nncf import PIXELS, SAMPLES, nncf_quantize, quantize
 from bench.edge import OtherVision, score
 from mmcompress import checkpoint
@@ -318,7 +319,7 @@ def main() -> None:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         result = run(work, options.rounds)
-    (assets.RESULTS / "peers.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    write_result(assets.RESULTS / "peers.json", result)
     for batch, lanes in result["latency"].items():
         for name, found in lanes.items():
             print(f"{batch} {name:40} {found['p50_ms']['value']:8.2f} ms  x{found['times_as_fast']['value']:.2f}")

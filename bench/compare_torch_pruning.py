@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import mmcompress
 from bench import assets
+from bench.cells import write_result
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, Sample, open_data
@@ -237,7 +238,7 @@ def main() -> None:
                 document["rows"][label] = row
                 print(label, json.dumps(row), flush=True)
         document["latency"] = timed(folders, options.rounds)
-    RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    write_result(RESULT, document)
 
 
 if __name__ == "__main__":

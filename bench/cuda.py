@@ -8,7 +8,6 @@ Random weights: speed and memory only, nothing about accuracy. Baselines are fp3
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPModel
 
+from bench.cells import write_result
 from mmcompress import passes, pipeline
 from mmcompress.bundle import Bundle, Processor
 from mmcompress.errors import MissingError
@@ -103,7 +103,7 @@ def main() -> None:
                 }
             )
     document = {"command": "bench/gpu.sh", "machine": machine_facts(), "rows": rows}
-    options.output.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    write_result(options.output, document)
     for row in rows:
         ratio = row["times_faster_than_same_precision"]
         what = f"{row['variant']:>16} {row['precision']:>9} batch {row['batch']:>3}"

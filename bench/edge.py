@@ -23,6 +23,7 @@ from PIL import Image
 
 import mmcompress
 from bench import assets
+from bench.cells import write_result
 from mmcompress import checkpoint, recipe
 from mmcompress.data import batches, open_data
 from mmcompress.evaluate.evaluation import Evaluation, evaluate
@@ -96,7 +97,7 @@ def main() -> None:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         result = run(work, options.rounds, options.threads, options.overrides)
-    (assets.RESULTS / "edge.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    write_result(assets.RESULTS / "edge.json", result)
     print(
         json.dumps(
             {"speed": result["speedups"], "r1": {k: v["image_to_text_r1"] for k, v in result["accuracy"].items()}},

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import mmcompress
 from bench import assets
+from bench.cells import write_result
 from bench.four_bits import BATCH, FIXED
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
@@ -156,7 +157,7 @@ def write(given: argparse.Namespace, name: str, rows: dict[str, Any]) -> None:
     document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     document["command"] = f"python -m bench.fitted_weights --samples {given.samples} --questions {given.questions}"
     document["versions"] = {"mmc": mmcompress.__version__, "torch": torch.__version__}
-    RESULT.write_text(json.dumps(document | {name: rows}, separators=(",", ":")) + "\n")
+    write_result(RESULT, document | {name: rows})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench import assets
+from bench.cells import write_result
 from bench.packages import ADDRESSES, unpacked
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
@@ -138,7 +139,7 @@ def main() -> None:
         "rows": rows,
         "timings": timings,
     }
-    RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    write_result(RESULT, document)
     print(json.dumps(timings, indent=1))
 
 

@@ -10,7 +10,6 @@ ranks and with pruning (Taylor scores, least squares). Results of models that ar
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,9 +168,7 @@ def main() -> None:
         document = read("low_rank") or {"models": {}}
         document["machine"] = machine_facts()
         document["models"][name] = {"command": f"python -m bench.low_rank --only {name} {asked}", **made}
-        (assets.RESULTS / "low_rank.json").write_text(
-            json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8"
-        )
+        write(assets.RESULTS / "low_rank.json", document)
 
     for name in options.only or CASES:
         measure(name, options.samples, options.ratios, write)

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from bench import assets
+from bench.cells import write_result
 from mmcompress.measure.machine import machine_facts
 from mmcompress.measure.memory import interpreter_baseline, peak_rss_of_command
 
@@ -105,7 +106,7 @@ def main() -> None:
                 "peak_mib": round(peak.peak / 2**20),
                 "above_interpreter_in_models": round(share, 3),
             }
-            file.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+            write_result(file, document)
             print(name, document["passes"][name], flush=True)
 
 

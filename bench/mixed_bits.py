@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import assets
+from bench.cells import write_result
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.data import Dataset, open_data
 from mmcompress.evaluate.evaluation import Evaluation, compare, evaluate
@@ -139,7 +140,7 @@ def main() -> None:
             "machine": machine_facts(),
             **contest(name, options.samples, options.seeds),
         }
-        file.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+        write_result(file, document)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from unittest import mock
 from torch import Tensor
 
 from bench import assets
+from bench.cells import write_result
 from bench.packages import cache_dir
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
@@ -295,17 +296,12 @@ def _document(name: str, count: int, samples: int, contest: Contest) -> dict[str
 
 
 def _write(contest: str, document: dict[str, Any], name: str, made: dict[str, Any]) -> None:
-    """Add a row, one line each; the file is read again first: another contest may have been at work."""
+    """Add a row; the file is read again first: another contest may have been at work."""
     whole = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     document["rows"][name] = made
     whole[contest] = document
-    parts = []
-    for key, found in whole.items():
-        head = json.dumps({k: v for k, v in found.items() if k != "rows"})[:-1]
-        rows = ",\n".join(f"  {json.dumps(row)}: {json.dumps(made)}" for row, made in found["rows"].items())
-        parts.append(f'{json.dumps(key)}: {head}, "rows": {{\n{rows}\n}}}}')
     temporary = RESULT.with_suffix(f".{contest}")
-    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    write_result(temporary, whole)
     temporary.replace(RESULT)
 
 

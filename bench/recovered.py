@@ -25,6 +25,7 @@ from typing import Any
 
 import mmcompress
 from bench import assets
+from bench.cells import write_result
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
@@ -141,7 +142,7 @@ def run(name: str, way: str, count: int, work: Path, document: dict[str, Any]) -
     row["parameters"] = cost_of(bundle).parameters
     rows[way] = row
     document |= {"machine": machine_facts(), "mmc": mmcompress.__version__}
-    RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    write_result(RESULT, document)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import assets
+from bench.cells import write_result
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
@@ -219,7 +220,7 @@ def record(part: str, name: str, found: dict[str, Any]) -> None:
     document: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     document |= {"command": "python -m bench.sparse", "machine": machine_facts()}
     document[part] = {**document.get(part, {}), name: found} if name else found
-    FILE.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    write_result(FILE, document)
     print(part, name, json.dumps(found, indent=1), flush=True)
 
 

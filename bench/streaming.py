@@ -22,6 +22,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from bench import assets
+from bench.cells import write_result
 from mmcompress import streamed
 from mmcompress.errors import MmcError, OutOfMemory
 from mmcompress.families import family_for
@@ -206,7 +207,7 @@ def main() -> None:
     for size in sys.argv[1:] or ("3b", "7b"):
         with tempfile.TemporaryDirectory() as place:
             document["models"][size] = measure(size, Path(place))
-        file.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+        write_result(file, document)
         print(size, document["models"][size], flush=True)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from bench import assets
+from bench.cells import write_result
 from bench.mini_vlm import CHAT_TEMPLATE
 from bench.streaming import IMPORTS, say, timed, write_model
 from mmcompress.measure.machine import machine_facts
@@ -84,7 +85,7 @@ def main() -> None:
     for size in sys.argv[1:] or RUNS:
         with tempfile.TemporaryDirectory() as place:
             document["models"][size] = measure(size, Path(place))
-        RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+        write_result(RESULT, document)
         print(size, document["models"][size], flush=True)
 
 

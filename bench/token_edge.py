@@ -20,6 +20,7 @@ from typing import Any
 
 from bench import assets
 from bench.answer_sides import RUNNERS, Side, build, compressed, parser, workplace
+from bench.cells import write_result
 from bench.edge import INT8, RECIPES, nncf_vision, score
 from bench.token_table import timed_sides
 from mmcompress import checkpoint, recipe
@@ -156,7 +157,7 @@ def main() -> None:
                 "command": f"python -m bench.token_edge {name} --rounds {chosen.rounds}",
                 **PARTS[name](work / name, chosen),
             }
-            RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+            write_result(RESULT, document)
             print(json.dumps({key: document[name][key] for key in ("accuracy", "sides")}, indent=1))
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bench import assets
+from bench.cells import write_result
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
@@ -232,13 +233,13 @@ def main() -> None:
             continue
         for name, made in rows_of(contest, keep, methods, data, original):
             document["refused" if "refused" in made else "rows"][name] = made
-            RESULT.write_text(json.dumps(whole, separators=(",", ":")) + "\n")
+            write_result(RESULT, whole)
             print(
                 name, json.dumps(made["accuracy"]["results"][contest.task] if "accuracy" in made else made), flush=True
             )
     for keep in options.timed or ():
         document["timings"][f"{keep:g}"] = timed(contest, methods, keep, options.rounds)
-        RESULT.write_text(json.dumps(whole, separators=(",", ":")) + "\n")
+        write_result(RESULT, whole)
     print(json.dumps(document["timings"], indent=1))
 
 

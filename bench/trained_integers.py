@@ -19,6 +19,7 @@ import torch
 
 import mmcompress
 from bench import assets
+from bench.cells import write_result
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, Memory, Sample, batches, open_data
@@ -94,7 +95,7 @@ def main() -> None:
                 row["against_all"] = paired_difference(reached["all"], reached[way]).to_json()
             document[f"{way}, {groups}"] = row
             print(f"{way}, {groups}", json.dumps(row), flush=True)
-            RESULT.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+            write_result(RESULT, document)
 
 
 def trained(bundle: Bundle, model: Path, known: Dataset, way: str, epochs: float) -> dict[str, Any]:
