@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench import assets
-from bench.cells import read
+from bench.cells import read, write_result
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import open_data
@@ -168,7 +168,7 @@ def main() -> None:
         document = read("low_rank") or {"models": {}}
         document["machine"] = machine_facts()
         document["models"][name] = {"command": f"python -m bench.low_rank --only {name} {asked}", **made}
-        write(assets.RESULTS / "low_rank.json", document)
+        write_result(assets.RESULTS / "low_rank.json", document)
 
     for name in options.only or CASES:
         measure(name, options.samples, options.ratios, write)
