@@ -6,6 +6,8 @@ pictures. The mini-VLM's language model answers held-out questions about drawing
 `greedy` is the share of answers of which each token is the most probable one.
 
     python -m bench.fitted_weights [--samples 64] [--questions 300] [--only smollm2]      writes bench/results/fitted_weights.json
+
+`--way` and `--group` measure some of the rows, and leave the others as they are known.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +96,8 @@ def read(bundle: Bundle, asked: list[dict[str, Tensor]]) -> Read:
 
 
 def compared(
-    model: Path, ways: dict[str, dict[str, Any]], asked: Dataset, known: Dataset, samples: int
-) -> dict[str, Any]:
+    model: Path, ways: dict[str, dict[str, Any]], groups: Sequence[str], asked: Dataset, known: Dataset, samples: int
+) -> Iterator[dict[str, Any]]:
     """Round the model's language tower in every way; each beside the original, and beside rounding to nearest."""
     original = checkpoint.load(model)
     with torch.inference_mode():
@@ -103,10 +105,11 @@ def compared(
     reads = {"original": read(original, inputs)}
     rows: dict[str, Any] = {"original": {"log_likelihood": bootstrap(reads["original"].log).to_json()}}
     context = Context(data=known, num_samples=samples, batch_size=BATCH)
-    for groups, size in GROUPS.items():
+    for group in groups:
         for way, parameters in ways.items():
-            name, bundle = f"{way}, {groups}", copy.deepcopy(original)
-            made = Quantize(**{**FIXED, "towers": ("language",), "scheme": "W4A16", "group_size": size, **parameters})
+            name, bundle = f"{way}, {group}", copy.deepcopy(original)
+            size = {"group_size": GROUPS[group]}
+            made = Quantize(**{**FIXED, "towers": ("language",), "scheme": "W4A16", **size, **parameters})
             made.check(bundle)
             plan = made.plan(bundle, context)
             made.apply(bundle, plan)
@@ -114,11 +117,14 @@ def compared(
             rows[name] = {
                 "log_likelihood": bootstrap(reads[name].log).to_json(),
                 "against_original": paired(reads["original"], reads[name]),
-                "against_nearest": paired(reads[f"nearest, {groups}"], reads[name]),
+                "against_nearest": paired(reads[f"nearest, {group}"], reads[name]),
                 "scaled": len(plan.decisions.get("scaled", {})),
                 "folded": len(plan.decisions.get("folds", {})),
                 "image_tokens_count": plan.decisions["towers"]["language"].get("image_tokens_count", {}),
             }
+            mixed = name.replace(", text tokens only", "")
+            if mixed != name and mixed in reads:
+                rows[name]["against_all_tokens"] = paired(reads[mixed], reads[name])
             print(name, json.dumps(rows[name]), flush=True)
             yield rows
 
@@ -138,24 +144,34 @@ def main() -> None:
     options.add_argument("--questions", type=int, default=300)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--only", choices=("smollm2", "mini_vlm"), help="leave the other as it is known")
+    options.add_argument("--way", action="append", choices=WAYS | SHOWN, help="beside nearest; repeatable")
+    options.add_argument("--group", action="append", choices=GROUPS, help="repeatable")
     given = options.parse_args()
+    groups = given.group or list(GROUPS)
+
+    def asked_for(ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {way: ways[way] for way in ways if not given.way or way in ("nearest", *given.way)}
+
     torch.set_num_threads(given.threads)
     if given.only != "mini_vlm":
         passages = open_data(str(assets.passages("test"))).subset(given.samples, 0)
         known = open_data(str(assets.passages("calibration")))
-        for rows in compared(assets.smolvlm(), WAYS, passages, known, 30):
+        for rows in compared(assets.smolvlm(), asked_for(WAYS), groups, passages, known, 30):
             write(given, "smollm2", rows)
     if given.only != "smollm2":
         questions = open_data(str(assets.vqa("heldout"))).subset(given.questions, 0)
         known = open_data(str(assets.vqa("training")))
-        for rows in compared(assets.mini_vlm(), WAYS | SHOWN, questions, known, 64):
+        for rows in compared(assets.mini_vlm(), asked_for(WAYS | SHOWN), groups, questions, known, 64):
             write(given, "mini_vlm", rows)
 
 
 def write(given: argparse.Namespace, name: str, rows: dict[str, Any]) -> None:
-    """Write what is known of a model; what is known of the other stays."""
+    """Write what is known of a model; what is known of the other stays, and of rows that were not asked for."""
     document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    document["command"] = f"python -m bench.fitted_weights --samples {given.samples} --questions {given.questions}"
+    if given.way or given.group:
+        rows = document.get(name, {}) | rows
+    else:
+        document["command"] = f"python -m bench.fitted_weights --samples {given.samples} --questions {given.questions}"
     document["versions"] = {"mmc": mmcompress.__version__, "torch": torch.__version__}
     write_result(RESULT, document | {name: rows})
 
