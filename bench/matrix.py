@@ -5,6 +5,7 @@ Nothing is typed in but the columns: a family that comes, or a pass that learns 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mmcompress.bundle import Bundle
@@ -43,21 +44,25 @@ Answers = dict[str, dict[str, str]]
 """Heading -> tower -> "" where the pass applies, else the reason."""
 
 
-def section() -> str:
-    """Return the part of README.md from marker to marker."""
+Row = tuple[str, tuple[str, ...], Answers]
+"""Class, towers and answers."""
+
+
+def section(found: Sequence[Row] | None = None) -> str:
+    """Return the part of README.md from marker to marker; `found` are its rows, where they are known."""
     notes: dict[str, int] = {}
     headings = (*COLUMNS, EXPORT)
     lines = [f"| class | towers | {' | '.join(headings)} |", "|---" * (len(headings) + 2) + "|"]
-    for label, towers, answers in rows():
+    for label, towers, answers in rows() if found is None else found:
         cells = [_cell(answers[heading], notes) for heading in headings]
         lines.append(f"| `{label}` | {', '.join(towers)} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {reason}" for reason, number in notes.items())]
     return "\n".join([BEGIN, "", *lines, "", END])
 
 
-def rows() -> list[tuple[str, tuple[str, ...], Answers]]:
-    """Return (class, towers, answers), one row a class; models of one class that differ are told apart by name."""
-    asked: dict[str, list[tuple[str, tuple[str, ...], Answers]]] = {}
+def rows() -> list[Row]:
+    """Return one row a class; models of one class that differ are told apart by name."""
+    asked: dict[str, list[Row]] = {}
     for name in sorted((*tiny.EVERY, *tiny.MIXTURES), key=lambda name: list(FAMILIES).index(_family(name))):
         bundle = tiny.bundle(name)
         towers = bundle.towers()
