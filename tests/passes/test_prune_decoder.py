@@ -209,7 +209,7 @@ def test_scores_do_not_depend_on_slices_or_padding(monkeypatch: pytest.MonkeyPat
     groups = groups_of(bundle, "heads", "neurons")
     found = []
     for size in (1, 64):
-        monkeypatch.setattr(prune_effects, "_slice_size", lambda *_, size=size: size)
+        monkeypatch.setattr(prune_effects, "slice_size", lambda *_, size=size: size)
         found.append(prune_effects.taylor(bundle, groups, decoding.context(), "embedding"))
     batched, single = (
         prune_scores.activation(bundle, groups, decoding.context(batch_size=size), centred=True) for size in (3, 1)

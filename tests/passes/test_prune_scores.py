@@ -98,7 +98,7 @@ def test_taylor_does_not_depend_on_how_a_batch_is_sliced(monkeypatch: pytest.Mon
     groups, blocks = groups_of(bundle), groups_of(bundle, ("blocks",))
     found = []
     for size in (1, 4, 64):
-        monkeypatch.setattr(prune_effects, "_slice_size", lambda *_, size=size: size)
+        monkeypatch.setattr(prune_effects, "slice_size", lambda *_, size=size: size)
         found.append(
             [
                 *prune_effects.taylor(bundle, groups, context(), "embedding"),
