@@ -232,6 +232,18 @@ def streaming() -> str:
             f"{row['largest_shard_mib']:,} MiB | {above:,} MiB | {row['above_interpreter_in_shards']:.2f} | "
             f"{row['quantize_seconds']:.0f} | {row['load_quantized_seconds']:.0f} |"
         )
+    calibrated = read("streaming_data")
+    if calibrated:
+        said = [
+            f"{row['parameters'] / 1e9:.2f} billion parameters, {row['scheme']}, {row['samples']} samples: "
+            f"{row['quantize_seconds']:.0f} s, peak {row['quantize_peak_mib'] / 1024:.1f} GiB, {row['bytes'] / 2**30:.1f} → "
+            f"{row['bytes_quantized'] / 2**30:.1f} GiB"
+            for row in calibrated["models"].values()
+        ]
+        lines += [
+            "",
+            f"Fitted to samples, one thread, beside another program: {'; '.join(said)} (`{calibrated['command']}`).",
+        ]
     return "\n".join(lines)
 
 
