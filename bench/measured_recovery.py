@@ -58,7 +58,9 @@ def _as_cut(row: dict[str, Any], metrics: Sequence[str]) -> str:
 
 def _steps(row: dict[str, Any]) -> str:
     counts = [step["trained_steps"] for step in row["steps"] if step["trained_steps"]]
-    return " + ".join(map(str, counts))
+    loss = row["steps"][-1]["loss"]
+    undone = bool(loss) and loss["after"] == loss["before"]
+    return " + ".join(map(str, counts)) + (", undone: the loss had risen" if undone else "")
 
 
 def _lost(step: dict[str, Any], metrics: Sequence[str]) -> str:
