@@ -18,6 +18,7 @@ A layer that was called on a CPU with AVX512-BF16 would repack itself, round abs
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ SCALES = 256
 """Doubly quantized: scales that share a scale."""
 OUTPUTS = 32
 """Outputs that bitsandbytes' CPU kernel takes at a time."""
+
+
+# It advises, at each start on such a CPU, to install what would fetch a kernel from the network: ours needs none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+)
 
 
 def require_bitsandbytes() -> None:
