@@ -164,7 +164,14 @@ def test_doubly_quantized_plain_transformers_loads_it(tmp_path: Path) -> None:
     checkpoint.save(bundle, tmp_path / "out")
     again = checkpoint.load(tmp_path / "out")
     assert same(bundle, again)
-    outlined, whole = cost_of(checkpoint.outline(tmp_path / "out")), cost_of(bundle)
+    outline = checkpoint.outline(tmp_path / "out")
+    for path in coded(bundle):
+        told, stored = outline.module(path).state_dict(), bundle.module(path).state_dict()
+        parts = ("weight", "weight.absmax", "weight.nested_absmax", "weight.nested_quant_map")
+        assert [(told[part].shape, told[part].dtype) for part in parts] == [
+            (stored[part].shape, stored[part].dtype) for part in parts
+        ]
+    outlined, whole = cost_of(outline), cost_of(bundle)
     assert outlined.parameters == whole.parameters
     assert abs(outlined.bytes - whole.bytes) <= 5 * len(coded(bundle))  # digits of one number each
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][

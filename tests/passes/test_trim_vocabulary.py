@@ -115,7 +115,7 @@ def test_short_texts_need_no_places_for_long_ones(family: str, tmp_path: Path) -
     texts = [" ".join(USED), USED[0]]
     original = tiny.bundle(family)
     wanted = original.encode("text", original.prepare("text", texts))
-    bundle, record = run(family, minimum=0, length=0)
+    bundle, record = run(family, (texts[1], texts[0], texts[1]), minimum=0, length=0)
     longest = original.prepare("text", texts)["input_ids"].shape[1]
     assert record.plan["length"]["after"] == longest < record.plan["length"]["before"]
     assert record.plan["after"] == record.plan["before"]
