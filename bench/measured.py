@@ -242,7 +242,8 @@ def streaming() -> str:
         ]
         lines += [
             "",
-            f"Fitted to samples, one thread, beside another program: {'; '.join(said)} (`{calibrated['command']}`).",
+            f"Fitted to samples, while other programs took {calibrated['machine']['taken_cores']:.1f} cores: {'; '.join(said)} "
+            f"(`{calibrated['command']}`).",
         ]
     return "\n".join(lines)
 

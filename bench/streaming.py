@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +200,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def measure_each(
+    file: Path, command: str, sizes: Sequence[str], measured: Callable[[str, Path], dict[str, Any]]
+) -> None:
     """Measure the sizes asked for, one after the other, and keep what was measured before of the others."""
-    file = assets.RESULTS / "streaming.json"
     document = json.loads(file.read_text()) if file.exists() else {"models": {}}
-    document |= {"command": "python -m bench.streaming", "machine": machine_facts()}
-    for size in sys.argv[1:] or ("3b", "7b"):
+    document |= {"command": command, "machine": machine_facts()}
+    for size in sys.argv[1:] or sizes:
         with tempfile.TemporaryDirectory() as place:
-            document["models"][size] = measure(size, Path(place))
+            document["models"][size] = measured(size, Path(place))
         write_result(file, document)
         print(size, document["models"][size], flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    measure_each(assets.RESULTS / "streaming.json", "python -m bench.streaming", ("3b", "7b"), measure)

@@ -10,22 +10,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from bench import assets
-from bench.cells import write_result
 from bench.mini_vlm import CHAT_TEMPLATE
-from bench.streaming import IMPORTS, say, timed, write_model
-from mmcompress.measure.machine import machine_facts
+from bench.streaming import IMPORTS, measure_each, say, timed, write_model
 from mmcompress.measure.memory import interpreter_baseline
 from mmcompress.weights import weight_files
 
-RESULT = assets.RESULTS / "streaming_data.json"
 SIDE, SAMPLES = 224, 16
 SPECIAL = {
     "image_token_id": "<|image_pad|>",
@@ -78,16 +73,5 @@ def measure(size: str, work: Path) -> dict[str, Any]:
     return document
 
 
-def main() -> None:
-    """Measure the sizes asked for, one after the other, and keep what was measured before of the others."""
-    document = json.loads(RESULT.read_text()) if RESULT.exists() else {"models": {}}
-    document |= {"command": "python -m bench.streaming_data", "machine": machine_facts()}
-    for size in sys.argv[1:] or RUNS:
-        with tempfile.TemporaryDirectory() as place:
-            document["models"][size] = measure(size, Path(place))
-        write_result(RESULT, document)
-        print(size, document["models"][size], flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    measure_each(assets.RESULTS / "streaming_data.json", "python -m bench.streaming_data", tuple(RUNS), measure)

@@ -23,23 +23,18 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import NotExportable
-from mmcompress.families.anatomy import (
-    QWEN2_VISION_BLOCK,
-    QWEN3_VISION_BLOCK,
-    QWEN25_VISION_BLOCK,
-    example_pixels,
-    read_blocks,
-)
+from mmcompress.families.anatomy import example_pixels
 from mmcompress.families.picture_rows import gathered, padded
 from mmcompress.families.qwen_vl_film import film, frame_tables, with_fewer_frames
 from mmcompress.families.qwen_vl_parts import layout, look
 from mmcompress.families.qwen_vl_video import by_kind, image_patches, in_words, packed, video_patches
+from mmcompress.families.qwen_vl_vision import EXAMPLE_GRID, kind_of, vision_tower, write_vision_config
 from mmcompress.families.talk import Shown, Talk
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part
 from mmcompress.parts import Decoding, Part
 from mmcompress.surgery.frames import hand_on, merging_of
-from mmcompress.views import Block, Film, Numbering, Tower
+from mmcompress.views import Film, Tower
 
 if TYPE_CHECKING:
     from mmcompress.data import Sample, Video
@@ -50,15 +45,6 @@ CLASSES: dict[str, type[nn.Module]] = {
     "qwen3_vl": Qwen3VLForConditionalGeneration,
     "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
 }
-BLOCKS = {"qwen2_vl": QWEN2_VISION_BLOCK, "qwen2_5_vl": QWEN25_VISION_BLOCK, "qwen3_vl": QWEN3_VISION_BLOCK}
-EXAMPLE_GRID = (1, 16, 16)
-"""Frames, rows and columns of patches in an example picture, and in all that exported models see."""
-
-
-def kind_of(model: Any) -> str:
-    """Return the model_type; with experts, that of the model which differs in nothing else."""
-    kind: str = model.config.model_type
-    return kind.removesuffix("_moe")
 
 
 class QwenVL(VisionLanguage):
@@ -76,46 +62,7 @@ class QwenVL(VisionLanguage):
         return CLASSES[config.model_type]
 
     def vision_tower(self, model: Any) -> Tower:
-        config, root = model.config.vision_config, "model.visual"
-        heads, embeddings = [f"{root}.merger"], [f"{root}.patch_embed.proj"]
-        numbered: list[tuple[str, str, Numbering]] = []
-        needed: tuple[int, ...] = ()
-        if kind_of(model) == "qwen2_5_vl":
-            numbered = [(owner, "fullatt_block_indexes", "block") for owner in (root, "config.vision_config")]
-        if kind_of(model) == "qwen3_vl":
-            heads.append(f"{root}.deepstack_merger_list")
-            embeddings.append(f"{root}.pos_embed")
-            numbered = [(owner, "deepstack_visual_indexes", "block") for owner in (root, "config.vision_config")]
-            needed = tuple(config.deepstack_visual_indexes)
-        return Tower(
-            name="vision",
-            path=root,
-            blocks_path=f"{root}.blocks",
-            blocks=self._vision_blocks(model, root),
-            config="vision_config",
-            depth_key="depth",
-            heads=tuple(heads),
-            embeddings=tuple(embeddings),
-            numbered=tuple(numbered),
-            needed=needed,
-            packed=True,
-            why_no_connector="a token's positions in the prompt are those of its patches in the picture, all of them",
-            why_no_stream="the prompt keeps a place for each of the picture's tokens; fewer of them would not fill it",
-        )
-
-    @staticmethod
-    def _vision_blocks(model: Any, root: str) -> tuple[Block, ...]:
-        config = model.config.vision_config
-        blocks = read_blocks(model, f"{root}.blocks", BLOCKS[kind_of(model)], config.hidden_act)
-        if kind_of(model) != "qwen2_5_vl":
-            return blocks
-        window = layout(config, EXAMPLE_GRID).mean_window
-        return tuple(
-            block
-            if block.index in config.fullatt_block_indexes
-            else replace(block, attention=replace(block.attention, window=window))
-            for block in blocks
-        )
+        return vision_tower(model)
 
     def makers(self, model: Any) -> tuple[str, ...]:
         merger = "model.visual.merger"
@@ -317,19 +264,7 @@ class QwenVL(VisionLanguage):
         return inputs
 
     def write_vision_config(self, model: Any, tower: Tower) -> None:
-        config = model.config.vision_config
-        config.depth = len(tower.blocks)
-        if kind_of(model) == "qwen3_vl":
-            config.out_hidden_size = super().image_width(model)
-        neurons = {block.mlp.neurons for block in tower.blocks if block.mlp}
-        if len(neurons) > 1:
-            return
-        if kind_of(model) == "qwen2_vl":
-            # Its config knows only a whole ratio; other widths cannot be said.
-            ratio, rest = divmod(neurons.pop(), config.embed_dim)
-            config.mlp_ratio = config.mlp_ratio if rest else ratio
-        else:
-            config.intermediate_size = neurons.pop()
+        write_vision_config(model, tower, super().image_width(model))
 
 
 FAMILY = QwenVL()
