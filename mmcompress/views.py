@@ -14,7 +14,9 @@ from typing import Literal
 Readout = Literal["class", "mean", "attention", "all", "states"]
 """What makes a tower's output of its tokens. "all" needs each in its place; "states" are looked at by the cross-attention of a
 decoder, which takes them in any number."""
-Counts = Literal["heads", "kv_heads", "width"]
+Counts = Literal["heads", "kv_heads", "width", "head_dim", "scale"]
+"""What attentions keep beside their weights: how many heads, heads * head_dim, head_dim, and the factor of their logits, which is
+computed from head_dim."""
 Numbering = Literal["each", "block", "after"]
 """How a value counts the blocks of a tower: one entry for each; the index of one or several blocks; or how many blocks come before
 a place in the stack (negative: from the end, -1 behind the last)."""
@@ -36,11 +38,13 @@ class Attention:
     """Where there are fewer than `heads`, each serves as many query heads in a row (grouped-query attention)."""
     head_dim: int
     bookkeeping: tuple[tuple[str, str, Counts], ...] = ()
-    """(module path, attribute, what it counts): integers transformers keeps beside the weights and that surgery must follow."""
+    """(module path, attribute, what it counts): numbers transformers keeps beside the weights and that surgery must follow."""
     per_head: tuple[str, ...] = ()
     """Names of parameters (positions, heads) that hold a column for each head: a table of relative position biases."""
     why_whole: str = ""
     """Where heads cannot be cut: why not, for a person."""
+    why_rigid: str = ""
+    """Where heads cannot become narrower: why not, for a person."""
     window: float = 0
     """How many keys a query sees, where those are not all; where windows differ, the mean over the queries."""
 

@@ -31,13 +31,17 @@ class BlockNames:
     attend: tuple[str, ...] = ()
     feed: tuple[str, ...] = ()
     bookkeeping: tuple[tuple[str, Counts], ...] = ()
-    """Attributes of the attention module that count heads, or heads * D."""
+    """Attributes of the attention module that count heads, or heads * D; D itself and what follows from it have their own."""
     cross: str = ""
     """The attention over an encoder's output, built like the other one inside."""
     per_head: tuple[str, ...] = ()
     """Parameters with a column for each head."""
+    scale: str = ""
+    """Attribute of the attention module that holds the factor of its logits, where it computes that once."""
     why_whole: str = ""
     """Why the attention's heads cannot be cut."""
+    why_rigid: str = ""
+    """Why they cannot become narrower."""
     norms: tuple[str, ...] = ()
     """Of a pre-norm block: the norms before attention and feed-forward, where these are all that reads the block's stream."""
     experts: str = ""
@@ -51,6 +55,8 @@ class BlockNames:
     """Attributes that count experts."""
 
 
+ROTARY = "the places of tokens turn the channels of their queries and keys in pairs"
+
 CLIP_BLOCK = BlockNames(
     attention="self_attn",
     writers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -62,6 +68,7 @@ CLIP_BLOCK = BlockNames(
     attend=("layer_norm1", "self_attn"),
     feed=("layer_norm2", "mlp"),
     bookkeeping=(("num_heads", "heads"),),
+    scale="scale",
 )
 """CLIP, SigLIP and SigLIP 2, both towers."""
 
@@ -76,6 +83,7 @@ VIT_BLOCK = BlockNames(
     attend=("layernorm_before", "attention", "dropout"),
     feed=("layernorm_after", "mlp", "dropout"),
     bookkeeping=(("num_attention_heads", "heads"),),
+    scale="scaling",
 )
 
 DINOV2_BLOCK = BlockNames(
@@ -89,6 +97,7 @@ DINOV2_BLOCK = BlockNames(
     attend=("norm1", "attention", "layer_scale1", "drop_path"),
     feed=("norm2", "mlp", "layer_scale2", "drop_path"),
     bookkeeping=(("num_attention_heads", "heads"),),
+    scale="scaling",
 )
 
 BERT_BLOCK = BlockNames(
@@ -100,10 +109,11 @@ BERT_BLOCK = BlockNames(
     mlp_writers=("intermediate.dense",),
     mlp_reader="output.dense",
     bookkeeping=(("self.num_attention_heads", "heads"), ("self.all_head_size", "width")),
+    scale="self.scaling",
 )
 """Post-norm, so `attend` and `feed` stay empty."""
 
-CLAP_AUDIO_BLOCK = replace(BERT_BLOCK, per_head=("attention.self.relative_position_bias_table",))
+CLAP_AUDIO_BLOCK = replace(BERT_BLOCK, scale="", per_head=("attention.self.relative_position_bias_table",))
 """Pre-norm, but attention sees windows of the tokens: `attend` cannot say that."""
 
 BLIP_VISION_BLOCK = BlockNames(
@@ -119,12 +129,14 @@ BLIP_VISION_BLOCK = BlockNames(
 )
 """Pre-norm; its attention takes no function by name, so it gives no keys to match tokens by."""
 
-BLIP_DECODER_BLOCK = replace(BERT_BLOCK, cross="crossattention")
+BLIP_TEXT_BLOCK = replace(BERT_BLOCK, scale="")
+BLIP_DECODER_BLOCK = replace(BLIP_TEXT_BLOCK, cross="crossattention")
 
 FLAVA_BLOCK = replace(
     BERT_BLOCK,
     writers=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
     head_dim="attention.attention_head_size",
+    scale="",
     bookkeeping=(("attention.num_attention_heads", "heads"), ("attention.all_head_size", "width")),
 )
 """FLAVA and ViLT. Pre-norm; their attention takes no function by name, so it gives no keys to match tokens by."""
@@ -140,6 +152,7 @@ WHISPER_ENCODER_BLOCK = BlockNames(
     attend=("self_attn_layer_norm", "self_attn"),
     feed=("final_layer_norm", "fc1", "activation_fn", "fc2"),
     bookkeeping=(("num_heads", "heads"),),
+    scale="scaling",
 )
 """Its key Linears have no bias."""
 
@@ -155,6 +168,7 @@ LLAMA_BLOCK = BlockNames(
     mlp_writers=("mlp.gate_proj", "mlp.up_proj"),
     mlp_reader="mlp.down_proj",
     norms=("input_layernorm", "post_attention_layernorm"),
+    why_rigid=ROTARY,
 )
 """Llama, Mistral, Qwen 2 and 3, Gemma: grouped queries, gated MLPs; blocks are called with positions, so `attend` is empty."""
 
@@ -180,6 +194,7 @@ QWEN2_VISION_BLOCK = BlockNames(
     mlp_writers=("mlp.fc1",),
     mlp_reader="mlp.fc2",
     bookkeeping=(("num_heads", "heads"),),
+    why_rigid=ROTARY,
 )
 
 QWEN25_VISION_BLOCK = replace(
@@ -251,6 +266,8 @@ def _experts(block: nn.Module, path: str, names: BlockNames) -> Experts | None:
 
 def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> Attention:
     """Return the view of the attention at `where` in a block, which lies inside as `names.attention` does."""
+    scale: tuple[tuple[str, Counts], ...] = ((names.scale, "scale"),) if names.scale else ()
+    numbers = (*names.bookkeeping, (names.head_dim, "head_dim"), *scale)
     writers = tuple(where + writer.removeprefix(names.attention) for writer in names.writers)
     head_dim = int(_attribute(block.get_submodule(where), names.head_dim))
     made = [_width(block, writer, "out_features") for writer in writers]
@@ -265,17 +282,18 @@ def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> At
         head_dim=head_dim,
         bookkeeping=tuple(
             (f"{at}.{owner}".rstrip("."), attribute, counts)
-            for owner, _, attribute, counts in ((*name.rpartition("."), counts) for name, counts in names.bookkeeping)
+            for owner, _, attribute, counts in ((*name.rpartition("."), counts) for name, counts in numbers)
         ),
         per_head=tuple(f"{path}.{name}" for name in names.per_head),
         why_whole=names.why_whole,
+        why_rigid=names.why_rigid or names.why_whole,
     )
 
 
 def widths(blocks: tuple[Block, ...]) -> tuple[int, int] | None:
-    """Return (heads, neurons) when every block has the same, else None."""
-    found = {(block.attention.heads, block.feeding.neurons) for block in blocks}
-    return found.pop() if len(found) == 1 else None
+    """Return (heads, neurons) when every block has the same, and heads as wide, else None."""
+    found = {(block.attention.heads, block.feeding.neurons, block.attention.head_dim) for block in blocks}
+    return found.pop()[:2] if len(found) == 1 else None
 
 
 def example_pixels(batch: int, channels: int, height: int, width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval
 
-from mmcompress.families.anatomy import BERT_BLOCK
+from mmcompress.families.anatomy import BLIP_TEXT_BLOCK
 from mmcompress.families.blip_views import example_ids, example_pictures, text_tower, vision_tower, write_widths
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.views import Tower
@@ -36,7 +36,7 @@ class BlipRetriever(TwoTowers):
         keyless = "BLIP computes attention by itself and gives no keys to match tokens by"
         return (
             replace(vision_tower(model), heads=("vision_proj",), why_no_stream=keyless),
-            replace(text_tower(model, BERT_BLOCK), heads=("text_proj",), why_no_stream=POST_NORM),
+            replace(text_tower(model, BLIP_TEXT_BLOCK), heads=("text_proj",), why_no_stream=POST_NORM),
         )
 
     def encode(self, model: Any, tower: str, inputs: dict[str, Tensor]) -> Tensor:

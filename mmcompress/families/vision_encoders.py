@@ -43,9 +43,11 @@ def write_vision_config(config: Any, blocks: tuple[Block, ...]) -> None:
     if not found:
         return
     heads, neurons = found
-    if config.model_type in ("vit", "dinov2") and heads != config.num_attention_heads:
+    width = blocks[0].attention.head_dim
+    said = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    if config.model_type in ("vit", "dinov2") and (heads, width) != (config.num_attention_heads, said):
         # The others take the head size as width / heads.
-        config.head_dim = blocks[0].attention.head_dim
+        config.head_dim = width
         config.num_attention_heads = heads
     if config.model_type == "dinov2":
         # DINOv2's config knows only a whole ratio (transformers 5.23 checks its type); other widths cannot be said.

@@ -1,4 +1,4 @@
-"""prune: remove attention heads, MLP neurons, experts or whole blocks, under one budget across towers.
+"""prune: remove attention heads or channels of heads, MLP neurons, experts or whole blocks, under one budget across towers.
 
 Units are scored, priced exactly and chosen by `ops.allocation`; their rows and columns are then cut out of the Linears, so the
 model is smaller, not masked. What stays can be repaired in closed form from calibration statistics (`ops.reconstruction`). Scores
@@ -11,7 +11,8 @@ damage of removing a unit, in one currency for all layers and both towers, and t
 Taylor and optimal brain surgeon mean just that. "auto" is "none" for these two, "layer" otherwise, but for signed and absolute
 first-order effects, which are divided by the root mean square of the layer.
 
-Experts are scored by how much of the tokens' routing weight they are given (`prune_routing`); "auto" takes that as it is. What is
+Channels of heads go from all heads of an attention alike, which are turned first so that the last ones matter least
+(`prune_dims`). Experts are scored by how much of the tokens' routing weight they are given (`prune_routing`); "auto" takes that as it is. What is
 left is not repaired: a token that had chosen one that is gone goes through the next best, with weights that sum to 1 again.
 
 How many units each layer gives up (`allocate`) follows from that with "knapsack". "even" asks scores only which units of a layer
@@ -29,7 +30,6 @@ from torch import Tensor
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.passes import prune_scores
 from mmcompress.passes.base import Context, Plan, Work, chosen_towers
 from mmcompress.passes.latency import SECONDS
 from mmcompress.passes.prune_budget import (
@@ -44,16 +44,13 @@ from mmcompress.passes.prune_budget import (
 )
 from mmcompress.passes.prune_checks import require_prunable, require_sensible
 from mmcompress.passes.prune_crosscheck import crosscheck
-from mmcompress.passes.prune_cut import cut_blocks, cut_experts, cut_heads, cut_neurons, set_parameters
-from mmcompress.passes.prune_direct import direct_effects
-from mmcompress.passes.prune_effects import taylor
+from mmcompress.passes.prune_cut import cut_blocks, cut_dims, cut_experts, cut_heads, cut_neurons, set_parameters
+from mmcompress.passes.prune_dims import narrowed_heads
 from mmcompress.passes.prune_evolution import Evolution
 from mmcompress.passes.prune_latency import plan_within_latency
-from mmcompress.passes.prune_relevance import relevance
+from mmcompress.passes.prune_ranking import normalised, ranked, turns
 from mmcompress.passes.prune_repair import repaired_readers
-from mmcompress.passes.prune_routing import routing
 from mmcompress.passes.prune_split import decisions, split
-from mmcompress.passes.prune_surgeon import surgeon
 from mmcompress.passes.prune_units import Group, count_costs, count_tokens, list_groups, read_ranges
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.views import Tower
@@ -61,7 +58,7 @@ from mmcompress.views import Tower
 
 @dataclass(frozen=True)
 class Prune:
-    """Remove attention heads, MLP neurons, experts or whole blocks, under one budget across towers.
+    """Remove attention heads or their channels, MLP neurons, experts or whole blocks, under one budget across towers.
 
     Cuts rows and columns out of the Linears, and experts with their rows of the router. Widths may differ from block to block; with
     `uniform` and without heads, plain transformers loads the result.
@@ -81,7 +78,8 @@ class Prune:
     budget: Literal["parameters", "macs"] = "parameters"
     """What is counted: parameters, or multiply-accumulates at the family's example input size."""
     units: tuple[str, ...] = ("heads", "neurons")
-    """What may go: heads, neurons, or blocks alone, or experts alone. Without experts a token goes through as many as before: the
+    """What may go: heads or head-dims (every head becomes narrower, where places do not turn its channels in pairs), neurons, or
+    blocks alone, or experts alone. Without experts a token goes through as many as before: the
     model is smaller, not faster."""
     score: Literal[
         "auto",
@@ -97,9 +95,9 @@ class Prune:
         "block-influence",
         "random",
     ] = "auto"
-    """What makes a unit important; auto: routing for experts, obs where what stays is refitted, taylor else. First-order effects on
-    `objective`: taylor is their mean square (Fisher, optimal brain damage), taylor-signed their mean, taylor-absolute the mean of
-    their sizes (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon); activation: Wanda; relevance:
+    """What makes a unit important; auto: routing for experts, obs where what stays is refitted, taylor else and for head-dims.
+    First-order effects on `objective`: taylor is their mean square (Fisher, optimal brain damage), taylor-signed their mean,
+    taylor-absolute the mean of their sizes (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon); activation: Wanda; relevance:
     attention and its gradient (Chefer), of heads alone; direct-effect: what a unit of a language model itself says of right answers
     (multimodal neurons); routing: the mean weight that a router gives it over tokens, of experts alone; block-influence: of blocks
     alone; random is the control. Only magnitude and random need no data."""
@@ -131,7 +129,8 @@ class Prune:
     """Share of a block's heads, neurons and experts (of a tower's blocks) that always stays; at least one does, and as many experts
     as a token goes through."""
     multiple: int = 8
-    """Neuron counts are rounded to multiples of this, which matrix kernels like. 64 suits int8 kernels (AMX, VNNI)."""
+    """Counts of neurons and of a head's channels are rounded to multiples of this, which matrix kernels like. 64 suits int8 kernels
+    (AMX, VNNI)."""
     protect: tuple[int, ...] = ()
     """Blocks never touched, by index in each tower that has so many; negative ones count from the end."""
     crosscheck: bool = False
@@ -147,6 +146,8 @@ class Prune:
             return self.score
         if "experts" in self.units:
             return "routing"
+        if "head-dims" in self.units:
+            return "taylor"
         refits = self.compensate == "least-squares" and self.repairs and self.objective == "embedding"
         return "obs" if refits else "taylor"
 
@@ -168,13 +169,19 @@ class Prune:
     def streams(self, data: bool = False) -> bool:
         """Whether scores come from one block's weights at a time, and nothing is repaired."""
         alone = self.ranking in ("magnitude", "random") and self.allocate != "evolutionary"
-        return alone and not self.repairs and not self.crosscheck and not data
+        changed = self.repairs or "head-dims" in self.units
+        return alone and not changed and not self.crosscheck and not data
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """One look at the samples for the scores, with gradients for most, two for the repair, one for each allocation tried."""
+        """One look at the samples for the scores, with gradients for most, two for the repair, one for each allocation tried.
+
+        Head channels take four more for each: their directions.
+        """
         once = ("activation", "direct-effect", "routing", "block-influence")
         scores = {"magnitude": 0, "random": 0, **dict.fromkeys(once, 1)}.get(self.ranking, 3)
         repair = 2 if self.repairs else 0
+        if "head-dims" in self.units and turns(self.ranking):
+            scores, repair = scores + 4, repair + 4
         timed = SECONDS if self.latency_ms is not None else 0.0
         tried = 0
         if self.allocate == "evolutionary":
@@ -204,8 +211,8 @@ class Prune:
         if wanted:
             names = {name for pool in wanted for name in pool.towers}
             groups = [group for group in groups if group.tower in names]
-            found = self.scores(bundle, groups, context) if scores is None else scores
-            values = worth(groups, found, self._normalise(), self.budget)
+            found = ranked(self, bundle, groups, context) if scores is None else scores
+            values = worth(groups, found, normalised(self), self.budget)
             for pool in wanted:
                 chosen |= choose(
                     bundle.family.name, pool, groups, values, bounds, self.budget, allocators[self.allocate]
@@ -213,7 +220,12 @@ class Prune:
         cut = {group: kept for group, kept in chosen.items() if len(kept) < group.units}
         tensors: dict[str, Tensor] = {}
         if cut and self.repairs:
-            tensors = repaired_readers(bundle, cut, context, self.compensate, self.ridge)
+            whole = {group: kept for group, kept in cut.items() if group.kind != "head-dims"}
+            tensors = repaired_readers(bundle, whole, context, self.compensate, self.ridge)
+        narrow = {group: kept for group, kept in cut.items() if group.kind == "head-dims"}
+        if narrow:
+            method = self.compensate if self.repairs else "none"
+            tensors |= narrowed_heads(bundle, narrow, context, turns(self.ranking), method, self.ridge)
         facts = {
             "score": self.ranking,
             "split": split(groups, cut),
@@ -230,6 +242,8 @@ class Prune:
                 for place, attention in ((key, block.attention), (f"{key}.cross", block.cross)):
                     if attention and place in kept["heads"]:
                         cut_heads(bundle, attention, read_ranges(kept["heads"][place]))
+                    if attention and place in kept.get("head-dims", ()):
+                        cut_dims(bundle, attention, read_ranges(kept["head-dims"][place]))
                 if block.mlp and key in kept["neurons"]:
                     cut_neurons(bundle, block.mlp, read_ranges(kept["neurons"][key]))
                 if block.experts and key in kept.get("experts", ()):
@@ -270,41 +284,3 @@ class Prune:
         for pool in wanted:
             require_possible(bundle.family.name, pool, groups, bounds, self.budget)
         return totals, groups, bounds, wanted
-
-    def scores(self, bundle: Bundle, groups: Sequence[Group], context: Context) -> list[Tensor]:
-        """Return what the units of each group matter (U,). Raises UsageError where that is not finite, or needs data."""
-        scores = self._measured(bundle, groups, context)
-        for group, found in zip(groups, scores, strict=True):
-            if not found.isfinite().all():
-                raise UsageError(
-                    f"the {self.ranking} score of {group.kind} in {group.tower} block {group.block} is not finite",
-                    hint="the model overflows on this data: load it in float32, or leave bad samples out",
-                )
-        return scores
-
-    def _measured(self, bundle: Bundle, groups: Sequence[Group], context: Context) -> list[Tensor]:
-        if self.ranking == "random":
-            return prune_scores.uniform_random(groups, context.seed)
-        if self.ranking == "magnitude":
-            return prune_scores.magnitude(bundle, groups)
-        if self.ranking == "activation":
-            return prune_scores.activation(bundle, groups, context, self.compensate != "none", self.balance)
-        if self.ranking == "block-influence":
-            return prune_scores.block_influence(bundle, groups, context)
-        if self.ranking == "obs":
-            return surgeon(bundle, groups, context, self.ridge)
-        if self.ranking == "routing":
-            return routing(bundle, groups, context)
-        if self.ranking == "relevance":
-            return relevance(bundle, groups, context)
-        if self.ranking == "direct-effect":
-            return direct_effects(bundle, groups, context)
-        return taylor(bundle, groups, context, self.objective, self.ranking)
-
-    def _normalise(self) -> str:
-        if self.ranking == "random":
-            return "cost"
-        if self.normalise != "auto":
-            return self.normalise
-        suits = {"taylor": "none", "obs": "none", "routing": "none", "taylor-signed": "norm", "taylor-absolute": "norm"}
-        return suits.get(self.ranking, "layer")

@@ -48,7 +48,7 @@ class Bounds:
         """Return the group as the allocator sees it."""
         tie = f"{group.tower}.{group.kind}.{group.part}" if self.uniform and group.kind != "blocks" else ""
         bound = 0 if group.kind == "blocks" else max(group.least, share(self.min_keep, group.units))
-        multiple = self.multiple if group.kind == "neurons" else 1
+        multiple = self.multiple if group.kind in ("neurons", "head-dims") else 1
         return Layer(tuple(values), group.cost.of(measure), bound, multiple, tie)
 
     def smallest(self, group: Group, measure: str) -> int:

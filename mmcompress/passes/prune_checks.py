@@ -21,13 +21,14 @@ from mmcompress.views import Tower
 if TYPE_CHECKING:
     from mmcompress.passes.prune import Prune
 
-KINDS = ("heads", "neurons", "experts", "blocks")
+KINDS = ("heads", "head-dims", "neurons", "experts", "blocks")
 SCORES = (*SUMMARIES, "obs", "activation", "relevance", "direct-effect", "magnitude", "random")
 SCORES_OF: dict[str, tuple[str, ...]] = {
     "blocks": ("block-influence", *SUMMARIES, "random"),
     "experts": ("routing", "magnitude", "random"),
+    "head-dims": (*SUMMARIES, "magnitude", "random"),
 }
-"""Of units that are removed alone; the others have SCORES."""
+"""Of units that are removed alone, and those beside which others have no more; the others have SCORES."""
 
 
 def require_sensible(settings: Prune) -> None:
@@ -54,7 +55,12 @@ def require_sensible(settings: Prune) -> None:
         raise UsageError(
             "prune.units mixes experts with others, and no score compares them", hint="use two prune steps"
         )
-    fitting = SCORES_OF.get(settings.units[0], SCORES)
+    if {"heads", "head-dims"} <= set(settings.units):
+        raise UsageError(
+            "prune.units has heads and head-dims, and what one costs depends on how many of the other are left",
+            hint="use two prune steps, heads first",
+        )
+    fitting = next((SCORES_OF[unit] for unit in settings.units if unit in SCORES_OF), SCORES)
     if settings.ranking not in fitting:
         raise UsageError(
             f"prune.score {settings.ranking} does not rank {' and '.join(settings.units)}",
@@ -92,6 +98,8 @@ def _require_sensible_allocation(settings: Prune) -> None:
             )
     if "experts" in settings.units:
         _require_fit_for_experts(settings)
+    if "head-dims" in settings.units:
+        _require_fit_for_dims(settings)
     if settings.allocate != "knapsack" and "blocks" in settings.units:
         raise UsageError(
             f"prune.allocate {settings.allocate} shares units out among blocks, and whole blocks are to go",
@@ -122,6 +130,19 @@ def _require_fit_for_experts(settings: Prune) -> None:
         )
 
 
+def _require_fit_for_dims(settings: Prune) -> None:
+    if settings.allocate == "evolutionary":
+        raise UsageError(
+            "prune.allocate evolutionary tries models with channels silenced, and narrower heads are turned before they are cut",
+            hint="use allocate=knapsack or even",
+        )
+    if settings.crosscheck:
+        raise UsageError(
+            "prune.crosscheck compares channels with torch-pruning's, and head-dims are directions across them",
+            hint="leave crosscheck out, or use units=heads",
+        )
+
+
 def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -> None:
     """Raise UsageError where layers of `towers` cannot be cut, or the score does not suit the model."""
     _require_objective(settings, bundle, towers)
@@ -148,6 +169,12 @@ def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -
             raise UsageError(
                 f"heads of the {tower.name} tower cannot be removed: {whole[0]}",
                 hint="prune its neurons or blocks, or name other towers with --towers",
+            )
+        rigid = [part.why_rigid for block in tower.blocks for part in (block.attention, block.cross) if part]
+        if set(settings.units) == {"head-dims"} and all(rigid):
+            raise UsageError(
+                f"heads of the {tower.name} tower cannot become narrower: {rigid[0]}",
+                hint="prune its heads, neurons or blocks, or name other towers with --towers",
             )
         if "blocks" in settings.units and tower.why_fixed_depth:
             raise UsageError(
@@ -208,6 +235,8 @@ def _require_plain(settings: Prune, bundle: Bundle, tower: Tower) -> None:
     for kind, widths in (
         ("heads", {block.attention.heads for block in tower.blocks}),
         ("heads", {block.cross.heads for block in tower.blocks if block.cross}),
+        ("head-dims", {block.attention.head_dim for block in tower.blocks}),
+        ("head-dims", {block.cross.head_dim for block in tower.blocks if block.cross}),
         ("neurons", {block.mlp.neurons for block in tower.blocks if block.mlp}),
         ("experts", {block.experts.experts for block in tower.blocks if block.experts}),
     ):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.passes.prune_units import head_rows, kept_rows
-from mmcompress.surgery.linears import keep_columns, keep_rows, selected, spread
+from mmcompress.surgery.linears import in_every_head, keep_columns, keep_rows, selected, spread
 from mmcompress.views import Attention, Experts, Mlp, Numbering, Tower
 
 PLACES = ("layer_idx", "layer_index", "layer_id")
@@ -31,9 +31,28 @@ def cut_heads(bundle: Bundle, attention: Attention, kept: Sequence[int]) -> None
         path, _, own = name.rpartition(".")
         setattr(bundle.module(path), own, selected(bundle.model.get_parameter(name), 1, units))
     heads = len(kept) * attention.heads // attention.kv_heads
-    counts = {"heads": heads, "kv_heads": len(kept), "width": heads * attention.head_dim}
+    _write_counts(bundle, attention, heads, len(kept), attention.head_dim)
+
+
+def cut_dims(bundle: Bundle, attention: Attention, kept: Sequence[int]) -> None:
+    """Keep the channels `kept` of every head of an attention: rows of q, k, v, columns of the output Linear."""
+    units = torch.tensor(kept)
+    for path, heads in zip(attention.writers, (attention.heads, attention.kv_heads, attention.kv_heads), strict=True):
+        keep_rows(_linear(bundle, path), in_every_head(units, heads, attention.head_dim))
+    keep_columns(_linear(bundle, attention.reader), in_every_head(units, attention.heads, attention.head_dim))
+    _write_counts(bundle, attention, attention.heads, attention.kv_heads, len(kept))
+
+
+def _write_counts(bundle: Bundle, attention: Attention, heads: int, kv_heads: int, head_dim: int) -> None:
+    """Let what an attention keeps beside its weights follow; the factor of its logits as if it was made with that width."""
+    counts = {"heads": heads, "kv_heads": kv_heads, "width": heads * head_dim, "head_dim": head_dim}
     for path, attribute, what in attention.bookkeeping:
-        setattr(bundle.module(path), attribute, counts[what])
+        module = bundle.module(path)
+        if what == "scale":
+            now = getattr(module, attribute) / attention.head_dim**-0.5
+            setattr(module, attribute, now * head_dim**-0.5)
+        else:
+            setattr(module, attribute, counts[what])
 
 
 def cut_neurons(bundle: Bundle, mlp: Mlp, kept: Sequence[int]) -> None:

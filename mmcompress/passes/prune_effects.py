@@ -58,16 +58,21 @@ def taylor(
 def effects(bundle: Bundle, groups: Sequence[Group], context: Context, objective: str) -> Effects:
     """Return the first-order effects of every unit on the objective, summed up over the samples."""
     found = Effects(groups)
-    walk = {"contrastive": _contrastive, "answers": answers}.get(objective, _directions)
     for name, mine in by_tower(groups):
         modules: dict[str, nn.Module] = {group.reader: bundle.module(group.reader) for group in mine}
         side: Literal["inputs", "updates"] = "updates" if mine[0].kind == "blocks" else "inputs"
-        step = slice_size(bundle, name)
         add = found.add_sample if bundle.tower(name).packed else found.add
         with evaluating(bundle.model), watch_gradients(modules, add, side):
-            for inputs, differentiate in walk(bundle, name, context, "Taylor score"):
-                backward(bundle, name, inputs, differentiate, step)
+            walk_backward(bundle, name, context, objective)
     return found
+
+
+def walk_backward(bundle: Bundle, tower: str, context: Context, objective: str) -> None:
+    """Differentiate the objective of every calibration sample of a tower: whoever watches sees them go by."""
+    walk = {"contrastive": _contrastive, "answers": answers}.get(objective, _directions)
+    step = slice_size(bundle, tower)
+    for inputs, differentiate in walk(bundle, tower, context, "Taylor score"):
+        backward(bundle, tower, inputs, differentiate, step)
 
 
 def stream_by_effect(

@@ -16,6 +16,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.latency import solved, stages_of
 from mmcompress.passes.prune_budget import most_removable, pools
+from mmcompress.passes.prune_ranking import ranked
 
 if TYPE_CHECKING:
     from mmcompress.passes.prune import Prune
@@ -33,7 +34,7 @@ def plan_within_latency(settings: Prune, bundle: Bundle, context: Context) -> Pl
     (whole,) = pools(totals, "macs", ratio=0.5, target=None, ratios={})
     # In thousandths, rounded down: a share that is too small by the last digit of a float would be refused.
     most = math.floor(1000 * most_removable(whole, groups, bounds, "macs") / whole.total) / 1000
-    scores = everything.scores(bundle, groups, context)
+    scores = ranked(everything, bundle, groups, context)
 
     def at(share: float) -> Prune:
         return replace(everything, ratio=1 - share)

@@ -6,7 +6,7 @@ once others are gone they do not know (but see `prune_surgeon`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -30,6 +30,9 @@ def magnitude(bundle: Bundle, groups: Sequence[Group]) -> list[Tensor]:
     """
     scores = []
     for group in groups:
+        if group.kind == "head-dims":
+            scores.append(_magnitude_of_dims(bundle, group))
+            continue
         if group.kind == "experts":
             owners = [name.rpartition(".")[::2] for name in (*group.writers, f"{group.reader}.weight")]
             own = [bundle.layer(path).get_parameter(name).detach().flatten(1) for path, name in owners]
@@ -42,6 +45,22 @@ def magnitude(bundle: Bundle, groups: Sequence[Group]) -> list[Tensor]:
         assert isinstance(reader, Tensor), f"{group.reader} has no weight"
         scores.append(importance.group_magnitude([r.detach() for r in rows], [reader.detach()], group.units))
     return scores
+
+
+def _magnitude_of_dims(bundle: Bundle, group: Group) -> Tensor:
+    """Return the L2 norm of each channel's rows, biases and columns in all heads (U,)."""
+    writers = [bundle.layer(path) for path in group.writers]
+    parts = [part for writer in writers for part in (writer.weight, writer.bias) if isinstance(part, Tensor)]
+    reader = bundle.layer(group.reader).weight
+    assert isinstance(reader, Tensor), f"{group.reader} has no weight"
+    return importance.group_magnitude(
+        [_by_channel(part.detach(), group) for part in parts], [_by_channel(reader.detach().T, group).T], group.units
+    )
+
+
+def _by_channel(rows: Tensor, group: Group) -> Tensor:
+    """Return rows (H * D, …), those of one channel in all heads side by side: (D * H, …)."""
+    return rows.unflatten(0, (-1, group.units)).transpose(0, 1).flatten(0, 1)
 
 
 def uniform_random(groups: Sequence[Group], seed: int) -> list[Tensor]:
@@ -59,7 +78,7 @@ def activation(
     """
     sums = {group.reader: Sums(full=False) for group in groups}
     texts = {path: Sums(full=False) for path in sums} if balance else {}
-    _stream(bundle, sums, texts, context, "activations")
+    stream_inputs(bundle, sums, context, "activations", texts)
     scores = []
     for group in groups:
         weight = bundle.module(group.reader).weight
@@ -87,7 +106,9 @@ def _balanced(images: Sums, texts: Sums) -> Sums:
     return mixed
 
 
-def _stream(bundle: Bundle, sums: dict[str, Sums], texts: dict[str, Sums], context: Context, label: str) -> None:
+def stream_inputs(
+    bundle: Bundle, sums: Mapping[str, Sums], context: Context, label: str, texts: Mapping[str, Sums] | None = None
+) -> None:
     """Add the calibration tokens that each Linear reads to its `sums`; to `texts`, where given, those that are no image's.
 
     Raises UsageError without data, and where tokens of a prompt are not told apart any more.
@@ -104,7 +125,7 @@ def _stream(bundle: Bundle, sums: dict[str, Sums], texts: dict[str, Sums], conte
                 f"{len(image)}",
                 hint="prune before tokens are dropped on their way, or leave balance out",
             )
-        for chosen, own in ((image, sums), (~image, texts)):
+        for chosen, own in ((image, sums), (~image, texts or {})):
             if chosen.any():
                 own[path].add(tokens[chosen])
 

@@ -1,8 +1,8 @@
 """What `prune` can remove: units, what belongs to each, and what each costs, as exact integers.
 
-A unit is an attention head (a key-value group with its query heads, where there are fewer key than query heads), an MLP neuron,
-one of the experts a router chooses from, or a block. An expert takes no MACs with it but those of its row of the router: each token
-goes through as many as before. A block's heads of cross-attention are a group of their own. Costs are counted, not estimated:
+A unit is an attention head (a key-value group with its query heads, where there are fewer key than query heads), a channel of all
+heads of an attention, an MLP neuron, one of the experts a router chooses from, or a block. An expert takes no MACs with it but
+those of its row of the router: each token goes through as many as before. A block's cross-attention is a group of its own. Costs are counted, not estimated:
 parameters from shapes; multiply-accumulates from shapes and from the number of tokens seen at each Linear in one forward pass of
 the family's example inputs, so that a shortened token stream is priced as it is. MACs are those of Linears, convolutions and
 attention products at batch 1. Cross-attention makes keys and values of all S tokens of the encoder, and counts them; the encoder
@@ -26,7 +26,7 @@ from mmcompress.surgery.linears import spread
 from mmcompress.surgery.watch import evaluating, watch_inputs
 from mmcompress.views import Attention, Block, Experts, Mlp, Tower
 
-Kind = Literal["heads", "neurons", "experts", "blocks"]
+Kind = Literal["heads", "head-dims", "neurons", "experts", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Group:
     reader: str = ""
     """Linear whose columns are cut with a unit; for experts, the path of their router; for a block, that of the block."""
     width: int = 1
-    """Columns of the reader per unit."""
+    """Columns of the reader per unit: side by side, of head channels one in each head."""
     part: str = ""
-    """"cross" for the heads of cross-attention."""
+    """"cross" for cross-attention."""
     sections: int = 1
     """How many layers' rows a writer holds one after the other: 3 where q, k and v are fused."""
     least: int = 1
@@ -86,6 +86,11 @@ def list_groups(
                     groups.append(_heads(bundle, tower, block, block.attention, tokens))
                 if block.cross and not block.cross.why_whole:
                     groups.append(_heads(bundle, tower, block, block.cross, tokens, "cross"))
+            if "head-dims" in kinds:
+                if not block.attention.why_rigid:
+                    groups.append(_head_dims(bundle, tower, block, block.attention, tokens))
+                if block.cross and not block.cross.why_rigid:
+                    groups.append(_head_dims(bundle, tower, block, block.cross, tokens, "cross"))
             if "neurons" in kinds and block.mlp:
                 groups.append(_neurons(bundle, tower, block, block.mlp, tokens))
             if "experts" in kinds and block.experts:
@@ -122,6 +127,23 @@ def _heads(
         part,
         3 if fused else 1,
     )
+
+
+def _head_dims(
+    bundle: Bundle, tower: Tower, block: Block, attention: Attention, tokens: dict[str, int], part: str = ""
+) -> Group:
+    assert attention.heads == attention.kv_heads, f"{attention.path} shares keys, and has no word that it is rigid"
+    queries, keys = _looked_at(attention, tokens)
+    columns = attention.heads * _linear(bundle, attention.reader).out_features
+    parameters, macs = columns, queries * columns
+    for path, seen in zip(attention.writers, (queries, keys, keys), strict=True):
+        linear = _linear(bundle, path)
+        parameters += attention.heads * (linear.in_features + (linear.bias is not None))
+        macs += seen * attention.heads * linear.in_features
+    macs += attention_macs(queries, attention.window or keys, attention.heads, 1)
+    cost = Costs(parameters, macs)
+    paths = (attention.writers, attention.reader, attention.heads)
+    return Group(tower.name, block.index, "head-dims", attention.head_dim, cost, *paths, part)
 
 
 def _neurons(bundle: Bundle, tower: Tower, block: Block, mlp: Mlp, tokens: dict[str, int]) -> Group:

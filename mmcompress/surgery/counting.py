@@ -25,7 +25,7 @@ Shape = Sequence[int]
 
 
 def macs_within(modules: Sequence[torch.nn.Module], call: Callable[[], Any]) -> int:
-    """Count one run of `call`, but only what happens inside calls of `modules`, which must not contain each other."""
+    """Count one run of `call`, but only what happens inside calls of `modules` or of what they contain."""
     with counting() as counter, meter(modules, counter.get_total_flops) as spent:
         call()
     return spent() // 2

@@ -30,6 +30,11 @@ def spread(units: Tensor, width: int) -> Tensor:
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
+def in_every_head(units: Tensor, heads: int, head_dim: int) -> Tensor:
+    """Return the channels that are the `units` (U,) of each of `heads` heads, `head_dim` channels wide: (heads * U,)."""
+    return (torch.arange(heads, device=units.device)[:, None] * head_dim + units).flatten()
+
+
 def selected(parameter: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
     """Return `parameter` with the entries `kept` (K,) along `dim`."""
     if is_deferred(parameter):

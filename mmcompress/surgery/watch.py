@@ -145,19 +145,25 @@ def watch_gradients(
 
 @contextmanager
 def meter(modules: Sequence[nn.Module], read: Callable[[], int]) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns how much `read()` has grown inside calls of `modules`, which must not contain each other."""
-    started = spent = 0
+    """Yield a function that returns how much `read()` has grown inside calls of `modules`, or of what they contain.
+
+    Some families call the parts of a tower, not the tower.
+    """
+    depth = started = spent = 0
 
     def before(*_: Any) -> None:
-        nonlocal started
-        started = read()
+        nonlocal depth, started
+        started = started if depth else read()
+        depth += 1
 
     def after(*_: Any) -> None:
-        nonlocal spent
-        spent += read() - started
+        nonlocal depth, spent
+        depth -= 1
+        spent += 0 if depth else read() - started
 
-    handles = [module.register_forward_pre_hook(before) for module in modules]
-    handles += [module.register_forward_hook(after) for module in modules]
+    inside = {part for module in modules for part in module.modules()}
+    handles = [part.register_forward_pre_hook(before) for part in inside]
+    handles += [part.register_forward_hook(after) for part in inside]
     try:
         yield lambda: spent
     finally:
