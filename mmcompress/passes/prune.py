@@ -12,8 +12,9 @@ Taylor and optimal brain surgeon mean just that. "auto" is "none" for these two,
 first-order effects, which are divided by the root mean square of the layer.
 
 Channels of heads go from all heads of an attention alike, which are turned first so that the last ones matter least
-(`prune_dims`). Experts are scored by how much of the tokens' routing weight they are given (`prune_routing`); "auto" takes that as it is. What is
-left is not repaired: a token that had chosen one that is gone goes through the next best, with weights that sum to 1 again.
+(`prune_dims`). Experts are scored by how much of the tokens' routing weight they are given (`prune_routing`); "auto" takes that as
+it is. What is left is not repaired: a token that had chosen one that is gone goes through the next best, with weights that sum to
+1 again.
 
 How many units each layer gives up (`allocate`) follows from that with "knapsack". "even" asks scores only which units of a layer
 go, and "evolutionary" tries on the model how many of each (`prune_evolution`).
@@ -97,10 +98,10 @@ class Prune:
     ] = "auto"
     """What makes a unit important; auto: routing for experts, obs where what stays is refitted, taylor else and for head-dims.
     First-order effects on `objective`: taylor is their mean square (Fisher, optimal brain damage), taylor-signed their mean,
-    taylor-absolute the mean of their sizes (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon); activation: Wanda; relevance:
-    attention and its gradient (Chefer), of heads alone; direct-effect: what a unit of a language model itself says of right answers
-    (multimodal neurons); routing: the mean weight that a router gives it over tokens, of experts alone; block-influence: of blocks
-    alone; random is the control. Only magnitude and random need no data."""
+    taylor-absolute the mean of their sizes (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon);
+    activation: Wanda; relevance: attention and its gradient (Chefer), of heads alone; direct-effect: what a unit of a language
+    model itself says of right answers (multimodal neurons); routing: the mean weight that a router gives it over tokens, of
+    experts alone; block-influence: of blocks alone; random is the control. Only magnitude and random need no data."""
     objective: Literal["embedding", "contrastive", "answers"] = "embedding"
     """What Taylor scores differentiate: each embedding by itself (no pairs needed), the contrastive loss of batches of pairs, or
     the likelihood of right answers."""

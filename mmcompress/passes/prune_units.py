@@ -2,11 +2,11 @@
 
 A unit is an attention head (a key-value group with its query heads, where there are fewer key than query heads), a channel of all
 heads of an attention, an MLP neuron, one of the experts a router chooses from, or a block. An expert takes no MACs with it but
-those of its row of the router: each token goes through as many as before. A block's cross-attention is a group of its own. Costs are counted, not estimated:
-parameters from shapes; multiply-accumulates from shapes and from the number of tokens seen at each Linear in one forward pass of
-the family's example inputs, so that a shortened token stream is priced as it is. MACs are those of Linears, convolutions and
-attention products at batch 1. Cross-attention makes keys and values of all S tokens of the encoder, and counts them; the encoder
-itself counts apart.
+those of its row of the router: each token goes through as many as before. A block's cross-attention is a group of its own. Costs
+are counted, not estimated: parameters from shapes; multiply-accumulates from shapes and from the number of tokens seen at each
+Linear in one forward pass of the family's example inputs, so that a shortened token stream is priced as it is. MACs are those of
+Linears, convolutions and attention products at batch 1. Cross-attention makes keys and values of all S tokens of the encoder, and
+counts them; the encoder itself counts apart.
 
 Shape alphabet: N tokens, S tokens of the encoder a decoder looks at, C channels, H heads, D head width.
 """
