@@ -1,7 +1,7 @@
 """Every score and every allocation of `prune` at several ratios, on three real models: accuracy against random units, no training.
 
 - `encoder`: the DINOv2-S + MiniLM dual encoder; R@1 on the held-out vendor's drawings.
-- `heads`: its attention heads alone, which relevance ranks.
+- `heads`: its attention heads alone, which relevance ranks; and heads that become narrower instead.
 - `speech`: Whisper tiny.en, both towers; words of the test sentences.
 - `answers`: the mini-VLM, both towers; held-out questions.
 - `words`: its language model alone, where scores may ask what units say.
@@ -45,9 +45,10 @@ from mmcompress.evaluate.store import read_evaluation, write_evaluation
 from mmcompress.evaluate.tasks import TASKS
 from mmcompress.evaluate.verdict import random_findings
 from mmcompress.measure.machine import machine_facts
-from mmcompress.passes import prune_effects, prune_repair, prune_surgeon
+from mmcompress.passes import prune_dims, prune_effects, prune_repair, prune_surgeon
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune import Prune
+from mmcompress.passes.prune_ranking import ranked
 from mmcompress.surgery.watch import Sums
 
 RESULT = assets.RESULTS / "prune_table.json"
@@ -70,7 +71,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "relevance": {"score": "relevance"},
     "taylor-answers": {"score": "taylor", "objective": "answers"},
     "direct-effect": {"score": "direct-effect"},
+    "head-dims": {"units": ("head-dims",)},
+    "head-dims, magnitude": {"units": ("head-dims",), "score": "magnitude"},
+    "head-dims, random": {"units": ("head-dims",), "score": "random"},
 }
+NARROWER = ("head-dims", "head-dims, magnitude", "head-dims, random")
 ANYWHERE = (RANDOM, DEFAULT, "obs", "taylor-even", "obs-even", "taylor-absolute", "activation", "magnitude")
 
 
@@ -99,7 +104,8 @@ CONTESTS = {
         lambda: open_data(assets.training_pairs()), 128, "retrieval", lambda: open_data("demo:test"), 0,
     ),
     "heads": Contest(
-        assets.dual_encoder, (RANDOM, DEFAULT, "taylor-absolute", "obs", "activation", "magnitude", "relevance"),
+        assets.dual_encoder,
+        (RANDOM, DEFAULT, "taylor-absolute", "obs", "activation", "magnitude", "relevance", *NARROWER),
         lambda: open_data(assets.training_pairs()), 128, "retrieval", lambda: open_data("demo:test"), 0,
         (0.05, 0.1, 0.15), {"units": ("heads",)},
     ),
@@ -136,16 +142,16 @@ class Pruner:
     def pruned(self, method: str, ratio: float, seed: int = 0) -> tuple[Bundle, dict[str, Any]]:
         """Return the model without `ratio` of its parameters, and what the plan says of how that was split."""
         bundle = checkpoint.load(self.contest.model())
-        settings = Prune(ratio=ratio, **self.contest.options, **METHODS[method])
+        settings = Prune(ratio=ratio, **{**self.contest.options, **METHODS[method]})
         settings.check(bundle)
         with self._remembering():
             if method == RANDOM:
                 plan = settings.plan(bundle, self.context(seed))
             else:
-                key = json.dumps([settings.score, settings.objective, settings.balance])
+                key = json.dumps([settings.score, settings.objective, settings.balance, settings.units])
                 if key not in self.scores:
                     _, groups, _, _ = settings.survey(bundle, settings.chosen(bundle))
-                    self.scores[key] = settings.scores(bundle, groups, self.context(seed))
+                    self.scores[key] = ranked(settings, bundle, groups, self.context(seed))
                 plan = settings.planned(bundle, self.context(seed), self.scores[key])
         settings.apply(bundle, plan)
         pipeline.verify(bundle, "prune")
@@ -172,6 +178,7 @@ class Pruner:
         with (
             mock.patch.object(prune_repair, "stream_by_effect", remembered),
             mock.patch.object(prune_surgeon, "stream_by_effect", remembered),
+            mock.patch.object(prune_dims, "stream_by_effect", remembered),
             mock.patch.object(prune_repair, "parts", together),
             mock.patch.object(prune_surgeon, "parts", together),
         ):

@@ -30,8 +30,8 @@ def logit_turns(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def value_turns(reader: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return (T, T^-1), each (H, D, D): values times T, read by columns times T^-1, give the reader the same.
 
-    reader: its columns of each head (H, C, D); values: the covariances of what the head gives it (H, D, D). With the root R of that,
-    W R = U S V', values become V' R^-1 v: uncorrelated, of variance 1, the i-th of which adds S_i^2 to the mean square.
+    reader: its columns W of each head (H, C, D); values: the covariances of what the head gives it (H, D, D). With the root R of
+    that, W R = U S V', values become V' R^-1 v: uncorrelated, of variance 1, the i-th of which adds S_i^2 to the mean square.
     """
     root, back = roots(values)
     right = torch.linalg.eigh(root @ (reader.mT @ reader) @ root).eigenvectors.flip(-1)

@@ -158,7 +158,7 @@ def test_scores_are_the_mean_square_gradients_of_gates(objective: str) -> None:
         with pytest.MonkeyPatch.context() as patch, evaluating(bundle.model), gated(bundle, group, gate):
             # One sample at a time, so that the gate's gradient is that sample's.
             patch.setattr("mmcompress.passes.prune_effects.slice_size", lambda *_: 1)
-            gate.register_hook(lambda gradient: squares.append(gradient.square()))
+            gate.register_hook(lambda gradient, squares=squares: squares.append(gradient.square()))
             walk_backward(bundle, "vision", made, objective)
         assert len(squares) == 8
         torch.testing.assert_close(score, torch.stack(squares).mean(0), rtol=2e-3, atol=float(score.max()) * 1e-4)
