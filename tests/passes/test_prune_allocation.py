@@ -13,6 +13,7 @@ from mmcompress.passes.base import Plan
 from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_budget import pools
 from mmcompress.passes.prune_evolution import Damage
+from mmcompress.passes.prune_ranking import ranked
 from mmcompress.passes.prune_units import Group, read_ranges
 from tests import tiny
 from tests.passes import decoding
@@ -97,7 +98,7 @@ def test_evenly_every_group_gives_up_the_same_share() -> None:
     groups = groups_of(bundle)
     (pool,) = pools(magnitude.survey(bundle, bundle.towers())[0], "parameters", 0.2, None, {})
     assert pool.towers == ("vision", "text")
-    for group, scores in zip(groups, magnitude.scores(bundle, groups, context()), strict=True):
+    for group, scores in zip(groups, ranked(magnitude, bundle, groups, context()), strict=True):
         kept = kept_of(groups, plan)[group]
         gone = sorted(set(range(group.units)) - set(kept))
         assert scores[gone].max() <= scores[kept].min()

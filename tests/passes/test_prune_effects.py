@@ -12,6 +12,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_effects import SUMMARIES, Effects, effects, taylor
+from mmcompress.passes.prune_ranking import normalised
 from mmcompress.passes.prune_units import Costs, Group, count_tokens, list_groups
 from tests import tiny
 from tests.passes import decoding
@@ -111,6 +112,6 @@ def test_answers_are_given_by_one_tower() -> None:
 
 def test_signed_and_absolute_effects_are_compared_within_their_layer() -> None:
     """Scaling one reader's effects changes nothing of what goes."""
-    assert Prune(score="taylor-absolute")._normalise() == "norm"
+    assert normalised(Prune(score="taylor-absolute")) == "norm"
     assert Prune(score="taylor-signed", objective="contrastive")._normalise() == "norm"
     assert [Prune(score=score)._normalise() for score in ("taylor", "obs")] == ["none", "none"]  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.prune import Prune
+from mmcompress.passes.prune_ranking import ranked
 from mmcompress.passes.prune_units import count_costs, count_tokens, list_groups, read_ranges
 from mmcompress.recipe import Step
 from mmcompress.surgery.routing import through_every_expert, watch_routing
@@ -135,7 +136,7 @@ def test_the_score_is_the_mean_weight_over_tokens_that_count() -> None:
     bundle = tiny.bundle(MODEL)
     made = settings(score="routing")
     _, groups, _, _ = made.survey(bundle, made.chosen(bundle))
-    found = made.scores(bundle, groups, context())
+    found = ranked(made, bundle, groups, context())
     wanted = [torch.zeros(4, dtype=torch.float64) for _ in groups]
     counts, mask = [0, 0], torch.empty(0)
 
@@ -205,7 +206,7 @@ def test_the_magnitude_of_an_expert_is_that_of_all_its_weights() -> None:
     first = bundle.model.model.language_model.layers[0].mlp
     own = [first.experts.gate_up_proj[2], first.experts.down_proj[2], first.gate.weight[2]]
     wanted = torch.cat([part.detach().flatten() for part in own]).norm()
-    torch.testing.assert_close(made.scores(bundle, groups, Context())[0][2], wanted)
+    torch.testing.assert_close(ranked(made, bundle, groups, Context())[0][2], wanted)
 
 
 def test_the_control_removes_as_much_at_random() -> None:
