@@ -16,7 +16,7 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from bench.cells import write_result
 from bench.four_bits import BATCH, FIXED
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
-from mmcompress.data import Dataset, batches, open_data
+from mmcompress.data import Dataset, Memory, batches, open_data
 from mmcompress.ops.losses import token_log_likelihoods
 from mmcompress.ops.statistics import bootstrap, paired_difference
 from mmcompress.passes.base import Context
@@ -52,8 +52,12 @@ SHOWN: dict[str, dict[str, Any]] = {
     "gptq, balanced": {**WAYS["gptq"], "balance": "modality"},
     "gptq, text tokens only": {**WAYS["gptq"], "balance": "text"},
     "awq, clip, gptq, balanced": {**WAYS["awq, clip, gptq"], "balance": "modality"},
+    "awq, clip, texts alone": WAYS["awq, clip"],
+    "gptq, texts alone": WAYS["gptq"],
+    "awq, clip, gptq, texts alone": WAYS["awq, clip, gptq"],
 }
-"""For a model that is shown pictures."""
+"""For a model that is shown pictures. "texts alone": calibrated on the same questions without their pictures."""
+TEXT_ONLY = (", text tokens only", ", texts alone")
 GROUPS = {"groups of 32": 32, "rows": 0}
 
 
@@ -104,12 +108,13 @@ def compared(
         inputs = list(prepared(original, asked))
     reads = {"original": read(original, inputs)}
     rows: dict[str, Any] = {"original": {"log_likelihood": bootstrap(reads["original"].log).to_json()}}
-    context = Context(data=known, num_samples=samples, batch_size=BATCH)
     for group in groups:
         for way, parameters in ways.items():
             name, bundle = f"{way}, {group}", copy.deepcopy(original)
             size = {"group_size": GROUPS[group]}
             made = Quantize(**{**FIXED, "towers": ("language",), "scheme": "W4A16", **size, **parameters})
+            shown = without_pictures(known, samples) if way.endswith(", texts alone") else known
+            context = Context(data=shown, num_samples=samples, batch_size=BATCH)
             made.check(bundle)
             plan = made.plan(bundle, context)
             made.apply(bundle, plan)
@@ -122,11 +127,18 @@ def compared(
                 "folded": len(plan.decisions.get("folds", {})),
                 "image_tokens_count": plan.decisions["towers"]["language"].get("image_tokens_count", {}),
             }
-            mixed = name.replace(", text tokens only", "")
-            if mixed != name and mixed in reads:
-                rows[name]["against_all_tokens"] = paired(reads[mixed], reads[name])
+            for ending in TEXT_ONLY:
+                mixed = name.replace(ending, "")
+                if mixed != name and mixed in reads:
+                    rows[name]["against_mixed"] = paired(reads[mixed], reads[name])
             print(name, json.dumps(rows[name]), flush=True)
             yield rows
+
+
+def without_pictures(data: Dataset, count: int) -> Dataset:
+    """Return the samples that calibration would draw, as texts."""
+    chosen = data.subset(count, 0)
+    return Dataset(Memory([replace(sample, picture=None) for sample in chosen]), f"{data.name}, texts alone")
 
 
 def paired(before: Read, after: Read) -> dict[str, Any]:
@@ -142,6 +154,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--samples", type=int, default=64, help="passages")
     options.add_argument("--questions", type=int, default=300)
+    options.add_argument("--calibrated-on", type=int, default=64, help="questions")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--only", choices=("smollm2", "mini_vlm"), help="leave the other as it is known")
     options.add_argument("--way", action="append", choices=WAYS | SHOWN, help="beside nearest; repeatable")
@@ -161,7 +174,7 @@ def main() -> None:
     if given.only != "smollm2":
         questions = open_data(str(assets.vqa("heldout"))).subset(given.questions, 0)
         known = open_data(str(assets.vqa("training")))
-        for rows in compared(assets.mini_vlm(), asked_for(WAYS | SHOWN), groups, questions, known, 64):
+        for rows in compared(assets.mini_vlm(), asked_for(WAYS | SHOWN), groups, questions, known, given.calibrated_on):
             write(given, "mini_vlm", rows)
 
 

@@ -31,7 +31,7 @@ def cut_heads(bundle: Bundle, attention: Attention, kept: Sequence[int]) -> None
         path, _, own = name.rpartition(".")
         setattr(bundle.module(path), own, selected(bundle.model.get_parameter(name), 1, units))
     heads = len(kept) * attention.heads // attention.kv_heads
-    _write_counts(bundle, attention, heads, len(kept), attention.head_dim)
+    write_counts(bundle, attention, heads, len(kept), attention.head_dim)
 
 
 def cut_dims(bundle: Bundle, attention: Attention, kept: Sequence[int]) -> None:
@@ -40,10 +40,10 @@ def cut_dims(bundle: Bundle, attention: Attention, kept: Sequence[int]) -> None:
     for path, heads in zip(attention.writers, (attention.heads, attention.kv_heads, attention.kv_heads), strict=True):
         keep_rows(_linear(bundle, path), in_every_head(units, heads, attention.head_dim))
     keep_columns(_linear(bundle, attention.reader), in_every_head(units, attention.heads, attention.head_dim))
-    _write_counts(bundle, attention, attention.heads, attention.kv_heads, len(kept))
+    write_counts(bundle, attention, attention.heads, attention.kv_heads, len(kept))
 
 
-def _write_counts(bundle: Bundle, attention: Attention, heads: int, kv_heads: int, head_dim: int) -> None:
+def write_counts(bundle: Bundle, attention: Attention, heads: int, kv_heads: int, head_dim: int) -> None:
     """Let what an attention keeps beside its weights follow; the factor of its logits as if it was made with that width."""
     counts = {"heads": heads, "kv_heads": kv_heads, "width": heads * head_dim, "head_dim": head_dim}
     for path, attribute, what in attention.bookkeeping:

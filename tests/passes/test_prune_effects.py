@@ -113,5 +113,5 @@ def test_answers_are_given_by_one_tower() -> None:
 def test_signed_and_absolute_effects_are_compared_within_their_layer() -> None:
     """Scaling one reader's effects changes nothing of what goes."""
     assert normalised(Prune(score="taylor-absolute")) == "norm"
-    assert Prune(score="taylor-signed", objective="contrastive")._normalise() == "norm"
-    assert [Prune(score=score)._normalise() for score in ("taylor", "obs")] == ["none", "none"]  # type: ignore[arg-type]
+    assert normalised(Prune(score="taylor-signed", objective="contrastive")) == "norm"
+    assert [normalised(Prune(score=score)) for score in ("taylor", "obs")] == ["none", "none"]  # type: ignore[arg-type]
