@@ -19,6 +19,7 @@ BEGIN = "<!-- matrix -->"
 END = "<!-- end matrix -->"
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "prune heads": ("prune", {"ratio": 0.01, "units": ["heads"], "score": "magnitude"}),
+    "prune head-dims": ("prune", {"ratio": 0.01, "units": ["head-dims"], "score": "magnitude"}),
     "prune neurons": ("prune", {"ratio": 0.01, "units": ["neurons"], "score": "magnitude"}),
     "prune blocks": ("prune", {"ratio": 0.01, "units": ["blocks"], "score": "random"}),
     "prune experts": ("prune", {"ratio": 0.01, "units": ["experts"], "score": "magnitude"}),
