@@ -9,11 +9,13 @@ from bench.cells import interval, machine, points, read
 
 SUBJECTS = {
     "dual-encoder": "the dual encoder, half of what can be pruned of both towers",
+    "demo-clip": "the demo's CLIP, half of what can be pruned of both towers",
     "whisper": "Whisper tiny.en, 30% of what can be pruned",
     "mini-vlm": "the mini-VLM's language model, 20% of what can be pruned",
 }
 METRICS = {
     "dual-encoder": ("image_to_text_r1", "text_to_image_r1"),
+    "demo-clip": ("image_to_text_r1", "text_to_image_r1"),
     "whisper": ("word_accuracy",),
     "mini-vlm": ("accuracy",),
 }
@@ -31,16 +33,19 @@ def recovered() -> str:
         metrics, rows = METRICS[subject], found[subject]
         original = rows["original"]
         before = " and ".join(f"{metric.replace('_', ' ')} {interval(original[metric])}" for metric in metrics)
+        compared = any("against_each_tower" in row for row in rows.values())
         lines = [
             f"{title[0].upper()}{title[1:]}: {before}, n = {original[metrics[0]]['n']}",
             "",
-            "| chosen | parameters left | as cut, points | steps of training | trained, points |",
-            "|---|---|---|---|---|",
+            "| chosen | parameters left | as cut, points | steps of training | trained, points |"
+            + (" over each tower by itself, points |" if compared else ""),
+            "|---|---|---|---|---|" + ("---|" if compared else ""),
         ]
         for way, row in rows.items():
             if way != "original":
                 lines.append(
                     f"| {way} | {_left(row)} | {_as_cut(row, metrics)} | {_steps(row)} | {_lost(row['steps'][-1], metrics)} |"
+                    + (f" {_over(row, metrics)} |" if compared else "")
                 )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -65,6 +70,11 @@ def _steps(row: dict[str, Any]) -> str:
 
 def _lost(step: dict[str, Any], metrics: Sequence[str]) -> str:
     return " and ".join(points(step[metric]["difference"]) for metric in metrics)
+
+
+def _over(row: dict[str, Any], metrics: Sequence[str]) -> str:
+    found = row.get("against_each_tower")
+    return " and ".join(points(found[metric]) for metric in metrics) if found else ""
 
 
 def torch_pruning() -> str:
