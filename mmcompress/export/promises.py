@@ -19,7 +19,7 @@ SLACK_BYTES = 16 * 1024
 """Shapes, ranges and zero points that exist in a graph but not in a state dict."""
 
 _INTEGERS = {torch.int8, torch.uint8, torch.float8_e4m3fn}
-_STORED = ("INT8", "UINT8", "FLOAT8E4M3FN")
+_STORED = ("INT8", "UINT8", "FLOAT8E4M3FN", "FLOAT4E2M1", "FLOAT8E8M0")
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,12 @@ def weights(model: ir.Model) -> dict[str, int]:
 
 
 def quantized_matrices(model: ir.Model) -> int:
-    """Return how many integer weight matrices the graph holds; packed zero points are none."""
-    zero_points = {node.inputs[3] for node in model.graph if node.op_type == "MatMulNBits" and len(node.inputs) > 3}
+    """Return how many integer weight matrices the graph holds; packed zero points are none, nor scales stored in a byte."""
+    none = {node.inputs[3] for node in model.graph if node.op_type == "MatMulNBits" and len(node.inputs) > 3}
+    scales = {node.inputs[1] for node in model.graph if node.op_type == "DequantizeLinear"}
+    none |= {node.inputs[0] for node in model.graph if scales.intersection(node.outputs)}
     return sum(
-        value not in zero_points
+        value not in none
         and value.const_value is not None
         and value.const_value.dtype.name in _STORED
         and len(value.const_value.shape) >= 2

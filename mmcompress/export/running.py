@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from mmcompress.errors import MissingError
+from mmcompress.export.four_bit_floats import has_four_bit_floats
 from mmcompress.export.trace import Traced
 
 Run = Callable[[dict[str, Tensor]], list[np.ndarray]]
@@ -24,6 +27,8 @@ def open_graph(graph: onnx.ModelProto | Path) -> tuple[Run, str]:
     """
     if not isinstance(graph, Path):
         widen_bfloat16(graph)
+    if has_four_bit_floats(onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph):
+        return _in_openvino(graph)
     try:
         import onnxruntime
     except ImportError:
@@ -41,6 +46,27 @@ def open_graph(graph: onnx.ModelProto | Path) -> tuple[Run, str]:
     source = str(graph) if isinstance(graph, Path) else graph.SerializeToString()
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return (lambda inputs: session.run(None, _arrays(inputs))), "onnxruntime"
+
+
+def _in_openvino(graph: onnx.ModelProto | Path) -> tuple[Run, str]:
+    """Return what runs a graph with types that onnxruntime does not know on CPUs."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingError(
+            "a graph of 4-bit floats is compared with torch in OpenVINO, which is not installed",
+            hint="pip install 'mmcompress[openvino]'",
+        ) from error
+    core = openvino.Core()
+    read = core.read_model(graph if isinstance(graph, Path) else BytesIO(graph.SerializeToString()))
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    compiled = core.compile_model(read, "CPU", hints)
+
+    def run(inputs: dict[str, Tensor]) -> list[np.ndarray]:
+        found = compiled(_arrays(inputs))
+        return [np.asarray(found[output]) for output in compiled.outputs]
+
+    return run, "openvino"
 
 
 @torch.inference_mode()

@@ -150,7 +150,11 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OnnxRuntim
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=requested)
     except understood as error:
-        raise UsageError(f"onnxruntime cannot load '{path}': {_last_line(error)}", hint="export it again") from error
+        unknown = isinstance(error, states.NotImplemented)
+        raise UsageError(
+            f"onnxruntime cannot load '{path}': {_last_line(error)}",
+            hint="it has no kernel for that here: try --runner openvino" if unknown else "export it again",
+        ) from error
     if session.get_providers()[0] != provider:
         raise MissingError(
             f"{provider} was asked for and {session.get_providers()[0]} was used instead",

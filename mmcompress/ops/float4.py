@@ -24,7 +24,8 @@ from torch import Tensor
 from mmcompress.ops.float8 import FLOAT8, nearest_float8
 
 Format = Literal["mxfp4", "nvfp4"]
-BLOCKS: dict[Format, int] = {"mxfp4": 32, "nvfp4": 16}
+BLOCKS: dict[str, int] = {"mxfp4": 32, "nvfp4": 16}
+"""Format -> how many columns share a scale."""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = MAGNITUDES[-1]
 BIAS = 127

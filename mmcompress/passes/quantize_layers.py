@@ -48,6 +48,17 @@ def group_sizes(bundle: Bundle, tower: Tower, paths: Sequence[str], wanted: int)
     return {path: size for path, size in sizes.items() if size}
 
 
+def float_blocks(bundle: Bundle, tower: Tower, paths: Sequence[str], size: int) -> dict[str, int]:
+    """Return `size` for those of `paths` that can have 4-bit floats in blocks of it: Linears of their own weight, evenly cut."""
+    tied = {linear for _, linear in tower.tied}
+    linears = {path: bundle.module(path) for path in paths if path not in tied}
+    return {
+        path: size
+        for path, module in linears.items()
+        if isinstance(module, nn.Linear) and module.in_features % size == 0
+    }
+
+
 def float_codable(bundle: Bundle, tower: Tower, paths: Sequence[str]) -> list[str]:
     """Return those of `paths` that can have weights of 4-bit floats. Raises UsageError where none can."""
     tied = {linear for _, linear in tower.tied}

@@ -11,6 +11,7 @@ from mmcompress.ops.rounding import Levels
 from mmcompress.ops.token_rounding import TOKEN_INT8, TokenGrid
 from mmcompress.passes.base import Plan
 from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES
+from mmcompress.surgery.float4 import Float4Linear
 from mmcompress.surgery.float8 import Float8Linear
 from mmcompress.surgery.float_codes import float_coded
 from mmcompress.surgery.folding import fold
@@ -54,8 +55,12 @@ class Maker:
         if scheme in FLOAT_CODES:
             assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have float codes"
             return float_coded(module, "nf4" if scheme == "NF4" else "fp4", self.double_quant)
-        if SCHEMES[scheme].weights == "float8":
+        weights = SCHEMES[scheme].weights
+        if weights == "float8":
             return self._float8(module, path, plan)
+        if weights == "mxfp4" or weights == "nvfp4":
+            assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have 4-bit floats"
+            return Float4Linear(module, weights).train(module.training)
         gain = plan.tensors.get(f"{path}.gain")
         # A plan that was read back has no tensors: the structure is made, and a checkpoint fills it.
         shape_only = torch.ones(module.in_features, device="meta") if isinstance(module, nn.Linear) else None

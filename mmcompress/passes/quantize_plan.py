@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.kept import Kept, write_atomically
+from mmcompress.ops.float4 import BLOCKS
 from mmcompress.ops.float8 import FLOAT8
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.distill_ranks import world_size
@@ -24,6 +25,7 @@ from mmcompress.passes.quantize_layers import (
     by_token,
     bytes_of,
     candidates,
+    float_blocks,
     float_codable,
     group_sizes,
     told,
@@ -98,8 +100,11 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
                 gains = _gains(settings, bundle, tower, rounded, context)
                 made.tensors.update({f"{path}.gain": gain for path, gain in gains.items()})
                 made.decisions["scaled"] |= dict.fromkeys(gains, settings.smooth)
-    if scheme.weights == "int4":
-        sizes = group_sizes(bundle, tower, paths, settings.group_size)
+    if scheme.weights == "int4" or scheme.weights in BLOCKS:
+        if scheme.weights == "int4":
+            sizes = group_sizes(bundle, tower, paths, settings.group_size)
+        else:
+            sizes = float_blocks(bundle, tower, paths, BLOCKS[scheme.weights])
         schemes |= dict.fromkeys(sizes, name)
         report["eight_bit"] = eight = [path for path in paths if path not in sizes]
         context.progress.say(f"{tower.name}: {told(sizes, eight)}")

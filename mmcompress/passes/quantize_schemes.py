@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mmcompress.errors import UsageError
+from mmcompress.ops.float4 import BLOCKS
 
-Weights = Literal["float", "int8", "int4", "float8", "nf4", "fp4"]
+Weights = Literal["float", "int8", "int4", "float8", "nf4", "fp4", "mxfp4", "nvfp4"]
 Inputs = Literal["float", "static", "dynamic"]
 
 
@@ -36,6 +37,8 @@ SCHEMES = {
     "W4A16": Scheme("int4", otherwise="W8A16"),
     "W4A8": Scheme("int4", "dynamic", otherwise="W8A16"),
     "FP8": Scheme("float8", "static", otherwise="W8A16"),
+    "MXFP4": Scheme("mxfp4", otherwise="W8A16"),
+    "NVFP4": Scheme("nvfp4", otherwise="W8A16"),
     "NF4": Scheme("nf4"),
     "FP4": Scheme("fp4"),
     OFF: Scheme("float"),
@@ -59,6 +62,13 @@ def refuse_target(name: str, target: str, observer: str) -> None:
             f"quantize.scheme {name} does not go to tensorrt, which cannot read its 4-bit layers",
             hint="use W8A8 or W8A16, or another target",
         )
+    if weights in BLOCKS and target == "cpu":
+        raise UsageError(
+            f"quantize.scheme {name} does not go to cpu: onnxruntime has no 4-bit floats there",
+            hint="use --target openvino, cuda or tensorrt, or scheme W4A16",
+        )
+    if weights == "mxfp4" and target == "tensorrt":
+        raise UsageError("quantize.scheme MXFP4 does not go to tensorrt", hint="use NVFP4")
     if weights == "float8" and target in ("cpu", "openvino"):
         raise UsageError(
             f"quantize.scheme {name} does not go to {target}: no CPU multiplies 8-bit floats, they would be widened each time",

@@ -5,8 +5,8 @@
     weight_scale        () of the whole weight; 1 with MXFP4:      weight = code * block scale * scale
     bias                as before, trainable
 
-In torch the weight is made of its codes whenever the layer is called, a large one some rows at a time. Exported, it is a constant of
-ONNX's own 4-bit type before a DequantizeLinear.
+In torch the weight is made of its codes whenever the layer is called, a large one some rows at a time. Exported, it is a constant
+of ONNX's own 4-bit type before a DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mmcompress.ops.float4 import BLOCKS, Format, block_scales, fake_float4, from_codes, on_grid, rounded, whole_scale
 from mmcompress.ops.grouped import pack, unpack
 from mmcompress.surgery.quantized_base import Quantized, chunks
-
 
 MATRIX = "Float4Matrix"
 """Stands in a graph for the weight (in, out) until `export.four_bit_floats` says it in ONNX's own types."""

@@ -10,9 +10,6 @@ In torch the arithmetic is done in float on rounded values, with gradients strai
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -52,12 +49,6 @@ class Float8Linear(Quantized):
         """Set what calibration found for the layer's input."""
         assert self.input_scale is not None, "each token has its own grid"
         self.input_scale.copy_(scale)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # torch counts E4M3 among floats: `.half()` would widen the weight. Seen as bytes it moves, and keeps its dtype.
-        return super()._apply(
-            lambda t: fn(t.view(torch.uint8)).view(FLOAT8.dtype) if t.dtype == FLOAT8.dtype else fn(t), recurse
-        )
 
     @property
     def weight_shape(self) -> torch.Size:

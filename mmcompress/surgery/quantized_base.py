@@ -7,9 +7,10 @@ layer's own grid, with gradients straight through the rounding (see `surgery.mas
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,11 @@ class Quantized(nn.Module, ABC):
     def reason_for_cpus(self) -> str:
         """Why TensorRT cannot read what the layer leaves as; "" where it can."""
         return ""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # torch counts E4M3 among floats: `.half()` would widen what is stored in it. Seen as bytes it moves, and keeps its dtype.
+        eight = torch.float8_e4m3fn
+        return super()._apply(lambda t: fn(t.view(torch.uint8)).view(eight) if t.dtype == eight else fn(t), recurse)
 
     @property
     @abstractmethod

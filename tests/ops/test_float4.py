@@ -65,7 +65,7 @@ def test_nvfp4_by_hand() -> None:
 def test_the_better_of_two_scales_is_taken(form: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator) * torch.logspace(-4, 1, 64)[:, None]
-    size = BLOCKS[form]  # type: ignore[index]
+    size = BLOCKS[form]
     whole = whole_scale(weight.abs().max(), form)  # type: ignore[arg-type]
     found = rounded(weight, whole, form)  # type: ignore[arg-type]
     made = from_codes(found.codes) * block_scales(found.scale).repeat_interleave(size, 1) * whole
