@@ -330,6 +330,18 @@ def texts(count: int, seed: int = 0) -> list[str]:
     ]
 
 
+def wide(family: str = "siglip") -> Bundle:
+    """Return a small random model of 64 channels and 128 neurons: what kernels and blocks of 4 bits divide."""
+    made = bundle(family)
+    config = made.model.config
+    for part in (config.vision_config, config.text_config):
+        part.hidden_size, part.intermediate_size = 64, 128
+    torch.manual_seed(0)
+    model = type(made.model)(config).eval()
+    as_read = json.loads(json.dumps(config.to_dict())) | {"architectures": [type(model).__name__]}
+    return Bundle(model, made.processor, made.family, Source(id="wide", config=as_read))
+
+
 def dataset(count: int, seed: int = 0) -> Dataset:
     """Return `count` samples of an image with one text each, in memory."""
     pairs = zip(images(count, seed), texts(count, seed), strict=True)

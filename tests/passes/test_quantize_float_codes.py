@@ -16,7 +16,6 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import MissingError, NotExportable, UsageError
 from mmcompress.export.loadable import export_layout
 from mmcompress.export.onnx import export_onnx
-from mmcompress.manifest import Source
 from mmcompress.measure.cost import cost_of
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.prune import Prune
@@ -30,24 +29,12 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'mmcompre
 pytest.importorskip("accelerate", reason="pip install 'mmcompress[bnb]'")
 
 
-def wide(family: str = "siglip") -> Bundle:
-    """A tiny model of 64 channels and 128 neurons, which bitsandbytes' kernels take."""
-    bundle = tiny.bundle(family)
-    config = bundle.model.config
-    for part in (config.vision_config, config.text_config):
-        part.hidden_size, part.intermediate_size = 64, 128
-    torch.manual_seed(0)
-    model = type(bundle.model)(config).eval()
-    as_read = json.loads(json.dumps(config.to_dict())) | {"architectures": [type(model).__name__]}
-    return Bundle(model, bundle.processor, bundle.family, Source(id="wide", config=as_read))
-
-
 def context() -> Context:
     return Context(data=tiny.dataset(8), num_samples=8, batch_size=4)
 
 
 def run(bundle: Bundle | None = None, **params: Any) -> Bundle:
-    bundle = bundle or wide()
+    bundle = bundle or tiny.wide()
     given = {"scheme": "NF4", "min_cosine": -1.0, **params}
     run_stage(bundle, Stage(1, Step("quantize", given), Quantize(**given)), context())
     return bundle
@@ -70,7 +57,7 @@ def same(one: Bundle, other: Bundle) -> bool:
 
 
 def test_linears_take_the_codes_and_everything_else_stays_as_it_was() -> None:
-    original, bundle = wide(), run()
+    original, bundle = tiny.wide(), run()
     want = {
         path
         for path, module in original.model.named_modules()
@@ -101,7 +88,7 @@ def test_a_checkpoint_loads_again_and_twice_saved_is_the_same(scheme: str, tmp_p
 
 @pytest.mark.parametrize("family", ["siglip", "clip"])
 def test_plain_transformers_loads_it_and_computes_the_same(family: str, tmp_path: Path) -> None:
-    bundle = run(wide(family))
+    bundle = run(tiny.wide(family))
     checkpoint.save(bundle, tmp_path / "out")
     plain, found = type(bundle.model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
@@ -133,7 +120,7 @@ def test_what_costs_too_much_goes_back_to_float() -> None:
 
 
 def test_bytes_are_those_of_the_codes() -> None:
-    bundle, original = run(), wide()
+    bundle, original = run(), tiny.wide()
     facts, report = bundle.history[0].facts["bytes"], bundle.history[0].plan["towers"]
     for tower in bundle.towers():
         saved = 0
@@ -211,7 +198,7 @@ def test_a_missing_package_is_named_before_any_work(package: str, monkeypatch: p
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
     with pytest.raises(MissingError, match=f"NF4 and FP4 need {package}") as caught:
-        Quantize(scheme="NF4").check(wide())
+        Quantize(scheme="NF4").check(tiny.wide())
     assert caught.value.hint == "pip install 'mmcompress[bnb]'"
 
 
@@ -229,7 +216,7 @@ def test_a_coded_tower_is_neither_quantized_again_nor_pruned_nor_exported(tmp_pa
 
 
 def test_what_it_multiplies_is_counted_and_an_outline_has_its_bytes(tmp_path: Path) -> None:
-    bundle, original = run(), wide()
+    bundle, original = run(), tiny.wide()
     before, after = cost_of(original), cost_of(bundle)
     assert after.parameters == before.parameters
     assert {name: tower.macs for name, tower in after.towers.items()} == {
@@ -246,9 +233,9 @@ def test_it_is_not_written_layer_by_layer() -> None:
 
 
 def test_apply_makes_the_structure_without_values() -> None:
-    bundle = wide()
+    bundle = tiny.wide()
     plan = Quantize(scheme="NF4").plan(bundle, Context())
-    hollow = wide()
+    hollow = tiny.wide()
     hollow.model.to("meta")
     Quantize(scheme="NF4").apply(hollow, Plan(plan.decisions))
     assert coded(hollow) == set(plan.decisions["layers"])
