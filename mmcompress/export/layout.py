@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mmcompress.surgery.float4 import Float4Linear
 from mmcompress.surgery.float8 import Float8Linear
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedLinear, TiedLinear
@@ -47,7 +48,7 @@ def why_no_linear(layer: Quantized) -> str:
         return "its weight is an embedding table's"
     if isinstance(layer, Float8Linear):
         return "8-bit floats"
-    if not isinstance(layer, PackedLinear | QuantizedLinear):
+    if not isinstance(layer, PackedLinear | QuantizedLinear | Float4Linear):
         return f"{type(layer).__name__.removeprefix('Quantized')}, no Linear"
     return ""
 

@@ -1,4 +1,4 @@
-"""The layout of the package compressed-tensors, which llm-compressor writes: `pack-quantized` and `int-quantized`."""
+"""The layout of the package compressed-tensors, which llm-compressor writes: integers, and 4-bit floats in blocks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers.core_model_loading import WeightConverter
 from mmcompress.bundle import Bundle
 from mmcompress.export.layout import input_grid, why_no_linear
 from mmcompress.ops import layouts
+from mmcompress.ops.float4 import BLOCKS
+from mmcompress.surgery.float4 import Float4Linear
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedLinear
 from mmcompress.surgery.quantized_base import Quantized
@@ -53,11 +55,13 @@ class CompressedTensors:
         return why_no_linear(layer)
 
     def kind(self, layer: Quantized) -> str:
-        return "int-quantized" if input_grid(layer) is not None else "pack-quantized"
+        return _CompressedKind.of(layer).format
 
     def tensors(self, layer: Quantized) -> dict[str, Tensor]:
         if isinstance(layer, PackedLinear):
             return layouts.compressed_tensors_int4(layer.grouped())
+        if isinstance(layer, Float4Linear):
+            return layouts.compressed_tensors_float4(layer.weight_float4, layer.weight_block_scale, layer.weight_scale)
         assert isinstance(layer, QuantizedLinear), f"{type(layer).__name__} was refused"
         zero_point = input_grid(layer)
         if zero_point is None:
@@ -99,13 +103,23 @@ class _CompressedKind:
     group_size: int
     """0: one scale per output."""
     inputs: torch.dtype | None
+    floats: str = ""
+    """The name of 4-bit floats."""
 
     @classmethod
     def of(cls, layer: Quantized) -> _CompressedKind:
+        if isinstance(layer, Float4Linear):
+            return cls(4, BLOCKS[layer.form], None, layer.form)
         if isinstance(layer, PackedLinear):
             return cls(4, 0 if layer.group_size == layer.in_features else layer.group_size, None)
         zero_point = input_grid(layer)
         return cls(8, 0, None if zero_point is None else zero_point.dtype)
+
+    @property
+    def format(self) -> str:
+        if self.floats:
+            return f"{self.floats}-pack-quantized"
+        return "pack-quantized" if self.inputs is None else "int-quantized"
 
     def group(self, targets: list[str]) -> dict[str, Any]:
         weights = {
@@ -116,6 +130,16 @@ class _CompressedKind:
             "group_size": self.group_size or None,
             "dynamic": False,
         }
+        if self.floats:
+            stored = "torch.uint8" if self.floats == "mxfp4" else "torch.float8_e4m3fn"
+            strategy = "group" if self.floats == "mxfp4" else "tensor_group"
+            weights |= {
+                "type": "float",
+                "symmetric": True,
+                "strategy": strategy,
+                "scale_dtype": stored,
+                "zp_dtype": stored,
+            }
         inputs = None
         if self.inputs is not None:
             inputs = {"num_bits": 8, "type": "int", "symmetric": self.inputs == torch.int8, "strategy": "tensor"}
@@ -125,5 +149,5 @@ class _CompressedKind:
             "weights": weights,
             "input_activations": inputs,
             "output_activations": None,
-            "format": "pack-quantized" if inputs is None else "int-quantized",
+            "format": self.format,
         }

@@ -18,6 +18,7 @@ from mmcompress.export.layout import why_no_linear
 from mmcompress.ops import layouts
 from mmcompress.ops.grouped import GROUP_SIZES, Grouped
 from mmcompress.plainly import plain_model
+from mmcompress.surgery.float4 import Float4Linear
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized_base import Quantized
 
@@ -35,7 +36,7 @@ class _FourBits:
     def refusal(self, path: str, layer: Quantized) -> str:
         reason = why_no_linear(layer)
         if reason or not isinstance(layer, PackedLinear):
-            return reason or "8 bits"
+            return reason or ("4-bit floats" if isinstance(layer, Float4Linear) else "8 bits")
         if not _fits(layer, self.group_size):
             return f"groups of {layer.group_size}, not of {self.group_size}"
         if layer.out_features % 32:

@@ -5,7 +5,8 @@
 
     MXFP4       blocks of 32, whose scales are powers of two (E8M0: one byte e, 2^(e - 127)); the matrix has none (1)
                 (OCP Microscaling Formats v1.0, 2023, sections 5.2 and 6.3)
-    NVFP4       blocks of 16, whose scales are E4M3 numbers; the matrix has one, by which the largest of those is 448
+    NVFP4       blocks of 16, whose scales are E4M3 numbers; the matrix has one, by which the largest of those is 224 to 448: a
+                power of two here, so that whoever divides by its inverse gets the same numbers
 
 The standards leave open which scale a block gets. Of the two that are near its largest weight over 6, one of which lets that weight
 be a little off, it is the one with less squared error.
@@ -59,7 +60,9 @@ def whole_scale(largest: Tensor, form: Format) -> Tensor:
     """Return the scale of a matrix whose largest size of a weight is `largest` (): 1 with MXFP4."""
     if form == "mxfp4":
         return torch.ones_like(largest)
-    return torch.where(largest > 0, largest / (LARGEST * FLOAT8.high), torch.ones_like(largest))
+    return torch.exp2(torch.ceil(torch.log2(largest / (LARGEST * FLOAT8.high)))).where(
+        largest > 0, torch.ones_like(largest)
+    )
 
 
 def block_scales(stored: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -63,6 +63,15 @@ def compressed_tensors_int8(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
     }
 
 
+def compressed_tensors_float4(codes: Tensor, blocks: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Return weight_packed (R, C / 2), weight_scale (R, G) and, with E4M3 scales, the inverse of the matrix's, (1,) float32.
+
+    codes: two to a byte, the earlier in the lower half; blocks: uint8 (E8M0) or E4M3; scale: ().
+    """
+    made = {"weight_packed": codes, "weight_scale": blocks}
+    return made if blocks.dtype == torch.uint8 else {**made, "weight_global_scale": scale.float().reciprocal()[None]}
+
+
 def gptq(weight: Grouped, first_format: bool) -> dict[str, Tensor]:
     """Return qweight (C / 8, R), qzeros (G, R / 8), scales (G, R) float16 and g_idx (C,) int32, the group of each column.
 

@@ -53,6 +53,15 @@ def test_transformers_computes_the_same(family: str, params: dict[str, Any], tmp
     same_in_transformers(bundle, family, tmp_path / "out")
 
 
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4"])
+def test_transformers_computes_the_same_from_4_bit_floats(scheme: str, tmp_path: Path) -> None:
+    bundle = tiny.wide()
+    made = Quantize(scheme=scheme, target="cuda", min_cosine=-1.0)
+    made.apply(bundle, made.plan(bundle, Context()))
+    report = same_in_transformers(bundle, "siglip", tmp_path / "out")
+    assert f"{scheme.lower()}-pack-quantized" in report.kinds
+
+
 @pytest.mark.parametrize("params", [{"scheme": "W4A16", "scaling": "awq"}, {"scheme": "W8A8"}], ids=["awq", "smoothed"])
 def test_scaled_inputs_of_a_language_model_leave_nothing_to_multiply(params: dict[str, Any], tmp_path: Path) -> None:
     """Norms, values and the linear half of gated MLPs take gains over."""
