@@ -55,3 +55,23 @@ def store_four_bit_floats(model: ir.Model) -> int:
 def has_four_bit_floats(graph: onnx.ModelProto) -> bool:
     """Whether a graph holds constants that onnxruntime's CPU provider cannot read."""
     return any(tensor.data_type == onnx.TensorProto.FLOAT4E2M1 for tensor in graph.graph.initializer)
+
+
+def blank_four_bit_floats(graph: onnx.ModelProto) -> None:
+    """Put zeros in the place of weights of 4-bit floats, for who asks onnxruntime for shapes alone."""
+    sizes = {t.name: list(t.dims) for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT4E2M1}
+    gone, kept = set(sizes), []
+    for node in graph.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in sizes:
+            shape = onnx.numpy_helper.from_array(np.array(sizes[node.input[0]], np.int64), f"{node.output[0]}_shape")
+            graph.graph.initializer.append(shape)
+            gone.add(node.input[1])
+            node = onnx.helper.make_node("ConstantOfShape", [shape.name], list(node.output), node.name)
+        kept.append(node)
+    kept = [node for node in kept if not gone.intersection(node.output)]
+    del graph.graph.node[:]
+    graph.graph.node.extend(kept)
+    read = {name for node in kept for name in node.input}
+    stored = [tensor for tensor in graph.graph.initializer if tensor.name in read]
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(stored)

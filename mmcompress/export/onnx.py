@@ -61,6 +61,8 @@ class ComponentReport:
     parity: tuple[ParityRow, ...]
     rewrites: dict[str, int]
     seconds: float
+    opset: int
+    """The operator set of the file, which some types of weights raise."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def write_onnx(
     finally:
         progress.finish()
     bundle.processor.save(str(directory))
-    artifact = _describe(bundle, directory, reports, precision, opset)
+    artifact = _describe(bundle, directory, reports, precision, max(report.opset for report in reports))
     artifact.write()
     return ExportReport(artifact, tuple(reports), time.perf_counter() - begun)
 
@@ -175,7 +177,7 @@ def _export_part(
         quantized=quantized_matrices(model),
         parity=as_records(rows),
     )
-    return ComponentReport(component, rows, rewrites, time.perf_counter() - begun)
+    return ComponentReport(component, rows, rewrites, time.perf_counter() - begun, model.opset_imports[""])
 
 
 def _check_options(precision: str, opset: int | None, batches: Sequence[int]) -> int:

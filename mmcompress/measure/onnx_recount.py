@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmcompress.errors import MissingError, UsageError
+from mmcompress.export.four_bit_floats import blank_four_bit_floats
 from mmcompress.measure.macs import MacCount
 from mmcompress.measure.onnx_graph import every_node, operator_name, read_graph, subgraphs
 from mmcompress.measure.onnx_rules import NO_RULE, RULES
@@ -111,6 +112,7 @@ def _shapes_by_running(model: onnx.ModelProto, path: str | Path, names: set[str]
     onnx.load_external_data_for_model(whole, str(Path(path).parent))
     del whole.graph.output[:]
     whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names))
+    blank_four_bit_floats(whole)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])

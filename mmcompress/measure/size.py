@@ -16,6 +16,7 @@ from mmcompress.errors import UsageError
 from mmcompress.measure.macs import MacCount, macs
 from mmcompress.measure.onnx_graph import external_files, onnx_initializer_dtypes, onnx_op_histogram
 from mmcompress.measure.onnx_recount import onnx_macs
+from mmcompress.surgery.float4 import Float4Linear
 from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.surgery.packed import PackedLinear
 
@@ -111,7 +112,7 @@ def parameters(module: torch.nn.Module) -> ParameterCount:
     unique = {id(tensor): tensor for tensor in stored.values() if isinstance(tensor, torch.Tensor)}.values()
     by_dtype: Counter[str] = Counter()
     packed: list[Any] = [
-        layer for layer in module.modules() if isinstance(layer, PackedLinear) or is_float_coded(layer)
+        layer for layer in module.modules() if isinstance(layer, PackedLinear | Float4Linear) or is_float_coded(layer)
     ]
     held = {id(tensor) for layer in packed for tensor in layer.buffers(recurse=False)}
     held |= {id(layer.weight) for layer in packed if is_float_coded(layer)}

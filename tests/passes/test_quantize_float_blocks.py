@@ -15,15 +15,18 @@ from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.export.onnx import export_onnx
+from mmcompress.measure.onnx_recount import onnx_macs
 from mmcompress.measure.runners import open_runner
 from mmcompress.ops.float4 import BLOCKS, block_scales, from_codes
 from mmcompress.ops.grouped import unpack
 from mmcompress.passes.base import Context
+from mmcompress.passes.prune_units import count_costs
 from mmcompress.passes.quantize import Quantize
 from mmcompress.pipeline import Stage, run_stage
 from mmcompress.recipe import Step
 from mmcompress.surgery.float4 import Float4Linear
 from mmcompress.surgery.quantized import QuantizedLinear
+from mmcompress.surgery.quantized_base import Quantized
 from tests import tiny
 
 FORMS = ("MXFP4", "NVFP4")
@@ -44,6 +47,13 @@ def run(form: str, bundle: Bundle | None = None, **params: Any) -> Bundle:
 
 def blocked(bundle: Bundle) -> dict[str, Float4Linear]:
     return {path: module for path, module in bundle.model.named_modules() if isinstance(module, Float4Linear)}
+
+
+def own_layers(bundle: Bundle, tower: str) -> list[Quantized]:
+    owner = bundle.tower(tower)
+    return [
+        module for path, module in bundle.model.named_modules() if isinstance(module, Quantized) and owner.owns(path)
+    ]
 
 
 @torch.no_grad()
@@ -124,6 +134,8 @@ def test_exported_in_onnx_types_that_openvino_runs(form: str, opset: int, kind: 
     report = export_onnx(bundle, tmp_path / "made", towers=["vision"], batches=(1, 2))
     (part,) = report.components
     assert {row.runner for row in part.parity} == {"openvino"}
+    assert report.artifact.opset == opset
+    assert part.component.quantized == len(own_layers(bundle, "vision"))
     own = [layer for path, layer in blocked(bundle).items() if bundle.tower("vision").owns(path)]
     assert part.component.weights["FLOAT4E2M1"] == sum(layer.weight_float4.nbytes for layer in own)
     assert part.component.weights[kind] == sum(layer.weight_block_scale.nbytes for layer in own)
@@ -133,6 +145,8 @@ def test_exported_in_onnx_types_that_openvino_runs(form: str, opset: int, kind: 
     codes = [tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT4E2M1]
     assert len(codes) == len(own)
     pytest.importorskip("onnxruntime", reason="pip install 'mmcompress[cpu]'")
+    size = bundle.example_inputs("vision", 1)["pixel_values"].shape
+    assert onnx_macs(path, {"pixel_values": size}).total == count_costs(bundle, bundle.tower("vision")).macs
     with pytest.raises(UsageError, match="onnxruntime cannot load") as caught:
         open_runner("onnxruntime", path)
     assert "--runner openvino" in caught.value.hint
