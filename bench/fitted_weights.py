@@ -3,6 +3,7 @@
 How probable the right answers are to a language model, per token, with n and intervals, paired sample by sample with the original's
 and with those of rounding to nearest. SmolLM2-135M inside a model of SmolVLM's shape goes on with what presidents said, without
 pictures. The mini-VLM's language model answers held-out questions about drawings; what its vision tower makes of them is made once.
+Then its vision tower is rounded too (`mini_vlm, vision too`), whose images texts alone cannot calibrate: it is rounded to nearest then.
 `greedy` is the share of answers of which each token is the most probable one.
 
     python -m bench.fitted_weights [--samples 64] [--questions 300] [--only smollm2]      writes bench/results/fitted_weights.json
@@ -33,7 +34,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, Memory, batches, open_data
 from mmcompress.ops.losses import token_log_likelihoods
 from mmcompress.ops.statistics import bootstrap, paired_difference
-from mmcompress.passes.base import Context
+from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize import Quantize
 
 RESULT = assets.RESULTS / "fitted_weights.json"
@@ -57,6 +58,7 @@ SHOWN: dict[str, dict[str, Any]] = {
     "awq, clip, gptq, texts alone": WAYS["awq, clip, gptq"],
 }
 """For a model that is shown pictures. "texts alone": calibrated on the same questions without their pictures."""
+VISION_TOO = "mini_vlm, vision too"
 TEXT_ONLY = (", text tokens only", ", texts alone")
 GROUPS = {"groups of 32": 32, "rows": 0}
 
@@ -100,9 +102,15 @@ def read(bundle: Bundle, asked: list[dict[str, Tensor]]) -> Read:
 
 
 def compared(
-    model: Path, ways: dict[str, dict[str, Any]], groups: Sequence[str], asked: Dataset, known: Dataset, samples: int
+    model: Path,
+    ways: dict[str, dict[str, Any]],
+    groups: Sequence[str],
+    asked: Dataset,
+    known: Dataset,
+    samples: int,
+    vision: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Round the model's language tower in every way; each beside the original, and beside rounding to nearest."""
+    """Round the model's language tower in every way, and its `vision` tower; each beside the original, and beside nearest."""
     original = checkpoint.load(model)
     with torch.inference_mode():
         inputs = list(prepared(original, asked))
@@ -111,18 +119,20 @@ def compared(
     for group in groups:
         for way, parameters in ways.items():
             name, bundle = f"{way}, {group}", copy.deepcopy(original)
-            size = {"group_size": GROUPS[group]}
-            made = Quantize(**{**FIXED, "towers": ("language",), "scheme": "W4A16", **size, **parameters})
-            shown = without_pictures(known, samples) if way.endswith(", texts alone") else known
+            alone = way.endswith(", texts alone")
+            shown = without_pictures(known, samples) if alone else known
             context = Context(data=shown, num_samples=samples, batch_size=BATCH)
-            made.check(bundle)
-            plan = made.plan(bundle, context)
-            made.apply(bundle, plan)
-            reads[name] = read(bundle, inputs)
+            if vision:
+                own = WAYS["nearest"] if alone else {k: v for k, v in parameters.items() if k != "balance"}
+                rounded(bundle, "vision", group, own, context)
+            plan = rounded(bundle, "language", group, parameters, context)
+            with torch.inference_mode():
+                reads[name] = read(bundle, list(prepared(bundle, asked)) if vision else inputs)
             rows[name] = {
                 "log_likelihood": bootstrap(reads[name].log).to_json(),
                 "against_original": paired(reads["original"], reads[name]),
                 "against_nearest": paired(reads[f"nearest, {group}"], reads[name]),
+                "calibrated_on": samples,
                 "scaled": len(plan.decisions.get("scaled", {})),
                 "folded": len(plan.decisions.get("folds", {})),
                 "image_tokens_count": plan.decisions["towers"]["language"].get("image_tokens_count", {}),
@@ -133,6 +143,16 @@ def compared(
                     rows[name]["against_mixed"] = paired(reads[mixed], reads[name])
             print(name, json.dumps(rows[name]), flush=True)
             yield rows
+
+
+def rounded(bundle: Bundle, tower: str, group: str, parameters: dict[str, Any], context: Context) -> Plan:
+    """Round one tower in place."""
+    given = {**FIXED, "towers": (tower,), "scheme": "W4A16", "group_size": GROUPS[group], **parameters}
+    made = Quantize(**given)
+    made.check(bundle)
+    plan = made.plan(bundle, context)
+    made.apply(bundle, plan)
+    return plan
 
 
 def without_pictures(data: Dataset, count: int) -> Dataset:
@@ -156,7 +176,9 @@ def main() -> None:
     options.add_argument("--questions", type=int, default=300)
     options.add_argument("--calibrated-on", type=int, default=64, help="questions")
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--only", choices=("smollm2", "mini_vlm"), help="leave the other as it is known")
+    options.add_argument(
+        "--only", choices=("smollm2", "mini_vlm", VISION_TOO), help="leave the others as they are known"
+    )
     options.add_argument("--way", action="append", choices=WAYS | SHOWN, help="beside nearest; repeatable")
     options.add_argument("--group", action="append", choices=GROUPS, help="repeatable")
     given = options.parse_args()
@@ -166,16 +188,19 @@ def main() -> None:
         return {way: ways[way] for way in ways if not given.way or way in ("nearest", *given.way)}
 
     torch.set_num_threads(given.threads)
-    if given.only != "mini_vlm":
+    if given.only in (None, "smollm2"):
         passages = open_data(str(assets.passages("test"))).subset(given.samples, 0)
         known = open_data(str(assets.passages("calibration")))
         for rows in compared(assets.smolvlm(), asked_for(WAYS), groups, passages, known, 30):
             write(given, "smollm2", rows)
-    if given.only != "smollm2":
+    for name in ("mini_vlm", VISION_TOO):
+        if given.only not in (None, name):
+            continue
         questions = open_data(str(assets.vqa("heldout"))).subset(given.questions, 0)
-        known = open_data(str(assets.vqa("training")))
-        for rows in compared(assets.mini_vlm(), asked_for(WAYS | SHOWN), groups, questions, known, given.calibrated_on):
-            write(given, "mini_vlm", rows)
+        known, vision = open_data(str(assets.vqa("training"))), name == VISION_TOO
+        ways = asked_for(WAYS | SHOWN)
+        for rows in compared(assets.mini_vlm(), ways, groups, questions, known, given.calibrated_on, vision):
+            write(given, name, rows)
 
 
 def write(given: argparse.Namespace, name: str, rows: dict[str, Any]) -> None:
