@@ -3,7 +3,7 @@
 How probable the right answers are to a language model, per token, with n and intervals, paired sample by sample with the original's
 and with those of rounding to nearest. SmolLM2-135M inside a model of SmolVLM's shape goes on with what presidents said, without
 pictures. The mini-VLM's language model answers held-out questions about drawings; what its vision tower makes of them is made once.
-Then its vision tower is rounded too (`mini_vlm, vision too`), whose images texts alone cannot calibrate: it is rounded to nearest then.
+Then its vision tower is rounded too (`mini_vlm, vision too`), which texts alone cannot calibrate: it is rounded to nearest then.
 `greedy` is the share of answers of which each token is the most probable one.
 
     python -m bench.fitted_weights [--samples 64] [--questions 300] [--only smollm2]      writes bench/results/fitted_weights.json
