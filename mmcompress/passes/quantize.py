@@ -223,7 +223,7 @@ class Quantize:
         if self.cache == "int8":
             context.progress.say("bytes of a token in the cache: {} before, now {}".format(*held.values()))
         towers = [tower for tower in bundle.towers() if self.scheme_of(tower.name) != OFF]
-        left = say_left(bundle, towers, context, "floats")
+        left = say_left(bundle, towers, context, "floats", floats=True)
         return {"bytes": {tower.name: bytes_of(bundle, tower) for tower in bundle.towers()}, **held, **left}
 
     @property

@@ -26,6 +26,7 @@ from mmcompress.passes.quantize_layers import (
     candidates,
     float_codable,
     group_sizes,
+    mixtures_of,
     told,
     whole_ties,
 )
@@ -148,7 +149,8 @@ def input_grids(
 
     Their owner reads them: their input cannot be rounded, nor their weight replaced safely.
     """
-    linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
+    unrounded = mixtures_of(tower)
+    linears = [path for path in paths if not (path in unrounded or isinstance(bundle.module(path), nn.Embedding))]
     floats = scheme.weights == "float8"
     how: dict[str, Any] = {
         "method": settings.observer,
