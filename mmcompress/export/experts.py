@@ -31,8 +31,10 @@ def store_experts(model: ir.Model) -> int:
         count += 1
     for node in nodes(model, "QMoE"):
         down = constant(node.inputs[DOWN[0]])
-        width = node.inputs[0].shape[-1] if node.inputs[0] is not None and node.inputs[0].shape is not None else None
-        assert down is not None and isinstance(width, int), f"{node.name} has no weights, or states of no known width"
+        states = node.inputs[0]
+        width = states.shape[-1] if states is not None and states.shape is not None else None
+        assert down is not None, f"{node.name} has no weights"
+        assert isinstance(width, int), f"{node.name} has states of no known width"
         for places in (GATED, DOWN):
             _store_stack(model, node, places, len(down) // width)
         count += 1
@@ -80,7 +82,8 @@ def _blocked(
     Without blocks (0) scales are (R,).
     """
     codes, scale, points = held
-    assert codes is not None and scale is not None, "a stack has codes and scales"
+    assert codes is not None, "a stack has codes"
+    assert scale is not None, "a stack has scales"
     codes = codes.view(np.uint8) ^ ZERO_POINT if codes.dtype == np.int8 else codes
     if not block:
         return codes, scale, None

@@ -15,14 +15,19 @@ from transformers.core_model_loading import WeightConverter
 from mmcompress.bundle import Bundle
 from mmcompress.export.layout import input_grid, why_no_linear
 from mmcompress.ops import layouts
+from mmcompress.surgery.experts import QuantizedExperts
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedLinear
 from mmcompress.surgery.quantized_base import Quantized
 
 
+ONE_BY_ONE = "experts.*."
+"""What the names of experts begin with that transformers joins as it loads them."""
+
+
 @dataclass(frozen=True)
 class CompressedTensors:
-    """8 and 4 bits, and 8-bit inputs; nothing is rounded."""
+    """8 and 4 bits, and 8-bit inputs; nothing is rounded. Of a mixture each expert is three Linears of its own."""
 
     rounds_inputs: bool
     """Whether some layers have 8-bit inputs, which transformers keeps only where it does not make weights floats as it loads."""
@@ -38,10 +43,13 @@ class CompressedTensors:
         if rounds_inputs and any(isinstance(layer, PackedLinear) for layer in linears):
             # Where it is not to make floats, compressed-tensors 0.20 expects packed zero points unpacked, and refuses the file.
             why_not = "4-bit layers beside those with 8-bit inputs"
-        if any(
-            isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1
-            for entry in get_model_conversion_mapping(bundle.model)
-        ):
+        converters = [
+            entry for entry in get_model_conversion_mapping(bundle.model) if isinstance(entry, WeightConverter)
+        ]
+        mixed = any(isinstance(module, QuantizedExperts) for module in bundle.model.modules())
+        if mixed and not any(ONE_BY_ONE in pattern for entry in converters for pattern in entry.source_patterns):
+            why_not = "experts of this class that are stored one by one"
+        if any(len(entry.target_patterns) > 1 for entry in converters):
             # transformers 5.23 knows how to cut older checkpoints of DINOv2, and adds the layout's tensors to what it cuts.
             why_not = "models whose older checkpoints it would have to cut"
         untried = "written for vLLM, which was not tried"

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -193,9 +193,10 @@ def _export_part(
 
 
 def through_chosen(bundle: Bundle, experts: Experts, precision: str) -> bool:
-    """Return whether tokens go through the experts chosen for them alone, which onnxruntime has operators for, and no other runtime.
+    """Return whether tokens go through the experts chosen for them alone: onnxruntime has operators for that, no other runtime.
 
-    "auto": they do in float32, unless a model was quantized for another target. Raises UsageError where it is asked for and cannot be.
+    "auto": they do in float32, unless a model was quantized for another target. Raises UsageError where that is asked for and
+    cannot be.
     """
     if experts == "chosen" and precision != "float32":
         raise UsageError(
@@ -204,6 +205,11 @@ def through_chosen(bundle: Bundle, experts: Experts, precision: str) -> bool:
         )
     targets = [record.params.get("target", "cpu") for record in bundle.history if record.name == "quantize"]
     return precision == "float32" and (experts == "chosen" or (experts == "auto" and set(targets) <= {"cpu"}))
+
+
+def experts_for(runners: Collection[str]) -> Experts:
+    """Return the form of experts that all of `runners` have."""
+    return "auto" if set(runners) <= {"torch", "onnxruntime"} else "every"
 
 
 def _check_options(precision: str, opset: int | None, batches: Sequence[int]) -> int:

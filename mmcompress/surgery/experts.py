@@ -16,7 +16,7 @@ Shape alphabet: T tokens, C channels, E experts, K experts that a token goes thr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.nn import functional
 from mmcompress.ops.grouped import group_size_for
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedLinear
+from mmcompress.surgery.quantized_base import Quantized
 from mmcompress.surgery.rounding_operators import FLOAT_INPUTS, ROUNDED_INPUTS
 from mmcompress.surgery.routing import CHOSEN, EVERY, gated, moe, only_chosen, shares_of
 from mmcompress.surgery.token_operators import block_of
@@ -51,14 +52,27 @@ class QuantizedExperts(nn.Module):
         for name, weight in stacks.items():
             setattr(self, NAMES[name], made(_as_linear(weight)))
         # A QMoE has blocks of one size for both.
-        whole = math.gcd(*(_group(self.get_submodule(own)) for own in NAMES.values()))
-        for own in NAMES.values():
-            self.get_submodule(own).block = block_of(whole)
+        whole = math.gcd(_group(self.gate_up), _group(self.down))
+        self.gate_up.block = self.down.block = block_of(whole)
 
     def shape_of(self, name: str) -> torch.Size:
         """Return the shape (E, rows, columns) of what the stack was, by the name of its parameter."""
-        rows, columns = self.get_submodule(NAMES[name]).weight_shape  # type: ignore[union-attr]
-        return torch.Size((self.num_experts, int(rows) // self.num_experts, int(columns)))
+        stack: Stack = getattr(self, NAMES[name])
+        return torch.Size((self.num_experts, stack.out_features // self.num_experts, stack.in_features))
+
+    def floats(self, name: str) -> Tensor:
+        """Return what a stack (E, rows, columns) stands for, by the name of its parameter."""
+        stack: Stack = getattr(self, NAMES[name])
+        return stack.weight.unflatten(0, (self.num_experts, -1))
+
+    def linears(self) -> Iterator[tuple[str, Stack]]:
+        """Yield each expert's three Linears, which share the stacks' memory, by the names they have where experts are modules."""
+        neurons, width = self.down.in_features, self.gate_up.in_features
+        for expert in range(self.num_experts):
+            first = 2 * neurons * expert
+            yield f"{expert}.gate_proj", _some_rows(self.gate_up, slice(first, first + neurons))
+            yield f"{expert}.up_proj", _some_rows(self.gate_up, slice(first + neurons, first + 2 * neurons))
+            yield f"{expert}.down_proj", _some_rows(self.down, slice(width * expert, width * (expert + 1)))
 
     def forward(self, states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         how = self.config._experts_implementation
@@ -99,7 +113,7 @@ class QuantizedExperts(nn.Module):
     def _chosen_alone(self, states: Tensor, top: int, logits: Tensor) -> Tensor:
         gate_up, down = self.gate_up, self.down
         if isinstance(gate_up, PackedLinear) and isinstance(down, PackedLinear):
-            points = (gate_up.weight_zero_point, down.weight_zero_point)
+            points: tuple[Tensor, ...] = (gate_up.weight_zero_point, down.weight_zero_point)
             blocks, codes = gate_up.block, (gate_up.weight_int4, down.weight_int4)
         else:
             assert isinstance(gate_up, QuantizedLinear), "both stacks have one scheme"
@@ -129,6 +143,34 @@ def _as_linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
+def _some_rows(stack: Stack, rows: slice) -> Stack:
+    """Return a layer of some rows of a stack, which share its memory."""
+    linear = nn.Linear(stack.in_features, rows.stop - rows.start, bias=False, device="meta")
+    made: Stack
+    if isinstance(stack, PackedLinear):
+        made = PackedLinear(linear, stack.group_size, rounds_inputs=stack.rounds_inputs)
+    else:
+        made = QuantizedLinear(linear, None, stack.levels)
+        made.rounds_inputs = stack.rounds_inputs
+    for name, buffer in stack.named_buffers():
+        setattr(made, name, buffer[rows])
+    made.block, made.tokens, made.of_experts = stack.block, stack.tokens, True
+    return made
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
+    """Return the quantized layers of a model by path; of experts, the Linears of each."""
+    found: dict[str, Quantized] = {}
+    within: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedExperts):
+            within = tuple(f"{path}.{name}" for name in NAMES.values())
+            found |= {f"{path}.{name}": linear for name, linear in module.linears()}
+        elif isinstance(module, Quantized) and path not in within:
+            found[path] = module
+    return found
+
+
 def stacks_of(module: nn.Module) -> list[Tensor]:
     """Return the stacks (E, rows, columns) of experts in floats; none of another module."""
     held = module._parameters
@@ -150,9 +192,8 @@ def own_group(columns: int, size: int) -> int:
     return size if columns % size == 0 else columns
 
 
-def _group(stack: nn.Module) -> int:
+def _group(stack: Stack) -> int:
     """Return how many columns of a stack share a scale."""
-    assert isinstance(stack, PackedLinear | QuantizedLinear), f"a stack is no {type(stack).__name__}"
     return stack.group_size if isinstance(stack, PackedLinear) else stack.in_features
 
 
@@ -162,11 +203,14 @@ def _stacked_product(x: Tensor, stack: Stack, count: int) -> Tensor:
     What is stored expert by expert is put side by side when the graph is there: `export.experts`.
     """
     bits = 4 if isinstance(stack, PackedLinear) else 8
-    held = [stack.weight_int4, stack.weight_scale, stack.weight_zero_point] if isinstance(stack, PackedLinear) else []
+    if isinstance(stack, PackedLinear):
+        held = [stack.weight_int4, stack.weight_scale, stack.weight_zero_point]
+    else:
+        held = [stack.weight_int8, stack.weight_scale]
     rows = stack.out_features // count
     made: Tensor = torch.onnx.ops.symbolic(
         "com.microsoft::MatMulNBits",
-        (x, *(held or [stack.weight_int8, stack.weight_scale])),
+        (x, *held),
         attrs={
             "K": count * stack.in_features,
             "N": rows,

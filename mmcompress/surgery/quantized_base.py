@@ -52,6 +52,8 @@ class Quantized(nn.Module, ABC):
 
     weight_scale: Tensor
     input_gain: Tensor | None
+    of_experts = False
+    """Whether it is part of a mixture's experts, which transformers keeps in one."""
     tokens: TokenGrid | None = None
     """What each token's inputs are rounded to while the layer is called, if they are."""
 

@@ -3,10 +3,10 @@
 transformers runs experts by sorting tokens by expert, or by reading the chosen weights for each token: shapes that depend on data,
 or a copy of the weights for each token of a prompt. A graph has one of two other forms.
 
-* Every expert computes for every token, and what was not chosen is left out of the sum: plain products, which all runtimes have. That
-  costs E / K times the experts' MACs, of a prompt and of each token alike.
+* Every expert computes for every token, and what was not chosen is left out of the sum: plain products, which all runtimes have.
+  That costs E / K times the experts' MACs, of a prompt and of each token alike.
 * onnxruntime's MoE, or QMoE of integers, sends each token through its experts alone. It is given the router's logits and does what
-  the router would: the softmax over all, cut to the K largest, which sum to 1 again. Gates are SiLU there, and floats float32 on CPUs.
+  the router would: the softmax over all, cut to the K largest, which sum to 1 again. Gates are SiLU, and floats float32 on CPUs.
 
 Shape alphabet: T tokens, C channels, E experts, K experts that a token goes through, I neurons of an expert.
 """
