@@ -96,6 +96,9 @@ class Quantize:
     """For W4A16: to the nearest place of a grid that covers a group; of the grid that suits most of its weights (HQQ; on SmolLM2 no
     better, python -m bench.fitted_weights); or so that outputs change least on the calibration samples (GPTQ, on HQQ's grids; it
     needs data). 8-bit weights go to the nearest."""
+    symmetric_experts: bool = False
+    """For W4A16 of a mixture's experts: grids with their zero point in the middle, rounded to nearest. A little less accurate; vLLM
+    and transformers take no others of experts, and compressed-tensors then keeps 4 bits where it takes 8 without."""
     scaling: Literal["none", "awq"] = "none"
     """For weights alone (W4A16, W8A16): scale the inputs' channels so that weights which multiply large inputs are rounded more
     finely, as strongly as outputs on the calibration samples change least (AWQ; it needs data). With W8A8, see `smooth`."""
@@ -234,6 +237,7 @@ class Quantize:
             smooth=self.smooth > 0,
             rounding=nearest if self.rounding == "nearest" else half_quadratic,
             rounds_inputs=self.target == "cpu",
+            symmetric_experts=self.symmetric_experts,
             double_quant=self.double_quant,
             tokens=self._tokens,
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmcompress.ops.grouped import nearest_symmetric
 from mmcompress.ops.rounding import Levels
 from mmcompress.ops.token_rounding import TOKEN_INT8, TokenGrid
 from mmcompress.passes.base import Plan
@@ -34,6 +35,8 @@ class Maker:
     """How 4-bit weights are rounded that the plan does not hold."""
     rounds_inputs: bool
     """Whether runtimes may round the inputs of weights that alone are integers."""
+    symmetric_experts: bool = False
+    """Whether experts of 4 bits have zero points in the middle."""
     double_quant: bool = False
     """Whether the scales of 4-bit floats are rounded too."""
     tokens: TokenGrid | None = None
@@ -103,7 +106,9 @@ class Maker:
                 whole.rounds_inputs = self.rounds_inputs
                 return whole
             size = own_group(linear.in_features, plan.decisions["groups"][path])
-            packed = PackedLinear(linear, size, self.rounding, self.rounds_inputs or rounds)
+            rounding = nearest_symmetric if self.symmetric_experts else self.rounding
+            packed = PackedLinear(linear, size, rounding, self.rounds_inputs or rounds)
+            packed.symmetric = self.symmetric_experts
             packed.tokens = TOKEN_INT8 if rounds else None
             return packed
 

@@ -134,7 +134,8 @@ def _experts_report(
         return {}
     scheme = schemes[min(own)]
     four = SCHEMES[scheme].weights == "int4"
-    how = "hqq" if four and settings.rounding != "nearest" else "nearest"
+    plain = settings.rounding == "nearest" or settings.symmetric_experts
+    how = "hqq" if four and not plain else "nearest"
     text = f"{tower.name}: the experts of {len(own)} blocks take {scheme}, rounded by {how}"
     if settings.looks_at_samples:
         text += "; they are not fitted to samples, of which each sees few tokens"

@@ -149,6 +149,7 @@ def _some_rows(stack: Stack, rows: slice) -> Stack:
     made: Stack
     if isinstance(stack, PackedLinear):
         made = PackedLinear(linear, stack.group_size, rounds_inputs=stack.rounds_inputs)
+        made.symmetric = stack.symmetric
     else:
         made = QuantizedLinear(linear, None, stack.levels)
         made.rounds_inputs = stack.rounds_inputs

@@ -34,6 +34,8 @@ Rounding = Callable[[Tensor, int], Grouped]
 class PackedLinear(Quantized):
     """nn.Linear with 4-bit weights; inputs (..., in) -> (..., out)."""
 
+    symmetric = False
+    """Whether all zero points are the middle of the codes."""
     weight_int4: Tensor
     weight_zero_point: Tensor
     input_gain: Tensor | None

@@ -172,6 +172,7 @@ def check_experts(bundle: Bundle, mixed: Experts) -> None:
     """What is stacked has a part for each, and the router gives tokens to as many of them as it is said to."""
     router = bundle.module(mixed.router)
     assert {len(bundle.model.get_parameter(name)) for name in mixed.stacked} == {mixed.experts} == {len(router.weight)}
+    assert {name.rpartition(".")[0] for name in mixed.stacked} == {mixed.holder}
     assert bundle.model.get_parameter(mixed.stacked[-1]).shape[-1] == mixed.neurons
     assert all(getattr(bundle.module(path), attribute) == mixed.experts for path, attribute in mixed.bookkeeping)
     states = torch.randn(9, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
