@@ -20,7 +20,6 @@ from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedLinear
 from mmcompress.surgery.quantized_base import Quantized
 
-
 EXPERTS = r"re:.*\.experts\.\d+\.(gate|up|down)_proj$"
 ONE_BY_ONE = "experts.*."
 """What the names of experts begin with that transformers joins as it loads them."""
