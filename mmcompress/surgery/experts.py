@@ -121,7 +121,7 @@ class QuantizedExperts(nn.Module):
             # Without blocks inputs stay floats, see `export.experts`.
             points, blocks = (), gate_up.block if gate_up.in_blocks else 0
             codes = (gate_up.weight_int8, down.weight_int8)
-        rounds = ROUNDED_INPUTS if gate_up.rounds_inputs else FLOAT_INPUTS
+        rounds = ROUNDED_INPUTS if gate_up.rounds_inputs and blocks else FLOAT_INPUTS
         scales = (gate_up.weight_scale, down.weight_scale)
         attributes = {"expert_weight_bits": 4 if points else 8, "weights_prepacked": 0, "accuracy_level": rounds}
         return moe(
