@@ -30,7 +30,7 @@ RUNS: list[tuple[str, list[dict[str, Any]]]] = [
     *((name, [CUT, ROUND]) for name in ("qwen2_5_vl", "clap", "blip", "whisper", "clip")),
     ("llava_dinov2", [SHORTEN, CUT, CUT]),
     ("qwen2_5_vl", [SHORTEN, ROUND]),
-    ("qwen3_vl_moe", [EXPERTS, ROUND]),
+    ("qwen3_vl_moe", [EXPERTS, FOUR_BITS]),
     *((name, [FOUR_BITS]) for name in ("llava_dinov2", "qwen2_5_vl", "whisper")),
     ("llava_dinov2", [{"quantize": {"scheme": "FP8", "activations": "dynamic", "target": "cuda"}}]),
     ("whisper", [{"quantize": {"scheme": "W8A8", "activations": "dynamic"}}]),
