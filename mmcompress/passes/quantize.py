@@ -48,10 +48,10 @@ class Quantize:
     scheme: str = "W8A8"
     """W8A8 (weights and activations; fastest for prompts and pictures), W8A16 (weights only), W4A16 (4-bit weights of Linears
     and experts: smallest, and in onnxruntime fastest where tokens come one by one), W4A8 (the same, and what is measured in torch
-    is what a runtime computes that rounds the inputs it multiplies to 8 bits), FP8 (8-bit floats, for GPUs of 2022 or later), NF4 or FP4
-    (4-bit floats of Linears, by bitsandbytes: plain transformers loads them, no other runtime does), auto (each group of layers 4
-    bits, 8 bits or float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or W16A16
-    (off)."""
+    is what a runtime computes that rounds the inputs it multiplies to 8 bits), FP8 (8-bit floats, for GPUs of 2022 or later), NF4
+    or FP4 (4-bit floats of Linears, by bitsandbytes: plain transformers loads them, no other runtime does), auto (each group of
+    layers 4 bits, 8 bits or float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or
+    W16A16 (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
