@@ -125,7 +125,7 @@ class Written(Streamed):
 
     def layer(self, path: str) -> nn.Module:
         """Return a copy of the layer at `path` with its values, or without them where a killed run has written what it became."""
-        if path not in self.shards.finished:
+        if not self.shards.has_all_of(path):
             return super().layer(path)
         return lend(self.module(path), lambda parameter: torch.empty(parameter.shape, device="meta"))
 
@@ -248,9 +248,12 @@ class Shards:
         if all(self._name(number).exists() for number in range(journal["count"])):
             vars(self).update(journal)
         self.stored = frozenset(self.where)
-        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in self.where))
-        self.finished = frozenset(layers[:-1])
-        """Of these every tensor was written; of the last one some may be missing."""
+        self._layers = list(dict.fromkeys(name.rpartition(".")[0] for name in self.where))
+
+    def has_all_of(self, path: str) -> bool:
+        """Return whether an earlier run has written every tensor of the layer at `path`; of the last one some may be missing."""
+        own = [place for place, each in enumerate(self._layers) if f"{each}.".startswith(f"{path}.")]
+        return bool(own) and own[-1] + 1 < len(self._layers)
 
     def add(self, name: str, tensor: Tensor, parameter: bool) -> None:
         """Take a tensor; shards are written as they fill. Raises MmcError for one with NaN or infinity: nothing runs the model."""

@@ -74,13 +74,19 @@ class Experts:
     """Path of the module whose `weight` (experts, C) has a row for each; it gives out (logits (T, experts), weights (T, top),
     indices (T, top))."""
     stacked: tuple[str, ...]
-    """Names of the parameters (experts, …) that hold the weights of all, one after the other."""
+    """Names of the parameters (experts, rows, columns) that hold the weights of all, one after the other; quantized, their holder
+    has integers in their place (see `surgery.experts`)."""
     experts: int
     top: int
     neurons: int
     """Of one expert."""
     bookkeeping: tuple[tuple[str, str], ...] = ()
     """(module path, attribute): integers transformers keeps beside the weights that count experts."""
+
+    @property
+    def holder(self) -> str:
+        """Path of the module that has what is stacked, and is called with states, indices and weights."""
+        return self.stacked[0].rpartition(".")[0]
 
 
 @dataclass(frozen=True)

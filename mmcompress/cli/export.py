@@ -12,6 +12,7 @@ from mmcompress.errors import UsageError
 
 if TYPE_CHECKING:
     from mmcompress.export.artifact import Artifact
+    from mmcompress.export.onnx import Experts
     from mmcompress.export.tensorrt import EngineReport, Profile
 
 PRECISIONS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16",
@@ -40,6 +41,15 @@ PRECISIONS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"
     help="Of weights and arithmetic; integers stay integers.  [default: float32 for onnx, float16 for tensorrt, else as stored]",
 )
 @click.option("--opset", type=click.IntRange(1), help="ONNX opset.  [default: the oldest that can say it]")
+@click.option(
+    "--experts",
+    type=click.Choice(("auto", "chosen", "every")),
+    default="auto",
+    show_default=True,
+    help="onnx, of a mixture: a token goes through the experts chosen for it alone, by operators that onnxruntime alone has, or "
+    "through every one, which takes as many times longer and runs anywhere. auto: chosen in float32, but where a model was "
+    "quantized for another target than cpu.",
+)
 @click.option(
     "--check-batches",
     default="1,2,7",
@@ -90,6 +100,7 @@ def command(
     towers: tuple[str, ...],
     precision: str | None,
     opset: int | None,
+    experts: Experts,
     check_batches: str,
     as_json: bool,
     quiet: bool,
@@ -113,9 +124,11 @@ def command(
     refuse_existing(output)
     terminal = render.Terminal(quiet, verbose)
     if to in export_layout.NAMES:
-        if towers or opset is not None:
+        others = {"--tower": bool(towers), "--opset": opset is not None, "--experts": experts != "auto"}
+        if any(others.values()):
+            option = next(name for name, given in others.items() if given)
             raise UsageError(
-                f"{'--tower' if towers else '--opset'} does not concern --to {to}, which writes a whole checkpoint",
+                f"{option} does not concern --to {to}, which writes a whole checkpoint",
                 hint="leave it out",
             )
         export_layout.run(model, output, to, stored, terminal, as_json)
@@ -131,14 +144,16 @@ def command(
             precision=stored or "float32",
             opset=opset,
             batches=batches,
+            experts=experts,
             progress=terminal,
         )
         artifact, engines = made.artifact, None
     else:
         from mmcompress.jobs.export import export_engines
 
-        if opset is not None:
-            raise UsageError("--opset concerns --to onnx", hint="leave it out, or export to onnx first")
+        for option, given in (("--opset", opset is not None), ("--experts", experts != "auto")):
+            if given:
+                raise UsageError(f"{option} concerns --to onnx", hint="leave it out, or export to onnx first")
         engines = export_engines(
             model, output, towers=towers, precision=stored, batches=batches, progress=terminal,
             **{**building, "batch": profile(building["batch"], "--batch"),

@@ -31,6 +31,7 @@ from mmcompress.export.constants import (
     transpose_constants,
 )
 from mmcompress.export.eight_bits import store_in_blocks
+from mmcompress.export.experts import store_experts
 from mmcompress.export.four_bit_floats import store_four_bit_floats
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -45,6 +46,7 @@ def simplify(model: ir.Model) -> dict[str, int]:
             split_constants,
             transpose_constants,
             reshape_constants,
+            store_experts,
             store_in_blocks,
             store_four_bit_floats,
             share_tables,

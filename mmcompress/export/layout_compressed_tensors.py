@@ -16,15 +16,24 @@ from mmcompress.bundle import Bundle
 from mmcompress.export.layout import input_grid, why_no_linear
 from mmcompress.ops import layouts
 from mmcompress.ops.float4 import BLOCKS
+from mmcompress.surgery.experts import QuantizedExperts
 from mmcompress.surgery.float4 import Float4Linear
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedLinear
 from mmcompress.surgery.quantized_base import Quantized
 
+EXPERTS = r"re:.*\.experts\.\d+\.(gate|up|down)_proj$"
+ONE_BY_ONE = "experts.*."
+"""What the names of experts begin with that transformers joins as it loads them."""
+
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """8 and 4 bits, and 8-bit inputs; nothing is rounded."""
+    """8 and 4 bits, and 8-bit inputs; nothing is rounded.
+
+    Of a mixture each expert is three Linears of its own. Neither transformers (5.24) nor vLLM takes zero points of experts: codes
+    of 4 bits less theirs are written as 8 bits, which are the same numbers.
+    """
 
     rounds_inputs: bool
     """Whether some layers have 8-bit inputs, which transformers keeps only where it does not make weights floats as it loads."""
@@ -40,26 +49,47 @@ class CompressedTensors:
         if rounds_inputs and any(isinstance(layer, PackedLinear) for layer in linears):
             # Where it is not to make floats, compressed-tensors 0.20 expects packed zero points unpacked, and refuses the file.
             why_not = "4-bit layers beside those with 8-bit inputs"
-        if any(
-            isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1
-            for entry in get_model_conversion_mapping(bundle.model)
-        ):
+        converters = [
+            entry for entry in get_model_conversion_mapping(bundle.model) if isinstance(entry, WeightConverter)
+        ]
+        mixed = any(isinstance(module, QuantizedExperts) for module in bundle.model.modules())
+        joined = any(ONE_BY_ONE in pattern for entry in converters for pattern in entry.source_patterns)
+        if any(len(entry.target_patterns) > 1 for entry in converters):
             # transformers 5.23 knows how to cut older checkpoints of DINOv2, and adds the layout's tensors to what it cuts.
             why_not = "models whose older checkpoints it would have to cut"
         untried = "written for vLLM, which was not tried"
         if why_not:
             return cls(rounds_inputs, f"no one known ({untried}; not transformers, which refuses {why_not})")
-        return cls(rounds_inputs, f"transformers with the package compressed-tensors; {untried}")
+        reader = "transformers with the package compressed-tensors"
+        if mixed and not joined:
+            # It loads all else and says of the experts no more than that they are new (5.24).
+            reader += (
+                ", which leaves the experts of this class at random numbers unless it is told first how to join them: "
+                "transformers.conversion_mapping has register_checkpoint_conversion_mapping, and knows how for 'qwen2_moe'"
+            )
+        return cls(rounds_inputs, f"{reader}; {untried}")
 
     def refusal(self, path: str, layer: Quantized) -> str:
         return why_no_linear(layer)
 
     def kind(self, layer: Quantized) -> str:
+        if isinstance(layer, PackedLinear) and layer.of_experts:
+            return f"pack-quantized, experts of 4 bits {'without zero points' if layer.symmetric else 'stored in 8'}"
         return _CompressedKind.of(layer).format
 
     def tensors(self, layer: Quantized) -> dict[str, Tensor]:
         if isinstance(layer, PackedLinear):
-            return layouts.compressed_tensors_int4(layer.grouped())
+            weight = layer.grouped()
+            if not layer.of_experts:
+                return layouts.compressed_tensors_int4(weight)
+            if not layer.symmetric:
+                steps = weight.codes.to(torch.int8) - weight.zero_point.to(torch.int8).repeat_interleave(
+                    layer.group_size, 1
+                )
+                return layouts.compressed_tensors_int8(steps, weight.scale)
+            made = layouts.compressed_tensors_int4(weight)
+            del made["weight_zero_point"]
+            return made
         if isinstance(layer, Float4Linear):
             return layouts.compressed_tensors_float4(layer.weight_float4, layer.weight_block_scale, layer.weight_scale)
         assert isinstance(layer, QuantizedLinear), f"{type(layer).__name__} was refused"
@@ -81,7 +111,10 @@ class CompressedTensors:
         groups = {}
         for number, (kind, _) in enumerate(Counter(kinds.values()).most_common()):
             own = [path for path in said if kinds[path] == kind]
-            groups[f"group_{number}"] = kind.group(["Linear"] if len(own) == len(said) else own)
+            targets = ["Linear"] if len(own) == len(said) else own
+            if kind.experts and all(kinds[path] == kind for path, layer in said.items() if layer.of_experts):
+                targets = [EXPERTS]  # by which transformers knows their group
+            groups[f"group_{number}"] = kind.group(targets)
         formats = {group["format"] for group in groups.values()}
         return {
             "quant_method": self.name,
@@ -103,17 +136,23 @@ class _CompressedKind:
     group_size: int
     """0: one scale per output."""
     inputs: torch.dtype | None
+    symmetric: bool
+    experts: bool = False
+    """Whether it is told of experts apart from others."""
     floats: str = ""
     """The name of 4-bit floats."""
 
     @classmethod
     def of(cls, layer: Quantized) -> _CompressedKind:
         if isinstance(layer, Float4Linear):
-            return cls(4, BLOCKS[layer.form], None, layer.form)
+            return cls(4, BLOCKS[layer.form], None, True, floats=layer.form)
         if isinstance(layer, PackedLinear):
-            return cls(4, 0 if layer.group_size == layer.in_features else layer.group_size, None)
+            size = 0 if layer.group_size == layer.in_features else layer.group_size
+            if layer.of_experts:
+                return cls(4 if layer.symmetric else 8, size, None, True, experts=True)
+            return cls(4, size, None, False)
         zero_point = input_grid(layer)
-        return cls(8, 0, None if zero_point is None else zero_point.dtype)
+        return cls(8, 0, None if zero_point is None else zero_point.dtype, True)
 
     @property
     def format(self) -> str:
@@ -125,7 +164,7 @@ class _CompressedKind:
         weights = {
             "num_bits": self.bits,
             "type": "int",
-            "symmetric": self.bits == 8,
+            "symmetric": self.symmetric,
             "strategy": "group" if self.group_size else "channel",
             "group_size": self.group_size or None,
             "dynamic": False,

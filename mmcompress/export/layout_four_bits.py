@@ -37,6 +37,8 @@ class _FourBits:
         reason = why_no_linear(layer)
         if reason or not isinstance(layer, PackedLinear):
             return reason or ("4-bit floats" if isinstance(layer, Float4Linear) else "8 bits")
+        if layer.of_experts:
+            return "an expert's, which transformers has no Linear for; compressed-tensors holds them"
         if not _fits(layer, self.group_size):
             return f"groups of {layer.group_size}, not of {self.group_size}"
         if layer.out_features % 32:
@@ -154,7 +156,7 @@ class Gptq(_FourBits):
 
 def cheapest_size(layers: Iterable[Quantized]) -> int:
     """Return the size of groups that takes the fewest bytes: layers whose own it does not divide become halves."""
-    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear) and not layer.of_experts]
 
     def taken(size: int) -> float:
         return sum(_bytes(layer, size) if _fits(layer, size) else 2 * layer.weight_shape.numel() for layer in packed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mmcompress.plainly import loads_plainly, plain_model
 from mmcompress.progress import Progress, Silent
 from mmcompress.staging import staging
 from mmcompress.streamed import Shards
+from mmcompress.surgery.experts import NAMES, QuantizedExperts, quantized_layers
 from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.surgery.quantized_base import Quantized, weights_unread
 
@@ -65,7 +66,7 @@ def export_layout(
     """
     if name not in LAYOUTS:
         raise UsageError(f"there is no layout '{name}'", hint=closest(name, LAYOUTS))
-    quantized = {path: layer for path, layer in bundle.model.named_modules() if isinstance(layer, Quantized)}
+    quantized = quantized_layers(bundle.model)
     if any(is_float_coded(module) for module in bundle.model.modules()):
         raise UsageError(
             f"{bundle.source.id} has bitsandbytes' layers, which {name} cannot say",
@@ -84,6 +85,8 @@ def export_layout(
     with staging(Path(out)) as directory:
         plain = plain_model(bundle)
         linears = [path for path, module in plain.named_modules() if isinstance(module, nn.Linear) and path not in said]
+        # Linears of other tools, which have no experts in one.
+        linears += [block.experts.router for tower in bundle.towers() for block in tower.blocks if block.experts]
         save_configs(bundle.model, directory)
         set_config_dtype(directory / "config.json", stored)
         _add_to_config(directory / "config.json", layout.config(said, linears))
@@ -144,15 +147,22 @@ def _shapes(bundle: Bundle) -> dict[str, tuple[int, ...]]:
     return made
 
 
-def _floats(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor by its name, the weight of a quantized layer as floats."""
+def _floats(bundle: Bundle, said: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor by its name, the weight of a quantized layer as floats; not those of experts that are `said`."""
     for name, tensor in bundle.model.state_dict(keep_vars=True).items():
         if not isinstance(bundle.model.get_submodule(name.rpartition(".")[0]), Quantized) or name.endswith(".bias"):
             yield name, tensor
     for path, layer in bundle.model.named_modules():
-        if isinstance(layer, Quantized):
+        if isinstance(layer, QuantizedExperts):
+            if f"{path}.0.down_proj" not in said:
+                yield from ((f"{path}.{name}", layer.floats(name)) for name in NAMES)
+        elif isinstance(layer, Quantized) and not isinstance(_owner(bundle, path), QuantizedExperts):
             gain = getattr(layer, "input_gain", None)
             yield f"{path}.weight", layer.weight if gain is None else layer.weight * gain
+
+
+def _owner(bundle: Bundle, path: str) -> nn.Module:
+    return bundle.module(path.rpartition(".")[0])
 
 
 def _tensors(
@@ -162,11 +172,11 @@ def _tensors(
     for path, layer in said.items():
         for name, tensor in layout.tensors(layer).items():
             yield f"{path}.{name}", tensor, False
-    for name, tensor in _floats(bundle):
+    for name, tensor in _floats(bundle, said):
         path, _, own = name.rpartition(".")
         if name not in ties and not (path in said and own == "weight"):
             layer = bundle.model.get_submodule(path)
-            yield name, tensor, isinstance(tensor, nn.Parameter) or isinstance(layer, Quantized)
+            yield name, tensor, isinstance(tensor, nn.Parameter) or isinstance(layer, Quantized | QuantizedExperts)
 
 
 def _scales_off(layout: Layout, layers: Iterable[Quantized]) -> float:

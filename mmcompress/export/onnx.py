@@ -10,10 +10,10 @@ import importlib.metadata
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import torch
@@ -39,6 +39,9 @@ DEFAULT_OPSETS = {"float32": 20, "float16": 20, "bfloat16": 22}
 
 EXTERNAL_BYTES = 1_800_000_000
 """Protobuf holds at most 2 GiB; larger weights go into a file beside the graph."""
+
+Experts = Literal["auto", "chosen", "every"]
+"""Which experts a token goes through in a graph."""
 
 _PREPROCESSING = (
     "preprocessor_config.json",
@@ -82,20 +85,28 @@ def export_onnx(
     precision: str = "float32",
     opset: int | None = None,
     batches: Sequence[int] = (1, 2, 7),
+    experts: Experts = "auto",
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write an ONNX file for each part, the preprocessing files and artifact.json into the new directory `out`.
 
     A part is a tower that embeds, or what a family whose models answer in text is cut into. `precision` is the dtype of weights and
     arithmetic; inputs and outputs stay float32. `opset` None takes the oldest that can say it. `batches` are the batch sizes at
-    which the graph is compared with torch.
+    which the graph is compared with torch. `experts`: see `through_chosen`.
 
     Raises UsageError (existing output, unknown tower or precision, a model torch cannot trace), GateFailed (the graph
     does not compute or hold what the model does), OutOfMemory (disk full).
     """
     with staging(Path(out)) as directory:
         report = write_onnx(
-            bundle, directory, towers=towers, precision=precision, opset=opset, batches=batches, progress=progress
+            bundle,
+            directory,
+            towers=towers,
+            precision=precision,
+            opset=opset,
+            batches=batches,
+            experts=experts,
+            progress=progress,
         )
     final = Artifact(**{**vars(report.artifact), "directory": Path(out)})
     return ExportReport(final, report.components, report.seconds)
@@ -109,10 +120,12 @@ def write_onnx(
     precision: str = "float32",
     opset: int | None = None,
     batches: Sequence[int] = (1, 2, 7),
+    experts: Experts = "auto",
     progress: Progress | None = None,
 ) -> ExportReport:
     """Do what `export_onnx` does, into a directory that the caller has made and stages."""
     opset = _check_options(precision, opset, batches)
+    chosen = through_chosen(bundle, experts, precision)
     modules = {module.part.name: module for module in traced_parts(bundle, precision)}
     for name in towers or ():
         if name not in modules:
@@ -128,7 +141,7 @@ def write_onnx(
     progress.start("export", 3 * len(towers or modules))
     try:
         for name in towers or modules:
-            reports.append(_export_part(bundle, directory, modules[name], precision, opset, batches, progress))
+            reports.append(_export_part(bundle, directory, modules[name], precision, opset, chosen, batches, progress))
     finally:
         progress.finish()
     bundle.processor.save(str(directory))
@@ -143,11 +156,12 @@ def _export_part(
     module: Traced,
     precision: str,
     opset: int,
+    chosen: bool,
     batches: Sequence[int],
     progress: Progress,
 ) -> ComponentReport:
     begun, name = time.perf_counter(), module.part.name
-    graph = trace(module, opset)
+    graph = trace(module, opset, chosen)
     model = graph.model
     progress.advance(note=f"{name} traced")
     rewrites = simplify(model)
@@ -178,6 +192,26 @@ def _export_part(
         parity=as_records(rows),
     )
     return ComponentReport(component, rows, rewrites, time.perf_counter() - begun, model.opset_imports[""])
+
+
+def through_chosen(bundle: Bundle, experts: Experts, precision: str) -> bool:
+    """Return whether tokens go through the experts chosen for them alone: onnxruntime has operators for that, no other runtime.
+
+    "auto": they do in float32, unless a model was quantized for another target. Raises UsageError where that is asked for and
+    cannot be.
+    """
+    if experts == "chosen" and precision != "float32":
+        raise UsageError(
+            f"experts are to be 'chosen' in {precision}, and onnxruntime's CPU operator of floats takes float32 alone",
+            hint="leave --precision out, or use --experts every",
+        )
+    targets = [record.params.get("target", "cpu") for record in bundle.history if record.name == "quantize"]
+    return precision == "float32" and (experts == "chosen" or (experts == "auto" and set(targets) <= {"cpu"}))
+
+
+def experts_for(runners: Collection[str]) -> Experts:
+    """Return the form of experts that all of `runners` have."""
+    return "auto" if set(runners) <= {"torch", "onnxruntime"} else "every"
 
 
 def _check_options(precision: str, opset: int | None, batches: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmcompress.errors import GateFailed
 from mmcompress.export.trace import Graph, Traced
+from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized_base import Quantized
 
 SLACK_SHARE = 0.01
@@ -35,7 +36,9 @@ def promise(module: Traced, graph: Graph) -> Promise:
     """Count the parameters and buffers the part computes with, tied ones once."""
     stored = {**dict(module.model.named_parameters(remove_duplicate=False)), **dict(module.model.named_buffers())}
     own = list({(v.data_ptr(), v.shape): v for name, v in stored.items() if name in graph.used}.values())
-    packed = [value for value in own if value.dtype in _INTEGERS and value.dim() >= 2]
+    # Zero points are no weights, and where experts lie side by side, fewer bytes hold them.
+    points = {layer.weight_zero_point.data_ptr() for layer in module.model.modules() if isinstance(layer, PackedLinear)}
+    packed = [v for v in own if v.dtype in _INTEGERS and v.dim() >= 2 and v.data_ptr() not in points]
     # Layers that have learned nothing yet are zeros, and the exporter keeps equal ones once.
     blank = {value.shape: value for value in packed if not value.view(torch.uint8).any()}
     packed = [*(value for value in packed if value.view(torch.uint8).any()), *blank.values()]
@@ -64,7 +67,10 @@ def weights(model: ir.Model) -> dict[str, int]:
 
 def quantized_matrices(model: ir.Model) -> int:
     """Return how many integer weight matrices the graph holds; packed zero points are none, nor scales stored in a byte."""
-    none = {node.inputs[3] for node in model.graph if node.op_type == "MatMulNBits" and len(node.inputs) > 3}
+    places = {"MatMulNBits": (3,), "QMoE": (11, 12)}
+    none = {
+        node.inputs[place] for node in model.graph for place in places.get(node.op_type, ()) if len(node.inputs) > place
+    }
     scales = {node.inputs[1] for node in model.graph if node.op_type == "DequantizeLinear"}
     none |= {node.inputs[0] for node in model.graph if scales.intersection(node.outputs)}
     return sum(

@@ -26,12 +26,15 @@ from mmcompress.surgery.quantized_base import Quantized
 from mmcompress.surgery.rounded_cache import codes_unrounded
 from mmcompress.surgery.rounding_operators import FLOAT_INPUTS, ROUNDED_INPUTS
 
+ROUNDING = ("MatMulNBits", "QMoE")
+"""Operators that may round their inputs as they multiply."""
+
 Grid = tuple[float, int]
 """(scale, zero point)."""
 
 
 def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which activations pass QuantizeLinear, DequantizeLinear and MatMulNBits unrounded; weights stay integers.
+    """Return a copy in which activations pass QuantizeLinear, DequantizeLinear and products unrounded; weights stay integers.
 
     Integers that the graph is given or gives out are floats then, not rounded either: see `unrounded_inputs`.
     """
@@ -48,8 +51,10 @@ def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
         node for node in made.graph.node if node.op_type != "QuantizeLinear" and not (set(node.output) & set(passed))
     ]
     for node in kept:
-        if node.op_type == "MatMulNBits":
+        if node.op_type in ROUNDING:
             level(node).i = FLOAT_INPUTS
+        if node.op_type == "QMoE":
+            _without_blocks(node, made.graph)
         for index, name in enumerate(node.input):
             while name in passed:
                 name = passed[name]
@@ -104,13 +109,26 @@ def _codes(graph: onnx.ModelProto) -> set[str]:
 def rounds(graph: onnx.ModelProto) -> bool:
     """Return whether activations are rounded anywhere, by the graph itself or by a product that may."""
     return any(
-        node.op_type == "QuantizeLinear" or (node.op_type == "MatMulNBits" and level(node).i == ROUNDED_INPUTS)
+        node.op_type == "QuantizeLinear" or (node.op_type in ROUNDING and level(node).i == ROUNDED_INPUTS)
         for node in graph.graph.node
     )
 
 
+def _without_blocks(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
+    """Let a QMoE of 8 bits multiply floats: in blocks it rounds its inputs whatever it is told. Its rows have one scale each."""
+    given = {attribute.name: attribute for attribute in node.attribute}
+    if given["expert_weight_bits"].i != 8 or "block_size" not in given:
+        return
+    node.attribute.remove(given["block_size"])
+    scales = {tensor.name: tensor for tensor in graph.initializer}
+    for place in (3, 6):
+        held = scales[node.input[place]]
+        rows = onnx.numpy_helper.to_array(held)[..., 0]
+        held.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(rows), held.name))
+
+
 def level(node: onnx.NodeProto) -> onnx.AttributeProto:
-    """Return the attribute of a MatMulNBits that says how exact it is."""
+    """Return the attribute of one of `ROUNDING` that says how exact it is."""
     return next(attribute for attribute in node.attribute if attribute.name == "accuracy_level")
 
 

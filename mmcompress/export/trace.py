@@ -26,6 +26,7 @@ from mmcompress.errors import NotExportable, UsageError, closest
 from mmcompress.export.translations import translations
 from mmcompress.parts import BATCH, TOKENS, Divided, Exportable, Part, Sizes
 from mmcompress.surgery.float_codes import is_float_coded
+from mmcompress.surgery.routing import chosen_alone
 from mmcompress.views import Tower
 
 OUTPUT = "embeddings"
@@ -164,8 +165,10 @@ def _resized_text(example: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     return made
 
 
-def trace(module: Traced, opset: int) -> Graph:
+def trace(module: Traced, opset: int, chosen: bool = False) -> Graph:
     """Return the part as an ONNX graph that takes any batch (and any size of its other dynamic axes).
+
+    `chosen`: tokens go through the experts chosen for them alone, where there are experts and onnxruntime's operators can say them.
 
     Raises UsageError when torch cannot trace it, or when an axis declared dynamic came out fixed.
     """
@@ -176,7 +179,7 @@ def trace(module: Traced, opset: int) -> Graph:
     shapes = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, name in enumerate(names) if name} for names in part.axes.values()
     )
-    with quiet(), uncollected(), torch.no_grad(), module.family.exporting(module.model):
+    with quiet(), uncollected(), torch.no_grad(), chosen_alone(chosen), module.family.exporting(module.model):
         try:
             program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=(shapes,), strict=False)
             model = to_onnx(program, list(inputs), list(part.outputs), opset)

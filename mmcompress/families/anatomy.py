@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mmcompress.surgery.experts import stacked_shape
 from mmcompress.views import Attention, Block, Counts, Experts, Mlp
 
 
@@ -249,14 +250,14 @@ def _experts(block: nn.Module, path: str, names: BlockNames) -> Experts | None:
     """Return the view of a block's experts; None where it has one feed-forward for all tokens."""
     if not names.experts or names.experts not in dict(block.named_modules()):
         return None
-    down = block.get_parameter(names.stacked[-1])
+    count, _, neurons = stacked_shape(block, names.stacked[-1])
     return Experts(
         path=f"{path}.{names.mlp}",
         router=f"{path}.{names.router}",
         stacked=tuple(f"{path}.{name}" for name in names.stacked),
-        experts=len(down),
+        experts=count,
         top=int(_attribute(block, names.top)),
-        neurons=down.shape[-1],
+        neurons=neurons,
         bookkeeping=tuple(
             (f"{path}.{owner}", attribute)
             for owner, _, attribute in (name.rpartition(".") for name in names.experts_counted)

@@ -40,7 +40,7 @@ from mmcompress.surgery.frames import STAGES, stages_of
 from mmcompress.surgery.ledger import putting_back
 from mmcompress.surgery.reducing import Choice, choice_of
 from mmcompress.surgery.reduction import ledger_of
-from mmcompress.surgery.routing import through_every_expert
+from mmcompress.surgery.routing import as_exported
 from mmcompress.views import Film, Prompt, Tower
 
 if TYPE_CHECKING:
@@ -292,9 +292,10 @@ class VisionLanguage(PictureQuestions):
         return 0
 
     def exporting(self, model: Any) -> AbstractContextManager[None]:
-        """Run every expert for every token, where there are experts."""
-        mixed = any(block.experts for tower in self.towers(model) for block in tower.blocks)
-        return through_every_expert(model.config.text_config) if mixed else contextlib.nullcontext()
+        """Run experts, where there are any, in a form that graphs have."""
+        mixed = [block.experts for tower in self.towers(model) for block in tower.blocks if block.experts]
+        mixtures = {model.get_submodule(each.router): model.get_submodule(each.holder) for each in mixed}
+        return as_exported(model.config.text_config, mixtures) if mixtures else contextlib.nullcontext()
 
     def write_config(self, model: Any) -> None:
         """Write depths and uniform widths of both towers."""

@@ -98,7 +98,8 @@ class AnswerTarget(Target):
             return lambda: self._torch(precision, name, threads)
         asked = "fp32" if self.artifact is None else precision
         kind = "cpu" if variant.runner == "openvino" else self._device.partition(":")[0]
-        return partial(open_runner, variant.runner, self.graph(name, precision), threads, kind, asked)
+        graph = self.graph(name, precision, self._experts(variant.runner))
+        return partial(open_runner, variant.runner, graph, threads, kind, asked)
 
     def macs(self, tower: str, tokens: int) -> int:
         """Return a stage's multiply-accumulates for one item; a whole answer is all its stages, the last one once a token."""
@@ -110,7 +111,7 @@ class AnswerTarget(Target):
             part = next(part for part in self._torch_parts(self.bundle) if part.name == name)
             tensors = [torch.from_numpy(inputs[key]).to(self.bundle.device) for key in part.axes]
             return macs(partial(part.compute, self.bundle.model), tensors).total
-        path = self.graph(name, next(iter(self._exports), "fp32"))
+        path = self.graph(name, *next(iter(self._exports), ("fp32", "auto")))
         return onnx_macs(path, {key: array.shape for key, array in inputs.items()}).total
 
     def memory(self, runner: str, tower: str, *, batch: int, tokens: int, threads: int) -> PeakMemory | None:
@@ -118,7 +119,8 @@ class AnswerTarget(Target):
         name, _, precision = runner.partition(" ")
         if tower != ANSWER or (name == "torch" and precision):
             return None
-        home = self.path if name == "torch" else self.graph(self._writer, precision or "fp32").parent
+        asked = (precision or "fp32", self._experts(name))
+        home = self.path if name == "torch" else self.graph(self._writer, *asked).parent
         return answer_footprint(name, home, batch=batch, new_tokens=self.new_tokens, threads=threads)
 
     def stages(self, best: Mapping[str, float], batch: int) -> dict[str, Any]:
@@ -206,8 +208,9 @@ class AnswerTarget(Target):
     def _answerer(self, variant: Variant, threads: int) -> Answerer:
         if variant.runner == "torch":
             return bundle_answerer(self._bundle_in(variant.precision), threads=threads)
-        self.graph(self._writer, variant.precision)  # exports a checkpoint
-        artifact = self._own() if self.artifact is not None else self._exports[variant.precision]
+        key = (variant.precision, self._experts(variant.runner))
+        self.graph(self._writer, *key)  # exports a checkpoint
+        artifact = self._own() if self.artifact is not None else self._exports[key]
         asked = "fp32" if self.artifact is None else variant.precision
         return artifact_answerer(artifact, variant.runner, threads=threads, precision=asked)
 

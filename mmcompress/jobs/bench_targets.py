@@ -21,7 +21,7 @@ from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.errors import NotExportable, UsageError
 from mmcompress.export import tensorrt as engines
 from mmcompress.export.artifact import Artifact, TensorSpec, is_artifact, open_artifact
-from mmcompress.export.onnx import export_onnx
+from mmcompress.export.onnx import Experts, experts_for, export_onnx
 from mmcompress.families import family_for
 from mmcompress.jobs.arrays import arrays_for
 from mmcompress.jobs.footprint import footprint
@@ -96,7 +96,8 @@ class Target:
         self.name, self._device, self._scratch, self._progress = name, device, scratch, progress
         self.notes: list[str] = []
         self.path, self.bundle, self.artifact = source.path, source.bundle, source.artifact
-        self._exports: dict[str, Artifact] = {}
+        self._exports: dict[tuple[str, Experts], Artifact] = {}
+        """By precision, and the form of experts."""
         self.engine = _engine_api(self.path) if self.artifact is not None else ""
         self.kind = "checkpoint" if self.artifact is None else "engines" if self.engine else "exported"
 
@@ -152,14 +153,20 @@ class Target:
         # Exported in the precision asked for; an artifact has its own, and a runner that cannot lower it says so.
         asked = "fp32" if self.artifact is None else precision
         kind = "cpu" if name == "openvino" else self._device.partition(":")[0]
-        return partial(open_runner, name, self.graph(tower, precision), threads, kind, asked)
+        return partial(open_runner, name, self.graph(tower, precision, self._experts(name)), threads, kind, asked)
 
-    def graph(self, tower: str, precision: str = "fp32") -> Path:
+    def _experts(self, runner: str) -> Experts:
+        """Return the form in which a runner takes experts; "auto" where there are none."""
+        towers = self.bundle.towers() if self.bundle is not None else ()
+        mixed = any(block.experts for tower in towers for block in tower.blocks)
+        return experts_for([runner]) if mixed else "auto"
+
+    def graph(self, tower: str, precision: str = "fp32", experts: Experts = "auto") -> Path:
         """Return a tower's ONNX file, exporting a checkpoint into the scratch directory when that is not done yet."""
         if self.artifact is not None:
             return self.artifact.path(tower)
         assert self.bundle is not None
-        if precision not in self._exports:
+        if (precision, experts) not in self._exports:
             self._progress.say(
                 f"{self.name} is a checkpoint: exporting it to ONNX for the timing, {EXPORTED[precision]}"
             )
@@ -167,11 +174,12 @@ class Target:
                 self.bundle,
                 self._scratch / f"{len(list(self._scratch.iterdir()))}-{precision}",
                 precision=EXPORTED[precision],
+                experts=experts,
                 progress=self._progress,
             )
-            self._exports[precision] = report.artifact
+            self._exports[precision, experts] = report.artifact
             self.notes.append(f"exported to ONNX ({EXPORTED[precision]}) for this run; the files are not kept")
-        return self._exports[precision].path(tower)
+        return self._exports[precision, experts].path(tower)
 
     def macs(self, tower: str, tokens: int) -> int:
         """Return a tower's multiply-accumulates for one item, recounted on the graph, or on the model without one."""
@@ -179,7 +187,7 @@ class Target:
         if self.bundle is not None and not self._exports:
             tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
             return macs(encoder(self.bundle, tower), tensors).total
-        path = self.graph(tower, next(iter(self._exports), "fp32"))
+        path = self.graph(tower, *next(iter(self._exports), ("fp32", "auto")))
         return onnx_macs(path, {name: array.shape for name, array in inputs.items()}).total
 
     def bytes(self) -> int:
@@ -200,7 +208,7 @@ class Target:
         name, _, precision = runner.partition(" ")
         if name == "torch" and precision:  # it is loaded in full precision first, so the peak would be that one's
             return None
-        path = self.path if name == "torch" else self.graph(tower, precision or "fp32")
+        path = self.path if name == "torch" else self.graph(tower, precision or "fp32", self._experts(name))
         return footprint(name, path, tower, self.specs(tower), batch=batch, tokens=tokens, threads=threads)
 
     def stages(self, best: Mapping[str, float], batch: int) -> dict[str, Any]:
@@ -236,7 +244,12 @@ class Target:
         if self.engine:
             return (self.engine,)
         graphs = tuple(name for name, spec in RUNNERS.items() if ".onnx" in spec.suffixes)
-        return ("torch", *graphs) if self.bundle is not None else graphs
+        if self.bundle is not None:
+            return ("torch", *graphs)
+        if any({"MoE", "QMoE"} & component.nodes.keys() for component in self._own().components):
+            # No other runtime has these operators.
+            return ("onnxruntime",)
+        return graphs
 
     def _fast_bf16(self) -> bool:
         # A quantized layer's scales would be rounded too, which is not what anybody deploys.

@@ -10,6 +10,7 @@ from mmcompress import checkpoint, passes
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.measure.cost import cost_of
+from mmcompress.surgery.experts import stacked_shape
 from mmcompress.views import Tower
 
 # What to ask a pass about one tower: parameters that make it do something there. Little, because embedding tables and projections
@@ -55,7 +56,7 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
 def _tower(bundle: Bundle, tower: Tower) -> dict[str, Any]:
     mixtures = [block.experts for block in tower.blocks if block.experts]
     idle = sum(
-        bundle.model.get_parameter(name)[0].numel() * (mixed.experts - mixed.top)
+        stacked_shape(bundle.model, name)[1:].numel() * (mixed.experts - mixed.top)
         for mixed in mixtures
         for name in mixed.stacked
     )

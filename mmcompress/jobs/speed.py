@@ -17,7 +17,7 @@ from typing import Any
 from mmcompress.bundle import Bundle
 from mmcompress.errors import MissingError, UsageError, closest
 from mmcompress.export.artifact import Artifact, open_artifact
-from mmcompress.export.onnx import export_onnx
+from mmcompress.export.onnx import experts_for, export_onnx
 from mmcompress.jobs.arrays import TOKENS, arrays_for
 from mmcompress.measure.answerer import part_specs, torch_runner
 from mmcompress.measure.latency import Latency, LatencySamples, compare, interleaved
@@ -202,10 +202,11 @@ def compare_exports(
     """Export the original and the bundle under `directory` ("original", "compressed") and time them against each other."""
     names = usable_runners(export.runners)
     threads = export.threads or usable_cores()
+    experts = experts_for(names)
     shutil.rmtree(directory / "compressed", ignore_errors=True)
     if not (directory / "original").exists():
-        export_onnx(original(), directory / "original", progress=progress)
-    export_onnx(bundle, directory / "compressed", precision=export.precision, progress=progress)
+        export_onnx(original(), directory / "original", experts=experts, progress=progress)
+    export_onnx(bundle, directory / "compressed", precision=export.precision, experts=experts, progress=progress)
     sides = {side: open_artifact(directory / side) for side in ("original", "compressed")}
     rows: list[TowerSpeed] = []
     known = {component.name for component in sides["original"].components}

@@ -13,7 +13,7 @@ from torch import nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.export.layer import export_layer
-from mmcompress.export.onnx import export_onnx
+from mmcompress.export.onnx import experts_for, export_onnx
 from mmcompress.jobs.bench import Settings, bench
 from mmcompress.jobs.speed import usable_runners
 from mmcompress.measure.latency import interleaved
@@ -50,7 +50,8 @@ class ExportedStopwatch:
         )
         with tempfile.TemporaryDirectory(prefix="mmc-latency-") as scratch:
             exported = Path(scratch) / "trial"
-            export_onnx(bundle, exported, precision=export.precision, batches=(1,))
+            experts = experts_for(settings.runners)
+            export_onnx(bundle, exported, precision=export.precision, batches=(1,), experts=experts)
             found = bench([str(exported)], settings)
         taken: dict[str, list[float]] = defaultdict(list)
         for row in found.rows:

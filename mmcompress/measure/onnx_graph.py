@@ -130,8 +130,8 @@ def rounded_blocks(model: onnx.ModelProto) -> int:
     sizes = [
         attributes["block_size"]
         for node in every_node(model.graph)
-        if node.op_type == "MatMulNBits"
+        if node.op_type in ("MatMulNBits", "QMoE")
         for attributes in [{attribute.name: attribute.i for attribute in node.attribute}]
-        if attributes.get("accuracy_level") == 4
+        if attributes.get("accuracy_level") == 4 and "block_size" in attributes
     ]
     return min(sizes, default=0)

@@ -62,6 +62,14 @@ def _packed_product(node: onnx.NodeProto, inputs: Sequence[Shape], outputs: Sequ
     return math.prod(inputs[0]) * int(_attribute(node, "N", 0))
 
 
+def _experts(node: onnx.NodeProto, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    """x: (..., C), weights of E experts (E, rows, ...): each token meets k of them; rows hold gates too where they are fused."""
+    (*tokens, channels), rows = inputs[0], inputs[2][1]
+    fused = _attribute(node, "swiglu_fusion", 0) and _attribute(node, "activation_type", b"") == b"swiglu"
+    neurons = rows // 2 if fused else rows
+    return math.prod(tokens) * int(_attribute(node, "k", 1)) * channels * (rows + neurons)
+
+
 def _convolution(weights: int) -> Rule:
     """weights: (M, C/groups, k...); every output element sums over the rest of its filter."""
 
@@ -151,6 +159,8 @@ RULES: dict[str, Rule] = {
     _MICROSOFT + "QLinearConv": _convolution(3),
     _MICROSOFT + "FusedConv": _convolution(1),
     _MICROSOFT + "MatMulNBits": Rule(_packed_product, (0,)),
+    _MICROSOFT + "MoE": Rule(_experts, (0, 2)),
+    _MICROSOFT + "QMoE": Rule(_experts, (0, 2)),
     _MICROSOFT + "Attention": _attention_with_projection(4),
     _MICROSOFT + "QAttention": _attention_with_projection(8),
     _MICROSOFT + "MultiHeadAttention": Rule(_multi_head_attention, (0, 1, 2, 6)),
@@ -168,8 +178,6 @@ NO_RULE = {
             "GemmFloat8",
             "GroupQueryAttention",
             "PackedMultiHeadAttention",
-            "MoE",
-            "QMoE",
         )
     ),
 }

@@ -122,9 +122,9 @@ def load(artifact: Any, threads: int, device: str, precision: str) -> OpenVinoRu
         names = names or [port.any_name if port.names else f"output_{i}" for i, port in enumerate(model.outputs)]
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise UsageError(
-            f"openvino cannot load '{path}': {str(error).strip().splitlines()[-1]}", hint="export it again"
-        ) from error
+        reason = str(error).strip().splitlines()[-1]
+        hint = "export it with --experts every" if "MoE" in reason else "export it again"
+        raise UsageError(f"openvino cannot load '{path}': {reason}", hint=hint) from error
     used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if used != _HINTS[precision]:
         raise MissingError(f"{precision} was asked for and openvino uses {used}", hint="ask for fp32")

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from mmcompress.ops.rounding import UINT4, Levels, scale_from_range
 
+MIDDLE = 8
+"""The zero point of symmetric grids of 4 bits."""
+
 GROUP_SIZES = (128, 64, 32, 16)
 """What runtimes take: powers of two from 16 on."""
 
@@ -83,6 +86,15 @@ def on_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, levels: Levels = 
 def nearest(weight: Tensor, size: int, levels: Levels = UINT4) -> Grouped:
     """Round `weight` (R, C) to the nearest place of grids that cover it: what every other method is measured against."""
     return on_grid(weight, *nearest_grid(weight, size, levels), levels)
+
+
+def nearest_symmetric(weight: Tensor, size: int) -> Grouped:
+    """Round `weight` (R, C) to the nearest place of grids of 4 bits whose zero point is the middle, 8: steps of -7..7."""
+    groups = weight.detach().float().reshape(len(weight), -1, size)
+    largest = groups.abs().amax(-1)
+    scale = largest / (UINT4.high - MIDDLE)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    return on_grid(weight, scale, torch.full_like(scale, MIDDLE, dtype=UINT4.dtype))
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -55,10 +55,10 @@ def compressed_tensors_int4(weight: Grouped) -> dict[str, Tensor]:
 
 
 def compressed_tensors_int8(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """Return weight_packed (R, ceil(C / 4)), weight_scale (R, 1) and weight_shape (2,) of int8 codes (R, C), scale (R,)."""
+    """Return weight_packed (R, ceil(C / 4)), weight_scale (R, G) and weight_shape (2,) of int8 codes (R, C) and a scale, or G."""
     return {
         "weight_packed": words((codes.to(torch.int16) + 128).to(torch.uint8), 8),
-        "weight_scale": scale[:, None],
+        "weight_scale": scale if scale.ndim == 2 else scale[:, None],
         "weight_shape": torch.tensor(codes.shape),
     }
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.surgery.counting import counting, macs_within
+from mmcompress.surgery.experts import stacked_shape
 from mmcompress.surgery.linears import spread
 from mmcompress.surgery.watch import evaluating, watch_inputs
 from mmcompress.views import Attention, Block, Experts, Mlp, Tower
@@ -176,7 +177,7 @@ def _router_row(bundle: Bundle, experts: Experts) -> int:
 
 def _expert_weights(bundle: Bundle, experts: Experts) -> int:
     """Return how many weights one expert has."""
-    return sum(bundle.model.get_parameter(name)[0].numel() for name in experts.stacked)
+    return sum(stacked_shape(bundle.model, name)[1:].numel() for name in experts.stacked)
 
 
 def attention_macs(queries: int, keys: float, heads: int, head_dim: int) -> int:

@@ -36,7 +36,8 @@ class Quantize:
     """Store weights as 8-bit or 4-bit integers and, with W8A8, compute with 8-bit activations, per tower.
 
     8-bit weights get one scale per output channel, activations one per tensor, from calibration samples. 4-bit weights, of Linears
-    alone, get a scale and a zero point for each group of inputs; everything else takes 8 bits there. What stays more precise is
+    and of a mixture's experts, get a scale and a zero point for each group of inputs; everything else takes 8 bits there. The
+    experts of a block are one layer, of weights alone: with W8A8 their inputs stay floats. What stays more precise is
     decided by measurement: where a tower's embeddings change by more than `min_cosine` allows, every group of layers is quantized
     alone, and groups are given back, worst first, until it holds: from 4 bits to 8, then to float. With scheme auto a budget is
     given instead, every group of layers is quantized alone in each scheme, and those are chosen that lose least within it.
@@ -45,12 +46,12 @@ class Quantize:
     name: ClassVar[str] = "quantize"
 
     scheme: str = "W8A8"
-    """W8A8 (weights and activations; fastest for prompts and pictures), W8A16 (weights only), W4A16 (4-bit weights of Linears:
-    smallest, and in onnxruntime fastest where tokens come one by one), W4A8 (the same, and what is measured in torch is what a
-    runtime computes that rounds the inputs it multiplies to 8 bits), FP8 (8-bit floats, for GPUs of 2022 or later), MXFP4 or NVFP4
-    (4-bit floats in blocks of 32 or 16 inputs, for runtimes that know the type: OpenVINO, GPUs of 2025), NF4 or FP4 (4-bit floats
-    of Linears, by bitsandbytes: plain transformers loads them, no other runtime does), auto (each group of layers 4 bits, 8 bits
-    or float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or W16A16 (off)."""
+    """W8A8 (weights and activations; fastest for prompts and pictures), W8A16 (weights only), W4A16 (4-bit weights of Linears
+    and experts: smallest, and in onnxruntime fastest where tokens come one by one), W4A8 (the same, and what is measured in torch
+    is what a runtime computes that rounds the inputs it multiplies to 8 bits), FP8 (8-bit floats, for GPUs of 2022 or later), MXFP4
+    or NVFP4 (4-bit floats in blocks of 32 or 16 inputs, for runtimes that know the type: OpenVINO, GPUs of 2025), NF4 or FP4 (4-bit
+    floats of Linears, by bitsandbytes: plain transformers loads them, no other runtime does), auto (each group of layers 4 bits, 8
+    bits or float, by measured sensitivity within a budget: `bits`, `size_mib` or `latency_ms`; it needs data) or W16A16 (off)."""
     vision_scheme: str | None = None
     """The vision tower's scheme, instead of `scheme`."""
     text_scheme: str | None = None
@@ -89,13 +90,16 @@ class Quantize:
     """For observer percentile: the percent of values inside the range."""
     group_size: int = 32
     """For W4A16: how many neighbouring inputs share a scale (16, 32, 64 or 128; 0: all of a row). Where it does not divide them,
-    the largest that does; Linears that none divides take 8 bits."""
+    the largest that does; Linears, and experts, that none divides take 8 bits."""
     double_quant: bool = False
     """For NF4 and FP4: store the scale of each 64 weights in 8 bits, which takes 4.13 bits a weight in place of 4.5."""
     rounding: Literal["nearest", "hqq", "gptq"] = "nearest"
     """For W4A16: to the nearest place of a grid that covers a group; of the grid that suits most of its weights (HQQ; on SmolLM2 no
     better, python -m bench.fitted_weights); or so that outputs change least on the calibration samples (GPTQ, on HQQ's grids; it
-    needs data). 8-bit weights go to the nearest."""
+    needs data; of experts HQQ's grids alone, since each sees few tokens). 8-bit weights go to the nearest."""
+    symmetric_experts: bool = False
+    """For W4A16 of a mixture's experts: grids with their zero point in the middle, rounded to nearest. A little less accurate; vLLM
+    and transformers take no others of experts, and compressed-tensors then keeps 4 bits where it takes 8 without."""
     scaling: Literal["none", "awq"] = "none"
     """For weights alone (W4A16, W8A16): scale the inputs' channels so that weights which multiply large inputs are rounded more
     finely, as strongly as outputs on the calibration samples change least (AWQ; it needs data). With W8A8, see `smooth`."""
@@ -223,7 +227,7 @@ class Quantize:
         if self.cache == "int8":
             context.progress.say("bytes of a token in the cache: {} before, now {}".format(*held.values()))
         towers = [tower for tower in bundle.towers() if self.scheme_of(tower.name) != OFF]
-        left = say_left(bundle, towers, context, "floats")
+        left = say_left(bundle, towers, context, "floats", floats=True)
         return {"bytes": {tower.name: bytes_of(bundle, tower) for tower in bundle.towers()}, **held, **left}
 
     @property
@@ -234,6 +238,7 @@ class Quantize:
             smooth=self.smooth > 0,
             rounding=nearest if self.rounding == "nearest" else half_quadratic,
             rounds_inputs=self.target == "cpu",
+            symmetric_experts=self.symmetric_experts,
             double_quant=self.double_quant,
             tokens=self._tokens,
         )

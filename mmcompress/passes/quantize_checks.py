@@ -11,6 +11,7 @@ from mmcompress.ops.choice import require_solver
 from mmcompress.ops.grouped import GROUP_SIZES
 from mmcompress.passes.quantize_budget import require_budget
 from mmcompress.passes.quantize_cache import cached_tower
+from mmcompress.passes.quantize_layers import mixtures_of
 from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, SCHEMES, refuse_target
 from mmcompress.surgery.float_codes import is_float_coded, require_bitsandbytes
 from mmcompress.surgery.quantized_base import Quantized
@@ -61,6 +62,11 @@ def require_sensible(settings: Quantize) -> None:
     if settings.clip and not settings.used & FOUR_BITS:
         raise UsageError(
             "quantize.clip is for 4-bit weights, and no tower gets W4A16", hint="leave it out, or use scheme W4A16"
+        )
+    if settings.symmetric_experts and not settings.used & FOUR_BITS:
+        raise UsageError(
+            "quantize.symmetric_experts is for 4-bit weights, and no tower gets W4A16",
+            hint="leave it out, or use scheme W4A16; experts of 8 bits are symmetric as they are",
         )
     if settings.balance != "none" and not settings.looks_at_samples:
         raise UsageError(
@@ -133,6 +139,8 @@ def require_quantizable(settings: Quantize, bundle: Bundle) -> None:
         require_solver()  # not after everything was judged
     if settings.cache == "int8":
         cached_tower(bundle, settings.towers)
+    if settings.symmetric_experts and not any(mixtures_of(tower) for tower in towers.values()):
+        raise UsageError("quantize.symmetric_experts: the model has no experts", hint="leave it out")
     for pattern in settings.keep_float:
         if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in bundle.model.named_modules()):
             raise UsageError(

@@ -6,11 +6,12 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops.grouped import group_size_for
+from mmcompress.surgery.experts import common_group, stacks_of
 from mmcompress.surgery.float_codes import BLOCK, OUTPUTS, fits
 from mmcompress.surgery.quantized import can_quantize
 from mmcompress.views import Tower
@@ -19,13 +20,19 @@ SMALL_TABLE = 0.01
 """Embedding tables below this share of a tower's bytes stay float: they save nothing and cost a multiplication."""
 
 
-def candidates(bundle: Bundle, tower: Tower, embeddings: bool, keep_float: Sequence[str]) -> list[str]:
-    """Return the paths of the layers of `tower` to be quantized: those that can be, but the ones named by the patterns."""
+def candidates(
+    bundle: Bundle, tower: Tower, embeddings: bool, keep_float: Sequence[str], experts: bool = True
+) -> list[str]:
+    """Return the paths of the layers of `tower` to be quantized: those that can be, but the ones named by the patterns.
+
+    The experts of a block are one layer.
+    """
+    mixtures = mixtures_of(tower) if experts else set()
     total = sum(p.nbytes for name, p in bundle.model.named_parameters() if tower.owns(name))
     tables = {table for table, _ in tower.tied}
     found = []
     for path, module in bundle.model.named_modules():
-        if not tower.owns(path) or path in tower.uncalled or not can_quantize(module):
+        if not tower.owns(path) or path in tower.uncalled or not (can_quantize(module) or path in mixtures):
             continue
         if any(fnmatch.fnmatchcase(path, pattern) for pattern in keep_float):
             continue
@@ -36,8 +43,18 @@ def candidates(bundle: Bundle, tower: Tower, embeddings: bool, keep_float: Seque
     return whole_ties(found, tower)
 
 
+def mixtures_of(tower: Tower) -> set[str]:
+    """Return the paths of what holds the experts of the tower's blocks."""
+    return {block.experts.holder for block in tower.blocks if block.experts}
+
+
+def weights_of(layer: nn.Module) -> list[Tensor]:
+    """Return the parameters of a layer that become integers."""
+    return stacks_of(layer) or [layer.get_parameter("weight")]
+
+
 def group_sizes(bundle: Bundle, tower: Tower, paths: Sequence[str], wanted: int) -> dict[str, int]:
-    """Return the size of groups for those of `paths` that can have 4 bits: Linears of their own weight, evenly cut."""
+    """Return the size of groups for those of `paths` that can have 4 bits: Linears of their own weight, evenly cut, and experts."""
     tied = {linear for _, linear in tower.tied}
     linears = {path: bundle.module(path) for path in paths if path not in tied}
     sizes = {
@@ -45,6 +62,7 @@ def group_sizes(bundle: Bundle, tower: Tower, paths: Sequence[str], wanted: int)
         for path, module in linears.items()
         if isinstance(module, nn.Linear)
     }
+    sizes |= {path: common_group(stacks_of(bundle.module(path)), wanted) for path in mixtures_of(tower) & set(paths)}
     return {path: size for path, size in sizes.items() if size}
 
 
@@ -87,7 +105,7 @@ def told(sizes: Mapping[str, int], eight_bit: Sequence[str]) -> str:
     counts = Counter(sizes.values()).most_common()
     groups = ", ".join(f"{count} in groups of {size}" for size, count in counts)
     others = f"; 8 bits: {', '.join(eight_bit[:3])}{f' and {len(eight_bit) - 3} more' if len(eight_bit) > 3 else ''}"
-    return f"{len(sizes)} Linears take 4 bits ({groups or 'none can'}){others if eight_bit else ''}"
+    return f"{len(sizes)} layers take 4 bits ({groups or 'none can'}){others if eight_bit else ''}"
 
 
 def whole_ties(paths: Sequence[str], tower: Tower) -> list[str]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmcompress.ops.grouped import nearest_symmetric
 from mmcompress.ops.rounding import Levels
 from mmcompress.ops.token_rounding import TOKEN_INT8, TokenGrid
 from mmcompress.passes.base import Plan
 from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES
+from mmcompress.surgery.experts import QuantizedExperts, Stack, own_group, stacks_of
 from mmcompress.surgery.float4 import Float4Linear
 from mmcompress.surgery.float8 import Float8Linear
 from mmcompress.surgery.float_codes import float_coded
@@ -34,6 +36,8 @@ class Maker:
     """How 4-bit weights are rounded that the plan does not hold."""
     rounds_inputs: bool
     """Whether runtimes may round the inputs of weights that alone are integers."""
+    symmetric_experts: bool = False
+    """Whether experts of 4 bits have zero points in the middle."""
     double_quant: bool = False
     """Whether the scales of 4-bit floats are rounded too."""
     tokens: TokenGrid | None = None
@@ -52,6 +56,8 @@ class Maker:
 
     def _made(self, module: nn.Module, path: str, plan: Plan, table: nn.Module | None) -> nn.Module:
         scheme = plan.decisions["layers"][path]
+        if stacks_of(module):
+            return self._experts(module, path, plan)
         if scheme in FLOAT_CODES:
             assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have float codes"
             return float_coded(module, "nf4" if scheme == "NF4" else "fp4", self.double_quant)
@@ -91,6 +97,27 @@ class Maker:
         if f"{path}.scale" in plan.tensors:
             made.set_input_grid(plan.tensors[f"{path}.scale"])
         return made.train(module.training)
+
+    def _experts(self, module: nn.Module, path: str, plan: Plan) -> QuantizedExperts:
+        """Return experts of integers: inputs stay floats, or are rounded in blocks where the weights have 4 bits."""
+        scheme = SCHEMES[plan.decisions["layers"][path]]
+        assert scheme.weights in ("int8", "int4"), f"{path} holds experts, which have no {scheme.weights} weights"
+        rounds = scheme.inputs == "dynamic"
+
+        def made(linear: nn.Linear) -> Stack:
+            if scheme.weights == "int8":
+                whole = quantized(linear, None, self.weights)
+                assert isinstance(whole, QuantizedLinear), "made of a Linear"
+                whole.rounds_inputs = self.rounds_inputs
+                return whole
+            size = own_group(linear.in_features, plan.decisions["groups"][path])
+            rounding = nearest_symmetric if self.symmetric_experts else self.rounding
+            packed = PackedLinear(linear, size, rounding, self.rounds_inputs or rounds)
+            packed.symmetric = self.symmetric_experts
+            packed.tokens = TOKEN_INT8 if rounds else None
+            return packed
+
+        return QuantizedExperts(module, made).train(module.training)
 
     def _packed(self, module: nn.Module, path: str, plan: Plan, gain: Tensor | None, rounds: bool) -> PackedLinear:
         assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only Linears have 4 bits"

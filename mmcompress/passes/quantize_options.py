@@ -13,7 +13,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_fit import fit_weights
 from mmcompress.passes.quantize_judge import Judge, groups_of
-from mmcompress.passes.quantize_layers import candidates, group_sizes, weighed
+from mmcompress.passes.quantize_layers import candidates, group_sizes, weighed, weights_of
 from mmcompress.passes.quantize_plan import input_grids
 from mmcompress.passes.quantize_schemes import OFF, SCHEMES, Weights
 from mmcompress.progress import Progress, track
@@ -74,7 +74,8 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
 
     Memory: the tower once more in each scheme, in 8 and 4 bits together 0.4 of its floats.
     """
-    paths = candidates(bundle, tower, settings.tables, settings.keep_float)
+    # What experts take is not timed: they stay as they are within milliseconds.
+    paths = candidates(bundle, tower, settings.tables, settings.keep_float, experts=settings.latency_ms is None)
     sizes = group_sizes(bundle, tower, paths, settings.group_size) if "W4A16" in schemes else {}
     tensors: dict[str, Tensor] = {}
     if "W8A8" in schemes:
@@ -86,7 +87,7 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
     for name, own in track(named.items(), context.progress, f"{tower.name} rounding", len(named)):
         made = [_quantized(settings, bundle, tower, own, scheme, trial) for scheme in schemes]
         possible = [candidate for candidate in made if candidate.scheme in candidate.layers.values()]
-        weights = sum(weight.numel() for weight in _weights(bundle, own).values())
+        weights = sum(weight.numel() for held in _weights(bundle, own).values() for weight in held)
         groups.append(Group(tower.name, name, weights, (*possible, _untouched(bundle, own))))
     return Options(groups, sizes, tensors)
 
@@ -117,20 +118,19 @@ def _quantized(
     for path in sorted(paths, key=tables.__contains__):
         made[path] = settings.maker.made(bundle.module(path), path, plan, made.get(tables.get(path, "")))
     weights = _weights(bundle, paths)
-    bits = sum(weight.numel() * BITS[SCHEMES[layers[path]].weights] for path, weight in weights.items())
+    bits = sum(BITS[SCHEMES[layers[path]].weights] * each.numel() for path, held in weights.items() for each in held)
     return Candidate(scheme, layers, made, weighed(made.values()), bits)
 
 
 def _untouched(bundle: Bundle, paths: Sequence[str]) -> Candidate:
-    bits = sum(8 * weight.nbytes for weight in _weights(bundle, paths).values())
+    bits = sum(8 * weight.nbytes for held in _weights(bundle, paths).values() for weight in held)
     return Candidate(OFF, {}, {}, weighed(bundle.module(path) for path in paths), bits)
 
 
-def _weights(bundle: Bundle, paths: Sequence[str]) -> dict[str, Tensor]:
-    """Path -> the layer's weight, one that several share under the first of them."""
-    found: dict[int, tuple[str, Tensor]] = {}
+def _weights(bundle: Bundle, paths: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Path -> the layer's weights, those that several share under the first of them."""
+    found: dict[int, tuple[str, list[Tensor]]] = {}
     for path in paths:
-        weight = bundle.module(path).weight
-        assert isinstance(weight, Tensor), f"{path} has no weight"
-        found.setdefault(id(weight), (path, weight))
+        held = weights_of(bundle.module(path))
+        found.setdefault(id(held[0]), (path, held))
     return dict(found.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +28,11 @@ from mmcompress.passes.quantize_layers import (
     float_blocks,
     float_codable,
     group_sizes,
+    mixtures_of,
     told,
     whole_ties,
 )
-from mmcompress.passes.quantize_schemes import FLOAT_CODES, Scheme, with_activations
+from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES, Scheme, with_activations
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
         report["eight_bit"] = eight = [path for path in paths if path not in sizes]
         context.progress.say(f"{tower.name}: {told(sizes, eight)}")
         made.decisions["groups"] |= sizes
+    report |= _experts_report(settings, tower, schemes, context)
     if scheme.inputs != "static":
         report |= fit_weights(settings, bundle, tower, schemes, context, made)
     made.decisions["layers"] |= schemes
@@ -126,6 +128,24 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     if settings.fold:
         add_folds(bundle, tower, made)
     made.decisions["towers"][tower.name] = report
+
+
+def _experts_report(
+    settings: Quantize, tower: Tower, schemes: Mapping[str, str], context: Context
+) -> dict[str, dict[str, str]]:
+    """Say and return what the experts of a tower become: each sees few of the samples' tokens, and so none is fitted to them."""
+    own = mixtures_of(tower) & schemes.keys()
+    if not own:
+        return {}
+    scheme = schemes[min(own)]
+    four = SCHEMES[scheme].weights == "int4"
+    plain = settings.rounding == "nearest" or settings.symmetric_experts
+    how = "hqq" if four and not plain else "nearest"
+    text = f"{tower.name}: the experts of {len(own)} blocks take {scheme}, rounded by {how}"
+    if settings.looks_at_samples:
+        text += "; they are not fitted to samples, of which each sees few tokens"
+    context.progress.say(text)
+    return {"experts": {"scheme": scheme, "rounding": how}}
 
 
 def _gains(settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], context: Context) -> dict[str, Tensor]:
@@ -153,7 +173,8 @@ def input_grids(
 
     Their owner reads them: their input cannot be rounded, nor their weight replaced safely.
     """
-    linears = [path for path in paths if not isinstance(bundle.module(path), nn.Embedding)]
+    unrounded = mixtures_of(tower)
+    linears = [path for path in paths if not (path in unrounded or isinstance(bundle.module(path), nn.Embedding))]
     floats = scheme.weights == "float8"
     how: dict[str, Any] = {
         "method": settings.observer,

@@ -34,6 +34,8 @@ Rounding = Callable[[Tensor, int], Grouped]
 class PackedLinear(Quantized):
     """nn.Linear with 4-bit weights; inputs (..., in) -> (..., out)."""
 
+    symmetric = False
+    """Whether all zero points are the middle of the codes."""
     weight_int4: Tensor
     weight_zero_point: Tensor
     input_gain: Tensor | None
@@ -51,6 +53,7 @@ class PackedLinear(Quantized):
         weight = linear.weight.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.group_size, self.rounds_inputs = group_size, rounds_inputs
+        self.block = block_size_for(self.in_features, group_size)
         assert linear.in_features % group_size == 0, f"{linear.in_features} inputs, groups of {group_size}"
         rows, groups = self.out_features, self.in_features // group_size
         codes = torch.empty(rows, self.in_features // 2, dtype=torch.uint8, device=weight.device)
@@ -102,17 +105,19 @@ class PackedLinear(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_gain is None else x * self.input_gain
-        block = block_size_for(self.in_features, self.group_size)
         if not torch.compiler.is_exporting():
-            return self._linear(x if self.tokens is None else round_blocks(x, block, self.tokens), self.bias)
-        y = product_int4(x, self.weight_int4, self.weight_scale, self.weight_zero_point, block, self.rounds_inputs)
+            return self._linear(self.rounded_input(x), self.bias)
+        y = product_int4(x, self.weight_int4, self.weight_scale, self.weight_zero_point, self.block, self.rounds_inputs)
         return y if self.bias is None else y + self.bias
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        return x if self.tokens is None else round_blocks(x, self.block, self.tokens)
 
     @property
     def repeated_bytes(self) -> int:
         """Of a single group, of a whole row, a graph holds scale and zero point for every block."""
         groups = self.weight_scale.shape[1]
-        blocks = self.in_features // block_size_for(self.in_features, self.group_size)
+        blocks = self.in_features // self.block
         points = (blocks + 1) // 2 - self.weight_zero_point.shape[1]
         return (blocks - groups) * self.weight_scale[:, :1].nbytes + points * self.out_features
 

@@ -107,7 +107,7 @@ class _Int8(Quantized):
             return "rounds its input with a zero point; TensorRT takes symmetric int8 only"
         return ""
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def rounded_input(self, x: Tensor) -> Tensor:
         if self.tokens is not None:
             return round_tokens(x, self.tokens)
         if self.input_scale is None or self.input_zero_point is None:
@@ -138,6 +138,8 @@ class QuantizedLinear(_Int8):
 
     rounds_inputs = False
     """Whether runtimes may round inputs to 8 bits, block by block, that are floats here."""
+    block: int
+    """How many inputs are rounded together then; 0 where no block divides them."""
 
     def __init__(
         self, linear: nn.Linear, inputs: Levels | None, levels: Levels = WEIGHT_INT8, gain: Tensor | None = None
@@ -148,6 +150,7 @@ class QuantizedLinear(_Int8):
             # A copy: layers that share an input share its gain, and a checkpoint stores each tensor once.
             self.input_gain = gain.to(weight, copy=True)
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.block = block_of(self.in_features)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,27 +158,28 @@ class QuantizedLinear(_Int8):
         if torch.compiler.is_exporting():
             y = self._product(x)
             return y if self.bias is None else y + self.bias
-        return self._linear(self._rounded(x), self.bias)
+        return self._linear(self.rounded_input(x), self.bias)
 
     def _product(self, x: Tensor) -> Tensor:
         """Return x weight' as a graph computes it."""
-        if self._in_blocks:
-            return product_int8(x, self.weight_int8, self.weight_scale)
+        if self.in_blocks:
+            return product_int8(x, self.weight_int8, self.weight_scale, self.block)
         matrix = torch.ops.mmcompress.int8_matrix(self.weight_int8, self.weight_scale)
-        return self._rounded(x) @ matrix if self.tokens is None else token_product(x, matrix, self.tokens)
+        return self.rounded_input(x) @ matrix if self.tokens is None else token_product(x, matrix, self.tokens)
 
     @property
     def reason_for_cpus(self) -> str:
         blocks = "is multiplied in blocks, as onnxruntime and OpenVINO do; TensorRT takes whole matrices only"
-        return blocks if self._in_blocks else super().reason_for_cpus
+        return blocks if self.in_blocks else super().reason_for_cpus
 
     @property
-    def _in_blocks(self) -> bool:
-        return self.rounds_inputs and self.input_grid() is None and block_of(self.in_features) > 0
+    def in_blocks(self) -> bool:
+        """Whether a graph multiplies the integers as they are, in blocks."""
+        return self.rounds_inputs and self.input_grid() is None and self.block > 0
 
     @property
     def repeated_bytes(self) -> int:
-        blocks = self.in_features // block_of(self.in_features) if self._in_blocks else 1
+        blocks = self.in_features // self.block if self.in_blocks else 1
         return (blocks - 1) * self.weight_scale.nbytes
 
     def extra_repr(self) -> str:
@@ -192,7 +196,7 @@ class QuantizedConv2d(_Int8):
         self.bias = conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._rounded(x)
+        x = self.rounded_input(x)
         if torch.compiler.is_exporting():
             weight = torch.ops.mmcompress.int8_filters(self.weight_int8, self.weight_scale)
         else:
@@ -236,6 +240,7 @@ class TiedLinear(QuantizedLinear):
         object.__setattr__(self, "table", table)
         self._add_input_grid(inputs)
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.block = block_of(self.in_features)
         self.bias = linear.bias
 
     @property

@@ -53,6 +53,8 @@ class Quantized(nn.Module, ABC):
 
     weight_scale: Tensor
     input_gain: Tensor | None
+    of_experts = False
+    """Whether it is part of a mixture's experts, which transformers keeps in one."""
     tokens: TokenGrid | None = None
     """What each token's inputs are rounded to while the layer is called, if they are."""
 
@@ -110,6 +112,15 @@ class Quantized(nn.Module, ABC):
         """The weight as floats, as it multiplies the rounded input. Not a parameter; models ask layers for its dtype and shape."""
         empty = unread(self.weight_shape, self.weight_scale)
         return self.weight_rows(0, self.weight_shape[0]) if empty is None else empty
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """Return inputs (…, C) as they are multiplied in torch: floats, rounded where the layer rounds them."""
+        return x
+
+    def product_of_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Return x (…, C) times some rows of the weight."""
+        empty = unread(torch.Size((stop - start, self.weight_shape[1])), self.weight_scale)
+        return functional.linear(self.rounded_input(x), self.weight_rows(start, stop) if empty is None else empty)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x weight' + bias; only `AT_ONCE` numbers of the weight are floats at a time."""

@@ -89,7 +89,7 @@ def block_of(columns: int) -> int:
     return group_size_for(columns, GROUP_SIZES[0])
 
 
-def product_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def product_int8(x: Tensor, codes: Tensor, scale: Tensor, block: int) -> Tensor:
     """Return x (…, C) times a weight (R, C) int8 with scales (R,) as MatMulNBits; only while exporting, where nothing is computed.
 
     Codes and scales are put into the blocks the operator wants when the graph is there: `export.eight_bits`.
@@ -102,7 +102,7 @@ def product_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
             "K": columns,
             "N": rows,
             "bits": 8,
-            "block_size": block_of(columns),
+            "block_size": block,
             "accuracy_level": ROUNDED_INPUTS,
         },
         dtype=x.dtype,

@@ -42,7 +42,7 @@ def test_a_quantized_checkpoint_becomes_one_that_others_load(model: Path, mmc: M
     assert told.document["scales_off"] == 0
 
 
-@pytest.mark.parametrize("more", [("--tower", "vision"), ("--opset", 20)])
+@pytest.mark.parametrize("more", [("--tower", "vision"), ("--opset", 20), ("--experts", "every")])
 def test_options_of_graphs_are_refused(more: tuple[str, object], model: Path, mmc: Mmc, tmp_path: Path) -> None:
     done = mmc("export", model, "-o", tmp_path / "out", "--to", "gptq", *more)
     assert done.code == 2

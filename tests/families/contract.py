@@ -16,7 +16,7 @@ from mmcompress.bundle import Bundle, DualEncoder, Generator
 from mmcompress.data import Sample
 from mmcompress.errors import UsageError
 from mmcompress.evaluate.likelihoods import read_answers
-from mmcompress.export.onnx import export_onnx
+from mmcompress.export.onnx import experts_for, export_onnx
 from mmcompress.export.trace import traced_parts
 from mmcompress.measure.answerer import artifact_answerer, bundle_answerer
 from mmcompress.parts import BATCH
@@ -172,6 +172,7 @@ def check_experts(bundle: Bundle, mixed: Experts) -> None:
     """What is stacked has a part for each, and the router gives tokens to as many of them as it is said to."""
     router = bundle.module(mixed.router)
     assert {len(bundle.model.get_parameter(name)) for name in mixed.stacked} == {mixed.experts} == {len(router.weight)}
+    assert {name.rpartition(".")[0] for name in mixed.stacked} == {mixed.holder}
     assert bundle.model.get_parameter(mixed.stacked[-1]).shape[-1] == mixed.neurons
     assert all(getattr(bundle.module(path), attribute) == mixed.experts for path, attribute in mixed.bookkeeping)
     states = torch.randn(9, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -243,12 +244,15 @@ class AnsweringContract(FamilyContract):
         assert bundle_answerer(bundle, threads=1).generate(samples) == bundle.generate(samples)
 
     def test_exported_it_answers_the_same(self, bundle: Bundle, tmp_path: Path) -> None:
-        """In every engine, in a batch and alone."""
+        """In every engine, in a batch and alone; experts in the form that an engine is given."""
         samples = [self.resized(sample) for sample in self.samples()]
         want = bundle.generate(samples)
         assert len(set(want)) > 1
+        mixed = any(block.experts for tower in bundle.towers() for block in tower.blocks)
         artifact = export_onnx(bundle, tmp_path / "out", batches=(2,)).artifact
         for runner in ("onnxruntime", "openvino"):
+            if mixed and experts_for([runner]) == "every":
+                artifact = export_onnx(bundle, tmp_path / runner, batches=(2,), experts="every").artifact
             answerer = artifact_answerer(artifact, runner, threads=1)
             assert answerer.generate(samples) == want
             assert [answerer.generate([sample])[0] for sample in samples] == want

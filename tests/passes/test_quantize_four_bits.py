@@ -99,9 +99,9 @@ def test_weights_alone_need_no_data(rounding: Any) -> None:
 
 
 def test_what_takes_how_many_bits_is_said() -> None:
-    assert told({"a": 32, "b": 16, "c": 32}, []) == "3 Linears take 4 bits (2 in groups of 32, 1 in groups of 16)"
-    assert told({"a": 32}, ["table", "head"]) == "1 Linears take 4 bits (1 in groups of 32); 8 bits: table, head"
-    assert told({}, ["b", "c", "d", "e", "f"]) == "0 Linears take 4 bits (none can); 8 bits: b, c, d and 2 more"
+    assert told({"a": 32, "b": 16, "c": 32}, []) == "3 layers take 4 bits (2 in groups of 32, 1 in groups of 16)"
+    assert told({"a": 32}, ["table", "head"]) == "1 layers take 4 bits (1 in groups of 32); 8 bits: table, head"
+    assert told({}, ["b", "c", "d", "e", "f"]) == "0 layers take 4 bits (none can); 8 bits: b, c, d and 2 more"
 
 
 def test_gptq_needs_data_and_says_so() -> None:
