@@ -40,6 +40,8 @@ class BlockNames:
     """Why the attention's heads cannot be cut."""
     norms: tuple[str, ...] = ()
     """Of a pre-norm block: the norms before attention and feed-forward, where these are all that reads the block's stream."""
+    scales: tuple[str, ...] = ()
+    """Parameters (C,) that multiply what attention and feed-forward give out."""
     experts: str = ""
     """Where some blocks have a mixture of experts: the module that holds them, in those."""
     stacked: tuple[str, ...] = ()
@@ -62,6 +64,7 @@ CLIP_BLOCK = BlockNames(
     attend=("layer_norm1", "self_attn"),
     feed=("layer_norm2", "mlp"),
     bookkeeping=(("num_heads", "heads"),),
+    norms=("layer_norm1", "layer_norm2"),
 )
 """CLIP, SigLIP and SigLIP 2, both towers."""
 
@@ -76,6 +79,7 @@ VIT_BLOCK = BlockNames(
     attend=("layernorm_before", "attention", "dropout"),
     feed=("layernorm_after", "mlp", "dropout"),
     bookkeeping=(("num_attention_heads", "heads"),),
+    norms=("layernorm_before", "layernorm_after"),
 )
 
 DINOV2_BLOCK = BlockNames(
@@ -89,6 +93,8 @@ DINOV2_BLOCK = BlockNames(
     attend=("norm1", "attention", "layer_scale1", "drop_path"),
     feed=("norm2", "mlp", "layer_scale2", "drop_path"),
     bookkeeping=(("num_attention_heads", "heads"),),
+    norms=("norm1", "norm2"),
+    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
 )
 
 BERT_BLOCK = BlockNames(
@@ -215,6 +221,7 @@ def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activatio
                 cross=_attention(block, path, names, names.cross) if names.cross else None,
                 norms=tuple(f"{path}.{norm}" for norm in names.norms),
                 experts=experts,
+                scales=tuple(f"{path}.{scale}" for scale in names.scales),
             )
         )
     return tuple(blocks)
@@ -276,6 +283,11 @@ def widths(blocks: tuple[Block, ...]) -> tuple[int, int] | None:
     """Return (heads, neurons) when every block has the same, else None."""
     found = {(block.attention.heads, block.feeding.neurons) for block in blocks}
     return found.pop() if len(found) == 1 else None
+
+
+def stream_width(model: nn.Module, blocks: tuple[Block, ...]) -> int:
+    """Return C of the stream that the norms of `blocks` read, today."""
+    return len(model.get_parameter(f"{blocks[0].norms[0]}.weight"))
 
 
 def example_pixels(batch: int, channels: int, height: int, width: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ width.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,12 +29,13 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.residual import kept_energy
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.narrow_fit import basis_for, look, narrow_values
-from mmcompress.passes.narrow_units import Stream, macs_saved, parameters_after, require_narrowable, stream_of
+from mmcompress.passes.narrow_units import Stream, is_centred, require_narrowable, stream_of
 from mmcompress.passes.prune_cut import set_parameters
-from mmcompress.passes.prune_units import count_costs
+from mmcompress.passes.prune_units import Costs, count_costs
+from mmcompress.surgery.deferred import hollow
 from mmcompress.surgery.freeing import give_back_freed
 from mmcompress.surgery.linears import keep_columns, keep_rows
-from mmcompress.surgery.narrowing import mixed_norm, narrow_rows
+from mmcompress.surgery.narrowing import give_bias, narrow_norm, narrow_rows, with_product
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,13 @@ class Narrow:
             made.decisions["widths"][stream.tower] = {"before": stream.width, "after": width}
             if width == stream.width:
                 continue
-            costs = count_costs(bundle, bundle.tower(stream.tower))
-            after = parameters_after(bundle, stream, width)[stream.tower]
-            made.decisions["before"][stream.tower] = asdict(costs)
-            made.decisions["after"][stream.tower] = {
-                "parameters": after,
-                "macs": costs.macs - macs_saved(bundle, stream, width),
-            }
-            if stream.tied:
-                made.decisions["mixed"][stream.tower] = [stream.table, stream.tied]
+            tie = [stream.table, stream.tied] if stream.tied else []
+            if tie:
+                made.decisions["mixed"][stream.tower] = tie
+            made.decisions["before"][stream.tower] = asdict(count_costs(bundle, bundle.tower(stream.tower)))
+            made.decisions["after"][stream.tower] = asdict(costs_of_cut(bundle, stream, width, tie))
             moments = look(bundle, stream, context)
-            basis = basis_for(self.method, moments, width, context.seed)
+            basis = basis_for(self.method, moments, width, context.seed, is_centred(bundle, stream))
             made.facts["kept_energy"][stream.tower] = round(kept_energy(moments.pooled(), basis), 6)
             made.tensors.update(narrow_values(bundle, stream, moments, basis, context))
         return made
@@ -136,19 +134,36 @@ class Narrow:
         return kept
 
 
+def costs_of_cut(bundle: Bundle, stream: Stream, width: int, tie: Sequence[str]) -> Costs:
+    """Return what the tower will cost, counted on a copy without values."""
+    values = {id(parameter): hollow(parameter) for parameter in bundle.model.parameters()}
+    shell = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model, values))
+    cut(shell, stream, width, tie)
+    return count_costs(shell, shell.tower(stream.tower))
+
+
 def cut(bundle: Bundle, stream: Stream, width: int, tie: Sequence[str]) -> None:
     """Make a stream `width` channels wide; `tie`: the table and the output layer that share a weight, if two do."""
     kept = torch.arange(width)
     for path in stream.writers:
         keep_rows(bundle.module(path), kept)  # type: ignore[arg-type]
-    for path, name in stream.rows:
+    scales = (name.rpartition(".")[::2] for name in stream.scales.values())
+    for path, name in (*stream.rows, *scales):
         narrow_rows(bundle.module(path), name, width)
+    biases = is_centred(bundle, stream)
     for norm, readers in stream.norms.items():
-        narrow_rows(bundle.module(norm), "weight", width)
+        narrow_norm(bundle.module(norm), width)
         for path in readers:
-            keep_columns(bundle.module(path), kept)  # type: ignore[arg-type]
+            linear = bundle.module(path)
+            keep_columns(linear, kept)  # type: ignore[arg-type]
+            if biases:
+                give_bias(linear)  # type: ignore[arg-type]
+    if stream.entry:
+        bundle.replace(stream.entry, with_product(bundle.module(stream.entry), width))
+    if stream.widens:
+        bundle.replace(stream.last, with_product(bundle.module(stream.last), stream.width, bias=True))
     if tie:
         table, linear = (bundle.module(path) for path in tie)
         linear.weight = table.weight
-        bundle.replace(stream.last, mixed_norm(bundle.module(stream.last), width))
+        bundle.replace(stream.last, with_product(bundle.module(stream.last), width))
     give_back_freed()
