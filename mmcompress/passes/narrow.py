@@ -29,7 +29,7 @@ from mmcompress.errors import UsageError
 from mmcompress.ops.residual import kept_energy
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.narrow_fit import basis_for, look, narrow_values
-from mmcompress.passes.narrow_units import Stream, is_centred, require_narrowable, stream_of
+from mmcompress.passes.narrow_units import Stream, is_centred, known, require_narrowable, stream_of
 from mmcompress.passes.prune_cut import set_parameters
 from mmcompress.passes.prune_units import Costs, count_costs
 from mmcompress.surgery.deferred import hollow
@@ -53,8 +53,8 @@ class Narrow:
     method: Literal["pca", "channels", "random"] = "pca"
     """Which directions stay: the principal ones of what the norms give out on the calibration samples (SliceGPT, with one rotation
     for the tower); the channels with most energy there, unrotated; or those of a random rotation (the control)."""
-    towers: tuple[str, ...] = ("language",)
-    """Towers to narrow."""
+    towers: tuple[str, ...] = ()
+    """Towers to narrow; by default all whose stream is known."""
     multiple: int = 8
     """The width that stays is a multiple of this, which matrix kernels like. Plain transformers wants a Llama's width to be a
     multiple of its number of heads."""
@@ -64,8 +64,6 @@ class Narrow:
             raise UsageError(
                 f"narrow.ratio is {self.ratio:g}; expected 0 <= ratio < 1", hint="it is the share of channels removed"
             )
-        if not self.towers:
-            raise UsageError("narrow.towers is empty; expected at least one tower", hint="language is the default")
         if self.multiple < 1:
             raise UsageError(
                 f"narrow.multiple is {self.multiple}; expected at least 1", hint="8 suits most matrix kernels"
@@ -117,7 +115,8 @@ class Narrow:
 
     def chosen(self, bundle: Bundle) -> list[Stream]:
         """Return the streams to narrow. Raises UsageError for a tower that is not there, or whose stream is not known."""
-        return [stream_of(bundle.tower(name)) for name in self.towers]
+        named = [bundle.tower(name) for name in self.towers]
+        return [stream_of(tower) for tower in named or known(bundle)]
 
     def width_of(self, stream: Stream) -> int:
         """Return the width that stays. Raises UsageError where that is none, or all though something was to go."""

@@ -51,9 +51,8 @@ def stream_of(tower: Tower) -> Stream:
     """Return the stream of a tower. Raises UsageError where the family does not say all that belongs to it."""
     residual = tower.residual
     if residual is None:
-        reason = tower.why_no_residual or "its family does not name all that reads and writes it"
         raise UsageError(
-            f"this tower's residual stream cannot become narrower: {reason}",
+            f"this tower's residual stream cannot become narrower: {_why_not(tower)}",
             hint=f"name towers other than {tower.name} with --towers; mmc prune takes heads, neurons and blocks of any",
         )
     norms: dict[str, tuple[str, ...]] = {}
@@ -76,6 +75,23 @@ def stream_of(tower: Tower) -> Stream:
         residual.entry,
         dict(zip(added, scales, strict=True)) if scales else {},
     )
+
+
+def known(bundle: Bundle) -> list[Tower]:
+    """Return the towers whose stream is known. Raises UsageError where none is."""
+    towers = bundle.towers()
+    found = [tower for tower in towers if tower.residual]
+    if not found:
+        reasons = "; ".join(f"{tower.name}: {_why_not(tower)}" for tower in towers)
+        raise UsageError(
+            f"no residual stream of {bundle.family.name} models can become narrower ({reasons})",
+            hint="mmc prune takes heads, neurons and blocks of any tower",
+        )
+    return found
+
+
+def _why_not(tower: Tower) -> str:
+    return tower.why_no_residual or "its family does not name all that reads and writes it"
 
 
 def _parts(block: Block) -> tuple[Attention, Mlp]:
