@@ -15,27 +15,22 @@ width.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
-
-import torch
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops.residual import kept_energy
 from mmcompress.passes.base import Context, Plan, Work
+from mmcompress.passes.narrow_crosscheck import crosscheck
+from mmcompress.passes.narrow_cut import costs_of_cut, cut
 from mmcompress.passes.narrow_fit import basis_for, look, narrow_values
 from mmcompress.passes.narrow_units import Stream, is_centred, known, require_narrowable, stream_of
 from mmcompress.passes.prune_cut import set_parameters
-from mmcompress.passes.prune_units import Costs, count_costs
-from mmcompress.surgery.deferred import hollow
-from mmcompress.surgery.freeing import give_back_freed
-from mmcompress.surgery.linears import keep_columns, keep_rows
-from mmcompress.surgery.narrowing import give_bias, narrow_norm, narrow_rows, with_product
+from mmcompress.passes.prune_units import count_costs
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,8 @@ class Narrow:
     multiple: int = 8
     """The width that stays is a multiple of this, which matrix kernels like. Plain transformers wants a Llama's width to be a
     multiple of its number of heads."""
+    crosscheck: bool = False
+    """Compare what belongs to the stream with torch-pruning's dependency graph first (needs torch-pruning)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -86,7 +83,10 @@ class Narrow:
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Look at the stream, choose the directions, and compute what reads and writes them."""
         made = Plan({"widths": {}, "mixed": {}, "before": {}, "after": {}}, {}, {"kept_energy": {}})
-        for stream in self.chosen(bundle):
+        streams = self.chosen(bundle)
+        if self.crosscheck:
+            made.facts["crosscheck"] = crosscheck(bundle, streams, context.progress)
+        for stream in streams:
             width = self.width_of(stream)
             made.decisions["widths"][stream.tower] = {"before": stream.width, "after": width}
             if width == stream.width:
@@ -123,46 +123,12 @@ class Narrow:
         if not self.ratio:
             return stream.width
         kept = int((1 - Fraction(str(self.ratio))) * stream.width) // self.multiple * self.multiple
-        if not kept:
-            largest = 1 - self.multiple / stream.width
+        least = max(2, self.multiple)  # a LayerNorm over one channel gives out 0
+        if kept < least:
+            largest = 1 - least / stream.width
             raise UsageError(
-                f"the {stream.tower} tower's stream has {stream.width} channels; ratio {self.ratio:g} would keep 0 in multiples "
-                f"of {self.multiple}",
+                f"the {stream.tower} tower's stream has {stream.width} channels; ratio {self.ratio:g} would keep {kept} in "
+                f"multiples of {self.multiple}",
                 hint=f"use ratio <= {int(largest * 100) / 100:g}, or a smaller multiple",
             )
         return kept
-
-
-def costs_of_cut(bundle: Bundle, stream: Stream, width: int, tie: Sequence[str]) -> Costs:
-    """Return what the tower will cost, counted on a copy without values."""
-    values = {id(parameter): hollow(parameter) for parameter in bundle.model.parameters()}
-    shell = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model, values))
-    cut(shell, stream, width, tie)
-    return count_costs(shell, shell.tower(stream.tower))
-
-
-def cut(bundle: Bundle, stream: Stream, width: int, tie: Sequence[str]) -> None:
-    """Make a stream `width` channels wide; `tie`: the table and the output layer that share a weight, if two do."""
-    kept = torch.arange(width)
-    for path in stream.writers:
-        keep_rows(bundle.module(path), kept)  # type: ignore[arg-type]
-    scales = (name.rpartition(".")[::2] for name in stream.scales.values())
-    for path, name in (*stream.rows, *scales):
-        narrow_rows(bundle.module(path), name, width)
-    biases = is_centred(bundle, stream)
-    for norm, readers in stream.norms.items():
-        narrow_norm(bundle.module(norm), width)
-        for path in readers:
-            linear = bundle.module(path)
-            keep_columns(linear, kept)  # type: ignore[arg-type]
-            if biases:
-                give_bias(linear)  # type: ignore[arg-type]
-    if stream.entry:
-        bundle.replace(stream.entry, with_product(bundle.module(stream.entry), width))
-    if stream.widens:
-        bundle.replace(stream.last, with_product(bundle.module(stream.last), stream.width, bias=True))
-    if tie:
-        table, linear = (bundle.module(path) for path in tie)
-        linear.weight = table.weight
-        bundle.replace(stream.last, with_product(bundle.module(stream.last), width))
-    give_back_freed()

@@ -21,7 +21,8 @@ from mmcompress.measure.cost import cost_of
 from mmcompress.ops import residual
 from mmcompress.passes import narrow_fit
 from mmcompress.passes.base import Context
-from mmcompress.passes.narrow import Narrow, cut
+from mmcompress.passes.narrow import Narrow
+from mmcompress.passes.narrow_cut import cut
 from mmcompress.passes.narrow_fit import look, narrow_values
 from mmcompress.passes.narrow_units import Stream, stream_of
 from mmcompress.passes.prune_cut import cut_blocks, set_parameters
