@@ -50,14 +50,17 @@ def crosscheck(bundle: Bundle, streams: Sequence[Stream], progress: Progress, se
         agreed, unfollowed = in_time(seconds, what, functools.partial(_compared, copied, stream))
         facts[stream.tower] = {"agreed": agreed, "not_followed": unfollowed}
         rest = f"; it does not follow {', '.join(unfollowed)}" if unfollowed else ""
-        progress.say(f"torch-pruning cuts a channel of the {stream.tower} tower's stream in the same {agreed} places{rest}")
+        progress.say(
+            f"torch-pruning cuts a channel of the {stream.tower} tower's stream in the same {agreed} places{rest}"
+        )
     return facts
 
 
 def _compared(bundle: Bundle, stream: Stream) -> tuple[int, list[str]]:
     """Return in how many places both cut, and what goes in that torch-pruning does not follow."""
     cut(bundle, stream, stream.width, [stream.table, stream.tied] if stream.tied else [])
-    inside, before = (dict.fromkeys(keys, [stream.width - 1]) for keys in members(bundle, stream))
+    channel = [stream.width - 1]
+    inside, before = ({key: channel for key in keys} for keys in members(bundle, stream))
     ours: Channels = inside | before
     tower = bundle.tower(stream.tower)
     try:

@@ -1,7 +1,7 @@
 """What `narrow` learns of a stream from data, and the values that its narrow parts get (`ops.residual`).
 
-Memory: a second moment (C, C) in float32 for each norm, of LayerNorms two, together at most about a sixth of the blocks' own weights,
-or a third; and all that is new of the tower.
+Memory: a second moment (C, C) in float32 for each norm, together at most about a sixth of the blocks' own weights, and twice that
+where norms are LayerNorms; and all that is new of the tower.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _centred_readers(bundle: Bundle, stream: Stream, norm: str, moments: Moments
     if module.bias is not None:
         made[f"{at}.bias"] = torch.zeros(basis.shape[1]).to(gain)
     readers = {path: bundle.module(path) for path in stream.norms[norm]}
-    weights = {path: linear.get_parameter("weight") for path, linear in readers.items()}
+    weights: dict[str, Tensor] = {path: linear.get_parameter("weight") for path, linear in readers.items()}
     if widens:
         weights[f"{norm}.1"] = torch.eye(len(gain)).to(gain)
     for path, weight in weights.items():

@@ -134,7 +134,8 @@ def require_narrowable(bundle: Bundle, stream: Stream) -> None:
     for block in bundle.tower(stream.tower).blocks:
         if cross_vector(bundle.module(block.path)) is not None:
             raise UsageError(
-                f"{block.path} has learned a cross token, which goes into the stream", hint="put narrow before merge-tokens"
+                f"{block.path} has learned a cross token, which goes into the stream",
+                hint="put narrow before merge-tokens",
             )
     for path in stream.norms:
         norm = bundle.module(path)

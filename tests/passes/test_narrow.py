@@ -278,11 +278,15 @@ def test_what_is_refused_says_why() -> None:
         Narrow().plan(bundle, Context())
     with pytest.raises(UsageError, match="gemma multiplies words by the root"):
         Narrow().check(tiny.bundle("paligemma"))
-    with pytest.raises(UsageError, match=r"no residual stream of whisper models .*audio: .*activation.*decoder: its family"):
+    with pytest.raises(
+        UsageError, match=r"no residual stream of whisper models .*audio: .*activation.*decoder: its family"
+    ):
         Narrow().check(tiny.bundle("whisper"))
     odd = copy.deepcopy(bundle)
     odd.replace("model.language_model.layers.1.input_layernorm", nn.LayerNorm(32))
-    with pytest.raises(UsageError, match=r"layers.1.input_layernorm is a LayerNorm, and model.language_model.norm a Llama"):
+    with pytest.raises(
+        UsageError, match=r"layers.1.input_layernorm is a LayerNorm, and model.language_model.norm a Llama"
+    ):
         Narrow().check(odd)
     run(bundle, TIED, ratio=0.25)
     with pytest.raises(UsageError, match="narrow already"):

@@ -1,4 +1,4 @@
-"""narrow where norms are LayerNorms: rotations change nothing, what is left computes what the formulas say, and what may follow follows."""
+"""narrow where norms are LayerNorms: rotations change nothing, and what is left computes what the formulas say and goes on."""
 
 from __future__ import annotations
 
@@ -110,14 +110,18 @@ def test_a_narrow_model_computes_what_the_formulas_say(family: str, method: str)
             norm, mean = reference.module(path), moments.means[path].double()
             second, covariance = moments.of[path].double(), moments.around[path].double()
             seen = covariance @ basis
-            fit = (seen @ torch.linalg.pinv(basis.T @ seen, rtol=1e-6) @ basis.T).float()  # (C, C): n to what is known of it
+            fit = (
+                seen @ torch.linalg.pinv(basis.T @ seen, rtol=1e-6) @ basis.T
+            ).float()  # (C, C): n to what is known of it
             gain, bias = norm.weight.clone(), norm.bias.clone()
             share = float((basis.T @ second @ basis).trace() / second.trace())
             norm.weight.fill_(share**0.5)  # its mean is over all channels, of which some directions are empty
             norm.bias.zero_()
             rest = gain * (mean - fit.double() @ mean).float() + bias
             if not readers:
-                norm.register_forward_hook(lambda _, __, made, fit=fit, gain=gain, rest=rest: made @ fit.T * gain + rest)
+                norm.register_forward_hook(
+                    lambda _, __, made, fit=fit, gain=gain, rest=rest: made @ fit.T * gain + rest
+                )
             for reader in readers:
                 linear = reference.module(reader)
                 added = linear.weight @ rest + (0 if linear.bias is None else linear.bias)
@@ -238,13 +242,14 @@ def test_what_came_before_stays(family: str, tmp_path: Path) -> None:
     assert torch.equal(answers(checkpoint.load(tmp_path / "model"), family), answers(bundle, family))
 
 
-@pytest.mark.parametrize("family", [ENTERS, WIDENS, "siglip2", SCALES])
+@pytest.mark.parametrize("family", [ENTERS, WIDENS])
 def test_graphs_are_narrow_and_answer_alike(family: str, tmp_path: Path) -> None:
     bundle = model(family)
-    for tower in bundle.towers():
-        cut_blocks(bundle, tower, [0])
+    cut_blocks(bundle, bundle.tower("vision"), [0])
     run(bundle, family, ratio=0.25, towers=["vision"])
-    report = export_onnx(bundle, tmp_path / "out", batches=(2,))  # which compares both at each corner
+    report = export_onnx(
+        bundle, tmp_path / "out", towers=["vision"], batches=(2,)
+    )  # which compares both at each corner
     assert all(row.relative <= 1e-4 for component in report.components for row in component.parity)
     graph = onnx.load(tmp_path / "out" / "vision.onnx").graph
     shapes = [tuple(tensor.dims) for tensor in graph.initializer]
