@@ -1,12 +1,16 @@
 """narrow: the residual stream of a tower gets fewer channels, so that every Linear that reads or writes it becomes smaller.
 
-The stream is turned into its principal directions, which changes nothing where norms are RMS norms, and the trailing ones are cut:
-one rotation for the whole tower, folded into the weights, so that the result is made of the modules the model had
-(`ops.residual`). One for each block, with products between, is SliceGPT's way. It lost more on SmolLM2-135M and on the mini-VLM's
-decoder: what one block's own directions leave out is gone for all blocks behind.
+The stream is turned into its principal directions, which changes nothing where norms are RMS norms or, once what is written has lost
+its mean, LayerNorms; and the trailing ones are cut: one rotation for the whole tower, folded into the weights, so that the result is
+made of the modules the model had (`ops.residual`). One for each block, with products between, is SliceGPT's way. It lost more on
+SmolLM2-135M and on the mini-VLM's decoder: what one block's own directions leave out is gone for all blocks behind.
 
-What begins the stream is turned and cut with it: word tables and the last layer of a connector, which belongs to the vision tower.
-So the image tokens of a narrow model are other numbers than the original's, and fewer.
+What begins the stream is turned and cut with it: tables of words and places, class tokens, patch embeddings, and the last layer of a
+connector, which belongs to the vision tower. So the image tokens of a narrow language model are other numbers than the original's,
+and fewer. Where the stream begins behind a norm (CLIP's pictures), a Linear (C, K) behind that norm turns and cuts it; where it ends
+before something else than Linears (SigLIP's attention over all tokens), a Linear (K, C) behind the last norm gives that what it had.
+What reads LayerNorms takes on their biases, and gets a bias where it had none. What blocks multiply their additions by
+(DINOv2) goes into what makes these, and stays as ones.
 
 An output layer that shares the word table's weight stays shared: a Linear (K, K) behind the last norm takes on that norm's gain,
 which the table cannot. Plain transformers knows no such Linear; without sharing it loads the result where config.json can say the
@@ -37,8 +41,8 @@ from mmcompress.passes.prune_units import count_costs
 class Narrow:
     """Give the residual stream of a tower fewer channels: rotated to its principal directions, the trailing ones cut.
 
-    For language models with RMS norms. Every Linear and word table of the tower becomes smaller, and so does the connector's last
-    layer. Needs data; distilling afterwards pays.
+    For language models with RMS norms, and for encoders with LayerNorms before attention and feed-forward. Every Linear, table and
+    patch embedding of the tower becomes smaller, and so does a connector's last layer. Needs data; distilling afterwards pays.
     """
 
     name: ClassVar[str] = "narrow"

@@ -60,7 +60,7 @@ def _compared(bundle: Bundle, stream: Stream) -> tuple[int, list[str]]:
     """Return in how many places both cut, and what goes in that torch-pruning does not follow."""
     cut(bundle, stream, stream.width, [stream.table, stream.tied] if stream.tied else [])
     channel = [stream.width - 1]
-    inside, before = ({key: channel for key in keys} for keys in members(bundle, stream))
+    inside, before = (dict.fromkeys(keys, channel) for keys in members(bundle, stream))
     ours: Channels = inside | before
     tower = bundle.tower(stream.tower)
     try:

@@ -114,8 +114,8 @@ def narrow_values(
         factor = bundle.model.get_parameter(scale) if scale else torch.ones(())
         for name, parameter in bundle.module(path).named_parameters(recurse=False):
             # What a layer writes is along its rows: (C, in, …) or (C,).
-            rows = residual.written(parameter.movedim(0, -1) * factor.to(parameter), basis)
-            tensors[f"{path}.{name}"] = rows.movedim(-1, 0)
+            rows = residual.written(parameter.movedim(0, -1).double() * factor.double(), basis)
+            tensors[f"{path}.{name}"] = rows.movedim(-1, 0).to(parameter.dtype)
         if scale:
             tensors[scale] = torch.ones(basis.shape[1]).to(factor)
     if stream.entry:

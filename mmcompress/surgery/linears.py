@@ -1,6 +1,7 @@
 """Cut rows and columns out of nn.Linear in place, and rows out of convolutions.
 
-Works on meta and on deferred tensors; dtype, device and gradient flags stay. A Linear's weight is (out, in): rows are what it writes, columns are what it reads.
+Works on meta and on deferred tensors; dtype, device and gradient flags stay. A Linear's weight is (out, in): rows are what it
+writes, columns are what it reads.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from mmcompress.passes.narrow_units import Stream, known, stream_of
 from mmcompress.progress import Silent
 from tests import tiny
 
-# Blocks have q, k, v, o, up, down and two norms, with gated feed-forwards one Linear more, with scales two parameters. Then there are
-# the last norm and its reader, and what goes in: tables, tokens, patches, the product behind a first norm.
+# Blocks have q, k, v, o, up, down and two norms, with gated feed-forwards one Linear more, with scales two parameters. Then there
+# are the last norm and its reader, and what goes in: tables, tokens, patches, the product behind a first norm.
 SEEN = {("vision", family): 3 * 8 + 2 + 1 for family in ("clip", "altclip", "chinese_clip")} | {
     ("text", "clip"): 2 * 8 + 2 + 2,
     ("vision", "siglip"): 3 * 8 + 2 + 2,
