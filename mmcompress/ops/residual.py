@@ -43,6 +43,19 @@ def leading(second: Tensor, width: int) -> Tensor:
     return vectors * largest.sign()
 
 
+def told(second: Tensor, read: Tensor, width: int) -> Tensor:
+    """Return the `width` orthonormal directions (C, K) that tell most of what is read of a second moment S (C, C); float64.
+
+    `read` is the sum of W'W (C, C) over readers W (out, C), which count as they are scaled. Of all directions these leave the least
+    error in readers fitted to them (reduced-rank regression): S^-1/2 times the leading eigenvectors of S^1/2 W'W S^1/2.
+    """
+    values, vectors = torch.linalg.eigh(second.double())
+    # Directions in which nothing lies tell nothing, whatever is read of them.
+    root = values.clamp_min(1e-9 * float(values[-1])).sqrt()
+    half, inverse = vectors * root @ vectors.T, vectors / root @ vectors.T
+    return torch.linalg.qr(inverse @ leading(half @ read.double() @ half, width)).Q
+
+
 def largest_channels(second: Tensor, width: int) -> Tensor:
     """Return the `width` channels with most of a second moment (C, C), as directions (C, K) in the channels' order; float64."""
     kept = second.diagonal().argsort(descending=True, stable=True)[:width].sort().values

@@ -1,15 +1,15 @@
 """narrow: the residual stream of a tower gets fewer channels, so that every Linear that reads or writes it becomes smaller.
 
-The stream is turned into its principal directions, which changes nothing where norms are RMS norms or, once what is written has lost
-its mean, LayerNorms; and the trailing ones are cut: one rotation for the whole tower, folded into the weights, so that the result is
-made of the modules the model had (`ops.residual`). One for each block, with products between, is SliceGPT's way. It lost more on
-SmolLM2-135M and on the mini-VLM's decoder: what one block's own directions leave out is gone for all blocks behind.
+The stream is turned into its principal directions, which changes nothing where norms are RMS norms or, once what is written has
+lost its mean, LayerNorms; and the trailing ones are cut: one rotation for the whole tower, folded into the weights, so that the
+result is made of the modules the model had (`ops.residual`). One for each block, with products between, is SliceGPT's way. It lost
+more on SmolLM2-135M and on the mini-VLM's decoder: what one block's own directions leave out is gone for all blocks behind.
 
-What begins the stream is turned and cut with it: tables of words and places, class tokens, patch embeddings, and the last layer of a
-connector, which belongs to the vision tower. So the image tokens of a narrow language model are other numbers than the original's,
-and fewer. Where the stream begins behind a norm (CLIP's pictures), a Linear (C, K) behind that norm turns and cuts it; where it ends
-before something else than Linears (SigLIP's attention over all tokens), a Linear (K, C) behind the last norm gives that what it had.
-What reads LayerNorms takes on their biases, and gets a bias where it had none. What blocks multiply their additions by
+What begins the stream is turned and cut with it: tables of words and places, class tokens, patch embeddings, and the last layer of
+a connector, which belongs to the vision tower. So the image tokens of a narrow language model are other numbers than the original's,
+and fewer. Where the stream begins behind a norm (CLIP's pictures), a Linear (C, K) behind that norm turns and cuts it; where it
+ends before something else than Linears (SigLIP's attention over all tokens), a Linear (K, C) behind the last norm gives that what
+it had. What reads LayerNorms takes on their biases, and gets a bias where it had none. What blocks multiply their additions by
 (DINOv2) goes into what makes these, and stays as ones.
 
 An output layer that shares the word table's weight stays shared: a Linear (K, K) behind the last norm takes on that norm's gain,
@@ -31,7 +31,7 @@ from mmcompress.ops.residual import kept_energy
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.narrow_crosscheck import crosscheck
 from mmcompress.passes.narrow_cut import costs_of_cut, cut
-from mmcompress.passes.narrow_fit import basis_for, look, narrow_values
+from mmcompress.passes.narrow_fit import basis_for, look, narrow_values, readings
 from mmcompress.passes.narrow_units import Stream, is_centred, known, require_narrowable, stream_of
 from mmcompress.passes.prune_cut import set_parameters
 from mmcompress.passes.prune_units import count_costs
@@ -49,9 +49,10 @@ class Narrow:
 
     ratio: float = 0.2
     """Share of the stream's channels to remove; 0 changes nothing."""
-    method: Literal["pca", "channels", "random"] = "pca"
+    method: Literal["pca", "readers", "channels", "random"] = "pca"
     """Which directions stay: the principal ones of what the norms give out on the calibration samples (SliceGPT, with one rotation
-    for the tower); the channels with most energy there, unrotated; or those of a random rotation (the control)."""
+    for the tower); those that tell most of what Linears make of it (reduced-rank regression); the channels with most energy there,
+    unrotated; or those of a random rotation (the control)."""
     towers: tuple[str, ...] = ()
     """Towers to narrow; by default all whose stream is known."""
     multiple: int = 8
@@ -101,7 +102,8 @@ class Narrow:
             made.decisions["before"][stream.tower] = asdict(count_costs(bundle, bundle.tower(stream.tower)))
             made.decisions["after"][stream.tower] = asdict(costs_of_cut(bundle, stream, width, tie))
             moments = look(bundle, stream, context)
-            basis = basis_for(self.method, moments, width, context.seed, is_centred(bundle, stream))
+            read = readings(bundle, stream, moments) if self.method == "readers" else None
+            basis = basis_for(self.method, moments, width, context.seed, is_centred(bundle, stream), read)
             made.facts["kept_energy"][stream.tower] = round(kept_energy(moments.pooled(), basis), 6)
             made.tensors.update(narrow_values(bundle, stream, moments, basis, context))
         return made

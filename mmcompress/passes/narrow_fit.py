@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
@@ -40,20 +40,39 @@ class Moments:
 
 def look(bundle: Bundle, stream: Stream, context: Context) -> Moments:
     """Return what the calibration samples show of a stream. Raises UsageError without data, or where it overflows."""
+    centred = is_centred(bundle, stream)
     plain = {path: without_gain(bundle.module(path)) for path in stream.norms}
     sums = {path: Sums(full=True) for path in stream.norms}
-    watch(
-        bundle,
-        bundle.tower(stream.tower),
-        {path: bundle.module(path) for path in stream.norms},
-        lambda path, tokens: sums[path].add(plain[path](tokens)),
-        context,
-        "residual stream",
-        "narrowing the stream",
-        hint=f"use data that has, or leave the {stream.tower} tower out with --towers",
-    )
+    # Often one token of each sample is read behind the last norm, and is unlike the others.
+    pooling = stream.norms[stream.last][0] if centred and not stream.widens else ""
+    held: dict[str, Tensor] = {}
+
+    def record(path: str, tokens: Tensor) -> None:
+        if path == pooling:
+            sums[stream.last].add(plain[stream.last](_read(held, tokens)))
+        elif path == stream.last and pooling:
+            held["all"] = tokens
+        else:
+            sums[path].add(plain[path](tokens))
+
+    def hold(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        held.update(given=given[0].detach(), made=made.detach())
+
+    handle = bundle.module(stream.last).register_forward_hook(hold)
+    try:
+        watch(
+            bundle,
+            bundle.tower(stream.tower),
+            {path: bundle.module(path) for path in (*stream.norms, *filter(None, [pooling]))},
+            record,
+            context,
+            "residual stream",
+            "narrowing the stream",
+            hint=f"use data that has, or leave the {stream.tower} tower out with --towers",
+        )
+    finally:
+        handle.remove()
     made = Moments({}, {}, {})
-    centred = is_centred(bundle, stream)
     for path, seen in sums.items():
         moment = seen.second_moment()
         if not moment.isfinite().all():
@@ -66,6 +85,28 @@ def look(bundle: Bundle, stream: Stream, context: Context) -> Moments:
             made.around[path] = _shrunk(moment - torch.outer(made.means[path], made.means[path]), seen.count, centred)
         made.of[path] = _shrunk(moment, seen.count, centred)
     return made
+
+
+def _read(held: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Return those of the states a norm was given (B, N, C) whose outputs are `tokens` (B, C); all where none are one by one."""
+    made = held["made"]
+    if made.dim() == 3 and len(made) == len(tokens):
+        read = (made == tokens[:, None]).all(-1)
+        if read.any(1).all():
+            return held["given"][read]
+    return held["all"]
+
+
+def readings(bundle: Bundle, stream: Stream, moments: Moments) -> Tensor:
+    """Return the sum of W'W (C, C) over all that reads the stream, gains included, as if each norm's readers gave out alike."""
+    total = torch.zeros((), dtype=torch.float64)
+    for norm, readers in stream.norms.items():
+        gain = bundle.module(norm).get_parameter("weight").detach().double()
+        weights = [bundle.module(path).get_parameter("weight").detach().double() * gain for path in readers]
+        stacked = torch.cat(weights) if weights else gain.diag()
+        read = stacked.T @ stacked
+        total = total.to(read) + read / float((read * moments.of[norm]).sum())
+    return total
 
 
 def _shrunk(moment: Tensor, count: float, centred: bool) -> Tensor:
@@ -83,18 +124,26 @@ def _shrunk(moment: Tensor, count: float, centred: bool) -> Tensor:
     return moment
 
 
-def basis_for(method: str, moments: Moments, width: int, seed: int, centred: bool = False) -> Tensor:
-    """Return the directions (C, K) that stay; with `centred` those of a stream without a mean, in channels without one."""
+def basis_for(
+    method: str, moments: Moments, width: int, seed: int, centred: bool = False, read: Tensor | None = None
+) -> Tensor:
+    """Return the directions (C, K) that stay; with `centred` those of a stream without a mean, in channels without one.
+
+    `read` (C, C): what `readings` gives, for method "readers".
+    """
     pooled = moments.pooled()
     if not centred:
-        return _directions(method, pooled, width, seed)
+        return _directions(method, pooled, width, seed, read)
     inside, outside = (residual.without_mean(channels).to(pooled.device) for channels in (len(pooled), width))
     if method == "channels":
         return residual.largest_channels(pooled, width) @ outside @ outside.T
-    return inside @ _directions(method, inside.T @ pooled @ inside, width - 1, seed) @ outside.T
+    within = None if read is None else inside.T @ read @ inside
+    return inside @ _directions(method, inside.T @ pooled @ inside, width - 1, seed, within) @ outside.T
 
 
-def _directions(method: str, second: Tensor, width: int, seed: int) -> Tensor:
+def _directions(method: str, second: Tensor, width: int, seed: int, read: Tensor | None) -> Tensor:
+    if read is not None:
+        return residual.told(second, read, width)
     if method == "random":
         drawn = residual.random_directions(len(second), width, torch.Generator().manual_seed(seed))
         return drawn.to(second.device)

@@ -138,3 +138,31 @@ def test_biases_make_up_for_the_mean_by_hand() -> None:
     made = torch.tensor([[2.5]], dtype=torch.float64)
     # 2 * 7 + 3 * 11 of the norm's biases; 2 * 1 * 0.5 + 3 * 5 * 0.25 of its means, of which 2.5 * 0.5 is still read.
     assert residual.shift(*numbers, basis, made).tolist() == [14 + 33 + 1 + 3.75 - 1.25]
+
+
+def test_what_is_read_decides_by_hand() -> None:
+    """Of S = diag(4, 1): (0, 3) and (0, 1) read nothing but the smaller; (1, 0) and (0, 3) read 4 and 9, (2, 0) and (0, 3) 16 and 9."""
+    second = torch.diag(torch.tensor([4.0, 1]))
+    for weight, wanted in (([[0.0, 3], [0, 1]], 1), ([[1.0, 0], [0, 3]], 1), ([[2.0, 0], [0, 3]], 0)):
+        readers = torch.tensor(weight)
+        found = residual.told(second, readers.T @ readers, 1).abs()
+        torch.testing.assert_close(found, torch.eye(2, dtype=torch.float64)[:, [wanted]])
+    assert residual.leading(second, 1).abs().argmax() == 0
+
+
+def test_no_directions_leave_less_error_in_what_is_read() -> None:
+    states = tokens(400, 12)
+    second = states.T @ states / len(states)
+    generator = torch.Generator().manual_seed(7)
+    weight, gain = torch.randn(5, 12, generator=generator, dtype=torch.float64), torch.ones(12)
+
+    def error(basis: Tensor) -> float:
+        made = residual.reader(weight, gain, second, basis)
+        return float((states @ weight.T - states @ basis @ made.T).square().sum())
+
+    for width in (2, 4):
+        found = residual.told(second, weight.T @ weight, width)
+        torch.testing.assert_close(found.T @ found, torch.eye(width, dtype=torch.float64))
+        others = [residual.random_directions(12, width, generator) for _ in range(5)]
+        assert all(error(found) < error(basis) for basis in [*others, residual.leading(second, width)])
+    assert error(residual.told(second, weight.T @ weight, 5)) < 1e-9 * float((states @ weight.T).square().sum())

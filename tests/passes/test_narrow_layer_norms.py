@@ -18,7 +18,7 @@ from mmcompress.manifest import Record
 from mmcompress.passes.base import Context
 from mmcompress.passes.narrow import Narrow
 from mmcompress.passes.narrow_cut import cut
-from mmcompress.passes.narrow_fit import basis_for, look, narrow_values
+from mmcompress.passes.narrow_fit import basis_for, look, narrow_values, readings
 from mmcompress.passes.narrow_units import stream_of
 from mmcompress.passes.prune_cut import cut_blocks, set_parameters
 from mmcompress.passes.prune_scores import tower_batches
@@ -81,14 +81,16 @@ def test_at_full_width_any_rotation_changes_no_answer(family: str, tower: str) -
 
 
 @pytest.mark.parametrize("family", [ENTERS, WIDENS, SCALES])
-@pytest.mark.parametrize("method", ["pca", "channels"])
+@pytest.mark.parametrize("method", ["readers", "channels"])
 def test_a_narrow_model_computes_what_the_formulas_say(family: str, method: str) -> None:
     """As a model of the full width whose writers are projected, and whose readers are fitted around the mean."""
     bundle, reference = model(family), model(family)
     found = stream_of(bundle.tower("vision"))
     width = found.width - 8
     moments = look(bundle, found, context(family))
-    basis = basis_for(method, moments, width, 0, centred=True)
+    basis = basis_for(
+        method, moments, width, 0, True, readings(bundle, found, moments) if method == "readers" else None
+    )
     run(bundle, family, ratio=8 / found.width, method=method, towers=["vision"])
     into = (basis @ basis.T).float()
     with torch.no_grad():
@@ -189,11 +191,42 @@ def test_what_is_left_are_plain_modules() -> None:
 @pytest.mark.parametrize("family", [ENTERS, SCALES])
 def test_the_control_is_as_wide_and_keeps_less(family: str) -> None:
     found = {}
-    for method in ("pca", "channels", "random"):
+    for method in ("pca", "readers", "channels", "random"):
         found[method] = run(model(family), family, ratio=0.25, method=method, towers=["vision"])
-    assert found["pca"].plan == found["random"].plan == found["channels"].plan
+    assert all(record.plan == found["random"].plan for record in found.values())
     energy = {method: record.facts["kept_energy"]["vision"] for method, record in found.items()}
-    assert energy["pca"] > max(energy["channels"], energy["random"])
+    assert energy["pca"] > max(energy["readers"], energy["channels"], energy["random"])
+
+
+@pytest.mark.parametrize(("family", "tower"), [("dual_encoder_vit", "vision"), ("clip", "text"), ("siglip", "text")])
+def test_the_last_norm_is_judged_by_the_tokens_that_are_read(family: str, tower: str) -> None:
+    """The class token; the end of a text; a text's last place: seen here in what the last norm's reader is given."""
+    bundle = model(family, tower)
+    found = stream_of(bundle.tower(tower))
+    norm, reader = bundle.module(found.last), bundle.module(found.norms[found.last][0])
+    given: list[Tensor] = []
+    handle = reader.register_forward_pre_hook(lambda _, args: given.append((args[0] - norm.bias) / norm.weight))
+    answers(bundle, family, tower)
+    handle.remove()
+    read = torch.cat(given).detach()
+    assert read.shape == (8, found.width)
+    moments = look(bundle, found, context(family))
+    torch.testing.assert_close(moments.means[found.last], read.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_directions_that_are_read_serve_readers_best() -> None:
+    """Readers of the first block, which is given what the full width gives it, less what is cut."""
+    errors = {}
+    for method in ("readers", "pca", "random"):
+        bundle, reference = model(SCALES), model(SCALES)
+        run(bundle, SCALES, ratio=0.75, method=method)
+        reader = "vision_model.encoder.layer.0.attention.q_proj"
+        seen: dict[str, Tensor] = {}
+        for name, each in (("narrow", bundle), ("wide", reference)):
+            each.module(reader).register_forward_hook(lambda _, __, made, name=name, seen=seen: seen.update({name: made}))
+            answers(each, SCALES)
+        errors[method] = float((seen["narrow"] - seen["wide"]).square().mean())
+    assert errors["readers"] < errors["pca"] < errors["random"]
 
 
 def test_one_sample_is_enough_to_see_nothing_of_how_it_varies() -> None:
