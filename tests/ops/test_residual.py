@@ -141,7 +141,7 @@ def test_biases_make_up_for_the_mean_by_hand() -> None:
 
 
 def test_what_is_read_decides_by_hand() -> None:
-    """Of S = diag(4, 1): (0, 3) and (0, 1) read nothing but the smaller; (1, 0) and (0, 3) read 4 and 9, (2, 0) and (0, 3) 16 and 9."""
+    """Of S = diag(4, 1) readers (0, 3) and (0, 1) read the smaller alone; (1, 0), (0, 3) read 4 and 9; (2, 0), (0, 3) 16 and 9."""
     second = torch.diag(torch.tensor([4.0, 1]))
     for weight, wanted in (([[0.0, 3], [0, 1]], 1), ([[1.0, 0], [0, 3]], 1), ([[2.0, 0], [0, 3]], 0)):
         readers = torch.tensor(weight)

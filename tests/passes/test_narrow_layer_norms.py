@@ -223,7 +223,9 @@ def test_directions_that_are_read_serve_readers_best() -> None:
         reader = "vision_model.encoder.layer.0.attention.q_proj"
         seen: dict[str, Tensor] = {}
         for name, each in (("narrow", bundle), ("wide", reference)):
-            each.module(reader).register_forward_hook(lambda _, __, made, name=name, seen=seen: seen.update({name: made}))
+            each.module(reader).register_forward_hook(
+                lambda _, __, made, name=name, seen=seen: seen.update({name: made})
+            )
             answers(each, SCALES)
         errors[method] = float((seen["narrow"] - seen["wide"]).square().mean())
     assert errors["readers"] < errors["pca"] < errors["random"]
