@@ -7,10 +7,10 @@ more on SmolLM2-135M and on the mini-VLM's decoder: what one block's own directi
 
 What begins the stream is turned and cut with it: tables of words and places, class tokens, patch embeddings, and the last layer of
 a connector, which belongs to the vision tower. So the image tokens of a narrow language model are other numbers than the
-original's, and fewer. Where the stream begins behind a norm (CLIP's pictures), a Linear (C, K) behind that norm turns and cuts it; where it
-ends before something else than Linears (SigLIP's attention over all tokens), a Linear (K, C) behind the last norm gives that what
-it had. What reads LayerNorms takes on their biases, and gets a bias where it had none. What blocks multiply their additions by
-(DINOv2) goes into what makes these, and stays as ones.
+original's, and fewer. Where the stream begins behind a norm (CLIP's pictures), a Linear (C, K) behind that norm turns and cuts it;
+where it ends before something else than Linears (SigLIP's attention over all tokens), a Linear (K, C) behind the last norm gives
+that what it had. What reads LayerNorms takes on their biases, and gets a bias where it had none. What blocks multiply their
+additions by (DINOv2) goes into what makes these, and stays as ones.
 
 An output layer that shares the word table's weight stays shared: a Linear (K, K) behind the last norm takes on that norm's gain,
 which the table cannot. Plain transformers knows no such Linear; without sharing it loads the result where config.json can say the
