@@ -15,6 +15,7 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.export.onnx import export_onnx
 from mmcompress.manifest import Record
+from mmcompress.passes import narrow_fit
 from mmcompress.passes.base import Context
 from mmcompress.passes.narrow import Narrow
 from mmcompress.passes.narrow_cut import cut
@@ -199,7 +200,9 @@ def test_the_control_is_as_wide_and_keeps_less(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "tower"), [("dual_encoder_vit", "vision"), ("clip", "text"), ("siglip", "text")])
-def test_the_last_norm_is_judged_by_the_tokens_that_are_read(family: str, tower: str) -> None:
+def test_the_last_norm_is_judged_by_the_tokens_that_are_read(
+    family: str, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The class token; the end of a text; a text's last place: seen here in what the last norm's reader is given."""
     bundle = model(family, tower)
     found = stream_of(bundle.tower(tower))
@@ -210,8 +213,11 @@ def test_the_last_norm_is_judged_by_the_tokens_that_are_read(family: str, tower:
     handle.remove()
     read = torch.cat(given).detach()
     assert read.shape == (8, found.width)
+    monkeypatch.setattr(narrow_fit, "shrinkage", lambda *_: 0.0)
     moments = look(bundle, found, context(family))
     torch.testing.assert_close(moments.means[found.last], read.mean(0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(moments.of[found.last], read.T @ read / 8, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(moments.around[found.last], read.T.cov(correction=0), rtol=1e-3, atol=1e-4)
 
 
 def test_directions_that_are_read_serve_readers_best() -> None:
