@@ -169,7 +169,8 @@ def pair_with_each_tower(name: str, subject: Subject, rows: dict[str, Any]) -> N
     for way, row in rows.items():
         if way not in ("original", "each tower") and uniform.exists() and kept(name, way).exists():
             found = compare(read_evaluation(uniform), read_evaluation(kept(name, way)), 0)[subject.task]
-            row["against_each_tower"] = {metric: found[metric].to_json() for metric in TASKS[subject.task].headlines}
+            metrics = [metric for metric in TASKS[subject.task].headlines if metric in found]
+            row["against_each_tower"] = {metric: found[metric].to_json() for metric in metrics}
 
 
 def main() -> None:

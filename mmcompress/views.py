@@ -111,6 +111,8 @@ class Block:
     """In a pre-norm block that nothing else reads or adds to: paths of the norms before attention and feed-forward."""
     experts: Experts | None = None
     """What this block has in place of `mlp`."""
+    scales: tuple[str, ...] = ()
+    """Names of parameters (C,) that multiply what attention and feed-forward give out, before it is added."""
 
     @property
     def feeding(self) -> Mlp | Experts:
@@ -143,13 +145,15 @@ class Residual:
     width: int
     """C."""
     rows: tuple[str, ...]
-    """Names of parameters (…, C) whose rows go in: word tables, the end of a picture's line."""
+    """Names of parameters (…, C) whose rows go in: tables of words and places, class tokens, the end of a picture's line."""
     makers: tuple[str, ...]
-    """Paths of Linears outside the blocks whose outputs go in: a connector's last."""
+    """Paths of Linears and convolutions outside the blocks whose outputs go in: a connector's last, the patch embedding."""
     norm: str
     """Path of the norm behind the last block."""
-    readers: tuple[str, ...]
-    """Paths of the Linears that read what it gives out, and are all that does."""
+    readers: tuple[str, ...] = ()
+    """Paths of the Linears that read what it gives out, and are all that does; none: something else does."""
+    entry: str = ""
+    """Where nothing goes in but what a norm before the first block gives out: its path."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ COMMANDS: dict[str, str] = {
     "search": "Remove heads, MLP neurons and blocks while training towards the original (UPop, UVC).",
     "trim": "Remove the words of a text tower that the data's texts do not use.",
     "factorize": "Replace Linears by products of two thinner ones (low rank); one budget across the towers.",
-    "narrow": "Give a language model's residual stream fewer channels; smaller weights everywhere.",
+    "narrow": "Give a tower's residual stream fewer channels; smaller weights everywhere.",
     "sparsify": "Set weights to zero, each for itself or 2:4; neither smaller nor faster by itself.",
     "merge": "Merge tokens inside a tower; stored in the checkpoint.",
     "coarsen": "Let an encoder compute with runs of a long text's tokens as one; stored in the checkpoint.",

@@ -45,6 +45,8 @@ class BlockNames:
     """Why they cannot become narrower."""
     norms: tuple[str, ...] = ()
     """Of a pre-norm block: the norms before attention and feed-forward, where these are all that reads the block's stream."""
+    scales: tuple[str, ...] = ()
+    """Parameters (C,) that multiply what attention and feed-forward give out."""
     experts: str = ""
     """Where some blocks have a mixture of experts: the module that holds them, in those."""
     stacked: tuple[str, ...] = ()
@@ -69,6 +71,7 @@ CLIP_BLOCK = BlockNames(
     attend=("layer_norm1", "self_attn"),
     feed=("layer_norm2", "mlp"),
     bookkeeping=(("num_heads", "heads"),),
+    norms=("layer_norm1", "layer_norm2"),
     scale="scale",
 )
 """CLIP, SigLIP and SigLIP 2, both towers."""
@@ -84,6 +87,7 @@ VIT_BLOCK = BlockNames(
     attend=("layernorm_before", "attention", "dropout"),
     feed=("layernorm_after", "mlp", "dropout"),
     bookkeeping=(("num_attention_heads", "heads"),),
+    norms=("layernorm_before", "layernorm_after"),
     scale="scaling",
 )
 
@@ -98,6 +102,8 @@ DINOV2_BLOCK = BlockNames(
     attend=("norm1", "attention", "layer_scale1", "drop_path"),
     feed=("norm2", "mlp", "layer_scale2", "drop_path"),
     bookkeeping=(("num_attention_heads", "heads"),),
+    norms=("norm1", "norm2"),
+    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
     scale="scaling",
 )
 
@@ -231,6 +237,7 @@ def read_blocks(model: nn.Module, blocks_path: str, names: BlockNames, activatio
                 cross=_attention(block, path, names, names.cross) if names.cross else None,
                 norms=tuple(f"{path}.{norm}" for norm in names.norms),
                 experts=experts,
+                scales=tuple(f"{path}.{scale}" for scale in names.scales),
             )
         )
     return tuple(blocks)
@@ -295,6 +302,11 @@ def widths(blocks: tuple[Block, ...]) -> tuple[int, int] | None:
     """Return (heads, neurons) when every block has the same, and heads as wide, else None."""
     found = {(block.attention.heads, block.feeding.neurons, block.attention.head_dim) for block in blocks}
     return found.pop()[:2] if len(found) == 1 else None
+
+
+def stream_width(model: nn.Module, blocks: tuple[Block, ...]) -> int:
+    """Return C of the stream that the norms of `blocks` read, today."""
+    return len(model.get_parameter(f"{blocks[0].norms[0]}.weight"))
 
 
 def example_pixels(batch: int, channels: int, height: int, width: int) -> torch.Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import CLIPModel
 
-from mmcompress.families.anatomy import CLIP_BLOCK, read_blocks, widths
+from mmcompress.families.anatomy import CLIP_BLOCK, read_blocks, stream_width, widths
 from mmcompress.families.two_tower import TwoTowers
-from mmcompress.views import Positions, TokenStream, Tower
+from mmcompress.views import Positions, Residual, TokenStream, Tower
 
 
 class Clip(TwoTowers):
@@ -24,19 +24,28 @@ class Clip(TwoTowers):
 
     def towers(self, model: Any) -> tuple[Tower, ...]:
         text = model.config.text_config
+        blocks = read_blocks(model, "text_model.encoder.layers", CLIP_BLOCK, text.hidden_act)
+        tables = ("text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding")
         return (
             clip_vision(model),
             Tower(
                 name="text",
                 path="text_model",
                 blocks_path="text_model.encoder.layers",
-                blocks=read_blocks(model, "text_model.encoder.layers", CLIP_BLOCK, text.hidden_act),
+                blocks=blocks,
                 config="text_config",
                 depth_key="num_hidden_layers",
                 heads=("text_projection",),
-                embeddings=("text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding"),
+                embeddings=tables,
                 positions=Positions("text_model.embeddings.position_embedding"),
                 why_no_stream="CLIP reads its text at the end-of-text position, which merging would move",
+                residual=Residual(
+                    width=stream_width(model, blocks),
+                    rows=tuple(f"{table}.weight" for table in tables),
+                    makers=(),
+                    norm="text_model.final_layer_norm",
+                    readers=("text_projection",),
+                ),
             ),
         )
 
@@ -51,16 +60,25 @@ class Clip(TwoTowers):
 def clip_vision(model: Any) -> Tower:
     """Return the vision tower of models that kept CLIP's: AltCLIP and Chinese-CLIP too."""
     vision = model.config.vision_config
+    blocks = read_blocks(model, "vision_model.encoder.layers", CLIP_BLOCK, vision.hidden_act)
     return Tower(
         name="vision",
         path="vision_model",
         blocks_path="vision_model.encoder.layers",
-        blocks=read_blocks(model, "vision_model.encoder.layers", CLIP_BLOCK, vision.hidden_act),
+        blocks=blocks,
         config="vision_config",
         depth_key="num_hidden_layers",
         heads=("visual_projection",),
         embeddings=("vision_model.embeddings.patch_embedding", "vision_model.embeddings.position_embedding"),
         stream=TokenStream(tokens=(vision.image_size // vision.patch_size) ** 2 + 1, protected=1, readout="class"),
+        residual=Residual(
+            width=stream_width(model, blocks),
+            rows=(),
+            makers=(),
+            entry="vision_model.pre_layrnorm",
+            norm="vision_model.post_layernorm",
+            readers=("visual_projection",),
+        ),
     )
 
 

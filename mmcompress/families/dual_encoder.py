@@ -8,14 +8,11 @@ from torch import nn
 from transformers import VisionTextDualEncoderModel
 
 from mmcompress.errors import UsageError
-from mmcompress.families.anatomy import (
-    read_blocks,
-    widths,
-)
+from mmcompress.families.anatomy import read_blocks, stream_width, widths
 from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.families.vision_encoders import VISION, write_vision_config
-from mmcompress.views import TokenStream, Tower
+from mmcompress.views import Residual, TokenStream, Tower
 
 VISION_TYPES = ("vit", "dinov2")
 TEXT_TYPES = ("bert",)
@@ -46,18 +43,30 @@ class DualEncoder(TwoTowers):
         vision = model.config.vision_config
         encoder = VISION[vision.model_type]
         vision_blocks = f"vision_model.{encoder.blocks}"
+        blocks = read_blocks(model, vision_blocks, encoder.names, vision.hidden_act)
+        embeddings = tuple(f"vision_model.{path}" for path in encoder.embeddings)
+        parameters = dict(model.vision_model.named_parameters())
+        # ViT's first token goes through one more layer before the projection.
+        pools = getattr(model.vision_model, "pooler", None) is not None
         return (
             Tower(
                 name="vision",
                 path="vision_model",
                 blocks_path=vision_blocks,
-                blocks=read_blocks(model, vision_blocks, encoder.names, vision.hidden_act),
+                blocks=blocks,
                 config="vision_config",
                 depth_key="num_hidden_layers",
                 heads=("visual_projection",),
-                embeddings=tuple(f"vision_model.{path}" for path in encoder.embeddings),
+                embeddings=embeddings,
                 stream=TokenStream(
                     tokens=(vision.image_size // vision.patch_size) ** 2 + 1, protected=1, readout="class"
+                ),
+                residual=Residual(
+                    width=stream_width(model, blocks),
+                    rows=tuple(f"vision_model.{row}" for row in encoder.rows if row in parameters),
+                    makers=embeddings,
+                    norm=f"vision_model.{encoder.norm}",
+                    readers=("vision_model.pooler.dense" if pools else "visual_projection",),
                 ),
             ),
             bert_text(model),

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Siglip2Model, SiglipModel
 
-from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, example_tokens, read_blocks
+from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, example_tokens, read_blocks, stream_width
 from mmcompress.families.clip import write_clip_widths
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.ops.grids import resize_grid
-from mmcompress.views import TokenStream, Tower
+from mmcompress.views import Residual, TokenStream, Tower
 
 
 class Siglip(TwoTowers):
@@ -37,12 +37,15 @@ class Siglip(TwoTowers):
         vision, text = model.config.vision_config, model.config.text_config
         patches = vision.num_patches if self._flexible(model) else (vision.image_size // vision.patch_size) ** 2
         has_head = getattr(model.vision_model, "head", None) is not None
+        seen = read_blocks(model, "vision_model.encoder.layers", CLIP_BLOCK, vision.hidden_act)
+        told = read_blocks(model, "text_model.encoder.layers", CLIP_BLOCK, text.hidden_act)
+        tables = ("text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding")
         return (
             Tower(
                 name="vision",
                 path="vision_model",
                 blocks_path="vision_model.encoder.layers",
-                blocks=read_blocks(model, "vision_model.encoder.layers", CLIP_BLOCK, vision.hidden_act),
+                blocks=seen,
                 config="vision_config",
                 depth_key="num_hidden_layers",
                 embeddings=("vision_model.embeddings.patch_embedding", "vision_model.embeddings.position_embedding"),
@@ -52,16 +55,29 @@ class Siglip(TwoTowers):
                     readout="attention" if has_head else "all",
                     pool="vision_model.head.attention" if has_head else "",
                 ),
+                residual=Residual(
+                    width=stream_width(model, seen),
+                    rows=("vision_model.embeddings.position_embedding.weight",),
+                    makers=("vision_model.embeddings.patch_embedding",),
+                    norm="vision_model.post_layernorm",
+                ),
             ),
             Tower(
                 name="text",
                 path="text_model",
                 blocks_path="text_model.encoder.layers",
-                blocks=read_blocks(model, "text_model.encoder.layers", CLIP_BLOCK, text.hidden_act),
+                blocks=told,
                 config="text_config",
                 depth_key="num_hidden_layers",
-                embeddings=("text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding"),
+                embeddings=tables,
                 why_no_stream="SigLIP reads its text at the last position, which merging would move",
+                residual=Residual(
+                    width=stream_width(model, told),
+                    rows=tuple(f"{table}.weight" for table in tables),
+                    makers=(),
+                    norm="text_model.final_layer_norm",
+                    readers=("text_model.head",),
+                ),
             ),
         )
 

@@ -9,6 +9,7 @@ from mmcompress.surgery.coarsening import openers
 from mmcompress.views import Line, Positions, Tower
 
 POST_NORM = "BERT blocks normalise after the residual; merging inside them is not implemented"
+NORMS_INSIDE = "its blocks put a norm over what they have added to, and the norm's gains turn with no rotation"
 
 
 def bert_text(
@@ -39,4 +40,5 @@ def bert_text(
         needed=openers(model, [block.path for block in blocks]),
         line=Line(protected=1) if names is BERT_BLOCK else None,
         why_no_stream=why_no_stream,
+        why_no_residual=NORMS_INSIDE if names is BERT_BLOCK else "",
     )

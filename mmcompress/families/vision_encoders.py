@@ -18,11 +18,20 @@ class VisionEncoder:
     embeddings: tuple[str, ...]
     class_tokens: int
     """Leading tokens that stand for no patch."""
+    rows: tuple[str, ...] = ()
+    """Parameters (…, C) whose rows go into the residual stream, where all that do is known."""
+    norm: str = ""
+    """Behind the last block."""
 
+
+ROWS = ("embeddings.cls_token", "embeddings.mask_token", "embeddings.position_embeddings")
+"""Of ViT and DINOv2; not every checkpoint has a mask token."""
 
 VISION: dict[str, VisionEncoder] = {
-    "vit": VisionEncoder("layers", VIT_BLOCK, ("embeddings.patch_embeddings.projection",), 1),
-    "dinov2": VisionEncoder("encoder.layer", DINOV2_BLOCK, ("embeddings.patch_embeddings.projection",), 1),
+    "vit": VisionEncoder("layers", VIT_BLOCK, ("embeddings.patch_embeddings.projection",), 1, ROWS, "layernorm"),
+    "dinov2": VisionEncoder(
+        "encoder.layer", DINOV2_BLOCK, ("embeddings.patch_embeddings.projection",), 1, ROWS, "layernorm"
+    ),
     "clip_vision_model": VisionEncoder(
         "encoder.layers", CLIP_BLOCK, ("embeddings.patch_embedding", "embeddings.position_embedding"), 1
     ),

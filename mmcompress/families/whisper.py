@@ -67,6 +67,7 @@ class Whisper:
                 stream=TokenStream(tokens=model.config.max_source_positions, protected=0, readout="states"),
                 line=Line(protected=0),
                 needed=openers(model, [block.path for block in listening]),
+                why_no_residual="what goes in first comes out of an activation, behind which no Linear stands",
             ),
             Tower(
                 name="decoder",

@@ -13,9 +13,18 @@ Let x be a state (C,), n(x) = x / sqrt(mean(x^2) + eps) its RMS norm, and Q (C, 
   of 1. Those of Q'n(x) have e C / K, where e = tr Q'S Q / tr S is the share of energy that stays: the norm's gain becomes
   sqrt(e C / K). Its eps stays what config.json says; states are not so small that it matters.
 
+A LayerNorm is an RMS norm of x less its mean, times g, plus b. Where all that reads the stream are LayerNorms, what is written may
+lose its mean, and b goes into the readers' biases as W b. What is left stays a LayerNorm: Q = U V', U (C, K - 1) the directions
+that stay among those without a mean, and V (K, K - 1) orthonormal and without a mean too. So Q'x has no mean to lose, and one of
+the K channels holds nothing: Q'Q = I - 11'/K. Readers with a bias are fitted around the mean m of n(x), S being the covariance,
+and their bias makes up for the mean of what is cut:
+
+      W' = W diag(g) S Q (Q'S Q)^-1,      W b + W diag(g) m - W' Q'm
+
 Source: SliceGPT (Ashkboos et al. 2024), sections 3.1 to 3.3. Deliberate differences: one Q for the whole tower, the leading
 eigenvectors of the sum of S over all norms, so that no product (K, K) is needed between blocks; SliceGPT has one for each block.
-Readers are fitted; there they are W diag(g) Q, and norms take the mean over C channels, e being 1.
+Readers are fitted; there they are W diag(g) Q, and norms take the mean over C channels, e being 1. There LayerNorms become RMS
+norms; here they stay, as runtimes have kernels for them, at the price of that one channel.
 
 Shape alphabet: C channels, K channels left, V rows of a table.
 """
@@ -34,6 +43,19 @@ def leading(second: Tensor, width: int) -> Tensor:
     return vectors * largest.sign()
 
 
+def told(second: Tensor, read: Tensor, width: int) -> Tensor:
+    """Return the `width` orthonormal directions (C, K) that tell most of what is read of a second moment S (C, C); float64.
+
+    `read` is the sum of W'W (C, C) over readers W (out, C), which count as they are scaled. Of all directions these leave the least
+    error in readers fitted to them (reduced-rank regression): S^-1/2 times the leading eigenvectors of S^1/2 W'W S^1/2.
+    """
+    values, vectors = torch.linalg.eigh(second.double())
+    # Directions in which nothing lies tell nothing, whatever is read of them.
+    root = values.clamp_min(1e-9 * float(values[-1])).sqrt()
+    half, inverse = vectors * root @ vectors.T, vectors / root @ vectors.T
+    return torch.linalg.qr(inverse @ leading(half @ read.double() @ half, width)).Q
+
+
 def largest_channels(second: Tensor, width: int) -> Tensor:
     """Return the `width` channels with most of a second moment (C, C), as directions (C, K) in the channels' order; float64."""
     kept = second.diagonal().argsort(descending=True, stable=True)[:width].sort().values
@@ -45,6 +67,14 @@ def random_directions(channels: int, width: int, generator: torch.Generator) -> 
     drawn = torch.randn(channels, width, generator=generator, dtype=torch.float64)
     basis, triangle = torch.linalg.qr(drawn)
     return basis * triangle.diagonal().sign()
+
+
+def without_mean(channels: int) -> Tensor:
+    """Return orthonormal directions (C, C - 1) that are all there is without a mean (Helmert's); float64."""
+    place = torch.arange(1, channels, dtype=torch.float64)
+    rows = torch.arange(channels, dtype=torch.float64)[:, None]
+    raised = torch.where(rows < place, 1.0, torch.where(rows == place, -place, 0.0))
+    return raised / (place * (place + 1)).sqrt()
 
 
 def kept_energy(second: Tensor, basis: Tensor) -> float:
@@ -71,6 +101,15 @@ def reader(weight: Tensor, gain: Tensor, second: Tensor, basis: Tensor) -> Tenso
     # A direction in which nothing lies is read as nothing; what is added is less than what float32 moments are wrong by.
     inner.diagonal().add_(1e-9 * float(inner.diagonal().mean()))
     return torch.linalg.solve(inner, seen.T @ wanted.T).T
+
+
+def shift(weight: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, basis: Tensor, made: Tensor) -> Tensor:
+    """Return what a reader's own bias needs beside `made` (out, K) in place of `weight` (out, C): (out,), float64.
+
+    `gain` and `bias` (C,) are the LayerNorm's, `mean` (C,) is that of what it gives out before these.
+    """
+    wide, middle = weight.double(), mean.double()
+    return wide @ (bias.double() + gain.double() * middle) - made.double() @ (basis.T @ middle)
 
 
 def mixing(table: Tensor, wanted: Tensor) -> Tensor:

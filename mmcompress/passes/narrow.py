@@ -1,12 +1,16 @@
 """narrow: the residual stream of a tower gets fewer channels, so that every Linear that reads or writes it becomes smaller.
 
-The stream is turned into its principal directions, which changes nothing where norms are RMS norms, and the trailing ones are cut:
-one rotation for the whole tower, folded into the weights, so that the result is made of the modules the model had
-(`ops.residual`). One for each block, with products between, is SliceGPT's way. It lost more on SmolLM2-135M and on the mini-VLM's
-decoder: what one block's own directions leave out is gone for all blocks behind.
+The stream is turned into its principal directions, which changes nothing where norms are RMS norms or, once what is written has
+lost its mean, LayerNorms; and the trailing ones are cut: one rotation for the whole tower, folded into the weights, so that the
+result is made of the modules the model had (`ops.residual`). One for each block, with products between, is SliceGPT's way. It lost
+more on SmolLM2-135M and on the mini-VLM's decoder: what one block's own directions leave out is gone for all blocks behind.
 
-What begins the stream is turned and cut with it: word tables and the last layer of a connector, which belongs to the vision tower.
-So the image tokens of a narrow model are other numbers than the original's, and fewer.
+What begins the stream is turned and cut with it: tables of words and places, class tokens, patch embeddings, and the last layer of
+a connector, which belongs to the vision tower. So the image tokens of a narrow language model are other numbers than the
+original's, and fewer. Where the stream begins behind a norm (CLIP's pictures), a Linear (C, K) behind that norm turns and cuts it;
+where it ends before something else than Linears (SigLIP's attention over all tokens), a Linear (K, C) behind the last norm gives
+that what it had. What reads LayerNorms takes on their biases, and gets a bias where it had none. What blocks multiply their
+additions by (DINOv2) goes into what makes these, and stays as ones.
 
 An output layer that shares the word table's weight stays shared: a Linear (K, K) behind the last norm takes on that norm's gain,
 which the table cannot. Plain transformers knows no such Linear; without sharing it loads the result where config.json can say the
@@ -16,54 +20,52 @@ width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
-
-import torch
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.ops.residual import kept_energy
 from mmcompress.passes.base import Context, Plan, Work
-from mmcompress.passes.narrow_fit import basis_for, look, narrow_values
-from mmcompress.passes.narrow_units import Stream, macs_saved, parameters_after, require_narrowable, stream_of
+from mmcompress.passes.narrow_crosscheck import crosscheck
+from mmcompress.passes.narrow_cut import costs_of_cut, cut
+from mmcompress.passes.narrow_fit import basis_for, look, narrow_values, readings
+from mmcompress.passes.narrow_units import Stream, is_centred, known, require_narrowable, stream_of
 from mmcompress.passes.prune_cut import set_parameters
 from mmcompress.passes.prune_units import count_costs
-from mmcompress.surgery.freeing import give_back_freed
-from mmcompress.surgery.linears import keep_columns, keep_rows
-from mmcompress.surgery.narrowing import mixed_norm, narrow_rows
 
 
 @dataclass(frozen=True)
 class Narrow:
     """Give the residual stream of a tower fewer channels: rotated to its principal directions, the trailing ones cut.
 
-    For language models with RMS norms. Every Linear and word table of the tower becomes smaller, and so does the connector's last
-    layer. Needs data; distilling afterwards pays.
+    For language models with RMS norms, and for encoders with LayerNorms before attention and feed-forward. Every Linear, table and
+    patch embedding of the tower becomes smaller, and so does a connector's last layer. Needs data; distilling afterwards pays.
     """
 
     name: ClassVar[str] = "narrow"
 
     ratio: float = 0.2
     """Share of the stream's channels to remove; 0 changes nothing."""
-    method: Literal["pca", "channels", "random"] = "pca"
+    method: Literal["pca", "readers", "channels", "random"] = "pca"
     """Which directions stay: the principal ones of what the norms give out on the calibration samples (SliceGPT, with one rotation
-    for the tower); the channels with most energy there, unrotated; or those of a random rotation (the control)."""
-    towers: tuple[str, ...] = ("language",)
-    """Towers to narrow."""
+    for the tower); those that tell most of what Linears make of it (reduced-rank regression); the channels with most energy there,
+    unrotated; or those of a random rotation (the control)."""
+    towers: tuple[str, ...] = ()
+    """Towers to narrow; by default all whose stream is known."""
     multiple: int = 8
     """The width that stays is a multiple of this, which matrix kernels like. Plain transformers wants a Llama's width to be a
     multiple of its number of heads."""
+    crosscheck: bool = False
+    """Compare what belongs to the stream with torch-pruning's dependency graph first (needs torch-pruning)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
             raise UsageError(
                 f"narrow.ratio is {self.ratio:g}; expected 0 <= ratio < 1", hint="it is the share of channels removed"
             )
-        if not self.towers:
-            raise UsageError("narrow.towers is empty; expected at least one tower", hint="language is the default")
         if self.multiple < 1:
             raise UsageError(
                 f"narrow.multiple is {self.multiple}; expected at least 1", hint="8 suits most matrix kernels"
@@ -86,22 +88,22 @@ class Narrow:
     def plan(self, bundle: Bundle, context: Context) -> Plan:
         """Look at the stream, choose the directions, and compute what reads and writes them."""
         made = Plan({"widths": {}, "mixed": {}, "before": {}, "after": {}}, {}, {"kept_energy": {}})
-        for stream in self.chosen(bundle):
+        streams = self.chosen(bundle)
+        if self.crosscheck:
+            made.facts["crosscheck"] = crosscheck(bundle, streams, context.progress)
+        for stream in streams:
             width = self.width_of(stream)
             made.decisions["widths"][stream.tower] = {"before": stream.width, "after": width}
             if width == stream.width:
                 continue
-            costs = count_costs(bundle, bundle.tower(stream.tower))
-            after = parameters_after(bundle, stream, width)[stream.tower]
-            made.decisions["before"][stream.tower] = asdict(costs)
-            made.decisions["after"][stream.tower] = {
-                "parameters": after,
-                "macs": costs.macs - macs_saved(bundle, stream, width),
-            }
-            if stream.tied:
-                made.decisions["mixed"][stream.tower] = [stream.table, stream.tied]
+            tie = [stream.table, stream.tied] if stream.tied else []
+            if tie:
+                made.decisions["mixed"][stream.tower] = tie
+            made.decisions["before"][stream.tower] = asdict(count_costs(bundle, bundle.tower(stream.tower)))
+            made.decisions["after"][stream.tower] = asdict(costs_of_cut(bundle, stream, width, tie))
             moments = look(bundle, stream, context)
-            basis = basis_for(self.method, moments, width, context.seed)
+            read = readings(bundle, stream, moments) if self.method == "readers" else None
+            basis = basis_for(self.method, moments, width, context.seed, is_centred(bundle, stream), read)
             made.facts["kept_energy"][stream.tower] = round(kept_energy(moments.pooled(), basis), 6)
             made.tensors.update(narrow_values(bundle, stream, moments, basis, context))
         return made
@@ -119,36 +121,20 @@ class Narrow:
 
     def chosen(self, bundle: Bundle) -> list[Stream]:
         """Return the streams to narrow. Raises UsageError for a tower that is not there, or whose stream is not known."""
-        return [stream_of(bundle.tower(name)) for name in self.towers]
+        named = [bundle.tower(name) for name in self.towers]
+        return [stream_of(tower) for tower in named or known(bundle)]
 
     def width_of(self, stream: Stream) -> int:
         """Return the width that stays. Raises UsageError where that is none, or all though something was to go."""
         if not self.ratio:
             return stream.width
         kept = int((1 - Fraction(str(self.ratio))) * stream.width) // self.multiple * self.multiple
-        if not kept:
-            largest = 1 - self.multiple / stream.width
+        least = max(2, self.multiple)  # a LayerNorm over one channel gives out 0
+        if kept < least:
+            largest = 1 - least / stream.width
             raise UsageError(
-                f"the {stream.tower} tower's stream has {stream.width} channels; ratio {self.ratio:g} would keep 0 in multiples "
-                f"of {self.multiple}",
+                f"the {stream.tower} tower's stream has {stream.width} channels; ratio {self.ratio:g} would keep {kept} in "
+                f"multiples of {self.multiple}",
                 hint=f"use ratio <= {int(largest * 100) / 100:g}, or a smaller multiple",
             )
         return kept
-
-
-def cut(bundle: Bundle, stream: Stream, width: int, tie: Sequence[str]) -> None:
-    """Make a stream `width` channels wide; `tie`: the table and the output layer that share a weight, if two do."""
-    kept = torch.arange(width)
-    for path in stream.writers:
-        keep_rows(bundle.module(path), kept)  # type: ignore[arg-type]
-    for path, name in stream.rows:
-        narrow_rows(bundle.module(path), name, width)
-    for norm, readers in stream.norms.items():
-        narrow_rows(bundle.module(norm), "weight", width)
-        for path in readers:
-            keep_columns(bundle.module(path), kept)  # type: ignore[arg-type]
-    if tie:
-        table, linear = (bundle.module(path) for path in tie)
-        linear.weight = table.weight
-        bundle.replace(stream.last, mixed_norm(bundle.module(stream.last), width))
-    give_back_freed()

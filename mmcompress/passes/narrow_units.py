@@ -1,21 +1,19 @@
-"""What belongs to the residual stream of a tower, as `narrow` cuts it: declared by the family, checked here, and its cost counted.
+"""What belongs to the residual stream of a tower, as `narrow` cuts it: declared by the family, checked here.
 
 Shape alphabet: C channels, K channels left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.surgery.counting import counting
+from mmcompress.surgery.cross_tokens import cross_vector
 from mmcompress.surgery.float_codes import is_float_coded
-from mmcompress.surgery.narrowing import is_rms_norm
-from mmcompress.surgery.watch import evaluating, watch_inputs
+from mmcompress.surgery.narrowing import centres, is_rms_norm
 from mmcompress.views import Attention, Block, Mlp, Residual, Tower
 
 
@@ -38,20 +36,23 @@ class Stream:
     """The Linear that reads the last norm, where its weight is a table's among `rows`."""
     table: str = ""
     """That table."""
+    entry: str = ""
+    """The norm before the first block, where nothing else goes in: it stays as wide, with a Linear (C, K) behind it."""
+    scales: dict[str, str] = field(default_factory=dict)
+    """Writer -> name of the parameter (C,) that multiplies its outputs."""
 
     @property
-    def readers(self) -> Iterator[str]:
-        """Every Linear that reads a norm and has a weight of its own."""
-        return (path for readers in self.norms.values() for path in readers if path != self.tied)
+    def widens(self) -> bool:
+        """Whether what reads the last norm goes on reading C channels: a Linear (K, C) behind it makes them."""
+        return not self.norms[self.last]
 
 
 def stream_of(tower: Tower) -> Stream:
     """Return the stream of a tower. Raises UsageError where the family does not say all that belongs to it."""
     residual = tower.residual
     if residual is None:
-        reason = tower.why_no_residual or "its family does not name all that reads and writes it"
         raise UsageError(
-            f"this tower's residual stream cannot become narrower: {reason}",
+            f"this tower's residual stream cannot become narrower: {_why_not(tower)}",
             hint=f"name towers other than {tower.name} with --towers; mmc prune takes heads, neurons and blocks of any",
         )
     norms: dict[str, tuple[str, ...]] = {}
@@ -60,6 +61,7 @@ def stream_of(tower: Tower) -> Stream:
         norms |= zip(block.norms, (part.writers for part in _parts(block)), strict=True)
     norms[residual.norm] = residual.readers
     added = [part.reader for block in tower.blocks for part in _parts(block)]
+    scales = [name for block in tower.blocks for name in block.scales]
     table, tied = _tie(tower, residual)
     return Stream(
         tower.name,
@@ -70,7 +72,26 @@ def stream_of(tower: Tower) -> Stream:
         residual.norm,
         tied,
         table,
+        residual.entry,
+        dict(zip(added, scales, strict=True)) if scales else {},
     )
+
+
+def known(bundle: Bundle) -> list[Tower]:
+    """Return the towers whose stream is known. Raises UsageError where none is."""
+    towers = bundle.towers()
+    found = [tower for tower in towers if tower.residual]
+    if not found:
+        reasons = "; ".join(f"{tower.name}: {_why_not(tower)}" for tower in towers)
+        raise UsageError(
+            f"no residual stream of {bundle.family.name} models can become narrower ({reasons})",
+            hint="mmc prune takes heads, neurons and blocks of any tower",
+        )
+    return found
+
+
+def _why_not(tower: Tower) -> str:
+    return tower.why_no_residual or "its family does not name all that reads and writes it"
 
 
 def _parts(block: Block) -> tuple[Attention, Mlp]:
@@ -83,11 +104,17 @@ def _tie(tower: Tower, residual: Residual) -> tuple[str, str]:
     return next(((table, linear) for table, linear in tower.tied if linear in residual.readers), ("", ""))
 
 
+def is_centred(bundle: Bundle, stream: Stream) -> bool:
+    """Whether the norms are LayerNorms: what is written may then lose its mean."""
+    return centres(bundle.module(stream.last))
+
+
 def require_narrowable(bundle: Bundle, stream: Stream) -> None:
-    """Raise UsageError where something of the stream is no plain Linear, table or RMS norm."""
-    for path in (*stream.writers, *(path for readers in stream.norms.values() for path in readers)):
+    """Raise UsageError where something of the stream is no plain layer, table or norm, or does not turn."""
+    readers = [path for readers in stream.norms.values() for path in readers]
+    for path in (*stream.writers, *readers):
         module = bundle.module(path)
-        if type(module) is not nn.Linear or is_float_coded(module):
+        if type(module) not in ((nn.Linear,) if path in readers else (nn.Linear, nn.Conv2d)) or is_float_coded(module):
             raise UsageError(
                 f"{path} is a {type(module).__name__}; narrow cuts nn.Linear",
                 hint="put narrow before factorize and quantize",
@@ -98,54 +125,23 @@ def require_narrowable(bundle: Bundle, stream: Stream) -> None:
             raise UsageError(
                 f"{path} is a {type(module).__name__}; narrow cuts rows of floats", hint="put narrow before quantize"
             )
-    for path in stream.norms:
-        norm = bundle.module(path)
-        if isinstance(norm, nn.Sequential):
+    for path in (*stream.norms, *filter(None, [stream.entry])):
+        if isinstance(bundle.module(path), nn.Sequential):
             raise UsageError(
-                f"the {stream.tower} tower is narrow already, with a product behind its last norm",
+                f"the {stream.tower} tower is narrow already, with a product behind {path}",
                 hint="start from the checkpoint before that, with a larger ratio",
             )
-        if not is_rms_norm(norm):
+    for block in bundle.tower(stream.tower).blocks:
+        if cross_vector(bundle.module(block.path)) is not None:
             raise UsageError(
-                f"{path} is a {type(norm).__name__}, and only x / rms(x) times a gain commutes with rotations",
+                f"{block.path} has learned a cross token, which goes into the stream",
+                hint="put narrow before merge-tokens",
+            )
+    for path in stream.norms:
+        norm = bundle.module(path)
+        if not (centres(norm) if is_centred(bundle, stream) else is_rms_norm(norm)):
+            raise UsageError(
+                f"{path} is a {type(norm).__name__}, and {stream.last} a {type(bundle.module(stream.last)).__name__}; "
+                "only where all are LayerNorms, or x / rms(x) times a gain, rotations change nothing",
                 hint="prune takes heads, neurons and blocks of any tower",
             )
-
-
-def parameters_after(bundle: Bundle, stream: Stream, width: int) -> dict[str, int]:
-    """Return how many parameters each tower has once the stream is `width` wide: counted from shapes, before anything is cut."""
-    gone, lost = stream.width - width, {}
-    for path in stream.writers:
-        linear = bundle.module(path)
-        lost[path] = gone * (linear.get_parameter("weight").shape[1] + (linear.bias is not None))
-    for path in stream.readers:
-        lost[path] = gone * bundle.module(path).get_parameter("weight").shape[0]
-    lost |= dict.fromkeys(stream.norms, gone)
-    for path, name in stream.rows:
-        rows = bundle.module(path).get_parameter(name)
-        lost[f"{path}.{name}"] = gone * (rows.numel() // stream.width)
-    if stream.tied and gone:
-        lost[stream.last] -= width * width
-    return {
-        tower.name: sum(p.numel() for name, p in bundle.model.named_parameters() if tower.owns(name))
-        - sum(count for path, count in lost.items() if tower.owns(path))
-        for tower in bundle.towers()
-    }
-
-
-def macs_saved(bundle: Bundle, stream: Stream, width: int) -> int:
-    """Return the MACs of the tower's example inputs that go, in the tower itself."""
-    tower, gone, seen = bundle.tower(stream.tower), stream.width - width, dict[str, int]()
-    paths = [path for path in (*stream.writers, *stream.readers, *filter(None, [stream.tied])) if tower.owns(path)]
-
-    def record(path: str, tokens: Tensor) -> None:
-        seen[path] = seen.get(path, 0) + len(tokens)
-
-    modules = {path: bundle.module(path) for path in paths} | {stream.last: bundle.module(stream.last)}
-    with evaluating(bundle.model), counting(), watch_inputs(modules, record):
-        bundle.encode(tower.name, bundle.example_inputs(tower.name, 1))
-    saved = 0
-    for path in paths:
-        out, into = bundle.module(path).get_parameter("weight").shape
-        saved += seen.get(path, 0) * gone * (into if path in stream.writers else out)
-    return saved - (seen[stream.last] * width * width if stream.tied and gone else 0)

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,8 +25,11 @@ from mmcompress.passes.prune_units import head_rows, kept_rows
 from mmcompress.surgery.linears import spread
 from mmcompress.views import Tower
 
+T = TypeVar("T")
 Channels = dict[tuple[str, str], list[int]]
-"""(path of a Linear, "rows" or "columns") -> the channels that go."""
+"""(path of a layer, "rows" or "columns") -> the channels that go."""
+Names = dict[nn.Module | nn.Parameter, str]
+"""What is compared, with its path."""
 
 
 def crosscheck(bundle: Bundle, towers: Sequence[Tower], seconds: float = 120.0) -> int:
@@ -34,25 +37,31 @@ def crosscheck(bundle: Bundle, towers: Sequence[Tower], seconds: float = 120.0) 
 
     Raises MissingError without torch-pruning, UsageError when a group differs or the search does not end in `seconds`.
     """
-    if importlib.util.find_spec("torch_pruning") is None:
-        raise MissingError("crosscheck needs torch-pruning", hint="pip install 'mmcompress[prune]'")
+    require_torch_pruning()
     agreed = 0
     model = copy.deepcopy(bundle.model).requires_grad_(True)
     copied = Bundle(model, bundle.processor, bundle.family, bundle.source)
     for tower in towers:
         what = f"torch-pruning's search in the {tower.name} tower"
-        agreed += _in_time(seconds, what, functools.partial(_agreeing, copied, tower))
+        agreed += in_time(seconds, what, functools.partial(_agreeing, copied, tower))
     return agreed
 
 
+def require_torch_pruning() -> None:
+    """Raise MissingError without torch-pruning."""
+    if importlib.util.find_spec("torch_pruning") is None:
+        raise MissingError("crosscheck needs torch-pruning", hint="pip install 'mmcompress[prune]'")
+
+
 def _agreeing(bundle: Bundle, tower: Tower) -> int:
-    graph = _dependencies(bundle, tower)
+    graph = dependencies(bundle, tower)
+    names: Names = {module: name for name, module in bundle.model.named_modules()}
     agreed = 0
     for ours in unit_channels(bundle, tower):
-        theirs = _closure(graph, bundle.model, ours)
+        theirs = closure(graph, bundle.model, names, ours)
         if theirs != ours:
             raise UsageError(
-                f"{next(iter(ours))[0]}: torch-pruning cuts {_show(theirs)}, we would cut {_show(ours)}",
+                f"{next(iter(ours))[0]}: torch-pruning cuts {show(theirs)}, we would cut {show(ours)}",
                 hint="this block is not built as its family says; report it, or leave crosscheck off to go on",
             )
         agreed += 1
@@ -86,9 +95,10 @@ class _Encoder(nn.Module):
         return embeddings
 
 
-def _dependencies(bundle: Bundle, tower: Tower) -> Any:
+def dependencies(bundle: Bundle, tower: Tower) -> Any:
+    """Return torch-pruning's graph of a tower, traced on its example inputs."""
     with warnings.catch_warnings():
-        # It warns about parameters outside modules (class tokens, position tables), which no unit of ours touches.
+        # It warns about parameters outside modules (class tokens, position tables), whose last dimension it takes for channels.
         warnings.simplefilter("ignore")
         import torch_pruning
 
@@ -97,28 +107,28 @@ def _dependencies(bundle: Bundle, tower: Tower) -> Any:
         )
 
 
-def _closure(graph: Any, model: nn.Module, ours: Channels) -> Channels:
+def closure(graph: Any, model: nn.Module, names: Names, ours: Channels) -> Channels:
+    """Return all that goes, of what `names` names, with the rows that `ours` begins with."""
     import torch_pruning
 
     (path, _), channels = next(iter(ours.items()))
-    names = {module: name for name, module in model.named_modules()}
     group = graph.get_pruning_group(model.get_submodule(path), torch_pruning.prune_linear_out_channels, channels)
     found: Channels = {}
     for dependency, indices in group:
-        module = dependency.target.module
-        if isinstance(module, nn.Module) and module in names:
+        part = dependency.target.module
+        if isinstance(part, (nn.Module, nn.Parameter)) and part in names:
             side = "rows" if graph.is_out_channel_pruning_fn(dependency.handler) else "columns"
-            found[(names[module], side)] = sorted(set(indices))
+            found[(names[part], side)] = sorted(set(indices))
     return found
 
 
-def _in_time(seconds: float, what: str, search: Callable[[], int]) -> int:
+def in_time(seconds: float, what: str, search: Callable[[], T]) -> T:
     """Return what `search` returns. Raises UsageError when it takes longer; its thread then ends with the process.
 
     Not an alarm signal: an exception out of a signal handler crashed the interpreter where torch had exported a model before
     (torch 2.13, Python 3.11).
     """
-    found: Future[int] = Future()
+    found: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -133,5 +143,6 @@ def _in_time(seconds: float, what: str, search: Callable[[], int]) -> int:
         raise UsageError(f"{what} did not end in {seconds:g} s", hint="leave crosscheck off for this model") from None
 
 
-def _show(channels: Channels) -> str:
+def show(channels: Channels) -> str:
+    """Return channels for a person."""
     return ", ".join(f"{len(indices)} {side} of {path}" for (path, side), indices in channels.items())

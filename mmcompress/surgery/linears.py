@@ -1,6 +1,7 @@
-"""Cut rows and columns out of nn.Linear in place. Works on meta and on deferred tensors; dtype, device and gradient flags stay.
+"""Cut rows and columns out of nn.Linear in place, and rows out of convolutions.
 
-A Linear's weight is (out, in): rows are what it writes, columns are what it reads.
+Works on meta and on deferred tensors; dtype, device and gradient flags stay. A Linear's weight is (out, in): rows are what it
+writes, columns are what it reads.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from mmcompress.surgery.deferred import is_deferred, select
 
 
-def keep_rows(linear: nn.Linear, kept: Tensor) -> None:
-    """Keep the output channels `kept` (K,) of `linear`: weight (out, in) -> (K, in), bias (out,) -> (K,)."""
-    linear.weight = selected(linear.weight, 0, kept)
-    if linear.bias is not None:
-        linear.bias = selected(linear.bias, 0, kept)
-    linear.out_features = len(kept)
+def keep_rows(layer: nn.Linear | nn.Conv2d, kept: Tensor) -> None:
+    """Keep the output channels `kept` (K,) of `layer`: weight (out, in, …) -> (K, in, …), bias (out,) -> (K,)."""
+    layer.weight = selected(layer.weight, 0, kept)
+    if layer.bias is not None:
+        layer.bias = selected(layer.bias, 0, kept)
+    setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(kept))
 
 
 def keep_columns(linear: nn.Linear, kept: Tensor) -> None:

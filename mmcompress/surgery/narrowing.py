@@ -14,8 +14,16 @@ from mmcompress.surgery.linears import selected
 
 
 def without_gain(norm: nn.Module) -> nn.Module:
-    """Return a copy of a norm with a `weight` (C,) of ones."""
-    return _with_gain(norm, torch.ones_like(norm.get_parameter("weight")))
+    """Return a copy of a norm with a `weight` (C,) of ones and, where it has one, a `bias` (C,) of zeros."""
+    made = _with_gain(norm, torch.ones_like(norm.get_parameter("weight")))
+    if centres(made) and norm.bias is not None:
+        made.register_parameter("bias", nn.Parameter(torch.zeros_like(norm.get_parameter("bias")), requires_grad=False))
+    return made
+
+
+def centres(norm: nn.Module) -> bool:
+    """Whether a module is a LayerNorm over channels with gains: an RMS norm of what is left without the mean."""
+    return type(norm) is nn.LayerNorm and norm.elementwise_affine and len(norm.normalized_shape) == 1
 
 
 @torch.no_grad()
@@ -56,10 +64,28 @@ def narrow_rows(module: nn.Module, name: str, width: int) -> None:
         module.embedding_dim = width
 
 
-def mixed_norm(norm: nn.Module, width: int) -> nn.Sequential:
-    """Return `norm`, K wide already, with a Linear (K, K) behind it: plain modules, which quantize, train and export."""
+def narrow_norm(norm: nn.Module, width: int) -> None:
+    """Make a norm of C channels one of K."""
+    for name, _ in list(norm.named_parameters(recurse=False)):
+        narrow_rows(norm, name, width)
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        norm.normalized_shape = (width,)
+
+
+def give_bias(linear: nn.Linear) -> None:
+    """Give a Linear without a bias (out,) one of zeros."""
+    if linear.bias is None:
+        weight = linear.weight
+        made = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+        linear.bias = nn.Parameter(made, requires_grad=weight.requires_grad)
+
+
+def with_product(norm: nn.Module, width: int, bias: bool = False) -> nn.Sequential:
+    """Return `norm` of C channels with a Linear (C, `width`) behind it: plain modules, which quantize, train and export."""
     weight = norm.get_parameter("weight")
-    mix = nn.Linear(width, width, bias=False, device="meta", dtype=weight.dtype)
-    made = torch.zeros(width, width, dtype=weight.dtype, device=weight.device)
-    mix.weight = nn.Parameter(made, requires_grad=weight.requires_grad)
-    return nn.Sequential(norm, mix).train(norm.training)
+    product = nn.Linear(len(weight), width, bias=False, device="meta", dtype=weight.dtype)
+    made = torch.zeros(width, len(weight), dtype=weight.dtype, device=weight.device)
+    product.weight = nn.Parameter(made, requires_grad=weight.requires_grad)
+    if bias:
+        give_bias(product)
+    return nn.Sequential(norm, product).train(norm.training)

@@ -102,3 +102,67 @@ def test_random_directions_have_no_preference() -> None:
     torch.testing.assert_close(mean, torch.eye(4, dtype=torch.float64) / 2, rtol=0, atol=0.02)
     entries = torch.stack(drawn).mean(0)  # nor has any entry a sign of its own
     assert float(entries.abs().max()) < 0.05
+
+
+def test_directions_without_a_mean_by_hand() -> None:
+    """Of three channels: (1, -1, 0) / sqrt 2 and (1, 1, -2) / sqrt 6."""
+    found = residual.without_mean(3)
+    wanted = torch.tensor([[HALF, -HALF, 0], [6**-0.5, 6**-0.5, -2 * 6**-0.5]], dtype=torch.float64).T
+    torch.testing.assert_close(found, wanted)
+    for channels in (2, 17):
+        found = residual.without_mean(channels)
+        torch.testing.assert_close(found.T @ found, torch.eye(channels - 1, dtype=torch.float64))
+        assert float(found.sum(0).abs().max()) < 1e-12
+
+
+def test_layer_norms_of_turned_channels() -> None:
+    """With K = C, and with K < C where nothing is lost: the LayerNorm of Q'x is Q' times that of x, as often as sqrt(C / K)."""
+    generator = torch.Generator().manual_seed(6)
+    states = torch.randn(50, 8, generator=generator, dtype=torch.float64) + 3
+    within = residual.without_mean(8)[:, [1, 4, 5]]  # of directions without a mean, three that are used
+    narrow = 2 + states @ within @ within.T
+    for width, given in ((8, states), (4, narrow)):
+        inside = residual.without_mean(8) if width == 8 else within
+        turn = residual.random_directions(width - 1, width - 1, generator)
+        basis = inside @ turn @ residual.without_mean(width).T
+        made = torch.nn.functional.layer_norm(residual.written(given, basis), (width,), eps=0)
+        wanted = torch.nn.functional.layer_norm(given, (8,), eps=0) @ basis
+        torch.testing.assert_close(made * math.sqrt(8 / width), wanted)
+        assert float(basis.sum(1).abs().max()) < 1e-12
+
+
+def test_biases_make_up_for_the_mean_by_hand() -> None:
+    """The second of two channels goes: of a reader (2, 3), gains (1, 5), biases (7, 11) and means (0.5, 0.25)."""
+    basis = torch.tensor([[1.0], [0]], dtype=torch.float64)
+    numbers = [torch.tensor(values) for values in ([[2.0, 3]], [1.0, 5], [7.0, 11], [0.5, 0.25])]
+    made = torch.tensor([[2.5]], dtype=torch.float64)
+    # 2 * 7 + 3 * 11 of the norm's biases; 2 * 1 * 0.5 + 3 * 5 * 0.25 of its means, of which 2.5 * 0.5 is still read.
+    assert residual.shift(*numbers, basis, made).tolist() == [14 + 33 + 1 + 3.75 - 1.25]
+
+
+def test_what_is_read_decides_by_hand() -> None:
+    """Of S = diag(4, 1) readers (0, 3) and (0, 1) read the smaller alone; (1, 0), (0, 3) read 4 and 9; (2, 0), (0, 3) 16 and 9."""
+    second = torch.diag(torch.tensor([4.0, 1]))
+    for weight, wanted in (([[0.0, 3], [0, 1]], 1), ([[1.0, 0], [0, 3]], 1), ([[2.0, 0], [0, 3]], 0)):
+        readers = torch.tensor(weight)
+        found = residual.told(second, readers.T @ readers, 1).abs()
+        torch.testing.assert_close(found, torch.eye(2, dtype=torch.float64)[:, [wanted]])
+    assert residual.leading(second, 1).abs().argmax() == 0
+
+
+def test_no_directions_leave_less_error_in_what_is_read() -> None:
+    states = tokens(400, 12)
+    second = states.T @ states / len(states)
+    generator = torch.Generator().manual_seed(7)
+    weight, gain = torch.randn(5, 12, generator=generator, dtype=torch.float64), torch.ones(12)
+
+    def error(basis: Tensor) -> float:
+        made = residual.reader(weight, gain, second, basis)
+        return float((states @ weight.T - states @ basis @ made.T).square().sum())
+
+    for width in (2, 4):
+        found = residual.told(second, weight.T @ weight, width)
+        torch.testing.assert_close(found.T @ found, torch.eye(width, dtype=torch.float64))
+        others = [residual.random_directions(12, width, generator) for _ in range(5)]
+        assert all(error(found) < error(basis) for basis in [*others, residual.leading(second, width)])
+    assert error(residual.told(second, weight.T @ weight, 5)) < 1e-9 * float((states @ weight.T).square().sum())

@@ -45,7 +45,7 @@ def test_an_incomplete_group_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch_pruning")
-    monkeypatch.setattr(prune_crosscheck, "_dependencies", lambda *_: time.sleep(5))
+    monkeypatch.setattr(prune_crosscheck, "dependencies", lambda *_: time.sleep(5))
     bundle = tiny.bundle("clip")
     with pytest.raises(UsageError, match=r"in the vision tower did not end in 0\.05 s"):
         crosscheck(bundle, bundle.towers(), seconds=0.05)
