@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cells import RESULTS, interval, machine, points, read
-from bench.token_table import CONTESTS, RANDOM
+from bench.token_table import CONTESTS, KIND, RANDOM
 from mmcompress.jobs.report_curves import Curve, curves
 from mmcompress.ops.statistics import Estimate
 
@@ -19,8 +19,6 @@ TITLES = {
     "skipping": "Image tokens that skip the feed-forwards of the mini-VLM's language model after its first block, right answers",
     "audio": "States merged in Whisper tiny.en, word accuracy of recordings full of speech",
 }
-KIND = "group="
-"""What begins the name of a slice that holds one kind of question."""
 MOST_KINDS, SLICED = 6, 0.25
 """Slices are shown where there are so few, at this share."""
 MARKS = {"WORSE": "¹", "no better": "²"}

@@ -45,6 +45,8 @@ from mmcompress.passes.base import Context
 from mmcompress.recipe import Step
 from mmcompress.surgery import prompt_flow, reducing, reduction
 
+KIND = "group="
+"""What slices that are shown begin with."""
 RESULT = assets.RESULTS / "token_table.json"
 RANDOM = "random"
 SEEDS = 3
@@ -132,7 +134,11 @@ def row(
     names = [name for name in TASKS[contest.task].headlines if name in document["results"][contest.task]]
     accuracy = {
         "results": {contest.task: {name: document["results"][contest.task][name] for name in names}},
-        "slices": {row["slice"]: [row["value"], row["n"]] for row in document["slices"] if row["metric"] == names[0]},
+        "slices": {
+            row["slice"]: [row["value"], row["n"]]
+            for row in document["slices"]
+            if row["metric"] == names[0] and row["slice"].startswith(KIND)
+        },
     }
     return {"accuracy": accuracy, "macs": cost_of(bundle).towers[contest.tower].macs}, found
 

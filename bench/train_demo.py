@@ -257,6 +257,8 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
         size=size, crop_size=size, do_center_crop=False, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
     )
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    words = folder / "tokenizer.json"  # indented, it takes twice as much
+    words.write_text(json.dumps(json.loads(words.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 def main() -> None:
