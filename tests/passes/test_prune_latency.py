@@ -14,6 +14,7 @@ from mmcompress.errors import UsageError
 from mmcompress.jobs.compress import compress
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.prune import Prune
+from mmcompress.passes.prune_ranking import ranked
 from mmcompress.passes.prune_units import count_costs
 from mmcompress.recipe import parse
 from tests import tiny
@@ -100,13 +101,13 @@ def test_a_share_that_was_disturbed_is_timed_again() -> None:
 
 def test_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    scores = Prune.scores
 
-    def counted(self: Prune, *given: Any) -> Any:
-        calls.append(self)
-        return scores(self, *given)
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return ranked(*given)
 
-    monkeypatch.setattr(Prune, "scores", counted)
+    for place in ("prune", "prune_latency"):
+        monkeypatch.setattr(f"mmcompress.passes.{place}.ranked", counted)
     run(0.5 + 0.6 * (timer(tiny.bundle(FAMILY), ("vision", "text")) - 0.5))
     assert len(calls) == 1
 

@@ -252,7 +252,7 @@ def test_activations_need_data_of_their_kind() -> None:
     [
         (
             {"scheme": "W3A9"},
-            "quantize.scheme is 'W3A9'; known schemes: W8A8, W8A16, W4A16, W4A8, FP8, NF4, FP4, W16A16, AUTO",
+            "quantize.scheme is 'W3A9'; known schemes: W8A8, W8A16, W4A16, W4A8, FP8, MXFP4, NVFP4, NF4, FP4, W16A16, AUTO",
         ),
         ({"vision_scheme": "int8"}, "quantize.vision_scheme is 'int8'"),
         ({"percentile": 0.0}, "expected 0 < percentile <= 100"),
