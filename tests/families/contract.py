@@ -81,6 +81,8 @@ class FamilyContract:
                     "heads": attention.heads,
                     "kv_heads": attention.kv_heads,
                     "width": attention.heads * attention.head_dim,
+                    "head_dim": attention.head_dim,
+                    "scale": attention.head_dim**-0.5,
                 }
                 for path, attribute, what in attention.bookkeeping:
                     assert getattr(bundle.module(path), attribute) == counts[what]
