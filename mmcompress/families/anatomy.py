@@ -306,7 +306,7 @@ def widths(blocks: tuple[Block, ...]) -> tuple[int, int] | None:
 
 def stream_width(model: nn.Module, blocks: tuple[Block, ...]) -> int:
     """Return C of the stream that the norms of `blocks` read, today."""
-    return len(model.get_parameter(f"{blocks[0].norms[0]}.weight"))
+    return len(getattr(model.get_submodule(blocks[0].norms[0]), "weight"))  # noqa: B009
 
 
 def example_pixels(batch: int, channels: int, height: int, width: int) -> torch.Tensor:

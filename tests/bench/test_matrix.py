@@ -34,7 +34,7 @@ def test_a_row_by_hand(found: list[matrix.Row]) -> None:
     assert answers["prune blocks"]["text"] == ""
     assert "pairs" in answers["prune blocks"]["audio"]
     line = next(line for line in matrix.section(found).splitlines() if line.startswith("| `ClapModel`"))
-    assert line.startswith("| `ClapModel` | audio, text | ✓ | ✓ | ✓ | audio <sup>")
+    assert line.startswith("| `ClapModel` | audio, text | ✓ | audio <sup>")
 
 
 def test_a_setting_that_no_graph_can_say_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
