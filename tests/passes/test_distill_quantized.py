@@ -226,7 +226,8 @@ def test_what_is_not_quantized_is_refused() -> None:
 def test_float_codes_are_refused() -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'mmcompress[bnb]'")
     pytest.importorskip("accelerate", reason="pip install 'mmcompress[bnb]'")
-    from tests.passes.test_quantize_float_codes import run, wide
+    from tests.passes.test_quantize_float_codes import run
+    from tests.tiny import wide
 
     bundle = run(wide(), scheme="NF4", text_scheme="W4A16")
     with pytest.raises(UsageError, match=r"bitsandbytes' \(NF4, FP4\): its codes and their scales") as error:
