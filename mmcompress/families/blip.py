@@ -17,7 +17,7 @@ from transformers import BlipForConditionalGeneration, BlipForQuestionAnswering
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
-from mmcompress.families.anatomy import BLIP_DECODER_BLOCK, read_blocks, widths
+from mmcompress.families.anatomy import read_blocks, widths
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
 from mmcompress.families.blip_parts import answerer_parts, captioner_parts, decoding, masked_cross_attention
 from mmcompress.families.blip_views import (
@@ -30,6 +30,7 @@ from mmcompress.families.blip_views import (
     vision_tower,
     write_widths,
 )
+from mmcompress.families.block_names import BLIP_DECODER_BLOCK
 from mmcompress.families.two_tower import tokenizer_of
 from mmcompress.parts import Decoding, Part
 from mmcompress.views import Tower

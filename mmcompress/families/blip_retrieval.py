@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval
 
-from mmcompress.families.anatomy import BLIP_TEXT_BLOCK
 from mmcompress.families.blip_views import example_ids, example_pictures, text_tower, vision_tower, write_widths
+from mmcompress.families.block_names import BLIP_TEXT_BLOCK
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.views import Tower
 

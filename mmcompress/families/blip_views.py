@@ -13,14 +13,8 @@ from torch import Tensor
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
-from mmcompress.families.anatomy import (
-    BLIP_VISION_BLOCK,
-    BlockNames,
-    example_pixels,
-    example_tokens,
-    read_blocks,
-    widths,
-)
+from mmcompress.families.anatomy import example_pixels, example_tokens, read_blocks, widths
+from mmcompress.families.block_names import BLIP_VISION_BLOCK, BlockNames
 from mmcompress.families.two_tower import in_dtype_of
 from mmcompress.views import Tower
 

@@ -13,13 +13,8 @@ from transformers import ClapModel
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
-from mmcompress.families.anatomy import (
-    CLAP_AUDIO_BLOCK,
-    example_pixels,
-    read_blocks,
-    roberta_positions,
-    widths,
-)
+from mmcompress.families.anatomy import example_pixels, read_blocks, roberta_positions, widths
+from mmcompress.families.block_names import CLAP_AUDIO_BLOCK
 from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers, in_dtype_of
 from mmcompress.views import Block, Tower

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import CLIPModel
 
-from mmcompress.families.anatomy import CLIP_BLOCK, read_blocks, stream_width, widths
+from mmcompress.families.anatomy import read_blocks, stream_width, widths
+from mmcompress.families.block_names import CLIP_BLOCK
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.views import Positions, Residual, TokenStream, Tower
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import FlavaModel
 
-from mmcompress.families.anatomy import FLAVA_BLOCK, read_blocks, widths
+from mmcompress.families.anatomy import read_blocks, widths
+from mmcompress.families.block_names import FLAVA_BLOCK
 from mmcompress.families.text_encoders import bert_text
 from mmcompress.families.two_tower import TwoTowers, in_dtype_of
 from mmcompress.views import Tower

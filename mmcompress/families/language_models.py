@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmcompress.errors import UsageError, closest
-from mmcompress.families.anatomy import LLAMA_BLOCK, QWEN_LANGUAGE_BLOCK, QWEN_MIXTURE_BLOCK, BlockNames, read_blocks
+from mmcompress.families.anatomy import read_blocks
+from mmcompress.families.block_names import LLAMA_BLOCK, QWEN_LANGUAGE_BLOCK, QWEN_MIXTURE_BLOCK, BlockNames
 from mmcompress.views import Block, Residual, Tower
 
 LANGUAGE: dict[str, BlockNames] = {

@@ -17,15 +17,9 @@ from transformers import LayoutLMv3ForSequenceClassification, LayoutLMv3ForToken
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
-from mmcompress.families.anatomy import (
-    BERT_BLOCK,
-    example_pixels,
-    example_tokens,
-    read_blocks,
-    roberta_positions,
-    widths,
-)
+from mmcompress.families.anatomy import example_pixels, example_tokens, read_blocks, roberta_positions, widths
 from mmcompress.families.answers import next_token_roots, roots
+from mmcompress.families.block_names import BERT_BLOCK
 from mmcompress.families.layoutlm_parts import Distances, distances, joint_part, states
 from mmcompress.families.two_tower import in_dtype_of, tokenizer_of
 from mmcompress.parts import Part

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mmcompress.families.anatomy import QWEN2_VISION_BLOCK, QWEN3_VISION_BLOCK, QWEN25_VISION_BLOCK, read_blocks
+from mmcompress.families.anatomy import read_blocks
+from mmcompress.families.block_names import QWEN2_VISION_BLOCK, QWEN3_VISION_BLOCK, QWEN25_VISION_BLOCK
 from mmcompress.families.qwen_vl_parts import layout
 from mmcompress.views import Block, Numbering, Tower
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Siglip2Model, SiglipModel
 
-from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, example_tokens, read_blocks, stream_width
+from mmcompress.families.anatomy import example_pixels, example_tokens, read_blocks, stream_width
+from mmcompress.families.block_names import CLIP_BLOCK
 from mmcompress.families.clip import write_clip_widths
 from mmcompress.families.two_tower import TwoTowers
 from mmcompress.ops.grids import resize_grid

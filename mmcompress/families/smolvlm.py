@@ -12,7 +12,8 @@ from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditional
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import NotExportable
-from mmcompress.families.anatomy import CLIP_BLOCK, example_pixels, read_blocks, widths
+from mmcompress.families.anatomy import example_pixels, read_blocks, widths
+from mmcompress.families.block_names import CLIP_BLOCK
 from mmcompress.families.talk import Talk
 from mmcompress.families.vision_language import VisionLanguage
 from mmcompress.families.vision_language_parts import vision_part

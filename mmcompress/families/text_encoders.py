@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmcompress.families.anatomy import BERT_BLOCK, BlockNames, read_blocks
+from mmcompress.families.anatomy import read_blocks
+from mmcompress.families.block_names import BERT_BLOCK, BlockNames
 from mmcompress.surgery.coarsening import openers
 from mmcompress.views import Line, Positions, Tower
 

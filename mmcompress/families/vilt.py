@@ -20,8 +20,9 @@ from transformers import ViltForImageAndTextRetrieval, ViltForQuestionAnswering
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
-from mmcompress.families.anatomy import FLAVA_BLOCK, example_pixels, example_tokens, read_blocks, widths
+from mmcompress.families.anatomy import example_pixels, example_tokens, read_blocks, widths
 from mmcompress.families.answers import roots
+from mmcompress.families.block_names import FLAVA_BLOCK
 from mmcompress.families.two_tower import in_dtype_of, tokenizer_of
 from mmcompress.families.vilt_parts import cut, joint_part, pooled
 from mmcompress.parts import Decoding, Part

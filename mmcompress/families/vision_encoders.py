@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mmcompress.families.anatomy import CLIP_BLOCK, DINOV2_BLOCK, VIT_BLOCK, BlockNames, widths
+from mmcompress.families.anatomy import widths
+from mmcompress.families.block_names import CLIP_BLOCK, DINOV2_BLOCK, VIT_BLOCK, BlockNames
 from mmcompress.views import Block
 
 

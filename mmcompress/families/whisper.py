@@ -15,15 +15,9 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from mmcompress.bundle import Processor
 from mmcompress.errors import UsageError
-from mmcompress.families.anatomy import (
-    WHISPER_DECODER_BLOCK,
-    WHISPER_ENCODER_BLOCK,
-    example_pixels,
-    example_tokens,
-    read_blocks,
-    widths,
-)
+from mmcompress.families.anatomy import example_pixels, example_tokens, read_blocks, widths
 from mmcompress.families.answers import FORCED_TOKENS, greedy, next_token_roots, quiet
+from mmcompress.families.block_names import WHISPER_DECODER_BLOCK, WHISPER_ENCODER_BLOCK
 from mmcompress.families.whisper_parts import whisper_decoding, whisper_parts
 from mmcompress.parts import Decoding, Part
 from mmcompress.surgery.coarsening import coarsening_of, openers
