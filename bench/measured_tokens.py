@@ -19,8 +19,8 @@ TITLES = {
     "skipping": "Image tokens that skip the feed-forwards of the mini-VLM's language model after its first block, right answers",
     "audio": "States merged in Whisper tiny.en, word accuracy of recordings full of speech",
 }
-MOST_KINDS, SLICED = 6, 0.25
-"""Slices are shown where there are so few, at this share."""
+SLICED = 0.25
+"""The share at which slices are shown."""
 MARKS = {"WORSE": "¹", "no better": "²"}
 """Behind what is worse than random, or not told apart from it, by how that finding begins."""
 
@@ -73,7 +73,7 @@ def _contest(name: str, document: dict[str, Any]) -> str:
 def _slices(rows: dict[str, Any], keeps: list[float]) -> list[str]:
     """Return right answers by kind of question at one share, where questions have kinds: averages hide what is lost."""
     kinds = [name for name in rows["original"]["accuracy"]["slices"] if name.startswith(KIND)]
-    if SLICED not in keeps or len(kinds) > MOST_KINDS:
+    if SLICED not in keeps or not kinds:
         return []
     sides = {"all tokens": rows["original"]}
     for method in dict.fromkeys(row.split(" ")[0] for row in rows if row != "original"):

@@ -47,6 +47,8 @@ from mmcompress.surgery import prompt_flow, reducing, reduction
 
 KIND = "group="
 """What slices that are shown begin with."""
+MOST_KINDS = 6
+"""They are shown where there are so few."""
 RESULT = assets.RESULTS / "token_table.json"
 RANDOM = "random"
 SEEDS = 3
@@ -132,13 +134,14 @@ def row(
     found = evaluate(bundle, data, [contest.task], batch=16, reference=reference)
     document = found.to_json()
     names = [name for name in TASKS[contest.task].headlines if name in document["results"][contest.task]]
+    kinds = {
+        row["slice"]: [row["value"], row["n"]]
+        for row in document["slices"]
+        if row["metric"] == names[0] and row["slice"].startswith(KIND)
+    }
     accuracy = {
         "results": {contest.task: {name: document["results"][contest.task][name] for name in names}},
-        "slices": {
-            row["slice"]: [row["value"], row["n"]]
-            for row in document["slices"]
-            if row["metric"] == names[0] and row["slice"].startswith(KIND)
-        },
+        "slices": kinds if len(kinds) <= MOST_KINDS else {},
     }
     return {"accuracy": accuracy, "macs": cost_of(bundle).towers[contest.tower].macs}, found
 

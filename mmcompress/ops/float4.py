@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmcompress.ops.float8 import FLOAT8, nearest_float8
+from mmcompress.ops.float8 import FLOAT8, nearest_float8, straight_through
 
 Format = Literal["mxfp4", "nvfp4"]
 BLOCKS: dict[str, int] = {"mxfp4": 32, "nvfp4": 16}
@@ -109,22 +109,6 @@ def _candidates(largest: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     return tuple((exponent - less + BIAS).clamp(0, 254).to(torch.uint8) for less in (0, 1))  # type: ignore[return-value]
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Rounding with the gradient of a clamp, as `ops.rounding` has it for integers."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        steps = torch.where(scale > 0, x / scale, torch.zeros_like(x))
-        ctx.save_for_backward(steps.abs() <= LARGEST)
-        return from_codes(to_codes(steps)).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None
-
-
 def fake_float4(x: Tensor, scale: Tensor) -> Tensor:
     """Return `x` rounded to E2M1 in steps of `scale`, which broadcasts, in the dtype of `x`; gradients pass straight through."""
-    made: Tensor = _StraightThrough.apply(x.float(), scale.float())
-    return made.to(x.dtype)
+    return straight_through(x, scale, lambda steps: from_codes(to_codes(steps)), LARGEST)

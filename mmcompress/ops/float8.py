@@ -11,11 +11,15 @@ whatever torch's own conversion makes of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mmcompress.ops.rounding import Levels
 
+Nearest = Callable[[Tensor], Tensor]
+"""What gives every number's nearest in a format, as a new tensor."""
 FLOAT8 = Levels(-448, 448, torch.float8_e4m3fn, symmetric=True)
 """Both ends of the grid; what lies between are no integers."""
 
@@ -34,18 +38,23 @@ class _StraightThrough(torch.autograd.Function):
     """Rounding with the gradient of a clamp, as `ops.rounding` has it for integers."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        steps = torch.div(x, scale)
-        ctx.save_for_backward(steps.abs() <= FLOAT8.high)
-        return nearest_float8(steps).mul_(scale)
+    def forward(ctx, x: Tensor, scale: Tensor, nearest: Nearest, largest: float) -> Tensor:  # type: ignore[no-untyped-def]
+        steps = torch.where(scale > 0, x / scale, 0.0)
+        ctx.save_for_backward(steps.abs() <= largest)
+        return nearest(steps).mul_(scale)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
         (inside,) = ctx.saved_tensors
-        return gradient * inside, None
+        return gradient * inside, None, None, None
+
+
+def straight_through(x: Tensor, scale: Tensor, nearest: Nearest, largest: float) -> Tensor:
+    """Return `x` in steps of `scale` at the `nearest` floats, `largest` at most, in the dtype of `x`; in steps of 0 all are 0."""
+    rounded: Tensor = _StraightThrough.apply(x.float(), scale.float(), nearest, largest)
+    return rounded.to(x.dtype)
 
 
 def fake_float8(x: Tensor, scale: Tensor) -> Tensor:
     """Return `x` rounded to E4M3 in steps of `scale`, which broadcasts, in the dtype of `x`; gradients pass straight through."""
-    rounded: Tensor = _StraightThrough.apply(x.float(), scale.float())
-    return rounded.to(x.dtype)
+    return straight_through(x, scale, nearest_float8, FLOAT8.high)

@@ -30,6 +30,12 @@ SCORES_OF: dict[str, tuple[str, ...]] = {
 }
 """Of units that are removed alone, and those beside which others have no more; the others have SCORES."""
 
+NO_CHANNELS = {
+    "experts": ("experts have no channels of their own", "that knows no experts"),
+    "head-dims": ("narrower heads are turned before they are cut", "head-dims are directions across them"),
+}
+"""Units -> why they cannot be silenced, and why torch-pruning says nothing of them."""
+
 
 def require_sensible(settings: Prune) -> None:
     """Raise UsageError for a value that is out of range, or asks for what another one rules out."""
@@ -96,10 +102,7 @@ def _require_sensible_allocation(settings: Prune) -> None:
             raise UsageError(
                 f"prune.{key} is {value}; expected at least 2", hint="more find better allocations, slower"
             )
-    if "experts" in settings.units:
-        _require_fit_for_experts(settings)
-    if "head-dims" in settings.units:
-        _require_fit_for_dims(settings)
+    _require_fit(settings)
     if settings.allocate != "knapsack" and "blocks" in settings.units:
         raise UsageError(
             f"prune.allocate {settings.allocate} shares units out among blocks, and whole blocks are to go",
@@ -112,35 +115,24 @@ def _require_sensible_allocation(settings: Prune) -> None:
         )
 
 
-def _require_fit_for_experts(settings: Prune) -> None:
-    if settings.latency_ms is not None:
+def _require_fit(settings: Prune) -> None:
+    """Refuse what units that are no channels of the model as it is rule out."""
+    if "experts" in settings.units and settings.latency_ms is not None:
         raise UsageError(
             "prune.latency_ms asks for less time, and without experts a token still goes through as many",
             hint="use ratio or target, or units=heads and neurons",
         )
-    if settings.allocate == "evolutionary":
-        raise UsageError(
-            "prune.allocate evolutionary tries models with channels silenced, and experts have no channels of their own",
-            hint="use allocate=knapsack or even",
-        )
-    if settings.crosscheck:
-        raise UsageError(
-            "prune.crosscheck asks torch-pruning, which knows no experts",
-            hint="leave crosscheck out, or use other units",
-        )
-
-
-def _require_fit_for_dims(settings: Prune) -> None:
-    if settings.allocate == "evolutionary":
-        raise UsageError(
-            "prune.allocate evolutionary tries models with channels silenced, and narrower heads are turned before they are cut",
-            hint="use allocate=knapsack or even",
-        )
-    if settings.crosscheck:
-        raise UsageError(
-            "prune.crosscheck compares channels with torch-pruning's, and head-dims are directions across them",
-            hint="leave crosscheck out, or use units=heads",
-        )
+    for unit, (silenced, traced) in NO_CHANNELS.items():
+        if unit in settings.units and settings.allocate == "evolutionary":
+            raise UsageError(
+                f"prune.allocate evolutionary tries models with channels silenced, and {silenced}",
+                hint="use allocate=knapsack or even",
+            )
+        if unit in settings.units and settings.crosscheck:
+            raise UsageError(
+                f"prune.crosscheck compares channels with torch-pruning's, and {traced}",
+                hint="leave crosscheck out, or use other units",
+            )
 
 
 def require_prunable(settings: Prune, bundle: Bundle, towers: Sequence[Tower]) -> None:

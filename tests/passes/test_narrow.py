@@ -29,6 +29,7 @@ from mmcompress.passes.prune_cut import cut_blocks, set_parameters
 from mmcompress.passes.prune_scores import tower_batches
 from mmcompress.recipe import Step
 from tests import tiny
+from tests.passes.narrowing import project_rows
 
 TIED, UNTIED = "llava_dinov2", "smolvlm"
 
@@ -102,9 +103,7 @@ def test_a_narrow_model_computes_what_the_formulas_say() -> None:
     run(bundle, family, ratio=0.25)
     into = (basis @ basis.T).float()
     with torch.no_grad():
-        for path, name in found.rows:
-            rows = reference.module(path).get_parameter(name)
-            rows.copy_(rows @ into)
+        project_rows(reference, found, into)
         for path in found.writers:
             linear = reference.module(path)
             linear.weight.copy_(into @ linear.weight)

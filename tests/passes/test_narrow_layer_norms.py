@@ -25,6 +25,7 @@ from mmcompress.passes.prune_cut import cut_blocks, set_parameters
 from mmcompress.passes.prune_scores import tower_batches
 from mmcompress.recipe import Step
 from tests import tiny
+from tests.passes.narrowing import project_rows
 
 STREAMS = [
     *((family, tower) for family in ("clip", "siglip", "siglip2") for tower in ("vision", "text")),
@@ -95,9 +96,7 @@ def test_a_narrow_model_computes_what_the_formulas_say(family: str, method: str)
     run(bundle, family, ratio=8 / found.width, method=method, towers=["vision"])
     into = (basis @ basis.T).float()
     with torch.no_grad():
-        for path, name in found.rows:
-            rows = reference.module(path).get_parameter(name)
-            rows.copy_(rows @ into)
+        project_rows(reference, found, into)
         for path in found.writers:
             layer, scale = reference.module(path), torch.ones(found.width)
             if path in found.scales:
