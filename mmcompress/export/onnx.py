@@ -205,6 +205,10 @@ def through_chosen(bundle: Bundle, experts: Experts, precision: str) -> bool:
             f"experts are to be 'chosen' in {precision}, and onnxruntime's CPU operator of floats takes float32 alone",
             hint="leave --precision out, or use --experts every",
         )
+    if experts == "chosen" and not any(block.experts for tower in bundle.towers() for block in tower.blocks):
+        raise UsageError(
+            f"experts are to be 'chosen', and {bundle.family.name} models have none", hint="leave --experts out"
+        )
     targets = [record.params.get("target", "cpu") for record in bundle.history if record.name == "quantize"]
     return precision == "float32" and (experts == "chosen" or (experts == "auto" and set(targets) <= {"cpu"}))
 

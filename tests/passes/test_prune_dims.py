@@ -141,12 +141,64 @@ def gated(bundle: Bundle, group: Group, gate: Tensor) -> Iterator[None]:
         reader.remove()
 
 
-@pytest.mark.parametrize("objective", ["embedding", "contrastive"])
-def test_scores_are_the_mean_square_gradients_of_gates(objective: str) -> None:
+def unsettled(family: str) -> Bundle:
+    """A model whose biases are not 0."""
+    bundle = tiny.bundle(family)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in bundle.model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=generator)
+    return bundle
+
+
+def test_turned_logits_and_values_vary_as_they_should() -> None:
+    """By what the Linears give out on the samples: queries and keys as much, each by itself; values by 1."""
+    bundle, made = unsettled("clip"), context("clip")
+    group = dims(bundle, "vision")[0]
+    turns, read = turned(bundle, [group], made)
+    turn, seen = turns[group], dict[str, list[Tensor]]()
+    handles = [
+        bundle.module(path).register_forward_hook(
+            lambda module, args, given, path=path: seen.setdefault(path, []).append(given.detach().flatten(0, 1))
+        )
+        for path in group.writers[:2]
+    ]
+    images = [bundle.items("vision", sample)[0] for sample in tiny.data("clip", 8)]
+    with evaluating(bundle.model), torch.no_grad():
+        bundle.encode("vision", bundle.prepare("vision", images))
+    for handle in handles:
+        handle.remove()
+
+    def of_heads(path: str) -> Tensor:
+        return torch.cat(seen[path]).double().unflatten(1, (group.width, group.units)).transpose(0, 1)  # (H, T, D)
+
+    queries, keys = of_heads(group.writers[0]), of_heads(group.writers[1])
+    keys = keys - keys.mean(1, keepdim=True)
+    sizes = turn.queries @ (queries.mT @ queries / queries.shape[1]) @ turn.queries.mT
+    other = turn.keys @ (keys.mT @ keys / keys.shape[1]) @ turn.keys.mT
+    scale = float(sizes.diagonal(dim1=1, dim2=2).max())
+    torch.testing.assert_close(sizes, torch.diag_embed(sizes.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-4 * scale)
+    torch.testing.assert_close(other, sizes, rtol=0, atol=1e-4 * scale)
+
+    moments = read[group]
+    mean = moments.mean().double()
+    covariance = moments.second_moment().double() - mean[:, None] * mean
+    for head in range(group.width):
+        own = slice(head * group.units, (head + 1) * group.units)
+        value = turn.values[head] @ covariance[own, own] @ turn.values[head].T
+        torch.testing.assert_close(value, torch.eye(group.units, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "tower", "objective"),
+    [("clip", "vision", "embedding"), ("clip", "vision", "contrastive"), ("clap", "audio", "embedding")],
+)
+def test_scores_are_the_mean_square_gradients_of_gates(family: str, tower: str, objective: str) -> None:
     """Of gates in a model that is turned, by autograd; of turned channels of the model as it is, by the formula."""
-    bundle = tiny.bundle("clip")
-    made = context("clip")
-    groups = dims(bundle, "vision")[:2]
+    bundle = tiny.bundle(family)
+    made = context(family)
+    groups = dims(bundle, tower)[:2]
     turns, _ = turned(bundle, groups, made)
     assert not torch.allclose(turns[groups[0]].queries, Turn.none(groups[0]).queries)
     scores = effects_of_dims(bundle, groups, made, objective, "taylor")
@@ -159,7 +211,7 @@ def test_scores_are_the_mean_square_gradients_of_gates(objective: str) -> None:
             # One sample at a time, so that the gate's gradient is that sample's.
             patch.setattr("mmcompress.passes.prune_effects.slice_size", lambda *_: 1)
             gate.register_hook(lambda gradient, squares=squares: squares.append(gradient.square()))
-            walk_backward(bundle, "vision", made, objective)
+            walk_backward(bundle, tower, made, objective)
         assert len(squares) == 8
         torch.testing.assert_close(score, torch.stack(squares).mean(0), rtol=2e-3, atol=float(score.max()) * 1e-4)
 
@@ -198,14 +250,15 @@ def test_heads_that_are_narrow_already_lose_nothing() -> None:
 
 
 def test_least_squares_makes_up_for_what_the_reader_is_no_longer_given() -> None:
-    lost: dict[str, float] = {}
-    for compensate in ("none", "bias", "least-squares"):
-        bundle = tiny.bundle("clip")
-        whole = output(bundle, "vision")
-        settings = Prune(ratio=0.1, score="random", compensate=compensate, towers=("vision",), **DIMS)  # type: ignore[arg-type]
-        settings.apply(bundle, settings.plan(bundle, context("clip")))
-        lost[compensate] = float((output(bundle, "vision") - whole).norm())
-    assert lost["least-squares"] < lost["bias"] < lost["none"]
+    for score in ("random", "taylor"):
+        lost: dict[str, float] = {}
+        for compensate in ("none", "bias", "least-squares"):
+            bundle = tiny.bundle("clip")
+            whole = output(bundle, "vision")
+            settings = Prune(ratio=0.1, score=score, compensate=compensate, towers=("vision",), **DIMS)  # type: ignore[arg-type]
+            settings.apply(bundle, settings.plan(bundle, context("clip")))
+            lost[compensate] = float((output(bundle, "vision") - whole).norm())
+        assert lost["least-squares"] < lost["bias"] < lost["none"], (score, lost)
 
 
 def test_reloads_bit_equal_and_goes_on(tmp_path: Path) -> None:
