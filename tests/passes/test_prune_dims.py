@@ -148,7 +148,7 @@ def unsettled(family: str) -> Bundle:
     with torch.no_grad():
         for name, parameter in bundle.model.named_parameters():
             if name.endswith("bias"):
-                parameter.normal_(generator=generator)
+                parameter.normal_(std=0.1, generator=generator)
     return bundle
 
 
