@@ -261,6 +261,21 @@ def test_least_squares_makes_up_for_what_the_reader_is_no_longer_given() -> None
         assert lost["least-squares"] < lost["bias"] < lost["none"], (score, lost)
 
 
+def test_the_mean_of_what_goes_stays_in_the_bias() -> None:
+    """Turned values whose mean is most of them: what is left out of it stays, all but how it varies."""
+    lost: dict[str, float] = {}
+    for compensate in ("none", "bias"):
+        bundle = unsettled("clip")
+        for group in dims(bundle, "vision"):
+            with torch.no_grad():
+                bundle.module(group.writers[2]).get_parameter("bias").add_(3.0)
+        whole = output(bundle, "vision")
+        settings = Prune(ratio=0.1, compensate=compensate, towers=("vision",), **DIMS)  # type: ignore[arg-type]
+        settings.apply(bundle, settings.plan(bundle, context("clip")))
+        lost[compensate] = float((output(bundle, "vision") - whole).norm())
+    assert lost["bias"] < lost["none"] / 2, lost
+
+
 def test_reloads_bit_equal_and_goes_on(tmp_path: Path) -> None:
     bundle = tiny.bundle("whisper")
     facts = run(bundle, "whisper", "prune", ratio=0.1, units=["head-dims", "neurons"], multiple=1)
