@@ -120,7 +120,8 @@ def next_steps(manifest: Manifest, output: Path) -> list[str]:
     if schemes & {"NF4", "FP4"}:
         return [f"mmc eval {output} --data HELD-OUT"]  # no graph and no other layout has them
     graphs = f"mmc export {output} -o {output}-onnx --to onnx"
-    others = f"mmc export {output} -o {output}-packed --to compressed-tensors (or gptq, awq)"
+    further = " (or gptq, awq)" if schemes & {"W4A16", "W4A8"} else ""  # they hold 4-bit integers alone
+    others = f"mmc export {output} -o {output}-packed --to compressed-tensors{further}"
     return [graphs, others] if schemes else [graphs]
 
 
