@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,31 @@ VARIANTS = (
 )  # fmt: skip
 LAWFUL = tuple(family for family in EVERY if family not in VARIANTS)
 
+
+@dataclass(frozen=True)
+class Made:
+    """A case that has been run on a family's tiny model, once for all the laws: nobody may change it."""
+
+    case: str
+    family: str
+    bundle: Bundle
+
+
+@pytest.fixture(scope="module")
+def made(request: pytest.FixtureRequest) -> Made:
+    case, family = request.param
+    return Made(case, family, run(tiny.bundle(family), family, case, seed=3))
+
+
 every_case = pytest.mark.parametrize(
-    ("case", "family"), [(case, family) for case in ACTIVE for family in LAWFUL if applies(case, family)]
+    "made",
+    [
+        pytest.param((case, family), id=f"{case}-{family}")
+        for case in ACTIVE
+        for family in LAWFUL
+        if applies(case, family)
+    ],
+    indirect=True,
 )
 every_pass = pytest.mark.parametrize(
     ("name", "family"), [(name, family) for name in NEUTRAL for family in LAWFUL if applies(name, family)]
@@ -216,14 +240,14 @@ def test_neutral_parameters_change_nothing(name: str, family: str) -> None:
 
 
 @every_case
-def test_plan_changes_no_tensor_and_leaves_no_hook(case: str, family: str) -> None:
-    bundle = tiny.bundle(family)
+def test_plan_changes_no_tensor_and_leaves_no_hook(made: Made) -> None:
+    bundle = tiny.bundle(made.family)
     outputs(bundle)  # transformers puts hooks of its own where hidden states are asked for, and leaves them
     before, modules, hooks = state(bundle), dict(bundle.model.named_modules()), hooks_of(bundle)
-    name, params = ACTIVE[case]
-    made = passes.build(name, params)
-    made.check(bundle)
-    made.plan(bundle, context(family))
+    name, params = ACTIVE[made.case]
+    settings = passes.build(name, params)
+    settings.check(bundle)
+    settings.plan(bundle, context(made.family))
     assert same_state(before, state(bundle))
     assert dict(bundle.model.named_modules()) == modules
     assert hooks_of(bundle) == hooks
@@ -232,24 +256,19 @@ def test_plan_changes_no_tensor_and_leaves_no_hook(case: str, family: str) -> No
 
 
 @every_case
-def test_apply_makes_the_same_structure_on_meta_tensors(case: str, family: str) -> None:
-    bundle = tiny.bundle(family)
-    name, params = ACTIVE[case]
-    made = passes.build(name, params)
-    plan = made.plan(bundle, context(family))
-    made.apply(bundle, plan)
+def test_apply_makes_the_same_structure_on_meta_tensors(made: Made) -> None:
+    name, params = ACTIVE[made.case]
     with torch.device("meta"):
-        model = type(bundle.model)(tiny.bundle(family).model.config)
-    shell = Bundle(model, bundle.processor, bundle.family, bundle.source)
-    made.apply(shell, Plan(plan.decisions))
-    real = {key: (tensor.shape, tensor.dtype) for key, tensor in bundle.model.state_dict().items()}
+        model = type(made.bundle.model)(tiny.bundle(made.family).model.config)
+    shell = Bundle(model, made.bundle.processor, made.bundle.family, made.bundle.source)
+    passes.build(name, params).apply(shell, Plan(made.bundle.history[-1].plan))
+    real = {key: (tensor.shape, tensor.dtype) for key, tensor in made.bundle.model.state_dict().items()}
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in shell.model.state_dict().items()} == real
 
 
 @every_case
-def test_active_parameters_change_the_output(case: str, family: str) -> None:
-    bundle = run(tiny.bundle(family), family, case)
-    assert not same_outputs(bundle, tiny.bundle(family))
+def test_active_parameters_change_the_output(made: Made) -> None:
+    assert not same_outputs(made.bundle, tiny.bundle(made.family))
 
 
 @every_chain
@@ -273,10 +292,9 @@ def test_every_combination_reloads_bit_equal(cases: tuple[str, ...], family: str
 
 
 @every_case
-def test_one_pass_reloads_bit_equal(case: str, family: str, tmp_path: Path) -> None:
-    bundle = run(tiny.bundle(family), family, case)
-    checkpoint.save(bundle, tmp_path / "model")
-    assert same_outputs(bundle, checkpoint.load(tmp_path / "model"))
+def test_one_pass_reloads_bit_equal(made: Made, tmp_path: Path) -> None:
+    checkpoint.save(made.bundle, tmp_path / "model")
+    assert same_outputs(made.bundle, checkpoint.load(tmp_path / "model"))
 
 
 # What the configs of these cannot say: SigLIP has one MLP width for the blocks and the pooling head, BLIP one for question
@@ -322,20 +340,20 @@ def test_plain_transformers_loads_uniform_heads_where_the_config_has_a_head_size
 
 
 @every_case
-def test_a_copy_is_the_same_model_and_independent(case: str, family: str) -> None:
-    bundle = run(tiny.bundle(family), family, case)
-    twin = copy.deepcopy(bundle)
-    assert same_outputs(bundle, twin)
-    before = outputs(bundle)
+def test_a_copy_is_the_same_model_and_independent(made: Made) -> None:
+    twin = copy.deepcopy(made.bundle)
+    assert same_outputs(made.bundle, twin)
+    before = outputs(made.bundle)
     with torch.no_grad():
         for parameter in twin.model.parameters():
             parameter.zero_()
-    assert all(torch.equal(value, outputs(bundle)[tower]) for tower, value in before.items())
+    after = outputs(made.bundle)
+    assert all(torch.equal(value, after[tower]) for tower, value in before.items())
 
 
 @every_case
-def test_gradients_flow_to_every_tower(case: str, family: str) -> None:
-    bundle = run(tiny.bundle(family), family, case)
+def test_gradients_flow_to_every_tower(made: Made) -> None:
+    bundle = copy.deepcopy(made.bundle)
     for tower in bundle.towers():
         bundle.encode(tower.name, bundle.example_inputs(tower.name, 2)).square().sum().backward()
         grads = [p.grad for n, p in bundle.model.named_parameters() if tower.owns(n) and p.requires_grad]
@@ -344,21 +362,20 @@ def test_gradients_flow_to_every_tower(case: str, family: str) -> None:
 
 
 @every_case
-def test_the_same_seed_gives_the_same_bytes(case: str, family: str) -> None:
-    first, second = (state(run(tiny.bundle(family), family, case, seed=3)) for _ in range(2))
-    assert same_state(first, second)
+def test_the_same_seed_gives_the_same_bytes(made: Made) -> None:
+    again = run(tiny.bundle(made.family), made.family, made.case, seed=3)
+    assert same_state(state(made.bundle), state(again))
 
 
 @every_case
-def test_a_batch_equals_its_single_samples(case: str, family: str) -> None:
-    bundle = run(tiny.bundle(family), family, case)
-    for tower in bundle.towers():
-        items = [item for sample in data(family).take(3) for item in bundle.items(tower.name, sample)]
-        together = torch.from_numpy(bundle.embed(tower.name, items))
+def test_a_batch_equals_its_single_samples(made: Made) -> None:
+    for tower in made.bundle.towers():
+        items = [item for sample in data(made.family).take(3) for item in made.bundle.items(tower.name, sample)]
+        together = torch.from_numpy(made.bundle.embed(tower.name, items))
         # int8 activations, and keys, may round the last bit of a sum to the next step.
-        tolerance = 2e-2 if "a8" in case or case == "cache" else 2e-5
+        tolerance = 2e-2 if "a8" in made.case or made.case == "cache" else 2e-5
         for row, item in zip(together, items, strict=True):
-            alone = torch.from_numpy(bundle.embed(tower.name, [item])[0])
+            alone = torch.from_numpy(made.bundle.embed(tower.name, [item])[0])
             # A decoder's rows are as wide as the longest text of the batch; the rest is zero.
             torch.testing.assert_close(alone, row[: len(alone)], rtol=tolerance, atol=tolerance)
             assert not row[len(alone) :].any()
