@@ -46,7 +46,7 @@ from mmcompress.passes.prune_budget import (
 from mmcompress.passes.prune_checks import require_prunable, require_sensible
 from mmcompress.passes.prune_crosscheck import crosscheck
 from mmcompress.passes.prune_cut import cut_blocks, cut_dims, cut_experts, cut_heads, cut_neurons, set_parameters
-from mmcompress.passes.prune_dims import STEPS, narrowed_heads
+from mmcompress.passes.prune_dims import SHARES, narrowed_heads
 from mmcompress.passes.prune_evolution import Evolution
 from mmcompress.passes.prune_latency import plan_within_latency
 from mmcompress.passes.prune_ranking import normalised, ranked, turns
@@ -185,7 +185,7 @@ class Prune:
         if "head-dims" in self.units and turns(self.ranking):
             scores, repair = scores + 4, repair + 4
             attentions = sum(1 + bool(block.cross) for tower in self.chosen(bundle) for block in tower.blocks)
-            tried = STEPS * attentions * min(self.judging_samples, work.samples)
+            tried = len(SHARES) * attentions * min(self.judging_samples, work.samples)
         timed = SECONDS if self.latency_ms is not None else 0.0
         if self.allocate == "evolutionary":
             tried = (self.evaluations + repair) * min(self.judging_samples, work.samples)

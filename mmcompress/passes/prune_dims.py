@@ -27,6 +27,7 @@ Shape alphabet: B batch, N tokens, C channels, H heads, D head width, U units.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ from mmcompress.passes.prune_units import Group
 from mmcompress.surgery.linears import in_every_head
 from mmcompress.surgery.watch import Sums, evaluating
 
-STEPS = 8
-"""Widths of an attention that are tried, at most."""
+SHARES = (7 / 8, 3 / 4, 1 / 2, 1 / 4)
+"""Widths of an attention that are tried, as shares of what it has: what is lost grows faster than what goes."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def displacements(
 ) -> list[Tensor]:
     """Return what each direction is worth by trial, per group (U,): none less than the one behind it.
 
-    `multiple`: widths that may stay are multiples of it; at most STEPS of them are tried, each on `samples` samples at most.
+    `multiple`: widths that may stay are multiples of it; some (`ladder`) are tried, each on `samples` samples at most.
     `means`: what goes of values leaves its mean behind, as a repair lets it. Memory: the rows of the samples, twice.
     """
     turns, read = turned(bundle, groups, context)
@@ -102,9 +103,9 @@ def displacements(
 
 
 def ladder(units: int, multiple: int) -> list[int]:
-    """Return the widths below `units` to try, the largest first: multiples, at most STEPS of them."""
-    step = multiple * -(-units // (multiple * STEPS))
-    return list(range((units - 1) // step * step, 0, -step))
+    """Return the widths below `units` to try, the largest first: multiples of `multiple`, close to SHARES of the units."""
+    widths = {math.floor(share * units / multiple) * multiple for share in SHARES}
+    return sorted(widths - {0, units}, reverse=True)
 
 
 def by_width(moved: Sequence[float], widths: Sequence[int], units: int) -> Tensor:

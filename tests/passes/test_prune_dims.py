@@ -232,10 +232,11 @@ def test_few_samples_are_tried() -> None:
 
 
 def test_ladders_and_what_they_say_by_hand() -> None:
-    assert ladder(12, 1) == [10, 8, 6, 4, 2]
-    assert ladder(64, 8) == [56, 48, 40, 32, 24, 16, 8]
-    assert ladder(80, 8) == [64, 48, 32, 16]
+    assert ladder(64, 8) == [56, 48, 32, 16]
+    assert ladder(64, 1) == [56, 48, 32, 16]
+    assert ladder(80, 8) == [64, 56, 40, 16]
     assert ladder(12, 8) == [8]
+    assert ladder(12, 4) == [8, 4]
     assert ladder(8, 8) == []
     # 10 of 2: 1 each for the last 2; 2 for the next 4 of 0.5 each, less, so all six share (2 + 2) / 6; then 12 for 4, below too.
     found = by_width([2.0, 4.0, 16.0], [8, 4, 2], 10)
