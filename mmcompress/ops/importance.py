@@ -68,6 +68,21 @@ def head_relevance(weights: Tensor, gradients: Tensor) -> Tensor:
     return (weights.float() * gradients.float()).relu().mean((0, 2, 3))
 
 
+def non_decreasing(values: Tensor) -> Tensor:
+    """Return the nearest sequence that never falls (isotonic regression, equal neighbours pooled): (U,) -> (U,).
+
+    Of the increments of a curve, those of its lower convex hull.
+    """
+    pools: list[tuple[float, int]] = []  # mean, count
+    for value in values.tolist():
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            before, size = pools.pop()
+            mean, count = (before * size + mean * count) / (size + count), size + count
+        pools.append((mean, count))
+    return torch.cat([values.new_full((count,), mean) for mean, count in pools])
+
+
 def by_norm(scores: Tensor) -> Tensor:
     """Return scores divided by their root mean square; all zero stays zero."""
     size = scores.square().mean().sqrt()

@@ -46,7 +46,7 @@ from mmcompress.passes.prune_budget import (
 from mmcompress.passes.prune_checks import require_prunable, require_sensible
 from mmcompress.passes.prune_crosscheck import crosscheck
 from mmcompress.passes.prune_cut import cut_blocks, cut_dims, cut_experts, cut_heads, cut_neurons, set_parameters
-from mmcompress.passes.prune_dims import narrowed_heads
+from mmcompress.passes.prune_dims import SHARES, narrowed_heads
 from mmcompress.passes.prune_evolution import Evolution
 from mmcompress.passes.prune_latency import plan_within_latency
 from mmcompress.passes.prune_ranking import normalised, ranked, turns
@@ -98,9 +98,10 @@ class Prune:
     ] = "auto"
     """What makes a unit important; auto: routing for experts, obs where what stays is refitted, taylor else and for head-dims.
     First-order effects on `objective`: taylor is their mean square (Fisher, optimal brain damage), taylor-signed their mean,
-    taylor-absolute the mean of their sizes (Michel); obs: what refitting the rest cannot make up for (optimal brain surgeon);
-    activation: Wanda; relevance: attention and its gradient (Chefer), of heads alone; direct-effect: what a unit of a language
-    model itself says of right answers (multimodal neurons); routing: the mean weight that a router gives it over tokens, of
+    taylor-absolute the mean of their sizes (Michel); taylor of head-dims: what the embeddings move, tried width by width; obs:
+    what refitting the rest cannot make up for (optimal brain surgeon); activation: Wanda; relevance: attention and its gradient
+    (Chefer), of heads alone; direct-effect: what a unit of a language model itself says of right answers (multimodal neurons);
+    routing: the mean weight that a router gives it over tokens, of
     experts alone; block-influence: of blocks alone; random is the control. Only magnitude and random need no data."""
     objective: Literal["embedding", "contrastive", "answers"] = "embedding"
     """What Taylor scores differentiate: each embedding by itself (no pairs needed), the contrastive loss of batches of pairs, or
@@ -116,7 +117,7 @@ class Prune:
     evaluations: int = 100
     """Evolutionary allocation only: how many allocations are tried."""
     judging_samples: int = 32
-    """Evolutionary allocation only: how many samples each is tried on."""
+    """How many samples at most each allocation of an evolutionary search is tried on, and each width of head-dims."""
     compensate: Literal["least-squares", "bias", "none"] = "least-squares"
     """Repair what stays: refit the reading Linears to their outputs in the uncut model, fold the removed mean into their biases,
     or neither. Needs data. Blocks and experts are removed without repair."""
@@ -176,15 +177,16 @@ class Prune:
     def seconds(self, bundle: Bundle, work: Work) -> float:
         """One look at the samples for the scores, with gradients for most, two for the repair, one for each allocation tried.
 
-        Head channels take four more for each: their directions.
+        Head channels take four more for each: their directions, and their widths are tried.
         """
         once = ("activation", "direct-effect", "routing", "block-influence")
         scores = {"magnitude": 0, "random": 0, **dict.fromkeys(once, 1)}.get(self.ranking, 3)
-        repair = 2 if self.repairs else 0
+        repair, tried = 2 if self.repairs else 0, 0
         if "head-dims" in self.units and turns(self.ranking):
             scores, repair = scores + 4, repair + 4
+            attentions = sum(1 + bool(block.cross) for tower in self.chosen(bundle) for block in tower.blocks)
+            tried = len(SHARES) * attentions * min(self.judging_samples, work.samples)
         timed = SECONDS if self.latency_ms is not None else 0.0
-        tried = 0
         if self.allocate == "evolutionary":
             tried = (self.evaluations + repair) * min(self.judging_samples, work.samples)
         return ((scores + repair) * work.samples + tried) * work.forward + timed
@@ -218,6 +220,8 @@ class Prune:
                 chosen |= choose(
                     bundle.family.name, pool, groups, values, bounds, self.budget, allocators[self.allocate]
                 )
+        if turns(self.ranking):  # directions go from the last on, also among equals
+            chosen |= {group: list(range(len(kept))) for group, kept in chosen.items() if group.kind == "head-dims"}
         cut = {group: kept for group, kept in chosen.items() if len(kept) < group.units}
         tensors: dict[str, Tensor] = {}
         if cut and self.repairs:

@@ -26,7 +26,7 @@ SCORES = (*SUMMARIES, "obs", "activation", "relevance", "direct-effect", "magnit
 SCORES_OF: dict[str, tuple[str, ...]] = {
     "blocks": ("block-influence", *SUMMARIES, "random"),
     "experts": ("routing", "magnitude", "random"),
-    "head-dims": (*SUMMARIES, "magnitude", "random"),
+    "head-dims": ("taylor", "magnitude", "random"),
 }
 """Of units that are removed alone, and those beside which others have no more; the others have SCORES."""
 
@@ -88,6 +88,11 @@ def _require_sensible_score(settings: Prune) -> None:
         raise UsageError(
             "prune.score taylor-signed averages effects with their sign, and objective=embedding draws its sign at random",
             hint="use objective=contrastive (dual encoders), objective=answers (what answers in words), or score=taylor",
+        )
+    if "head-dims" in settings.units and settings.ranking == "taylor" and settings.objective != "embedding":
+        raise UsageError(
+            f"prune.objective is {settings.objective}, and head-dims are judged by what the embeddings move",
+            hint="use objective=embedding, or units=heads",
         )
     if settings.balance and settings.ranking != "activation":
         raise UsageError(

@@ -11,9 +11,9 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.passes import prune_scores
 from mmcompress.passes.base import Context
-from mmcompress.passes.prune_dims import effects_of_dims
+from mmcompress.passes.prune_dims import displacements
 from mmcompress.passes.prune_direct import direct_effects
-from mmcompress.passes.prune_effects import SUMMARIES, taylor
+from mmcompress.passes.prune_effects import taylor
 from mmcompress.passes.prune_relevance import relevance
 from mmcompress.passes.prune_routing import routing
 from mmcompress.passes.prune_surgeon import surgeon
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def turns(ranking: str) -> bool:
-    """Whether heads are turned before channels of them are chosen: with scores that look at data."""
-    return ranking in SUMMARIES
+    """Whether heads are turned before channels of them go, the last first: with the score that looks at data."""
+    return ranking == "taylor"
 
 
 def ranked(settings: Prune, bundle: Bundle, groups: Sequence[Group], context: Context) -> list[Tensor]:
@@ -35,7 +35,7 @@ def ranked(settings: Prune, bundle: Bundle, groups: Sequence[Group], context: Co
     rest = [group for group, mine in zip(groups, own, strict=True) if not mine]
     scores: dict[Group, Tensor] = {}
     if dims:
-        found = effects_of_dims(bundle, dims, context, settings.objective, settings.ranking)
+        found = displacements(bundle, dims, context, settings.multiple, settings.judging_samples, settings.repairs)
         scores |= zip(dims, found, strict=True)
     if rest:
         scores |= zip(rest, _measured(settings, bundle, rest, context), strict=True)

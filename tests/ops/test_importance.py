@@ -36,6 +36,13 @@ def test_group_magnitude_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([3.0, 50**0.5]))
 
 
+def test_isotonic_regression_by_hand() -> None:
+    found = importance.non_decreasing(torch.tensor([1.0, 3.0, 2.0, 6.0, 4.0, 2.0, 9.0]))
+    assert found.tolist() == [1, 2.5, 2.5, 4, 4, 4, 9]
+    falling = torch.tensor([5.0, 3.0, 1.0])
+    assert importance.non_decreasing(falling).tolist() == [3, 3, 3]
+
+
 def test_scores_follow_a_permutation_of_units() -> None:
     torch.manual_seed(0)
     units, width = 5, 3

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune import Prune
-from mmcompress.passes.prune_cut import set_parameters
-from mmcompress.passes.prune_dims import Turn, effects_of_dims, narrowed_heads, turned
-from mmcompress.passes.prune_effects import walk_backward
+from mmcompress.passes.prune_cut import cut_dims, set_parameters
+from mmcompress.passes.prune_dims import by_width, displacements, ladder, narrowed_heads, turned
 from mmcompress.passes.prune_units import Group, count_tokens, list_groups, read_ranges
 from mmcompress.recipe import Step
 from mmcompress.surgery.linears import in_every_head
@@ -128,19 +125,6 @@ def test_costs_by_hand() -> None:
     assert group.cost.macs == tokens * 4 * 4 * 48 + 2 * tokens * tokens * 4
 
 
-@contextmanager
-def gated(bundle: Bundle, group: Group, gate: Tensor) -> Iterator[None]:
-    """Multiply channel i of every head's queries and values by gate[i]."""
-    each = gate.repeat(group.width)
-    queries = bundle.module(group.writers[0]).register_forward_hook(lambda module, args, made: made * each)
-    reader = bundle.module(group.reader).register_forward_pre_hook(lambda module, args: (args[0] * each,))
-    try:
-        yield
-    finally:
-        queries.remove()
-        reader.remove()
-
-
 def unsettled(family: str) -> Bundle:
     """A model whose biases are not 0."""
     bundle = tiny.bundle(family)
@@ -191,29 +175,73 @@ def test_turned_logits_and_values_vary_as_they_should() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "tower", "objective"),
-    [("clip", "vision", "embedding"), ("clip", "vision", "contrastive"), ("clap", "audio", "embedding")],
+    ("family", "tower", "multiple"), [("clip", "vision", 1), ("clip", "text", 4), ("whisper", "decoder", 4)]
 )
-def test_scores_are_the_mean_square_gradients_of_gates(family: str, tower: str, objective: str) -> None:
-    """Of gates in a model that is turned, by autograd; of turned channels of the model as it is, by the formula."""
-    bundle = tiny.bundle(family)
+def test_what_goes_is_worth_what_the_embeddings_then_move(family: str, tower: str, multiple: int) -> None:
+    """Cut for real, one attention at a time; where a width is no corner of the hull, it is worth no more than that."""
+    bundle = unsettled(family)
     made = context(family)
-    groups = dims(bundle, tower)[:2]
-    turns, _ = turned(bundle, groups, made)
-    assert not torch.allclose(turns[groups[0]].queries, Turn.none(groups[0]).queries)
-    scores = effects_of_dims(bundle, groups, made, objective, "taylor")
-    every = {group: range(group.units) for group in groups}
-    set_parameters(bundle, narrowed_heads(bundle, every, made, turn=True, method="none", ridge=0.01))
+    groups = dims(bundle, tower)
+    samples = [bundle.items(tower, sample)[0] for sample in tiny.data(family, 8)]
+    inputs = bundle.prepare(tower, samples)
+
+    @torch.no_grad()
+    def rows(model: Bundle) -> Tensor:
+        return nn.functional.normalize(model.encode(tower, inputs).double(), dim=-1)
+
+    whole, state = rows(bundle), {name: value.clone() for name, value in bundle.model.state_dict().items()}
+    scores = displacements(bundle, groups, made, multiple, 8, means=True)
+    assert all(torch.equal(value, state[name]) for name, value in bundle.model.state_dict().items())
+    corners = 0
     for group, score in zip(groups, scores, strict=True):
-        gate = torch.ones(group.units, requires_grad=True)
-        squares: list[Tensor] = []
-        with pytest.MonkeyPatch.context() as patch, evaluating(bundle.model), gated(bundle, group, gate):
-            # One sample at a time, so that the gate's gradient is that sample's.
-            patch.setattr("mmcompress.passes.prune_effects.slice_size", lambda *_: 1)
-            gate.register_hook(lambda gradient, squares=squares: squares.append(gradient.square()))
-            walk_backward(bundle, tower, made, objective)
-        assert len(squares) == 8
-        torch.testing.assert_close(score, torch.stack(squares).mean(0), rtol=2e-3, atol=float(score.max()) * 1e-4)
+        assert (score.diff() <= 0).all()
+        for width in ladder(group.units, multiple):
+            cut = dataclasses.replace(bundle, model=copy.deepcopy(bundle.model))
+            values = narrowed_heads(cut, {group: range(width)}, made, turn=True, method="bias", ridge=0.01)
+            cut_dims(cut, attention_of(cut, group), range(width))
+            set_parameters(cut, values)
+            moved = float((rows(cut) - whole).square().sum(-1).mean())
+            promised = float(score[width:].sum())
+            assert promised <= moved * 1.01 + 1e-9
+            corners += promised >= moved * 0.99
+    assert corners >= len(groups)
+
+
+def test_means_that_stay_are_not_missed() -> None:
+    """Values that hardly vary around a large mean: with it all directions are worth little."""
+    bundle = unsettled("clip")
+    group = dims(bundle, "vision")[0]
+    with torch.no_grad():
+        bundle.module(group.writers[2]).get_parameter("weight").mul_(0.01)
+        bundle.module(group.writers[2]).get_parameter("bias").add_(3.0)
+    (left,), (gone,) = (displacements(bundle, [group], context("clip"), 4, 8, means) for means in (True, False))
+    assert left.sum() < 0.01 * gone.sum()
+
+
+def test_few_samples_are_tried() -> None:
+    bundle = tiny.bundle("clip")
+    group = dims(bundle, "vision")[0]
+    seen: list[int] = []
+    reader = bundle.module(group.reader)
+    handle = reader.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    displacements(bundle, [group], context("clip"), 4, 3, means=True)
+    handle.remove()
+    # Directions are those of all; then the whole is run, and the widths 8 and 4.
+    assert seen[-4] != 3
+    assert seen[-3:] == [3, 3, 3]
+
+
+def test_ladders_and_what_they_say_by_hand() -> None:
+    assert ladder(64, 8) == [56, 48, 32, 16]
+    assert ladder(64, 1) == [56, 48, 32, 16]
+    assert ladder(80, 8) == [64, 56, 40, 16]
+    assert ladder(12, 8) == [8]
+    assert ladder(12, 4) == [8, 4]
+    assert ladder(8, 8) == []
+    # 10 of 2: 1 each for the last 2; 2 for the next 4 of 0.5 each, less, so all six share (2 + 2) / 6; then 12 for 4, below too.
+    found = by_width([2.0, 4.0, 16.0], [8, 4, 2], 10)
+    torch.testing.assert_close(found, torch.tensor([6.0] * 4 + [4 / 6] * 6))
+    assert by_width([], [], 8).tolist() == [0.0] * 8
 
 
 def plant(bundle: Bundle, tower: str, rank: int) -> None:
@@ -334,6 +362,8 @@ def test_the_control_takes_as_many_channels_at_random() -> None:
         ({"units": ["head-dims"], "allocate": "evolutionary"}, "narrower heads are turned"),
         ({"units": ["head-dims"], "crosscheck": True}, "head-dims are directions"),
         ({"units": ["head-dims", "blocks"]}, "mixes blocks"),
+        ({"units": ["head-dims"], "score": "taylor-absolute"}, "taylor-absolute does not rank head-dims"),
+        ({"units": ["head-dims"], "objective": "contrastive"}, "judged by what the embeddings move"),
     ],
 )
 def test_bad_parameters(params: dict[str, Any], message: str) -> None:
