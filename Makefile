@@ -18,7 +18,7 @@ lint: $(BIN)/.dev
 	$(BIN)/mypy
 
 unit: $(BIN)/.dev  ## Laws and golden values on tiny models.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" -n 2 -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" -n 2 --dist worksteal -rs
 
 real: assets  ## The same commands on real pretrained weights.
 	$(BIN)/python -m pytest -m real -rs --timeout 1800

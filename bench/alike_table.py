@@ -17,7 +17,7 @@ import json
 from typing import Any
 
 from bench import assets
-from bench.cells import write_result
+from bench.cells import read, write_result
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import open_data
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--similarity", type=float, action="append")
     options = parser.parse_args()
     held_out = open_data("demo:test")
-    document: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    document: dict[str, Any] = read(RESULT.stem)
     if document.get("n") != len(held_out):
         document = {
             "command": "python -m bench.alike_table",

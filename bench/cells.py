@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
+ESTIMATE = "is"
+WRITTEN = re.compile(r"(\S+) \[(\S+), (\S+)\](?: n=(\d+))?")
 
 
 def read(name: str) -> dict[str, Any]:
+    """Return a result as it was given to `write_result`; nothing where there is none."""
     path = RESULTS / f"{name}.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    return _opened(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}  # type: ignore[no-any-return]
 
 
 def write_result(path: Path, document: Any) -> None:
-    """Write a result: numbers with six digits, of which none more was ever measured, on one line."""
-    path.write_text(json.dumps(_rounded(document), separators=(",", ":")) + "\n", encoding="utf-8")
+    """Write a result on one line: numbers with five digits, more than any interval leaves, and estimates as people read them."""
+    text = json.dumps(_closed(document), separators=(",", ":"), ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
-def _rounded(value: Any) -> Any:
+def _closed(value: Any) -> Any:
+    """Write {value, low, high, n} as "0.52 [0.49, 0.55] n=1642"; beside more, under the key ESTIMATE."""
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
+        rest = {key: _closed(each) for key, each in value.items()}
+        if not rest.keys() >= {"value", "low", "high"}:
+            return rest
+        text = f"{rest.pop('value')} [{rest.pop('low')}, {rest.pop('high')}]"
+        text += f" n={rest.pop('n')}" if "n" in rest else ""
+        return {ESTIMATE: text, **rest} if rest else text
     if isinstance(value, list | tuple):
-        return [_rounded(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        return [_closed(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _opened(value: Any) -> Any:
+    if isinstance(value, dict):
+        rest = {key: _opened(each) for key, each in value.items()}
+        return {**rest.pop(ESTIMATE), **rest} if ESTIMATE in rest else rest
+    if isinstance(value, list):
+        return [_opened(each) for each in value]
+    found = WRITTEN.fullmatch(value) if isinstance(value, str) else None
+    if not found:
+        return value
+    names = ("value", "low", "high", "n")
+    return {name: json.loads(part) for name, part in zip(names, found.groups(), strict=True) if part is not None}
 
 
 def machine(found: dict[str, Any]) -> str:

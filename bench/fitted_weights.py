@@ -27,7 +27,7 @@ from torch import Tensor
 
 import mmcompress
 from bench import assets
-from bench.cells import write_result
+from bench.cells import read, write_result
 from bench.four_bits import BATCH, FIXED
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
@@ -87,7 +87,7 @@ def prepared(bundle: Bundle, data: Dataset) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.inference_mode()
-def read(bundle: Bundle, asked: list[dict[str, Tensor]]) -> Read:
+def led(bundle: Bundle, asked: list[dict[str, Tensor]]) -> Read:
     """Lead a model through the right answers."""
     logs, greedy = [], []
     for inputs in asked:
@@ -114,7 +114,7 @@ def compared(
     original = checkpoint.load(model)
     with torch.inference_mode():
         inputs = list(prepared(original, asked))
-    reads = {"original": read(original, inputs)}
+    reads = {"original": led(original, inputs)}
     rows: dict[str, Any] = {"original": {"log_likelihood": bootstrap(reads["original"].log).to_json()}}
     for group in groups:
         for way, parameters in ways.items():
@@ -127,7 +127,7 @@ def compared(
                 rounded(bundle, "vision", group, own, context)
             plan = rounded(bundle, "language", group, parameters, context)
             with torch.inference_mode():
-                reads[name] = read(bundle, list(prepared(bundle, asked)) if vision else inputs)
+                reads[name] = led(bundle, list(prepared(bundle, asked)) if vision else inputs)
             rows[name] = {
                 "log_likelihood": bootstrap(reads[name].log).to_json(),
                 "against_original": paired(reads["original"], reads[name]),
@@ -205,7 +205,7 @@ def main() -> None:
 
 def write(given: argparse.Namespace, name: str, rows: dict[str, Any]) -> None:
     """Write what is known of a model; what is known of the other stays, and of rows that were not asked for."""
-    document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    document = read(RESULT.stem)
     if given.way or given.group:
         rows = document.get(name, {}) | rows
     else:

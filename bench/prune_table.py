@@ -34,7 +34,7 @@ from unittest import mock
 from torch import Tensor
 
 from bench import assets
-from bench.cells import write_result
+from bench.cells import read, write_result
 from bench.packages import cache_dir
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
@@ -288,7 +288,7 @@ def main() -> None:
 
 def _document(name: str, count: int, samples: int, contest: Contest) -> dict[str, Any]:
     """What is known of a contest on as many samples."""
-    whole = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    whole = read(RESULT.stem)
     found: dict[str, Any] = whole.get(name, {})
     if found.get("n") == count:
         return found
@@ -304,7 +304,7 @@ def _document(name: str, count: int, samples: int, contest: Contest) -> dict[str
 
 def _write(contest: str, document: dict[str, Any], name: str, made: dict[str, Any]) -> None:
     """Add a row; the file is read again first: another contest may have been at work."""
-    whole = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    whole = read(RESULT.stem)
     document["rows"][name] = made
     whole[contest] = document
     temporary = RESULT.with_suffix(f".{contest}")

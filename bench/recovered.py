@@ -27,7 +27,7 @@ from typing import Any
 
 import mmcompress
 from bench import assets
-from bench.cells import write_result
+from bench.cells import read, write_result
 from bench.packages import cache_dir
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--way", action="append", choices=WAYS, help="only this; repeatable")
     parser.add_argument("--steps", type=int, help="of training, in place of each model's own number")
     options = parser.parse_args()
-    document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    document = read(RESULT.stem)
     document["command"] = "python -m bench.recovered"
     for name in options.subjects or SUBJECTS:
         with tempfile.TemporaryDirectory() as work:

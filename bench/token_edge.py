@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import assets
 from bench.answer_sides import RUNNERS, Side, build, compressed, parser, workplace
-from bench.cells import write_result
+from bench.cells import read, write_result
 from bench.edge import INT8, RECIPES, nncf_vision, score
 from bench.token_table import timed_sides
 from mmcompress import checkpoint, recipe
@@ -149,7 +149,7 @@ def main() -> None:
     options = parser(__doc__, rounds=50)
     options.add_argument("part", nargs="?", choices=PARTS)
     chosen = options.parse_args()
-    document = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    document = read(RESULT.stem)
     with workplace(chosen) as work:
         for name in [chosen.part] if chosen.part else PARTS:
             (work / name).mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bench import assets
-from bench.cells import write_result
+from bench.cells import read, write_result
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
@@ -222,7 +222,7 @@ def main() -> None:
     samples = contest.samples if options.samples is None else options.samples
     data = contest.data()
     data = data.subset(samples, 0) if samples else data
-    whole = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    whole = read(RESULT.stem)
     document = whole.get(options.contest, {})
     if document.get("n") != len(data):
         document = {

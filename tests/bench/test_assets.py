@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from bench import assets, packages
+from bench.cells import read
 from bench.demo_data import pack, unpack
 from bench.drawings import VENDORS, matched
 from bench.drawings import Concept as DrawnConcept
@@ -56,7 +57,7 @@ def test_the_held_out_vendor_is_on_one_side_only() -> None:
     heldout = [vendor.name for vendor in VENDORS if vendor.heldout]
     assert heldout == ["twemoji"]
     for name in ("dual_encoder", "demo_model"):
-        result = json.loads((assets.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        result = read(name)
         assert not set(heldout) & set(result["trained_on"])
         assert result["n"] == len(described(demo.TEST))
 
@@ -161,7 +162,7 @@ def test_the_built_dual_encoder_is_the_measured_one() -> None:
     from bench.quality import measure
 
     folder = built(assets.dual_encoder)
-    recorded = json.loads((assets.RESULTS / "dual_encoder.json").read_text(encoding="utf-8"))
+    recorded = read("dual_encoder")
     found = measure(folder)
     for way in ("image_to_text", "text_to_image"):
         # two near ties may fall the other way on another CPU
@@ -172,7 +173,7 @@ def test_the_built_dual_encoder_is_the_measured_one() -> None:
 def test_the_demo_clip_is_good_enough_to_be_damaged() -> None:
     from bench.quality import measure
 
-    recorded = json.loads((assets.RESULTS / "demo_model.json").read_text(encoding="utf-8"))
+    recorded = read("demo_model")
     found = measure(demo.CLIP)["image_to_text"]
     assert found["R@1"]["value"] == pytest.approx(recorded["image_to_text"]["R@1"]["value"], abs=2.1 / recorded["n"])
     assert found["R@1"]["value"] >= 0.30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlavaProcessor
 
 from bench import assets, build_mini_vlm
 from bench.build_mini_vlm import Training, rate, whiten
+from bench.cells import read
 from bench.mini_vlm import CHAT_TEMPLATE, IMAGE, PATCHES, assembled, fast_tokenizer, image_processor, train_tokenizer
 from bench.vision_features import cached_features, patch_features
 from bench.vlm_batches import Pictures, Talk, answer_loss, choose_patches, inked_patches
@@ -231,7 +231,7 @@ def test_answers_are_compared_without_case_and_full_stop() -> None:
 
 def test_the_committed_part_is_small_and_its_numbers_are_of_held_out_data() -> None:
     assert 0 < assets.TRAINED_VLM.stat().st_size <= 14_000_000
-    result = json.loads((assets.RESULTS / "mini_vlm.json").read_text(encoding="utf-8"))
+    result = read("mini_vlm")
     assert "twemoji" not in result["trained"]["drawings"]
     assert result["drawings"]["naming"]["n"] >= 1500
     assert all(result["slices"][name]["n"] >= 300 for name in ("counting", "reading", "position", "colour"))
@@ -240,7 +240,7 @@ def test_the_committed_part_is_small_and_its_numbers_are_of_held_out_data() -> N
 @pytest.mark.real
 def test_the_built_mini_vlm_is_the_measured_one() -> None:
     folder, data = built(assets.mini_vlm), assets.vqa("heldout")
-    recorded = json.loads((assets.RESULTS / "mini_vlm.json").read_text(encoding="utf-8"))["slices"]
+    recorded = read("mini_vlm")["slices"]
     rows = [row for row in read_rows(data) if row["group"] == "colour"]
     hits = correct(rows, Answering(folder).answers(data, rows))
     # two near ties may fall the other way on another CPU
