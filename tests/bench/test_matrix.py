@@ -14,11 +14,6 @@ from mmcompress.passes.prune import Prune
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def found() -> list[matrix.Row]:
-    return matrix.rows()
-
-
 def test_every_class_and_every_pass_is_in_it(found: list[matrix.Row]) -> None:
     assert {label.split(" ")[0] for label, _, _ in found} == {
         name for family in FAMILIES.values() for name in family.architectures

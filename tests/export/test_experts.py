@@ -146,5 +146,7 @@ def test_which_form_is_taken() -> None:
     with pytest.raises(UsageError, match="takes float32 alone") as caught:
         through_chosen(bundle, "chosen", "float16")
     assert caught.value.hint
+    with pytest.raises(UsageError, match="clip models have none"):
+        through_chosen(tiny.bundle("clip"), "chosen", "float32")
     assert experts_for(["torch", "onnxruntime"]) == "auto"
     assert experts_for(["onnxruntime", "openvino"]) == "every"
