@@ -12,8 +12,7 @@ the directions in which least is lost when the last ones go:
 Unit i is direction i of all heads of one attention, of logits and values together, and the last ones go first. How many go of
 which attention is found out by trying (`displacements`): each attention alone is cut to a ladder of widths, and what the embeddings
 move is what its directions are worth, in the unit of Taylor scores, mean |du|^2. First-order effects of gates on directions say
-nothing of it: softmax bears a few of them going and breaks down with many. (Whisper tiny.en's decoder, 40 of 64 channels of its
-first self-attention: 1,400 times what they add up to; and chosen by them four times as much is lost as from the last one on.)
+nothing of it: softmax bears a few of them going and breaks down with many (Whisper's decoder did, cut by them).
 Scores without data take the channels as they are.
 
 Logits are divided by the square root of a head's width, by many classes from its current width: the queries take up the difference.
