@@ -55,7 +55,7 @@ class Export:
     precision: str = "float32"
     runners: tuple[str, ...] = ()
     threads: int = 0
-    """0: all cores this process may use."""
+    """0: as many as OMP_NUM_THREADS says, else all cores this process may use."""
     batch: int = 1
     rounds: int = 30
 

@@ -43,7 +43,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens of an answer, where models answer.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of every runner.  [default: every usable core]")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads of every runner.  [default: OMP_NUM_THREADS, else every usable core]",
+)
 @click.option(
     "--rounds", type=click.IntRange(1), default=100, show_default=True, help="Timed calls of each; 100 give a p99."
 )

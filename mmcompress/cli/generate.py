@@ -35,7 +35,9 @@ from mmcompress.cli import options
     "--runner", help="onnxruntime or openvino for exported files.  [default: onnxruntime; torch for a checkpoint]"
 )
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples at a time.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: every usable core]")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads.  [default: OMP_NUM_THREADS, else every usable core]"
+)
 @options.device_option
 @options.talk_options
 def command(

@@ -18,7 +18,7 @@ from mmcompress.jobs.arrays import TOKENS
 from mmcompress.jobs.bench_answers import open_targets
 from mmcompress.jobs.bench_targets import Target, Variant
 from mmcompress.jobs.speed import BEST, Lane, Timing, TowerSpeed, speeds_between, time_lanes
-from mmcompress.measure.machine import machine_facts, usable_cores
+from mmcompress.measure.machine import default_threads, machine_facts
 from mmcompress.measure.memory import PeakMemory
 from mmcompress.measure.runners import RUNNERS, RunnerSpec
 from mmcompress.progress import Progress, Silent, track
@@ -37,7 +37,7 @@ class Settings:
     """Empty: all that the targets share."""
     batch: int = 1
     threads: int = 0
-    """0: every usable core."""
+    """0: as many as OMP_NUM_THREADS says, else every usable core."""
     rounds: int = 100
     tokens: int = TOKENS
     new_tokens: int = 32
@@ -132,7 +132,7 @@ def bench(paths: Sequence[str], settings: Settings, progress: Progress | None = 
     Raises UsageError for a bad argument or a target no runner can take, MissingError for a runner that is not there.
     """
     progress = progress or Silent()
-    threads = settings.threads or usable_cores()
+    threads = settings.threads or default_threads()
     runners = _runners(settings)
     made = Bench(settings, machine_facts(threads))
     with tempfile.TemporaryDirectory(prefix="mmc-bench-") as scratch:

@@ -33,7 +33,7 @@ from mmcompress.jobs.speed import TowerSpeed, compare_exports, compare_in_torch
 from mmcompress.jobs.stages import Measurements, headlines, load_again
 from mmcompress.jobs.stopwatch import stopwatch
 from mmcompress.measure.cost import cost_of
-from mmcompress.measure.machine import machine_facts, usable_cores
+from mmcompress.measure.machine import default_threads, machine_facts
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune_split import recorded_splits
 from mmcompress.pipeline import Stage, Workplace
@@ -189,7 +189,7 @@ def _finish(run: Measurements, bundle: Bundle, output: Path, shown: dict[str, Sa
         exported = place.directory / "exported"
         speeds = compare_exports(run.fresh, bundle, exported, recipe.export, run.context.progress)
     elif run.data is not None and _computes_in_float(bundle):
-        threads = recipe.export.threads or usable_cores()
+        threads = recipe.export.threads or default_threads()
         speeds = compare_in_torch(run.fresh(), bundle, threads, recipe.export.rounds, run.context.progress)
     before, after = _bytes_of(run.model, bundle), _bytes_in(_newest(place, recipe))
     facts = Facts(

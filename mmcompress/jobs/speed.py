@@ -21,7 +21,7 @@ from mmcompress.export.onnx import experts_for, export_onnx
 from mmcompress.jobs.arrays import TOKENS, arrays_for
 from mmcompress.measure.answerer import part_specs, torch_runner
 from mmcompress.measure.latency import Latency, LatencySamples, compare, interleaved
-from mmcompress.measure.machine import machine_facts, usable_cores
+from mmcompress.measure.machine import default_threads, machine_facts
 from mmcompress.measure.runner import Arrays, Runner
 from mmcompress.measure.runners import RUNNERS, open_runner
 from mmcompress.ops.statistics import Estimate
@@ -201,7 +201,7 @@ def compare_exports(
 ) -> tuple[TowerSpeed, ...]:
     """Export the original and the bundle under `directory` ("original", "compressed") and time them against each other."""
     names = usable_runners(export.runners)
-    threads = export.threads or usable_cores()
+    threads = export.threads or default_threads()
     experts = experts_for(names)
     shutil.rmtree(directory / "compressed", ignore_errors=True)
     if not (directory / "original").exists():

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from mmcompress.bundle import Bundle
+from mmcompress.bundle import Bundle, DualEncoder
 from mmcompress.export.layer import export_layer
 from mmcompress.export.onnx import experts_for, export_onnx
 from mmcompress.jobs.bench import Settings, bench
 from mmcompress.jobs.speed import usable_runners
 from mmcompress.measure.latency import interleaved
-from mmcompress.measure.machine import usable_cores
+from mmcompress.measure.machine import default_threads
 from mmcompress.measure.runners import open_runner
 from mmcompress.recipe import Export
 
@@ -30,7 +30,7 @@ class ExportedStopwatch:
     """Times in the engine of one target, or in the fastest of the runners of `export`. See `passes.base.Stopwatch`."""
 
     def __init__(self, export: Export, target: str = "") -> None:
-        self._export, self._threads = export, export.threads or usable_cores()
+        self._export, self._threads = export, export.threads or default_threads()
         self._asked = (ENGINES[target],) if target else export.runners
         self._known: dict[tuple[str, int], float] = {}
 
@@ -51,7 +51,10 @@ class ExportedStopwatch:
         with tempfile.TemporaryDirectory(prefix="mmc-latency-") as scratch:
             exported = Path(scratch) / "trial"
             experts = experts_for(settings.runners)
-            export_onnx(bundle, exported, precision=export.precision, batches=(1,), experts=experts)
+            # A tower that embeds is timed alone; what answers is one whole.
+            embedding = isinstance(bundle.family, DualEncoder)
+            alone = [tower.name for tower in bundle.towers() if tower.name in stages] if embedding else None
+            export_onnx(bundle, exported, towers=alone, precision=export.precision, batches=(1,), experts=experts)
             found = bench([str(exported)], settings)
         taken: dict[str, list[float]] = defaultdict(list)
         for row in found.rows:

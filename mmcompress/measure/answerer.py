@@ -136,7 +136,7 @@ def bundle_answerer(bundle: Bundle, *, threads: int | None = None) -> Answerer:
 
 def torch_runner(bundle: Bundle, part: Part, threads: int | None) -> Any:
     """Return a part of a bundle in torch, floats in and out as float32 as its graph has them."""
-    from mmcompress.measure.machine import usable_cores
+    from mmcompress.measure.machine import default_threads
     from mmcompress.measure.run_torch import TorchRunner
 
     dtype = next(bundle.model.parameters()).dtype
@@ -146,7 +146,7 @@ def torch_runner(bundle: Bundle, part: Part, threads: int | None) -> Any:
         made = part.compute(bundle.model, *cast)
         return tuple(_cast(value, torch.float32) for value in ((made,) if isinstance(made, torch.Tensor) else made))
 
-    return TorchRunner(compute, threads or usable_cores(), str(bundle.device), output_names=part.outputs)
+    return TorchRunner(compute, threads or default_threads(), str(bundle.device), output_names=part.outputs)
 
 
 def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -54,6 +54,12 @@ def usable_cores() -> int:
     return max(1, min(cores, int(quota) if quota else cores))
 
 
+def default_threads() -> int:
+    """CPU threads of what is not told otherwise: as many as OMP_NUM_THREADS says, but no more than there are usable cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(int(asked), usable_cores()) if asked.isdigit() and int(asked) else usable_cores()
+
+
 def cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     """CPUs granted by the control group (version 2, else version 1); None when unlimited or not on Linux."""
     limit = _read(root / "cpu.max").split()
@@ -117,7 +123,7 @@ def machine_facts(threads: int | None = None) -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "cores": cores,
-        "threads": cores if threads is None else threads,
+        "threads": default_threads() if threads is None else threads,
         "flags": cpu_flags(),
         "memory_mib": memory_mib(),
         "os": " ".join([platform.system(), ".".join(platform.release().split(".")[:2]), platform.machine()]),

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mmcompress.errors import MissingError, UsageError, closest
-from mmcompress.measure.machine import usable_cores
+from mmcompress.measure.machine import default_threads
 from mmcompress.measure.runner import PRECISIONS, Runner
 
 __all__ = ["RUNNERS", "Runner", "RunnerSpec", "open_runner"]
@@ -142,7 +142,7 @@ RUNNERS: dict[str, RunnerSpec] = {
 def open_runner(
     name: str, artifact: Any, threads: int | None = None, device: str | None = None, precision: str = "fp32"
 ) -> Runner:
-    """Load `artifact` in the engine `name`, with `threads` threads (default: every usable core).
+    """Load `artifact` in the engine `name`, with `threads` threads (default: see `default_threads`).
 
     `device` is "cpu" or "cuda" (default: the engine's first). Raises UsageError for an unknown engine, device or
     precision or an artifact it cannot load, MissingError with the command that helps where engine or device is absent.
@@ -155,7 +155,7 @@ def open_runner(
         raise UsageError(f"{name} does not run on '{device}'", hint="it runs on " + ", ".join(spec.devices))
     if precision not in PRECISIONS:
         raise UsageError(f"there is no precision '{precision}'", hint=closest(precision, PRECISIONS))
-    threads = usable_cores() if threads is None else threads
+    threads = default_threads() if threads is None else threads
     if threads < 1:
         raise UsageError(f"{threads} threads were asked for, the least is 1", hint="leave it out to use every core")
     reason = spec.available()

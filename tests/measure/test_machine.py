@@ -77,6 +77,19 @@ def test_a_quota_cuts_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.usable_cores() == 8
 
 
+@pytest.mark.parametrize(
+    ("asked", "threads"), [(None, 4), ("", 4), ("2", 2), ("3,1", 3), ("16", 4), ("0", 4), ("many", 4)]
+)
+def test_omp_num_threads_is_heeded(monkeypatch: pytest.MonkeyPatch, asked: str | None, threads: int) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert machine.default_threads() == threads
+    assert machine.machine_facts()["threads"] == threads
+    assert machine.machine_facts(3)["threads"] == 3
+
+
 def test_model_and_flags_are_read_from_cpuinfo(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nmodel name : Some CPU @ 2GHz\nflags : fpu avx2 avx512_vnni\n")
