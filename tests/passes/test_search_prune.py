@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,9 @@ from mmcompress.passes.search_prune import SearchPrune
 from mmcompress.recipe import Step
 from mmcompress.surgery.gates import Gates
 from tests import tiny
+from tests.passes import searching
 
+ROOT = Path(__file__).parents[2]
 QUICK = {"ratio": 0.2, "steps": 6, "interval": 2, "batch_size": 4, "learning_rate": 1e-3, "multiple": 1, "amp": False}
 
 
@@ -205,3 +211,19 @@ def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: 
 def test_bad_parameters_name_this_pass(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         SearchPrune(**given)
+
+
+@pytest.mark.parametrize("method", ["upop", "uvc"])
+def test_two_processes_decide_what_one_with_twice_the_batch_does(tmp_path: Path, method: str) -> None:
+    pytest.importorskip("accelerate")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name, how, batch in (("pair", launcher, 4), ("alone", [], 8)):
+        # Hardly trained, so that only gates' gradients tell units apart: AdamW makes much of gradients that are noise.
+        given = json.dumps({**QUICK, "method": method, "batch_size": batch, "learning_rate": 1e-7, "clip": 0.0})
+        command = [sys.executable, *how, searching.__file__, str(tmp_path / name), given]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    alone, first, second = (json.loads((tmp_path / name).read_text()) for name in ("alone.0", "pair.0", "pair.1"))
+    assert any(alone["neurons"].values())
+    assert first == second == alone
