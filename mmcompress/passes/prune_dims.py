@@ -88,16 +88,18 @@ def displacements(
         whole = rows()
         ladders = {group: ladder(group.units, multiple) for group in mine}
         context.progress.start(f"{name} trials", sum(map(len, ladders.values())))
-        for group, widths in ladders.items():
-            moved = []
-            for width in widths:
-                seen = read[group] if means and bundle.module(group.reader).bias is not None else None
-                with _narrowed(bundle, group, turns[group], width, seen):
-                    squares = [(found - own).square().sum(-1) for found, own in zip(rows(), whole, strict=True)]
-                moved.append(float(torch.cat(squares).mean()))
-                context.progress.advance(1, f"{group.key} {width} of {group.units}: {moved[-1]:.2e}")
-            worth[group] = by_width(moved, widths, group.units)
-        context.progress.finish()
+        try:
+            for group, widths in ladders.items():
+                moved = []
+                for width in widths:
+                    seen = read[group] if means and bundle.module(group.reader).bias is not None else None
+                    with _narrowed(bundle, group, turns[group], width, seen):
+                        squares = [(found - own).square().sum(-1) for found, own in zip(rows(), whole, strict=True)]
+                    moved.append(float(torch.cat(squares).mean()))
+                    context.progress.advance(1, f"{group.key} {width} of {group.units}: {moved[-1]:.2e}")
+                worth[group] = by_width(moved, widths, group.units)
+        finally:
+            context.progress.finish()
     return [worth[group] for group in groups]
 
 
