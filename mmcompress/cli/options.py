@@ -116,6 +116,17 @@ def recover_option(function: F) -> F:
     )(function)
 
 
+def rounds_option(function: F) -> F:
+    """--rounds, for what is better cut a little at a time."""
+    return click.option(
+        "--rounds",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Cut and train by turns so many times: each round takes the same share of what is left, and its part of --recover.",
+    )(function)
+
+
 def run_options(function: F) -> F:
     """--dry-run, --resume, --set, --no-control, --allow-pickle."""
     function = click.option("--dry-run", is_flag=True, help="Print what would be done, its time, memory and disk.")(
