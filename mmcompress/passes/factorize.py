@@ -137,7 +137,7 @@ class Factorize:
                 f"factorize matched nothing: no Linear of these blocks gets smaller in ranks of {self.multiple} and more",
                 hint="use a smaller multiple or min_keep, or other layers",
             )
-        wanted = pools(totals, "parameters", self.ratio, self.target, self.ratios)
+        wanted = pools({name: costs.parameters for name, costs in totals.items()}, self.ratio, self.target, self.ratios)
         for pool in wanted:
             require_possible(bundle.family.name, pool, layers)
         return totals, layers, wanted

@@ -7,11 +7,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.manifest import Record
 from mmcompress.ops.budget import largest_within
 from mmcompress.passes.base import Context, Pass, Plan
+from mmcompress.surgery.watch import evaluating, watch_inputs
 from mmcompress.views import Tower
 
 TRIALS = 5
@@ -94,3 +98,18 @@ def _given(made: Pass) -> dict[str, Any]:
     """Return the parameters of a pass that are not as usual."""
     fields = dataclasses.fields(made)  # type: ignore[arg-type]
     return {field.name: value for field in fields if (value := getattr(made, field.name)) != field.default}
+
+
+def linear_rows(bundle: Bundle, tower: Tower) -> dict[str, int]:
+    """Return for how many rows each Linear of a tower is called by its example, by path."""
+    rows: dict[str, int] = {}
+    linears = {
+        path: layer for path, layer in bundle.model.named_modules() if tower.owns(path) and isinstance(layer, nn.Linear)
+    }
+
+    def record(path: str, tokens: Tensor) -> None:
+        rows[path] = rows.get(path, 0) + len(tokens)
+
+    with evaluating(bundle.model), torch.inference_mode(), watch_inputs(linears, record):
+        bundle.encode(tower.name, bundle.example_inputs(tower.name))
+    return rows

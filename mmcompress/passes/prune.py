@@ -41,6 +41,7 @@ from mmcompress.passes.prune_budget import (
     knapsack,
     pools,
     require_possible,
+    times,
     worth,
 )
 from mmcompress.passes.prune_checks import require_prunable, require_sensible
@@ -205,9 +206,21 @@ class Prune:
             return plan_within_latency(self, bundle, context)
         return self.planned(bundle, context)
 
-    def planned(self, bundle: Bundle, context: Context, scores: Sequence[Tensor] | None = None) -> Plan:
-        """Return the plan for a share that is given; `scores` are those of all groups, where they are known."""
+    def planned(
+        self,
+        bundle: Bundle,
+        context: Context,
+        scores: Sequence[Tensor] | None = None,
+        timed: Sequence[Group] | None = None,
+    ) -> Plan:
+        """Return the plan for a share that is given; `scores` are those of all groups, where they are known.
+
+        `timed`: the groups with what their units take, of which then `ratio` is a share.
+        """
         totals, groups, bounds, wanted = self.survey(bundle, self.chosen(bundle))
+        measure = "nanoseconds" if timed else self.budget
+        if timed:
+            groups, wanted = timed, pools(times(timed), self.ratio, None, {})
         chosen: dict[Group, list[int]] = {}
         search = Evolution(bundle, context, self.evaluations, self.judging_samples, self.repairs)
         allocators: dict[str, Allocator] = {"knapsack": knapsack, "even": even, "evolutionary": search}
@@ -215,11 +228,9 @@ class Prune:
             names = {name for pool in wanted for name in pool.towers}
             groups = [group for group in groups if group.tower in names]
             found = ranked(self, bundle, groups, context) if scores is None else scores
-            values = worth(groups, found, normalised(self), self.budget)
+            values = worth(groups, found, normalised(self), measure)
             for pool in wanted:
-                chosen |= choose(
-                    bundle.family.name, pool, groups, values, bounds, self.budget, allocators[self.allocate]
-                )
+                chosen |= choose(bundle.family.name, pool, groups, values, bounds, measure, allocators[self.allocate])
         if turns(self.ranking):  # directions go from the last on, also among equals
             chosen |= {group: list(range(len(kept))) for group, kept in chosen.items() if group.kind == "head-dims"}
         cut = {group: kept for group, kept in chosen.items() if len(kept) < group.units}
@@ -285,7 +296,7 @@ class Prune:
             raise UsageError("prune matched nothing: every block is protected", hint="protect fewer blocks")
         bounds = Bounds(self.min_keep, self.multiple, self.uniform, {tower.name: len(tower.blocks) for tower in towers})
         ratio = 0.0 if self.latency_ms is not None else self.ratio  # what has to go is found out later
-        wanted = pools(totals, self.budget, ratio, self.target, self.ratios)
+        wanted = pools({name: costs.of(self.budget) for name, costs in totals.items()}, ratio, self.target, self.ratios)
         for pool in wanted:
             require_possible(bundle.family.name, pool, groups, bounds, self.budget)
         return totals, groups, bounds, wanted

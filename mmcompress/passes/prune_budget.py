@@ -17,7 +17,7 @@ from mmcompress.errors import UsageError
 from mmcompress.ops import allocation, importance
 from mmcompress.ops.allocation import Layer
 from mmcompress.ops.progressive import standardised
-from mmcompress.passes.prune_units import Costs, Group
+from mmcompress.passes.prune_units import Group
 
 Allocator = Callable[[Sequence[Group], Sequence[Layer], int], list[list[int]]]
 """(groups, the same as the allocator sees them, cost that has to go) -> kept units of each."""
@@ -49,7 +49,7 @@ class Bounds:
         tie = f"{group.tower}.{group.kind}.{group.part}" if self.uniform and group.kind != "blocks" else ""
         bound = 0 if group.kind == "blocks" else max(group.least, share(self.min_keep, group.units))
         multiple = self.multiple if group.kind in ("neurons", "head-dims") else 1
-        return Layer(tuple(values), group.cost.of(measure), bound, multiple, tie)
+        return Layer(tuple(values), group.price(measure), bound, multiple, tie)
 
     def smallest(self, group: Group, measure: str) -> int:
         """Return how many units of the group stay at least."""
@@ -61,20 +61,26 @@ def share(fraction: float, count: int) -> int:
     return max(1, math.ceil(Fraction(str(fraction)) * count))
 
 
-def pools(
-    totals: Mapping[str, Costs], measure: str, ratio: float, target: float | None, ratios: Mapping[str, float]
-) -> list[Pool]:
-    """Return the pools: one per tower with its own ratio, and one for all others."""
+def pools(totals: Mapping[str, int], ratio: float, target: float | None, ratios: Mapping[str, float]) -> list[Pool]:
+    """Return the pools: one per tower with its own ratio, and one for all others; `totals` are what the towers cost."""
     own = [name for name in totals if name in ratios]
     shared = tuple(name for name in totals if name not in ratios)
-    made = [_pool((name,), totals[name].of(measure), ratios[name]) for name in own]
+    made = [_pool((name,), totals[name], ratios[name]) for name in own]
     if shared:
-        total = sum(totals[name].of(measure) for name in shared)
+        total = sum(totals[name] for name in shared)
         if target is not None:
             made.append(Pool(shared, total, max(0, total - math.floor(target)), f"target {target:,.0f}"))
         else:
             made.append(_pool(shared, total, ratio))
     return [pool for pool in made if pool.remove > 0]
+
+
+def times(groups: Iterable[Group]) -> dict[str, int]:
+    """Return the nanoseconds that all units of each tower take."""
+    total: dict[str, int] = {}
+    for group in groups:
+        total[group.tower] = total.get(group.tower, 0) + group.units * group.nanoseconds
+    return total
 
 
 def _pool(towers: tuple[str, ...], total: int, ratio: float) -> Pool:
@@ -93,7 +99,7 @@ def most_removable(pool: Pool, groups: Iterable[Group], bounds: Bounds, measure:
         parts[place] = parts.get(place, 0) + allocation.removable_cost([layer])
     for name in pool.towers:
         costs = sorted(
-            g.cost.of(measure) - parts.get((name, g.block), 0) for g in mine if g.kind == "blocks" and g.tower == name
+            g.price(measure) - parts.get((name, g.block), 0) for g in mine if g.kind == "blocks" and g.tower == name
         )
         most += sum(costs[len(costs) - min(len(costs), bounds.depths[name] - _staying(name, bounds)) :])
     return most
@@ -126,7 +132,7 @@ def choose(
     staying = _best_blocks(priced, bounds, measure)
     if len({group.kind == "blocks" for group, _ in priced}) == 2:
         gone = _blocks_to_go(pool, priced, staying, bounds, measure)
-        rest = replace(pool, remove=pool.remove - sum(group.cost.of(measure) for group in gone))
+        rest = replace(pool, remove=pool.remove - sum(group.price(measure) for group in gone))
         parts = [(g, v) for g, v in zip(groups, values, strict=True) if g.kind != "blocks" and not _within(g, gone)]
         left = choose(family, rest, [g for g, _ in parts], [v for _, v in parts], bounds, measure, allocator)
         whole = {group: [] if group in gone else list(range(group.units)) for group, _ in priced}
@@ -165,7 +171,7 @@ def worth(groups: Sequence[Group], scores: Sequence[Tensor], normalise: str, mea
         scores = standardised(scores, [group.kind for group in groups])
     elif normalise != "cost":
         scores = _relative(groups, scores, importance.by_norm if normalise == "norm" else importance.relative)
-    return [score.double() * group.cost.of(measure) for group, score in zip(groups, scores, strict=True)]
+    return [score.double() * group.price(measure) for group, score in zip(groups, scores, strict=True)]
 
 
 def _relative(groups: Sequence[Group], scores: Sequence[Tensor], to_layer: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -187,7 +193,7 @@ def _best_blocks(priced: Sequence[tuple[Group, list[float]]], bounds: Bounds, me
     """Return the blocks of each tower that may not go: as many of the densest as the lower bound asks for."""
     best: set[Group] = set()
     for name, depth in bounds.depths.items():
-        blocks = [(value[0] / group.cost.of(measure), -group.block, group) for group, value in priced
+        blocks = [(value[0] / group.price(measure), -group.block, group) for group, value in priced
                   if group.kind == "blocks" and group.tower == name]  # fmt: skip
         untouched = depth - len(blocks)
         needed = max(0, _staying(name, bounds) - untouched)
@@ -204,14 +210,14 @@ def _blocks_to_go(
     blocks as it takes for the other parts to pay for the rest. A block that alone would overshoot stays.
     """
     blocks = [group for group, _ in priced if group.kind == "blocks" and group not in staying]
-    units = [(value / group.cost.of(measure), place, group)
+    units = [(value / group.price(measure), place, group)
              for place, (group, own) in enumerate(priced) if group not in staying for value in own]  # fmt: skip
     order = [group for _, _, group in sorted(units, key=lambda unit: unit[:2])]
     gone: set[Group] = set()
     removed = 0
     taken: dict[tuple[str, int], int] = {}
     for group in order:
-        where, cost = (group.tower, group.block), group.cost.of(measure)
+        where, cost = (group.tower, group.block), group.price(measure)
         if removed >= pool.remove:
             break
         if group.kind == "blocks":
@@ -235,7 +241,7 @@ def _can_pay(
     pool: Pool, priced: Sequence[tuple[Group, list[float]]], gone: set[Group], bounds: Bounds, measure: str
 ) -> bool:
     parts = [bounds.layer(g, v, measure) for g, v in priced if g.kind != "blocks" and not _within(g, gone)]
-    return pool.remove - sum(group.cost.of(measure) for group in gone) <= allocation.removable_cost(parts)
+    return pool.remove - sum(group.price(measure) for group in gone) <= allocation.removable_cost(parts)
 
 
 def _refuse(family: str, pool: Pool, groups: Sequence[Group], most: int, measure: str) -> None:

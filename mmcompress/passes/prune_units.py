@@ -64,6 +64,12 @@ class Group:
     """How many layers' rows a writer holds one after the other: 3 where q, k and v are fused."""
     least: int = 1
     """How many units stay in any case: as many experts as a token goes through."""
+    nanoseconds: int = 0
+    """What one unit takes, where it was timed (`prune_times`)."""
+
+    def price(self, measure: str) -> int:
+        """Return what one unit costs, in parameters, macs or nanoseconds."""
+        return self.nanoseconds if measure == "nanoseconds" else self.cost.of(measure)
 
     @property
     def key(self) -> str:

@@ -12,18 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
 from mmcompress.passes.base import Context
-from mmcompress.passes.latency import stages_of
+from mmcompress.passes.latency import linear_rows, stages_of
 from mmcompress.passes.quantize_budget import Budget, by_latency
 from mmcompress.passes.quantize_options import Candidate, Group
 from mmcompress.progress import track
 from mmcompress.surgery.quantized import drop_ties
-from mmcompress.surgery.watch import evaluating, watch_inputs
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -50,7 +46,7 @@ class Timing:
 
     def timed(self, groups: Sequence[Group]) -> list[Group]:
         """Return the groups with what the products of each candidate take; patches and looking rows up take the same in all."""
-        rows = {path: count for tower in self.towers for path, count in _rows(self.bundle, tower).items()}
+        rows = {path: count for tower in self.towers for path, count in linear_rows(self.bundle, tower).items()}
 
         def milliseconds(group: Group, each: Candidate) -> float:
             paths = [path for path in group.candidates[0].layers if path in rows]
@@ -97,18 +93,3 @@ class Timing:
             "schemes that were to keep it",
             hint=f"allow {min(tried) * 1.05:.2f}, or prune or merge tokens as well",
         )
-
-
-def _rows(bundle: Bundle, tower: Tower) -> dict[str, int]:
-    """Path -> for how many rows each Linear is called by the tower's example."""
-    rows: dict[str, int] = {}
-    linears = {
-        path: layer for path, layer in bundle.model.named_modules() if tower.owns(path) and isinstance(layer, nn.Linear)
-    }
-
-    def record(path: str, tokens: Tensor) -> None:
-        rows[path] = rows.get(path, 0) + len(tokens)
-
-    with evaluating(bundle.model), torch.inference_mode(), watch_inputs(linears, record):
-        bundle.encode(tower.name, bundle.example_inputs(tower.name))
-    return rows

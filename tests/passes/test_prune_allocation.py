@@ -96,7 +96,8 @@ def test_evenly_every_group_gives_up_the_same_share() -> None:
     # Scores still say which units of a group go.
     magnitude = Prune(ratio=0.2, multiple=1, score="magnitude", compensate="none")
     groups = groups_of(bundle)
-    (pool,) = pools(magnitude.survey(bundle, bundle.towers())[0], "parameters", 0.2, None, {})
+    totals = magnitude.survey(bundle, bundle.towers())[0]
+    (pool,) = pools({name: costs.parameters for name, costs in totals.items()}, 0.2, None, {})
     assert pool.towers == ("vision", "text")
     for group, scores in zip(groups, ranked(magnitude, bundle, groups, context()), strict=True):
         kept = kept_of(groups, plan)[group]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
@@ -15,10 +17,12 @@ from mmcompress.jobs.compress import compress
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.prune import Prune
 from mmcompress.passes.prune_ranking import ranked
-from mmcompress.passes.prune_units import count_costs
+from mmcompress.passes.prune_times import timed
+from mmcompress.passes.prune_units import Group, count_costs
+from mmcompress.progress import Silent
 from mmcompress.recipe import parse
 from tests import tiny
-from tests.passes.timing import timed_by
+from tests.passes.timing import Layers, Timer, timed_by
 
 FAMILY = "clip"
 PLAIN: dict[str, Any] = {"score": "magnitude", "compensate": "none", "multiple": 1, "min_keep": 0.1}
@@ -34,11 +38,20 @@ def timer(bundle: Bundle, stages: tuple[str, ...]) -> float:
     return 0.5 + macs(bundle) / 1e6
 
 
+def product(layer: nn.Module, rows: int) -> float:
+    """What a Linear takes there."""
+    return rows * layer.get_parameter("weight").numel() / 1e6
+
+
+def machine(timer: Timer, layers: Layers = product) -> Any:
+    return timed_by(timer, layers)
+
+
 def run(latency_ms: float, **params: Any) -> tuple[Bundle, Plan]:
     bundle = tiny.bundle(FAMILY)
     made = Prune(latency_ms=latency_ms, **{**PLAIN, **params})
     made.check(bundle)
-    plan = made.plan(bundle, Context(data=tiny.data(FAMILY, 4), num_samples=4, stopwatch=timed_by(timer)))
+    plan = made.plan(bundle, Context(data=tiny.data(FAMILY, 4), num_samples=4, stopwatch=machine(timer)))
     made.apply(bundle, plan)
     return bundle, plan
 
@@ -56,17 +69,72 @@ def test_least_goes_that_keeps_the_budget() -> None:
     assert macs(unneeded) == macs(tiny.bundle(FAMILY))
 
 
-def test_what_is_chosen_is_what_a_ratio_chooses_and_repaired_all_the_same() -> None:
+def test_what_stays_is_repaired_after_the_trials() -> None:
     whole = timer(tiny.bundle(FAMILY), ("vision", "text"))
     bundle, plan = run(0.5 + 0.6 * (whole - 0.5), score="taylor", compensate="least-squares")
-    share = max(float(key) for key, took in plan.decisions["tried_ms"].items() if took <= 0.5 + 0.6 * (whole - 0.5))
+    assert plan.tensors
     other = tiny.bundle(FAMILY)
-    made = Prune(**{**PLAIN, "score": "taylor", "compensate": "least-squares"}, budget="macs", ratio=1 - share)
-    again = made.plan(other, Context(data=tiny.data(FAMILY, 4), num_samples=4))
+    priced = timed(other, other.towers(), groups_of(other), machine(timer)(""), Silent())
+    share = max(float(key) for key, took in plan.decisions["tried_ms"].items() if took <= 0.5 + 0.6 * (whole - 0.5))
+    made = Prune(**{**PLAIN, "score": "taylor", "compensate": "least-squares"}, latency_ms=1.0, ratio=1 - share)
+    again = made.planned(other, Context(data=tiny.data(FAMILY, 4), num_samples=4), timed=priced)
     made.apply(other, again)
-    assert again.tensors
     assert {**again.decisions, "tried_ms": plan.decisions["tried_ms"]} == plan.decisions
     assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in bundle.model.state_dict().items())
+
+
+def groups_of(bundle: Bundle, *units: str) -> list[Group]:
+    made = Prune(**PLAIN)
+    found: list[Group] = made.survey(bundle, made.chosen(bundle), units)[1]
+    return found
+
+
+def test_what_units_take_by_hand() -> None:
+    """Half the difference between all and half of the units; attention's own products as their MACs."""
+    bundle = tiny.bundle(FAMILY)
+    groups = groups_of(bundle)
+    priced = timed(bundle, bundle.towers(), groups, machine(timer)(""), Silent())
+    assert [replace(group, nanoseconds=0) for group in priced] == groups
+    # A machine of a million products in a millisecond: MACs are nanoseconds.
+    assert [group.nanoseconds for group in priced] == [group.cost.macs for group in groups]
+
+    def fixed(layer: nn.Module, rows: int) -> float:
+        return 0.003 + product(layer, rows)  # what every call costs, no unit saves
+
+    priced = timed(bundle, bundle.towers(), groups, machine(timer, fixed)(""), Silent())
+    assert [group.nanoseconds for group in priced] == [group.cost.macs for group in groups]
+    # Half as wide nothing is quicker: a tenth of an equal part of four and of two layers' time.
+    (heads, neurons, *_) = timed(bundle, bundle.towers(), groups, machine(timer, lambda *_: 1.0)(""), Silent())
+    assert neurons.nanoseconds == round(1e6 * 0.1 * 2 / neurons.units)
+    assert heads.nanoseconds > 1e6 * 0.1 * 4 / heads.units
+    (block, *_) = timed(bundle, bundle.towers(), groups_of(bundle, "blocks"), machine(timer, fixed)(""), Silent())
+    linears = [layer for layer in bundle.module(block.reader).modules() if isinstance(layer, nn.Linear)]
+    assert block.nanoseconds == pytest.approx(block.cost.macs + 3000 * len(linears), rel=0.2)
+    assert block.nanoseconds > block.cost.macs + 3000 * len(linears)
+
+
+def test_what_takes_no_time_does_not_go() -> None:
+    """Attention costs nothing here: only neurons go, though heads matter least."""
+    bundle = tiny.bundle(FAMILY)
+    with torch.no_grad():
+        for group in groups_of(bundle, "heads"):
+            for path in (*group.writers, group.reader):
+                bundle.module(path).get_parameter("weight").mul_(1e-3)
+
+    def only_neurons(layer: nn.Module, rows: int) -> float:
+        square = layer.in_features == layer.out_features or 2 * layer.out_features <= layer.in_features  # type: ignore[operator]
+        wide = max(layer.in_features, layer.out_features) > 64  # type: ignore[type-var,call-overload]
+        return product(layer, rows) if wide and not square else 1e-9
+
+    whole = timer(bundle, ("vision", "text"))
+    made = Prune(latency_ms=0.5 + 0.9 * (whole - 0.5), normalise="none", **PLAIN)
+    plan = made.plan(bundle, Context(stopwatch=machine(timer, only_neurons)))
+    assert plan.decisions["kept"]["neurons"]
+    assert not plan.decisions["kept"]["heads"]
+    heads = (
+        Prune(ratio=0.1, budget="macs", normalise="none", **PLAIN).plan(bundle, Context()).decisions["kept"]["heads"]
+    )
+    assert heads  # which MACs alone would take
 
 
 def test_a_share_that_takes_longer_than_a_larger_one_is_no_reason_to_give_up() -> None:
@@ -79,7 +147,7 @@ def test_a_share_that_takes_longer_than_a_larger_one_is_no_reason_to_give_up() -
 
     bundle = tiny.bundle(FAMILY)
     made = Prune(latency_ms=0.95 * whole, **PLAIN)
-    plan = made.plan(bundle, Context(stopwatch=timed_by(uneven)))
+    plan = made.plan(bundle, Context(stopwatch=machine(uneven)))
     made.apply(bundle, plan)
     assert uneven(bundle, ("vision", "text")) <= 0.95 * whole
     tried = sorted((float(share), took) for share, took in plan.decisions["tried_ms"].items())
@@ -95,7 +163,7 @@ def test_a_share_that_was_disturbed_is_timed_again() -> None:
         calls[0] += 1
         return timer(bundle, stages) * (1.5 if calls[0] % 3 == 0 else 1.0)
 
-    plan = Prune(latency_ms=allowed, **PLAIN).plan(tiny.bundle(FAMILY), Context(stopwatch=timed_by(disturbed)))
+    plan = Prune(latency_ms=allowed, **PLAIN).plan(tiny.bundle(FAMILY), Context(stopwatch=machine(disturbed)))
     assert plan.decisions["kept"] == run(allowed)[1].decisions["kept"]
 
 
@@ -163,7 +231,7 @@ def test_dry_runs_know_that_it_takes_time() -> None:
 def test_a_run_exports_and_times_on_this_machine(tmp_path: Path) -> None:
     bundle = tiny.bundle(FAMILY)
     recipe = {
-        "steps": [{"prune": {**PLAIN, "latency_ms": 60_000.0, "units": ["neurons"]}}],
+        "steps": [{"prune": {**PLAIN, "latency_ms": 60_000.0, "units": ["neurons"], "towers": ["vision"]}}],
         "export": {"runners": ["onnxruntime"]},
     }
     result = compress(copy.deepcopy(bundle), parse(recipe), tmp_path / "out")
