@@ -103,6 +103,15 @@ def test_what_units_take_by_hand() -> None:
 
     priced = timed(bundle, bundle.towers(), groups, machine(timer, fixed)(""), Silent())
     assert [group.nanoseconds for group in priced] == [group.cost.macs for group in groups]
+    seen: list[tuple[int, int]] = []
+
+    def noted(layer: nn.Module, rows: int) -> float:
+        seen.append((int(layer.in_features), int(layer.out_features)))  # type: ignore[arg-type]
+        return product(layer, rows)
+
+    (neurons,) = timed(bundle, bundle.towers(), [groups[1]], machine(timer, noted)(""), Silent())
+    width, count = bundle.module(neurons.writers[0]).in_features, neurons.units
+    assert seen == [(width, count), (count, width), (width, count // 2), (count // 2, width)]
     # Half as wide nothing is quicker: a tenth of an equal part of four and of two layers' time.
     (heads, neurons, *_) = timed(bundle, bundle.towers(), groups, machine(timer, lambda *_: 1.0)(""), Silent())
     assert neurons.nanoseconds == round(1e6 * 0.1 * 2 / neurons.units)
