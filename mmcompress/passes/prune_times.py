@@ -37,13 +37,12 @@ def timed(
 
 def _milliseconds(bundle: Bundle, group: Group, rows: dict[str, int], stopwatch: Stopwatch) -> float:
     """Return what one unit takes; of a block, all of it."""
-    whole = group.kind == "blocks"
-    within = [path for path in rows if path.startswith(f"{group.reader}.")] if whole else []
+    within = [path for path in rows if path.startswith(f"{group.reader}.")] if group.kind == "blocks" else []
     paths = within or [path for path in (*group.writers, group.reader) if path in rows]
     linears = {path: bundle.module(path) for path in paths}
     before = sum(stopwatch.layer(linear, rows[path]) for path, linear in linears.items())
     macs = sum(rows[path] * _weights(linear) for path, linear in linears.items())
-    left = 0 if whole else group.units // 2
+    left = group.units // 2  # none of a block
     after = sum(
         stopwatch.layer(_narrowed(linear, path == group.reader, left, group.units), rows[path])
         for path, linear in (linears.items() if left else ())
