@@ -190,7 +190,7 @@ def judge_tower(
         _say(judge, f"{len(found.given_back)} of {len(made)} layers stay float", found, min_cosine)
     for path in report.setdefault("kept_float", []):
         del layers[path]
-        for decided in ("tied", "scaled"):
+        for decided in ("tied", "scaled", "logits"):
             plan.decisions[decided].pop(path, None)
     return report | {
         "cosine": round(found.cosine, 6),
