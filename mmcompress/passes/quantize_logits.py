@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmcompress.bundle import Bundle
 from mmcompress.errors import UsageError
-from mmcompress.passes.quantize_schemes import SCHEMES
+from mmcompress.passes.quantize_layers import candidates
+from mmcompress.passes.quantize_schemes import AUTO
 from mmcompress.surgery.low_rank import LowRankLinear, factor_paths
 from mmcompress.views import Tower
 
@@ -45,12 +46,12 @@ def rounds_output(path: str, decisions: Mapping[str, Any]) -> bool:
 
 def require_logits(settings: Quantize, bundle: Bundle) -> None:
     """Raise UsageError where int8 logits are asked for and no tower to be quantized can have them."""
-    towers = [tower for tower in bundle.towers() if SCHEMES[settings.scheme_of(tower.name)].weights == "int8"]
-    layers = {path for path, _ in bundle.model.named_modules()}
-    if settings.logits == "int8" and not any(pairs_of(bundle, tower, layers) for tower in towers):
+    towers = [tower for tower in bundle.towers() if settings.scheme_of(tower.name) in ("W8A8", AUTO)]
+    layers = {tower.name: candidates(bundle, tower, settings.tables, settings.keep_float) for tower in towers}
+    if not any(pairs_of(bundle, tower, layers[tower.name]) for tower in towers):
         raise UsageError(
-            f"quantize.logits is 'int8', but no attention of {', '.join(tower.name for tower in towers)} multiplies what "
-            "query and key Linears give out: it turns them by their places, keeps keys in a cache, or has one Linear for both",
+            f"quantize.logits is 'int8', but no attention of {', '.join(layers) or 'a tower with W8A8'} multiplies what query "
+            "and key Linears of 8 bits give out: places turn it, keys wait in a cache, one Linear makes both, or they stay float",
             hint="leave it out",
         )
 
