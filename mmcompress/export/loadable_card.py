@@ -59,5 +59,7 @@ def rounded(report: LayoutReport) -> list[str]:
         lines.append(f"inputs of {len(report.unrounded)} quantized layers: not rounded to 8 bits any more")
     if report.float_outputs:
         count = len(report.float_outputs)
-        lines.append(f"outputs of {count} query and key Linears: not rounded to 8 bits any more, logits are computed of floats")
+        lines.append(
+            f"outputs of {count} query and key Linears: not rounded to 8 bits any more, logits are computed of floats"
+        )
     return lines

@@ -137,7 +137,7 @@ def level(node: onnx.NodeProto) -> onnx.AttributeProto:
 
 @contextlib.contextmanager
 def no_rounding(module: Traced) -> Iterator[None]:
-    """While active, the module's quantized layers take inputs and give outputs as they come, and its cache keeps what it is given."""
+    """While active, the module's quantized layers round neither inputs nor outputs, and its cache keeps what it is given."""
     held: dict[Any, dict[str, Any]] = {
         layer: {name: value for name in _ROUNDING_BY if (value := getattr(layer, name, None)) is not None}
         for layer in rounding_layers(module)

@@ -132,9 +132,9 @@ class Quantize:
     head, a little more than a quarter of float32. The cache is smaller for it and not faster: they are made floats again for each
     token. For models that are shown pictures and answer in text; with scheme W16A16 nothing else changes."""
     logits: Literal["float", "int8"] = "float"
-    """For W8A8 with static activations and target openvino: int8 rounds queries and keys as well, as their Linears give them out, so
-    that attentions compute their logits of integers. A little faster and less accurate. Not where places turn them afterwards
-    (rotary), one Linear makes both, or keys wait in a cache; and where `min_cosine` does not hold, logits are floats again first."""
+    """For W8A8 with static activations and target openvino: int8 rounds queries and keys too, as their Linears give them out, so
+    that attentions compute their logits of integers; a little faster, and a little less accurate. Not where places turn them
+    afterwards (rotary), one Linear makes both, or keys wait in a cache. Logits are given back first, for `min_cosine`."""
     smooth: float = 0.75
     """For W8A8, with data: how much of the spread of an activation's channels moves into the weights (SmoothQuant); 0 is off."""
     reduce_range: bool = False

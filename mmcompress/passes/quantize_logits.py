@@ -1,8 +1,8 @@
 """Which attentions compute their logits, queries times keys, of integers.
 
-Engines do so where both are rounded as their Linears give them out, and what lies between only moves them: heads are cut out and
-turned. So nothing may be computed with them in between (rotary places), keys must not wait in a cache of floats (decoders), and each
-must have a Linear of its own, since a fused one gives the values out as well.
+OpenVINO does so where both are rounded as their Linears give them out, and what lies between only moves them, head by head. So
+places must not turn them there (rotary), keys must not wait in a cache of floats (decoders), and each needs a Linear of its own: a
+fused one gives out the values as well.
 """
 
 from __future__ import annotations

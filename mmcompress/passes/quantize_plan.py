@@ -45,7 +45,9 @@ DECISIONS = "decisions.json"
 
 def begun(target: str, context: Context) -> Plan:
     """Return a plan without towers, or with those that a killed run had finished, and what it had computed for others."""
-    sections: dict[str, Any] = {name: {} for name in ("layers", "groups", "scaled", "folds", "logits", "tied", "towers")}
+    sections: dict[str, Any] = {
+        name: {} for name in ("layers", "groups", "scaled", "folds", "logits", "tied", "towers")
+    }
     made = Plan({"target": target, **sections})
     place = _place(context)
     if place is None:

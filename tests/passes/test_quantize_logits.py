@@ -223,14 +223,13 @@ def test_logits_are_floats_again_before_layers_are() -> None:
     assert report["kept_float"] == []
     assert path not in plan.decisions["logits"]
     assert len(plan.decisions["logits"]) == 2
-    assert {name for name in rounded(made)} == queries_and_keys(made) & {
-        name for name in queries_and_keys(made) if "vision" in name and "layers.1." not in name
-    }
+    left = {name for name in queries_and_keys(made) if "vision" in name and "layers.1." not in name}
+    assert set(rounded(made)) == left
     assert f"{path}.output_scale" not in plan.tensors
 
 
 def test_what_stays_float_takes_its_partner_along() -> None:
-    bundle, plan = run(keep_float=("vision_model.encoder.layers.0.self_attn.q_proj",))
+    bundle, _ = run(keep_float=("vision_model.encoder.layers.0.self_attn.q_proj",))
     left = queries_and_keys(bundle) - {f"vision_model.encoder.layers.0.self_attn.{name}_proj" for name in "qk"}
     assert set(rounded(bundle)) == left
 
@@ -240,6 +239,9 @@ def test_layers_are_floats_only_where_logits_were_not_enough() -> None:
     report = plan.decisions["towers"]["vision"]
     assert report["kept_float"]
     assert len(report["float_logits"]) == 3
+    # From there on it goes as if they had never been rounded.
+    plain = run(towers=("vision",), min_cosine=0.9999, logits="float")[1].decisions["towers"]["vision"]
+    assert (report["kept_float"], report["cosine"]) == (plain["kept_float"], plain["cosine"])
     assert "logits" not in plan.decisions
     assert not rounded(bundle)
     assert not any(name.endswith(".output_scale") for name in plan.tensors)
