@@ -42,6 +42,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours cpu": {"target": "cpu"},
     "ours openvino": {"target": "openvino"},
     "ours openvino, no smoothing": {"target": "openvino", "smooth": 0.0},
+    "ours openvino, int8 logits": {"target": "openvino", "logits": "int8"},
 }
 PRESETS = ("mixed", "performance")
 DRAWS = 3

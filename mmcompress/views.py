@@ -45,6 +45,8 @@ class Attention:
     """Where heads cannot be cut: why not, for a person."""
     why_rigid: str = ""
     """Where heads cannot become narrower: why not, for a person."""
+    turned: bool = False
+    """Whether the places of tokens turn queries and keys behind their Linears (rotary), so that others are multiplied."""
     window: float = 0
     """How many keys a query sees, where those are not all; where windows differ, the mean over the queries."""
 

@@ -40,7 +40,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("clip", {"scheme": "W8A8", "activations": "dynamic"}),
     # Too much is lost: groups are judged alone, take 8 bits, and stay floats.
     ("llava_clip", {**GPTQ, "min_cosine": 0.9999}),
-    ("clip", {**STATIC, "min_cosine": 0.9995, "sensitivity": True}),
+    ("clip", {**STATIC, "min_cosine": 0.9995, "sensitivity": True, "target": "openvino", "logits": "int8"}),
 ]
 
 

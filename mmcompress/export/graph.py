@@ -124,7 +124,11 @@ def fold_channel_scales(model: ir.Model) -> int:
 
 
 def fold_attention_scales(model: ir.Model) -> int:
-    """softmax(scale * queries keysᵀ): the scale moves into the linear that makes the queries; float32 only."""
+    """softmax(scale * queries keysᵀ): the scale moves into the linear that makes the queries; float32 only.
+
+    Not past a rounding of queries: its grid would no longer be the layer's, and what multiplies integers has a scale of its own in
+    OpenVINO, which takes this one (python -m bench.compare_nncf).
+    """
     count = 0
     for node in nodes(model, "Mul"):
         product, factor = node.inputs

@@ -47,6 +47,8 @@ class LayoutReport:
     """Path of each quantized layer that became floats -> why."""
     unrounded: tuple[str, ...]
     """Quantized layers whose input was rounded, and is not any more: those among them, and those that round token by token."""
+    float_outputs: tuple[str, ...]
+    """Query and key Linears whose output was rounded, which no layout says."""
     scales_off: float
     """The most a scale was rounded by, relative to itself."""
     bytes: int
@@ -105,6 +107,7 @@ def export_layout(
             kinds=dict(Counter(layout.kind(layer) for layer in said.values()).most_common()),
             floats=floats,
             unrounded=tuple(path for path, layer in quantized.items() if loses_rounding(layer, path in said)),
+            float_outputs=tuple(path for path, layer in quantized.items() if layer.output_grid() is not None),
             scales_off=_scales_off(layout, said.values()),
             bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
             integer_bytes=integers,

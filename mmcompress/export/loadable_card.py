@@ -57,4 +57,9 @@ def rounded(report: LayoutReport) -> list[str]:
         lines.append(f"`{own[0]}`{more} written as floats: {reason}")
     if report.unrounded:
         lines.append(f"inputs of {len(report.unrounded)} quantized layers: not rounded to 8 bits any more")
+    if report.float_outputs:
+        count = len(report.float_outputs)
+        lines.append(
+            f"outputs of {count} query and key Linears: not rounded to 8 bits any more, logits are computed of floats"
+        )
     return lines

@@ -29,6 +29,9 @@ from mmcompress.surgery.rounding_operators import FLOAT_INPUTS, ROUNDED_INPUTS
 ROUNDING = ("MatMulNBits", "QMoE")
 """Operators that may round their inputs as they multiply."""
 
+_ROUNDING_BY = ("input_scale", "tokens", "output_scale")
+"""Attributes of a layer that rounds, in whose absence it does not."""
+
 Grid = tuple[float, int]
 """(scale, zero point)."""
 
@@ -134,9 +137,9 @@ def level(node: onnx.NodeProto) -> onnx.AttributeProto:
 
 @contextlib.contextmanager
 def no_rounding(module: Traced) -> Iterator[None]:
-    """While active, the module's quantized layers take their inputs as they come, and its cache keeps what it is given."""
+    """While active, the module's quantized layers round neither inputs nor outputs, and its cache keeps what it is given."""
     held: dict[Any, dict[str, Any]] = {
-        layer: {name: value for name in ("input_scale", "tokens") if (value := getattr(layer, name, None)) is not None}
+        layer: {name: value for name in _ROUNDING_BY if (value := getattr(layer, name, None)) is not None}
         for layer in rounding_layers(module)
     }
     for layer, kept in held.items():
@@ -184,7 +187,7 @@ def torch_grids(module: Traced, used: Collection[str] | None = None) -> set[Grid
         # A layer that shares its weight has the scales of another one.
         scales = {id(buffer) for name, buffer in module.model.named_buffers() if name in used}
         ran = [layer for layer in ran if id(layer.weight_scale) in scales]
-    return {grid for layer in ran if (grid := layer.input_grid()) is not None}
+    return {grid for layer in ran for grid in (layer.input_grid(), layer.output_grid()) if grid is not None}
 
 
 def graph_grids(graph: onnx.ModelProto) -> set[Grid]:
@@ -203,6 +206,6 @@ def graph_grids(graph: onnx.ModelProto) -> set[Grid]:
 
 
 def rounding_layers(module: Traced) -> list[Quantized]:
-    """Return the layers that round their inputs in torch."""
+    """Return the layers that round their inputs or outputs in torch."""
     layers = [layer for layer in module.model.modules() if isinstance(layer, Quantized)]
-    return [layer for layer in layers if getattr(layer, "input_scale", None) is not None or layer.tokens is not None]
+    return [layer for layer in layers if any(getattr(layer, name, None) is not None for name in _ROUNDING_BY)]

@@ -96,6 +96,7 @@ def _attention(block: nn.Module, path: str, names: BlockNames, where: str) -> At
         per_head=tuple(f"{path}.{name}" for name in names.per_head),
         why_whole=names.why_whole,
         why_rigid=names.why_rigid or names.why_whole,
+        turned=names.turned,
     )
 
 

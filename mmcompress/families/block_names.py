@@ -38,6 +38,8 @@ class BlockNames:
     """Why the attention's heads cannot be cut."""
     why_rigid: str = ""
     """Why they cannot become narrower."""
+    turned: bool = False
+    """Whether places turn queries and keys behind their Linears."""
     norms: tuple[str, ...] = ()
     """Of a pre-norm block: the norms before attention and feed-forward, where these are all that reads the block's stream."""
     scales: tuple[str, ...] = ()
@@ -171,6 +173,7 @@ LLAMA_BLOCK = BlockNames(
     mlp_reader="mlp.down_proj",
     norms=("input_layernorm", "post_attention_layernorm"),
     why_rigid=ROTARY,
+    turned=True,
 )
 """Llama, Mistral, Qwen 2 and 3, Gemma: grouped queries, gated MLPs; blocks are called with positions, so `attend` is empty."""
 
@@ -197,6 +200,7 @@ QWEN2_VISION_BLOCK = BlockNames(
     mlp_reader="mlp.fc2",
     bookkeeping=(("num_heads", "heads"),),
     why_rigid=ROTARY,
+    turned=True,
 )
 
 QWEN25_VISION_BLOCK = replace(

@@ -131,6 +131,10 @@ class Quantize:
     """Keys and values that a language model keeps while it answers: int8 makes them 8-bit integers with a scale for each token and
     head, a little more than a quarter of float32. The cache is smaller for it and not faster: they are made floats again for each
     token. For models that are shown pictures and answer in text; with scheme W16A16 nothing else changes."""
+    logits: Literal["float", "int8"] = "float"
+    """For W8A8 with static activations and target openvino: int8 rounds queries and keys too, as their Linears give them out, so
+    that attentions compute their logits of integers; a little faster, and a little less accurate. Not where places turn them
+    afterwards (rotary), one Linear makes both, or keys wait in a cache. Logits are given back first, for `min_cosine`."""
     smooth: float = 0.75
     """For W8A8, with data: how much of the spread of an activation's channels moves into the weights (SmoothQuant); 0 is off."""
     reduce_range: bool = False
@@ -193,7 +197,7 @@ class Quantize:
                 finished(made, context)
         if AUTO in towers.values():
             plan_mixed(self, bundle, [tower for tower, scheme in towers.items() if scheme == AUTO], context, made)
-        for name in ("groups", "scaled", "folds"):
+        for name in ("groups", "scaled", "folds", "logits"):
             if not made.decisions[name]:
                 del made.decisions[name]
         if self.cache == "int8":
@@ -248,6 +252,11 @@ class Quantize:
         if self.activations == "static":
             return None
         return TOKEN_UINT8 if self.target == "cpu" else TOKEN_INT8
+
+    @property
+    def rounds_logits(self) -> bool:
+        """Whether queries and keys are rounded, of layers that have W8A8."""
+        return self.logits == "int8"
 
     def scheme_of(self, tower: str) -> str:
         """Return the name of the scheme a tower gets."""

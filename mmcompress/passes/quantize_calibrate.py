@@ -1,4 +1,4 @@
-"""What `quantize` learns from data about the layers' inputs: their grids.
+"""What `quantize` learns from data about the layers' inputs: their grids; and about the outputs of some.
 
 Calibration is one run of the float model over the samples, with an observer on every layer to be quantized (a second run where
 ranges are to be clipped after smoothing).
@@ -9,7 +9,7 @@ Shape alphabet: T tokens, C channels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from mmcompress.bundle import Bundle
 from mmcompress.errors import MmcError, UsageError
 from mmcompress.ops.observers import ChannelRange, Method, MinMax, observer
-from mmcompress.ops.rounding import Levels, scale_from_range, smoothing
+from mmcompress.ops.rounding import INT8, Levels, scale_from_range, smoothing
 from mmcompress.passes.base import Context
 from mmcompress.passes.quantize_channels import Channels
 from mmcompress.progress import track
 from mmcompress.surgery.low_rank import factor_paths
-from mmcompress.surgery.watch import evaluating, padding_mask, watch_inputs
+from mmcompress.surgery.watch import evaluating, padding_mask, watch_inputs, watch_outputs
 from mmcompress.views import Tower
 
 Inputs = dict[str, Tensor]
@@ -39,6 +39,8 @@ class Grid:
     scale: Tensor
     zero_point: Tensor
     gain: Tensor | None = None
+    output_scale: Tensor | None = None
+    """Of what it gives out, where that is rounded too: symmetric int8."""
 
 
 def batches(
@@ -89,16 +91,27 @@ def calibrate(
     percentile: float,
     smooth: float,
     channels: Mapping[str, Channels] = NO_CHANNELS,
+    outputs: Collection[str] = (),
 ) -> dict[str, Grid]:
     """Return the input grid of each layer that is called; those without one are read by their owner but never called.
 
-    `channels`: layers whose gains the rows that make their inputs are to take over.
+    `channels`: layers whose gains the rows that make their inputs are to take over. `outputs`: those of `paths` whose outputs get a
+    grid as well.
 
     Memory: two rows of channels and at most one histogram of 128 KiB per layer, whatever the number of samples.
     """
     modules = {path: bundle.module(path) for path in paths}
     ranges = {path: ChannelRange() for path in paths}
-    watch(bundle, tower, modules, lambda path, tokens: ranges[path].watch(tokens), context, "calibration")
+    given: dict[str, MinMax] = {path: observer(method, percentile) for path in outputs}
+    watch(
+        bundle,
+        tower,
+        modules,
+        lambda path, tokens: ranges[path].watch(tokens),
+        context,
+        "calibration",
+        outputs={path: each.watch for path, each in given.items()},
+    )
     called = {path: modules[path] for path in paths if ranges[path].seen}
     for path in called:
         if not (ranges[path].lowest.isfinite().all() and ranges[path].highest.isfinite().all()):
@@ -107,6 +120,7 @@ def calibrate(
                 hint="the model itself overflows: load it in float32, or leave bad samples out of the data",
             )
     gains = _gains(bundle, tower, called, ranges, smooth, channels) if smooth else {}
+    scales = {path: each.scale(INT8)[0] for path, each in given.items() if path in called}
     observers: dict[str, MinMax] = {path: observer(method, percentile) for path in called}
     if method != "min-max":
 
@@ -114,13 +128,14 @@ def calibrate(
             observers[path].watch(tokens * gains[path] if path in gains else tokens)
 
         watch(bundle, tower, called, record, context, "clipping")
-        return {path: Grid(*observers[path].scale(levels), gains.get(path)) for path in called}
+        return {path: Grid(*observers[path].scale(levels), gains.get(path), scales.get(path)) for path in called}
     grids = {}
     for path in called:
         gain = gains.get(path)
         # 0 is always on the grid: padding and masked values are exactly 0 and must stay so.
         lowest, highest = (end if gain is None else end * gain for end in (ranges[path].lowest, ranges[path].highest))
-        grids[path] = Grid(*scale_from_range(lowest.min().clamp_max(0), highest.max().clamp_min(0), levels), gain)
+        span = lowest.min().clamp_max(0), highest.max().clamp_min(0)
+        grids[path] = Grid(*scale_from_range(*span, levels), gain, scales.get(path))
     return grids
 
 
@@ -135,12 +150,13 @@ def watch(
     begin: Callable[[Inputs], None] = lambda inputs: None,
     complete: Callable[[str], None] = lambda path: None,
     hint: str = "",
+    outputs: Mapping[str, Callable[[Tensor], None]] = MappingProxyType({}),
 ) -> None:
     """Run the calibration samples and call `record(path, tokens (T, C))` with what each module is given.
 
     `what` needs them, and `hint` says what else there is, where there are none. `begin` is told the inputs of a batch whenever it
-    is run or goes on, `complete` each path once its module has been given all it will be, also one that is never called. Raises
-    MmcError where a module is called again after that.
+    is run or goes on, `complete` each path once its module has been given all it will be, also one that is never called. `outputs`
+    are called with what those of `modules` give out, (T, R). Raises MmcError where a module is called again after that.
     """
     holders = Counter(id(parameter) for _, parameter in bundle.model.named_parameters(remove_duplicate=False))
     weights = {path: id(module.get_parameter("weight")) for path, module in modules.items()}
@@ -170,7 +186,12 @@ def watch(
         begin(inputs)
 
     shown = batches(bundle, tower.name, context, context.num_samples, label, what, hint)
-    with evaluating(bundle.model), watch_inputs(modules, recorded, _reads_encoder(tower)) as seen:
+    makers = {path: modules[path] for path in outputs}
+    with (
+        evaluating(bundle.model),
+        watch_inputs(modules, recorded, _reads_encoder(tower)) as seen,
+        watch_outputs(makers, lambda path, tokens: outputs[path](tokens), seen),
+    ):
         for _ in bundle.encode_all(tower.name, shown, goes_on, reached):
             pass
     if completed:

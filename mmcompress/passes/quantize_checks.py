@@ -12,6 +12,7 @@ from mmcompress.ops.grouped import GROUP_SIZES
 from mmcompress.passes.quantize_budget import require_budget
 from mmcompress.passes.quantize_cache import cached_tower
 from mmcompress.passes.quantize_layers import mixtures_of
+from mmcompress.passes.quantize_logits import require_logits
 from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, SCHEMES, refuse_target
 from mmcompress.surgery.float_codes import is_float_coded, require_bitsandbytes
 from mmcompress.surgery.quantized_base import Quantized
@@ -73,6 +74,8 @@ def require_sensible(settings: Quantize) -> None:
             f"quantize.balance is '{settings.balance}', but nothing is asked for that looks at tokens",
             hint="use it with scaling awq, clip, or rounding gptq and W4A16",
         )
+    if settings.logits == "int8":
+        _require_logits_known(settings)
     require_budget(settings, AUTO in settings.used)
     coded = [name for name in FLOAT_CODES if name in settings.used]
     if len(coded) > 1:
@@ -94,6 +97,22 @@ def require_sensible(settings: Quantize) -> None:
         raise UsageError(
             f"quantize.sensitivity_samples is {settings.sensitivity_samples}; expected 0 or more",
             hint="0 skips the measurement",
+        )
+
+
+def _require_logits_known(settings: Quantize) -> None:
+    """Raise UsageError where no tower can get int8 logits, or its engine gains nothing by them."""
+    if settings.target != "openvino":
+        raise UsageError(
+            f"quantize.logits int8 does not go to {settings.target}: only OpenVINO is known to gain by it",
+            hint="leave it out, or use --target openvino",
+        )
+    timed = AUTO in settings.used and settings.latency_ms is not None
+    if settings.activations == "dynamic" or not ("W8A8" in settings.used or timed):
+        given = "dynamic activations" if settings.activations == "dynamic" else ", ".join(sorted(settings.used))
+        raise UsageError(
+            f"quantize.logits int8 rounds what is computed of rounded inputs, on grids found by calibration; given: {given}",
+            hint="use scheme W8A8 with static activations, or leave it out",
         )
 
 
@@ -139,6 +158,8 @@ def require_quantizable(settings: Quantize, bundle: Bundle) -> None:
         require_solver()  # not after everything was judged
     if settings.cache == "int8":
         cached_tower(bundle, settings.towers)
+    if settings.logits == "int8":
+        require_logits(settings, bundle)
     if settings.symmetric_experts and not any(mixtures_of(tower) for tower in towers.values()):
         raise UsageError("quantize.symmetric_experts: the model has no experts", hint="leave it out")
     for pattern in settings.keep_float:

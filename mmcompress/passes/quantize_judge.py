@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mmcompress.ops.budget import fewest
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_calibrate import batches
 from mmcompress.passes.quantize_layers import weighed
+from mmcompress.passes.quantize_logits import rounds_output
 from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_schemes import SCHEMES
 from mmcompress.progress import track
@@ -149,7 +150,9 @@ def settle(
 def judge_tower(
     judge: Judge, tower: Tower, paths: Sequence[str], plan: Plan, maker: Maker, min_cosine: float, every: bool
 ) -> dict[str, Any]:
-    """Give groups back, of 4 bits to 8, then to float, until the tower keeps `min_cosine`: in `plan`. Return what to report.
+    """Give groups back until the tower keeps `min_cosine`, in `plan`: of 4 bits to 8, logits to float, then all to float.
+
+    Return what to report.
 
     `every`: see `settle`.
     """
@@ -180,7 +183,24 @@ def judge_tower(
         report = {"given_8_bits": found.given_back, "sensitivity": found.alone}
         report["options"] = _options(bundle, found, groups, first, schemes)
         _say(judge, f"{len(found.given_back)} of {len(made)} layers take 8 bits", found, min_cosine)
-    if everything is None or found.cosine < min_cosine:
+    pairs = [path for path in plan.decisions.get("logits", {}) if path in made]
+    if pairs:
+        attentions = {name: own for name, own in groups.items() if set(pairs) & set(own)}
+        rounding, without = dict(made), replace(plan, decisions={**plan.decisions, "logits": {}})
+
+        def float_logits(path: str) -> nn.Module:
+            if not rounds_output(path, plan.decisions):
+                return rounding[path]
+            return bundle.aside(path, maker.made(bundle.layer(path), path, without))
+
+        found = settle(judge, attentions, made, float_logits, min_cosine, False)
+        made, everything = found.made, found.before
+        report = {"float_logits": [path for path in pairs if path in found.given_back], "sensitivity": {}}
+        for path in report["float_logits"]:
+            for own in (path, plan.decisions["logits"].pop(path)):
+                plan.tensors.pop(f"{own}.output_scale")
+        _say(judge, f"{len(report['float_logits'])} of {len(pairs)} attentions keep float logits", found, min_cosine)
+    if everything is None or found.cosine < min_cosine or (pairs and every):
         first = dict(made)
         found = settle(judge, groups, made, lambda path: None, min_cosine, every)
         report["options"] = [*report.get("options", []), *_options(bundle, found, groups, first, layers)]

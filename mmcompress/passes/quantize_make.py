@@ -11,6 +11,7 @@ from mmcompress.ops.grouped import nearest_symmetric
 from mmcompress.ops.rounding import Levels
 from mmcompress.ops.token_rounding import TOKEN_INT8, TokenGrid
 from mmcompress.passes.base import Plan
+from mmcompress.passes.quantize_logits import rounds_output
 from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES
 from mmcompress.surgery.experts import QuantizedExperts, Stack, own_group, stacks_of
 from mmcompress.surgery.float4 import Float4Linear
@@ -81,6 +82,9 @@ class Maker:
         made = quantized(module, self.inputs, self.weights, gain, table)
         if f"{path}.scale" in plan.tensors:
             made.set_input_grid(plan.tensors[f"{path}.scale"], plan.tensors[f"{path}.zero_point"])
+        if rounds_output(path, plan.decisions):
+            assert isinstance(made, QuantizedLinear), f"{path} makes queries or keys"
+            made.add_output_grid(plan.tensors.get(f"{path}.output_scale"))
         return made
 
     def _by_token(self, module: nn.Module, scheme: str, gain: Tensor | None, table: nn.Module | None) -> nn.Module:

@@ -21,6 +21,7 @@ from mmcompress.passes.quantize_budget import Budget, by_bits, by_size, require_
 from mmcompress.passes.quantize_folds import add_folds
 from mmcompress.passes.quantize_judge import Judge
 from mmcompress.passes.quantize_layers import bytes_of
+from mmcompress.passes.quantize_logits import of_layers
 from mmcompress.passes.quantize_options import Group, Options, judged, options_of
 from mmcompress.passes.quantize_schemes import AUTO, OFF
 from mmcompress.passes.quantize_times import Timing
@@ -152,6 +153,7 @@ def _recorded(
     sizes = {path: size for path, size in options.sizes.items() if layers.get(path) == "W4A16"}
     made.decisions["layers"] |= layers
     made.decisions["groups"] |= sizes
+    made.decisions["logits"] |= of_layers(options.logits, layers)
     made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in layers}
     for name, value in options.tensors.items():
         path, _, buffer = name.rpartition(".")

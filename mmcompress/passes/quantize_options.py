@@ -14,6 +14,7 @@ from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.quantize_fit import fit_weights
 from mmcompress.passes.quantize_judge import Judge, groups_of
 from mmcompress.passes.quantize_layers import candidates, group_sizes, weighed, weights_of
+from mmcompress.passes.quantize_logits import pairs_of
 from mmcompress.passes.quantize_plan import input_grids
 from mmcompress.passes.quantize_schemes import OFF, SCHEMES, Weights
 from mmcompress.progress import Progress, track
@@ -67,6 +68,8 @@ class Options:
     sizes: dict[str, int]
     """Path -> how many inputs share a scale, where it may have 4 bits."""
     tensors: dict[str, Tensor]
+    logits: dict[str, str]
+    """Query Linear -> key Linear whose outputs are rounded where both have W8A8."""
 
 
 def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequence[str], context: Context) -> Options:
@@ -80,7 +83,8 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
     tensors: dict[str, Tensor] = {}
     if "W8A8" in schemes:
         input_grids(settings, bundle, tower, paths, SCHEMES["W8A8"], context, tensors)
-    trial = Plan({"groups": sizes, "scaled": {}}, tensors)
+    pairs = pairs_of(bundle, tower, paths) if settings.rounds_logits and "W8A8" in schemes else {}
+    trial = Plan({"groups": sizes, "scaled": {}, "logits": pairs}, tensors)
     fit_weights(settings, bundle, tower, dict.fromkeys(sizes, "W4A16"), context, trial)
     named = groups_of(tower, paths)
     groups = []
@@ -89,7 +93,7 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
         possible = [candidate for candidate in made if candidate.scheme in candidate.layers.values()]
         weights = sum(weight.numel() for held in _weights(bundle, own).values() for weight in held)
         groups.append(Group(tower.name, name, weights, (*possible, _untouched(bundle, own))))
-    return Options(groups, sizes, tensors)
+    return Options(groups, sizes, tensors, pairs)
 
 
 def judged(groups: Sequence[Group], judges: Mapping[str, Judge], progress: Progress) -> list[Group]:

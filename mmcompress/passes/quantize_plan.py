@@ -32,6 +32,7 @@ from mmcompress.passes.quantize_layers import (
     told,
     whole_ties,
 )
+from mmcompress.passes.quantize_logits import of_layers, pairs_of
 from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES, Scheme, with_activations
 from mmcompress.views import Tower
 
@@ -44,7 +45,9 @@ DECISIONS = "decisions.json"
 
 def begun(target: str, context: Context) -> Plan:
     """Return a plan without towers, or with those that a killed run had finished, and what it had computed for others."""
-    sections: dict[str, Any] = {name: {} for name in ("layers", "groups", "scaled", "folds", "tied", "towers")}
+    sections: dict[str, Any] = {
+        name: {} for name in ("layers", "groups", "scaled", "folds", "logits", "tied", "towers")
+    }
     made = Plan({"target": target, **sections})
     place = _place(context)
     if place is None:
@@ -91,6 +94,8 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     if scheme.inputs == "static":
         called = input_grids(settings, bundle, tower, paths, scheme, context, made.tensors)
         schemes = {path: name if f"{path}.scale" in made.tensors else scheme.otherwise for path in called}
+        if settings.rounds_logits:
+            made.decisions["logits"] |= of_layers(pairs_of(bundle, tower, called), schemes)
     else:
         schemes = dict.fromkeys(paths, scheme.otherwise or name)
         if scheme.inputs == "dynamic" and scheme.weights != "int4":
@@ -182,6 +187,9 @@ def input_grids(
         "smooth": 0.0 if floats else settings.smooth,
         "channels": settings.channels(tower),
     }
+    if settings.rounds_logits and not floats:
+        pairs = pairs_of(bundle, tower, linears)
+        how["outputs"] = [*pairs, *pairs.values()]
     grids = calibrate(bundle, tower, linears, FLOAT8 if floats else settings.maker.inputs, context, **how)
     rounded = by_token(bundle, tower, linears, scheme.weights) if floats else linears
     for path, grid in grids.items():
@@ -190,4 +198,6 @@ def input_grids(
         tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
         if grid.gain is not None:
             tensors[f"{path}.gain"] = grid.gain
+        if grid.output_scale is not None:
+            tensors[f"{path}.output_scale"] = grid.output_scale
     return whole_ties([path for path in paths if path in grids or path not in linears], tower)

@@ -28,6 +28,9 @@ from mmcompress.surgery.quantized_base import Quantized
 @torch.no_grad()
 def fold(maker: nn.Module, gain: Tensor) -> None:
     """Multiply what a norm or a Linear, quantized or not, gives out by `gain` (C,), in place."""
+    assert getattr(maker, "output_scale", None) is None, (
+        "its outputs share one grid, which a gain by channel would leave"
+    )
     for name, parameter in list(maker.named_parameters(recurse=False)):
         factor = _along_rows(gain, parameter)
         if is_read(parameter):

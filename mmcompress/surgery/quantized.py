@@ -8,6 +8,9 @@ A quantized layer takes the place of an nn.Linear, nn.Conv2d or nn.Embedding and
     input_zero_point    () uint8 or int8, of the layer's input; only where activations are quantized too (W8A8)
     input_gain          (in,) what a Linear's input is multiplied by before it is rounded, the weight having been divided by
                         it: channels of very different size then share one grid (SmoothQuant). Optional.
+    output_scale        () and
+    output_zero_point   () int8, always 0: what a Linear gives out, bias included, is rounded to this grid. Only of Linears that
+                        make queries and keys, whose product engines then compute of integers. Optional.
     bias                as before, trainable
 
 Instead of an input's one grid each token may have its own (`tokens`, see `ops.token_rounding`): nothing is stored then. A Linear
@@ -31,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmcompress.ops.rounding import (
+    INT8,
     WEIGHT_INT8,
     Levels,
     along,
@@ -112,14 +116,20 @@ class _Int8(Quantized):
             return round_tokens(x, self.tokens)
         if self.input_scale is None or self.input_zero_point is None:
             return x
-        if torch.compiler.is_exporting():
-            return torch.ops.mmcompress.round_input(x, self.input_scale, self.input_zero_point)
-        return fake_quantize(x, self.input_scale, self.input_zero_point, levels_of(self.input_zero_point))
+        return _on_grid(x, self.input_scale, self.input_zero_point)
 
     def _grid_name(self) -> str:
         if self.tokens is not None:
             return f"W8A8, {str(self.tokens.dtype)[6:]} inputs by token"
         return "W8A16" if self.input_zero_point is None else f"W8A8, {str(self.input_zero_point.dtype)[6:]} inputs"
+
+
+def _on_grid(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return floats at places of a tensor's one grid, while exporting as an operator of `surgery.rounding_operators`."""
+    if torch.compiler.is_exporting():
+        made: Tensor = torch.ops.mmcompress.round_values(x, scale, zero_point)
+        return made
+    return fake_quantize(x, scale, zero_point, levels_of(zero_point))
 
 
 def _rounded_rows(weight: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
@@ -140,6 +150,8 @@ class QuantizedLinear(_Int8):
     """Whether runtimes may round inputs to 8 bits, block by block, that are floats here."""
     block: int
     """How many inputs are rounded together then; 0 where no block divides them."""
+    output_scale: Tensor | None
+    output_zero_point: Tensor | None
 
     def __init__(
         self, linear: nn.Linear, inputs: Levels | None, levels: Levels = WEIGHT_INT8, gain: Tensor | None = None
@@ -149,16 +161,38 @@ class QuantizedLinear(_Int8):
         if gain is not None:
             # A copy: layers that share an input share its gain, and a checkpoint stores each tensor once.
             self.input_gain = gain.to(weight, copy=True)
+        self._take_place_of(linear)
+
+    def _take_place_of(self, linear: nn.Linear) -> None:
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.block = block_of(self.in_features)
         self.bias = linear.bias
+        self.register_buffer("output_scale", None)
+        self.register_buffer("output_zero_point", None)
+
+    def add_output_grid(self, scale: Tensor | None = None) -> None:
+        """Round what the layer gives out to int8, symmetric, with `scale` () or one that a checkpoint fills."""
+        like = self.weight_scale
+        self.output_scale = torch.ones((), dtype=like.dtype, device=like.device)
+        self.output_zero_point = torch.zeros((), dtype=INT8.dtype, device=like.device)
+        if scale is not None:
+            self.output_scale.copy_(scale)
+
+    def output_grid(self) -> tuple[float, int] | None:
+        if self.output_scale is None or self.output_zero_point is None:
+            return None
+        return float(self.output_scale), int(self.output_zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_gain is None else x * self.input_gain
         if torch.compiler.is_exporting():
             y = self._product(x)
-            return y if self.bias is None else y + self.bias
-        return self._linear(self.rounded_input(x), self.bias)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = self._linear(self.rounded_input(x), self.bias)
+        if self.output_scale is None or self.output_zero_point is None:
+            return y
+        return _on_grid(y, self.output_scale, self.output_zero_point)
 
     def _product(self, x: Tensor) -> Tensor:
         """Return x weight' as a graph computes it."""
@@ -183,7 +217,8 @@ class QuantizedLinear(_Int8):
         return (blocks - 1) * self.weight_scale.nbytes
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._grid_name()}"
+        outputs = "" if self.output_scale is None else ", int8 outputs"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._grid_name()}{outputs}"
 
 
 class QuantizedConv2d(_Int8):
@@ -239,9 +274,7 @@ class TiedLinear(QuantizedLinear):
         # Not a submodule, or the state dict would hold the table's buffers a second time. Copies share it like any other object.
         object.__setattr__(self, "table", table)
         self._add_input_grid(inputs)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.block = block_of(self.in_features)
-        self.bias = linear.bias
+        self._take_place_of(linear)
 
     @property
     def weight_int8(self) -> Tensor:  # type: ignore[override]

@@ -62,6 +62,10 @@ class Quantized(nn.Module, ABC):
         """Return (scale, zero point) of the QuantizeLinear before the product when exported; None without one."""
         return None
 
+    def output_grid(self) -> tuple[float, int] | None:
+        """Return (scale, zero point) of the QuantizeLinear behind the bias when exported; None without one."""
+        return None
+
     @property
     def repeated_bytes(self) -> int:
         """Bytes of scales that a graph holds more often than the layer: one for a row's every block."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmcompress.ops.rounding import INT8, UINT8, Levels, dequantize, fake_quantize
 
 _LIBRARY = torch.library.Library("mmcompress", "DEF")
-_LIBRARY.define("round_input(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")
+_LIBRARY.define("round_values(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")
 _LIBRARY.define("int8_matrix(Tensor codes, Tensor scale) -> Tensor")
 _LIBRARY.define("int8_filters(Tensor codes, Tensor scale) -> Tensor")
 
@@ -29,8 +29,8 @@ def levels_of(zero_point: Tensor) -> Levels:
     return UINT8 if zero_point.dtype == torch.uint8 else INT8
 
 
-@torch.library.impl(_LIBRARY, "round_input", "CompositeExplicitAutograd")
-def _round_input(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+@torch.library.impl(_LIBRARY, "round_values", "CompositeExplicitAutograd")
+def _round_values(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return fake_quantize(x, scale, zero_point, levels_of(zero_point))
 
 
@@ -81,7 +81,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     """Return what torch.onnx.export(dynamo=True) needs as `custom_translation_table` for models with quantized layers."""
     from onnxscript import opset19 as op
 
-    def round_input(x: Any, scale: Any, zero_point: Any) -> Any:
+    def round_values(x: Any, scale: Any, zero_point: Any) -> Any:
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
     # Without a zero point DequantizeLinear means 0, and no (C,) tensor of zeros is stored beside every weight.
@@ -93,7 +93,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
     ops = torch.ops.mmcompress
     return {
-        ops.round_input.default: round_input,
+        ops.round_values.default: round_values,
         ops.int8_matrix.default: int8_matrix,
         ops.int8_filters.default: int8_filters,
     }

@@ -72,6 +72,24 @@ def watch_inputs(modules: Mapping[str, nn.Module], record: Record, unmasked: Col
 
 
 @contextmanager
+def watch_outputs(modules: Mapping[str, nn.Module], record: Record, watch: Watch) -> Iterator[None]:
+    """Call `record(name, tokens (T, C))` with what each module gives out, each time; `watch` says which tokens count."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            record(name, watch.tokens(output.detach()))
+
+        return after
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def watch_blocks(blocks: Mapping[str, nn.Module], record: Callable[[str, Tensor, Tensor], None]) -> Iterator[Watch]:
     """Call `record(name, before (T, C), after (T, C))` with the states around each block."""
     watch = Watch()

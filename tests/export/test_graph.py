@@ -148,6 +148,24 @@ def test_attention_scale_stays_where_scores_are_used_twice():
     rewritten(attention("t = Softmax(s)\n y = Add(a, t)"), {})
 
 
+def test_attention_scale_stays_where_queries_are_rounded_first():
+    """Their linear times the scale would be rounded to other places; the product's own scale takes it in OpenVINO."""
+    model = build(
+        """g (float[2, 5, 6] x, float[2, 6, 5] k) => (float[2, 5, 5] y) {
+             qp = MatMul(x, wq)
+             q = Add(qp, bq)
+             c = QuantizeLinear(q, step, zero)
+             r = DequantizeLinear(c, step, zero)
+             a = MatMul(r, k)
+             s = Mul(a, factor)
+             y = Softmax(s)
+           }""",
+        wq=normal(6, 6), bq=normal(6), step=np.array(0.1, np.float32), zero=np.array(0, np.int8),
+        factor=np.array(0.577, np.float32),
+    )  # fmt: skip
+    rewritten(model, {})
+
+
 def attention_output(end: str, weights: str = "Softmax", **constants: np.ndarray) -> onnx.ModelProto:
     """Two heads of three channels over five tokens, given the scores; `mixed` (2, 5, 6) is what the output layer would read."""
     return build(

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmcompress.ops.rounding import INT8, UINT8, Levels, quantize, scale_from_range
+from mmcompress.ops.rounding import INT8, UINT8, Levels, fake_quantize, quantize, scale_from_range
+from mmcompress.surgery.folding import fold
 from mmcompress.surgery.quantized import (
     QuantizedConv2d,
     QuantizedEmbedding,
@@ -105,6 +106,51 @@ def test_gradients_reach_the_input_and_the_bias(inputs: Levels) -> None:
     torch.testing.assert_close(states.grad, made.weight.sum(0).expand(4, -1))
     assert made.bias.grad is not None
     assert made.bias.grad.tolist() == [4.0] * 10
+
+
+def test_outputs_are_rounded_behind_the_bias() -> None:
+    """By hand: weights 127/127 and -127/127, inputs 0.6, 0.2 and 3; a step is 0.25, and -128..127 of them are there."""
+    layer = nn.Linear(1, 2)
+    layer.weight = nn.Parameter(torch.tensor([[1.0], [-1.0]]))
+    layer.bias = nn.Parameter(torch.tensor([0.1, 40.0]))
+    made = quantized(layer, None)
+    assert isinstance(made, QuantizedLinear)
+    made.add_output_grid(torch.tensor(0.25))
+    assert made.output_grid() == (0.25, 0)
+    # 0.7 -> 2.8 -> 3 steps; 0.3 -> 1.2 -> 1; 3.1 -> 12.4 -> 12; 39.4 and 39.8 and 37 are cut to 127 steps, 31.75.
+    want = torch.tensor([[0.75, 31.75], [0.25, 31.75], [3.0, 31.75]])
+    assert torch.equal(made(torch.tensor([[0.6], [0.2], [3.0]])), want)
+    # -200 + 0.1 is cut to -128 steps.
+    assert made(torch.tensor([[-200.0]]))[0, 0] == -32.0
+
+
+@GRIDS
+def test_a_grid_of_outputs_is_state_that_moves_loads_and_passes_gradients(inputs: Levels) -> None:
+    made = calibrated(linear(), inputs)
+    plain = set(made.state_dict())
+    states = x(4, 24)
+    before = made(states)
+    made.add_output_grid(torch.tensor(0.05))
+    assert set(made.state_dict()) - plain == {"output_scale", "output_zero_point"}
+    assert torch.equal(made(states), fake_quantize(before, torch.tensor(0.05), torch.tensor(0), INT8))
+    meta = calibrated(linear(seed=1), inputs)
+    meta.add_output_grid()
+    meta = meta.to("meta").to_empty(device="cpu")
+    meta.load_state_dict(made.state_dict())
+    assert torch.equal(meta(states), made(states))
+    assert torch.equal(copy.deepcopy(made).half().output_zero_point, made.output_zero_point)  # type: ignore[arg-type]
+    given = states.clone().requires_grad_()
+    made(given).sum().backward()
+    assert given.grad is not None
+    inside = (before.abs() <= 127 * 0.05).float()  # straight through, but where outputs are cut off
+    torch.testing.assert_close(given.grad, inside @ made.weight)
+
+
+def test_rows_of_a_layer_with_rounded_outputs_are_not_scaled() -> None:
+    made = calibrated(linear(), INT8)
+    made.add_output_grid(torch.tensor(0.05))
+    with pytest.raises(AssertionError, match="one grid"):
+        fold(made, torch.full((10,), 2.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
