@@ -66,7 +66,14 @@ def _contest(name: str, document: dict[str, Any]) -> str:
             cells.append(points(made["scores"][metric]["difference"]) + mark + _beside_default(made))
         drawn = f" (mean of {SEEDS} draws [lowest, highest])" if method == RANDOM else ""
         lines.append(f"| {method}{drawn} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"![{TITLES[name]}](bench/results/prune_curves_{name}.svg)"])
+    return "\n".join(
+        [*lines, "", f"![{TITLES[name]}](bench/results/prune_curves_{name}.svg)"] if _drawn(ratios) else lines
+    )
+
+
+def _drawn(ratios: list[float]) -> bool:
+    """Whether there are curves to look at: of one ratio a table says all."""
+    return len(ratios) > 1
 
 
 def _beside_default(made: dict[str, Any]) -> str:
@@ -81,7 +88,7 @@ def drawings() -> dict[Path, str]:
     made = {}
     for name, document in read("prune_table").items():
         rows, metric = document["rows"], METRICS[CONTESTS[name].task]
-        if not _ratios(rows):
+        if not _drawn(_ratios(rows)):
             continue
         found = []
         for method in _methods(rows):

@@ -72,10 +72,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "taylor-answers": {"score": "taylor", "objective": "answers"},
     "direct-effect": {"score": "direct-effect"},
     "head-dims": {"units": ("head-dims",)},
-    "head-dims, magnitude": {"units": ("head-dims",), "score": "magnitude"},
-    "head-dims, random": {"units": ("head-dims",), "score": "random"},
+    "head-dims-magnitude": {"units": ("head-dims",), "score": "magnitude"},
+    "head-dims-random": {"units": ("head-dims",), "score": "random"},
 }
-NARROWER = ("head-dims", "head-dims, magnitude", "head-dims, random")
+NARROWER = ("head-dims", "head-dims-magnitude", "head-dims-random")
 ANYWHERE = (RANDOM, DEFAULT, "obs", "taylor-even", "obs-even", "taylor-absolute", "activation", "magnitude")
 
 
