@@ -21,4 +21,5 @@ def of_each_round(whole: Prune, rounds: int) -> dict[str, Any]:
     def part(share: float) -> float:
         return share and math.ceil((1 - (1 - share) ** (1 / rounds)) * 1e6) / 1e6
 
-    return {"ratio": part(whole.ratio), "ratios": {tower: part(share) for tower, share in whole.ratios.items()}}
+    ratios = {tower: part(share) for tower, share in whole.ratios.items()}
+    return {"ratio": part(whole.ratio), **({"ratios": ratios} if ratios else {})}
