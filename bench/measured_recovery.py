@@ -74,7 +74,10 @@ def _lost(step: dict[str, Any], metrics: Sequence[str]) -> str:
 
 def _over(row: dict[str, Any], metrics: Sequence[str]) -> str:
     found = row.get("against_each_tower")
-    return " and ".join(points(found[metric]) for metric in metrics) if found else ""
+    if not found:
+        return ""
+    mean = f"; mean {points(found['mean of these'])}" if "mean of these" in found else ""
+    return " and ".join(points(found[metric]) for metric in metrics) + mean
 
 
 def torch_pruning() -> str:

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import mmcompress
 from bench import assets
 from bench.cells import read, write_result
@@ -37,6 +39,7 @@ from mmcompress.evaluate.store import read_evaluation, write_evaluation
 from mmcompress.evaluate.tasks import TASKS
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts
+from mmcompress.ops.statistics import paired_difference
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune import Prune
 from mmcompress.recipe import Step
@@ -168,9 +171,14 @@ def pair_with_each_tower(name: str, subject: Subject, rows: dict[str, Any]) -> N
     uniform = kept(name, "each tower")
     for way, row in rows.items():
         if way not in ("original", "each tower") and uniform.exists() and kept(name, way).exists():
-            found = compare(read_evaluation(uniform), read_evaluation(kept(name, way)), 0)[subject.task]
+            sides = read_evaluation(uniform), read_evaluation(kept(name, way))
+            found = compare(*sides, 0)[subject.task]
             metrics = [metric for metric in TASKS[subject.task].headlines if metric in found]
             row["against_each_tower"] = {metric: found[metric].to_json() for metric in metrics}
+            if len(metrics) > 1:
+                measured = [[side.results[subject.task][metric].values for metric in metrics] for side in sides]
+                both = paired_difference(*(np.mean(each, axis=0) for each in measured))
+                row["against_each_tower"]["mean of these"] = both.to_json()
 
 
 def main() -> None:
