@@ -74,7 +74,7 @@ class Prune:
     """Instead of `ratio` and `ratios`: the parameters or MACs all chosen towers may have together afterwards."""
     latency_ms: float | None = None
     """Instead of `ratio`: milliseconds that the exported towers may take together on this machine; a model that writes: to read its
-    prompt. Shares of the MACs are tried and timed."""
+    prompt. What units take is timed layer by layer; shares of that time are tried, exported and timed."""
     ratios: dict[str, float] = field(default_factory=dict)
     """Separate ratios for towers, such as vision=0.5,text=0.1; the other towers share `ratio`."""
     budget: Literal["parameters", "macs"] = "parameters"
