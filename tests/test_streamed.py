@@ -14,7 +14,7 @@ from mmcompress import checkpoint, passes, streamed
 from mmcompress.errors import MmcError, UsageError
 from mmcompress.jobs import compress as job
 from mmcompress.recipe import parse
-from mmcompress.surgery import quantized
+from mmcompress.surgery import quantized_int8
 from tests import tiny
 
 ROUND: dict[str, Any] = {"quantize": {"scheme": "W8A16"}}
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     model, recipe = stored("llava_dinov2", tmp_path / "model"), parse({"steps": steps})
     monkeypatch.setattr(streamed, "SHARD_BYTES", 20_000)
     job.compress(model, recipe, tmp_path / "whole")
-    write, read = streamed.Shards._write, quantized.choose_scale if steps == [ROUND] else None
+    write, read = streamed.Shards._write, quantized_int8.choose_scale if steps == [ROUND] else None
 
     def killed(self: streamed.Shards) -> None:
         if self.count == written:
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     made: list[str] = []
     if read is not None:
         monkeypatch.setattr(
-            quantized, "choose_scale", lambda w, *a, **k: (made.append(w.device.type), read(w, *a, **k))[1]
+            quantized_int8, "choose_scale", lambda w, *a, **k: (made.append(w.device.type), read(w, *a, **k))[1]
         )
     job.compress(model, recipe, tmp_path / "out", resume=True)
     assert same_weights(tmp_path / "whole", tmp_path / "out")
@@ -210,7 +210,7 @@ def test_no_more_than_a_layer_has_values(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_no_integers_become_floats_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tiny.bundle("qwen2_5_vl"), tmp_path / "model")
-    monkeypatch.setattr(quantized, "dequantize", lambda *a, **k: pytest.fail("a weight was unpacked"))
+    monkeypatch.setattr(quantized_int8, "dequantize", lambda *a, **k: pytest.fail("a weight was unpacked"))
     job.compress(tmp_path / "model", parse(RECIPE), tmp_path / "out")
 
 
