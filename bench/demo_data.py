@@ -1,12 +1,13 @@
-"""Packs the drawings that ship with the package: mmcompress/demo/{test.tar, train.tar, classes.json, NOTICE}.
+"""Packs the drawings that ship with the package: mmcompress/demo/{test.tar.gz, train.tar.gz, classes.json, NOTICE}.
 
     python -m bench.demo_data
 
-test.tar holds the held-out vendor's drawings, train.tar one drawing per concept of the training vendors (for calibration and
-distillation). Both are webdataset shards: `<hexcode>.png` beside `<hexcode>.json` with text, tags, label, group. The same
+test.tar.gz holds the held-out vendor's drawings, train.tar.gz one drawing per concept of the training vendors (for calibration and
+distillation). Both are webdataset shards, packed: `<hexcode>.png` beside `<hexcode>.json` with text, tags, label, group. The same
 input gives the same bytes: sorted names, no times, no owners.
 """
 
+import gzip
 import io
 import json
 import tarfile
@@ -28,10 +29,10 @@ NOTICE = """\
 The files of this folder, their makers and their licences
 ==========================================================
 
-test.tar holds drawings of Twemoji, (c) Twitter, Inc. and other contributors, licensed under CC-BY-4.0
+test.tar.gz holds drawings of Twemoji, (c) Twitter, Inc. and other contributors, licensed under CC-BY-4.0
 (https://creativecommons.org/licenses/by/4.0/). Changes: rendered from SVG at 112 pixels on white, stored as palette PNG.
 
-train.tar holds drawings, rendered and stored in the same way, of
+train.tar.gz holds drawings, rendered and stored in the same way, of
   Fluent Emoji (flat), (c) Microsoft Corporation, MIT licence
   Noto Emoji, (c) Google Inc., Apache License 2.0
   FxEmojis, (c) Mozilla, Apache License 2.0
@@ -81,8 +82,12 @@ def sample(vendor_folder: Path, row: dict[str, Any]) -> Sample:
 
 
 def pack(samples: list[Sample], shard: Path) -> None:
-    """Writes a webdataset shard whose bytes depend on the samples alone."""
-    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tarball:
+    """Writes a packed webdataset shard whose bytes depend on the samples alone."""
+    with (
+        shard.open("wb") as file,
+        gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tarball,
+    ):
         for key, png, description in sorted(samples, key=lambda one: one[0]):
             text = json.dumps(description, ensure_ascii=False, sort_keys=True).encode()
             for suffix, content in (("json", text), ("png", png)):
@@ -129,12 +134,12 @@ def main() -> None:
     heldout = assets.redrawn_heldout() / vendor
     test = [sample(heldout, row) for row in rows(heldout)]
     train = [sample(folder, row) for folder, row in calibration_rows(assets.training_drawings())]
-    pack(test, assets.DEMO / "test.tar")
-    pack(train, assets.DEMO / "train.tar")
+    pack(test, assets.DEMO / "test.tar.gz")
+    pack(train, assets.DEMO / "train.tar.gz")
     classes = {"classes": sorted({description["label"] for _, _, description in test + train}), "templates": TEMPLATES}
     (assets.DEMO / "classes.json").write_text(json.dumps(classes, indent=1) + "\n", encoding="utf-8")
     (assets.DEMO / "NOTICE").write_text(NOTICE, encoding="utf-8")
-    for file, count in (("test.tar", len(test)), ("train.tar", len(train))):
+    for file, count in (("test.tar.gz", len(test)), ("train.tar.gz", len(train))):
         print(f"{file}: {count} drawings, {(assets.DEMO / file).stat().st_size / 2**20:.2f} MiB")
     print(f"classes.json: {len(classes['classes'])} classes")
 

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench import assets, packages
+from bench import assets
 from bench.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from bench.quality import Checkpoint
 from bench.training import Drawings, augmented, normalised
+from mmcompress.packed import cache_dir
 
 # The student's four blocks stand for groups of the teacher's; these are the last blocks of the groups.
 GROUP_ENDS = (2, 5, 8, 10)
@@ -57,7 +58,7 @@ def lessons(drawings: Drawings, seed: int) -> Lessons:
     texts = prompts(drawings)
     facts = (texts, assets.dual_encoder().name, len(drawings), GROUP_ENDS, VERSIONS, seed)
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-    file = packages.cache_dir() / "training" / f"lessons-{key}.safetensors"
+    file = cache_dir() / "training" / f"lessons-{key}.safetensors"
     if not file.exists():
         partial = file.with_suffix(".partial")
         save_file(_lessons(drawings, texts, seed), partial)

@@ -5,7 +5,6 @@ only when it is complete, so an interrupted job leaves nothing to trust by mista
 """
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from bench.drawings import VENDORS
+from mmcompress.packed import cache_dir
 
 
 class AssetError(RuntimeError):
@@ -111,14 +111,6 @@ ICONS = {
     name: _npm(f"@iconify-json/{name}", version, sha256, megabytes, _LICENCES[name])
     for name, version, sha256, megabytes in _ICONS
 }
-
-
-def cache_dir() -> Path:
-    """Where packages and builds are kept: $MMC_CACHE_DIR, or ~/.cache/mmcompress."""
-    chosen = os.environ.get("MMC_CACHE_DIR")
-    folder = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "mmcompress"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def sha256_of(file: Path) -> str:

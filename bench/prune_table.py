@@ -35,7 +35,6 @@ from torch import Tensor
 
 from bench import assets
 from bench.cells import read, write_result
-from bench.packages import cache_dir
 from mmcompress import checkpoint, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
@@ -45,6 +44,7 @@ from mmcompress.evaluate.store import read_evaluation, write_evaluation
 from mmcompress.evaluate.tasks import TASKS
 from mmcompress.evaluate.verdict import random_findings
 from mmcompress.measure.machine import machine_facts
+from mmcompress.packed import cache_dir
 from mmcompress.passes import prune_dims, prune_effects, prune_repair, prune_surgeon
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune import Prune

@@ -30,7 +30,6 @@ import numpy as np
 import mmcompress
 from bench import assets
 from bench.cells import read, write_result
-from bench.packages import cache_dir
 from mmcompress import checkpoint, passes, pipeline
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
@@ -40,6 +39,7 @@ from mmcompress.evaluate.tasks import TASKS
 from mmcompress.measure.cost import cost_of
 from mmcompress.measure.machine import machine_facts
 from mmcompress.ops.statistics import paired_difference
+from mmcompress.packed import cache_dir
 from mmcompress.passes.base import Context
 from mmcompress.passes.prune import Prune
 from mmcompress.recipe import Step

@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, VisionTextDualEncoderModel
 
-from bench import assets, packages
+from bench import assets
 from bench.demo_student import TEXT_LENGTH, caption_tokenizer, empty_student, inherit
 from bench.demo_teacher import Lessons, lessons
 from bench.pretrained import HEADS, IMAGENET_MEAN, IMAGENET_STD, PATCH, WIDTH
 from bench.quality import brief, measure, retrieval
 from bench.training import Average, Drawings, load_drawings, normalised
+from mmcompress.packed import cache_dir
 
 BLOCKS, JOINT, BATCH = (0, 4, 7, 10), 256, 128
 # The whole starts from blocks that already work: a rate at which blocks learn by themselves would undo them.
@@ -155,7 +156,7 @@ def train(
     started = time.monotonic()
     model.train()
     for stage, length in enumerate(steps):
-        saved = packages.cache_dir() / "training" / f"demo-stage{stage}.safetensors"
+        saved = cache_dir() / "training" / f"demo-stage{stage}.safetensors"
         if length == 0:
             set_values(masters, load_file(saved))
             weights.give_values()

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, Dinov2Model
 
-from bench import assets, packages
+from bench import assets
 from bench.pretrained import IMAGENET_MEAN, IMAGENET_STD, LOW_RANK_DOWN, LOW_RANK_UP, dinov2_small, minilm
 from bench.quality import brief, measure, retrieval
 from bench.training import Average, Drawings, augmented, load_drawings, normalised
+from mmcompress.packed import cache_dir
 
 FIRST_TUNED, RANK, WIDTH, BATCH, VIEWS = 7, 16, 256, 256, 4
 FRAMES = ("{}", "{}", "{}", "a drawing of {}", "an emoji of {}")
@@ -119,11 +120,7 @@ def lower_views(model: Joint, drawings: Drawings, seed: int) -> Tensor:
 
     Kept in the cache folder, for it takes longer than the training itself.
     """
-    file = (
-        packages.cache_dir()
-        / "training"
-        / f"dinov2-block{FIRST_TUNED}-{VIEWS}views-seed{seed}-{len(drawings)}.safetensors"
-    )
+    file = cache_dir() / "training" / f"dinov2-block{FIRST_TUNED}-{VIEWS}views-seed{seed}-{len(drawings)}.safetensors"
     if file.exists():
         return load_file(file)["tokens"]
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,7 @@ from mmcompress.data.dataset import Dataset, Source
 from mmcompress.data.folder import METADATA, ClassFolder, MetadataFolder
 from mmcompress.data.shards import TarShards
 from mmcompress.errors import MissingError, UsageError, closest
+from mmcompress.packed import unpacked
 
 DEMO = ("demo:test", "demo:train")
 LAYOUTS = f"give a folder with {METADATA}, a folder of class folders, or .tar shards"
@@ -55,10 +56,10 @@ def _demo(name: str) -> tuple[Source, Path]:
     if name not in DEMO:
         raise UsageError(f"there is no demo data '{name}'", hint=closest(name, DEMO))
     home = Path(str(resources.files("mmcompress") / "demo"))
-    path = home / f"{name.removeprefix('demo:')}.tar"
+    path = home / f"{name.removeprefix('demo:')}.tar.gz"
     if not path.is_file():
         raise MissingError(f"{name} is not part of this installation", hint="give your own data with --data")
-    return TarShards([path]), home
+    return TarShards([unpacked(path)]), home
 
 
 def _source(name: str) -> tuple[Source, Path]:

@@ -6,9 +6,9 @@ FOLDER = Path(__file__).resolve().parent
 
 CLIP = FOLDER / "clip"
 """A CLIPModel checkpoint (fp16) with its image processor and tokenizer."""
-TEST = FOLDER / "test.tar"
-"""Held-out vendor's drawings as a webdataset shard: `<hexcode>.png`, `<hexcode>.json` (text, tags, label, group)."""
-TRAIN = FOLDER / "train.tar"
+TEST = FOLDER / "test.tar.gz"
+"""Held-out vendor's drawings as a packed webdataset shard: `<hexcode>.png`, `<hexcode>.json` (text, tags, label, group)."""
+TRAIN = FOLDER / "train.tar.gz"
 """Drawings of training vendors for calibration and distillation, in the same form."""
 CLASSES = FOLDER / "classes.json"
 """Zero-shot classes and prompt templates: {"classes": [...], "templates": [...]}; a sample's `label` is one of the classes."""

@@ -38,8 +38,8 @@ def pictures(shard: Path) -> dict[str, bytes]:
     [
         (assets.TRAINED, 2 * MIB),
         (demo.CLIP / "model.safetensors", 12_000_000),
-        (demo.TEST, 6 * MIB),
-        (demo.TRAIN, 4 * MIB),
+        (demo.TEST, 3 * MIB),
+        (demo.TRAIN, 2 * MIB),
     ],
     ids=lambda value: value.name if isinstance(value, Path) else "",
 )

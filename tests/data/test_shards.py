@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -187,7 +188,10 @@ def test_demo_data_has_names_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr("mmcompress.data.opening.resources.files", lambda package: tmp_path)
     with pytest.raises(MissingError, match="not part of this installation"):
         open_data("demo:test")
-    shard(tmp_path / "demo" / "test.tar", {"0.png": png(), "0.txt": "x"})
+    plain = shard(tmp_path / "plain.tar", {"0.png": png(), "0.txt": "x"})
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "test.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    monkeypatch.setenv("MMC_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "demo" / "classes.json").write_text('{"classes": ["a", "b"]}')
     data = open_data("demo:test")
     assert (data.name, len(data)) == ("demo:test", 1)
