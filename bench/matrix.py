@@ -27,6 +27,7 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "trim-vocabulary": ("trim-vocabulary", QUESTIONS["trim-vocabulary"]),
     "factorize": ("factorize", QUESTIONS["factorize"]),
     "narrow": ("narrow", QUESTIONS["narrow"]),
+    "rotate": ("rotate", QUESTIONS["rotate"]),
     "sparsify": ("sparsify", QUESTIONS["sparsify"]),
     "merge-tokens": ("merge-tokens", QUESTIONS["merge-tokens"]),
     "coarsen-tokens": ("coarsen-tokens", QUESTIONS["coarsen-tokens"]),

@@ -21,6 +21,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "trim-vocabulary": {},
     "factorize": {"ratio": 0.05},
     "narrow": {"ratio": 0.3},
+    "rotate": {},
     "sparsify": {},
     "merge-tokens": {"keep": 0.5},
     "coarsen-tokens": {"keep": 0.5},

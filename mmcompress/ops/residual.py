@@ -83,8 +83,10 @@ def kept_energy(second: Tensor, basis: Tensor) -> float:
     return float(((moment @ basis) * basis).sum() / moment.diagonal().sum())
 
 
-def norm_scale(second: Tensor, basis: Tensor) -> float:
-    """Return what the norm of K channels gives out has to be multiplied by: sqrt(e C / K)."""
+def norm_scale(second: Tensor | None, basis: Tensor) -> float:
+    """Return what the norm of K channels gives out has to be multiplied by: sqrt(e C / K), 1 where nothing is cut."""
+    if second is None:
+        return 1.0
     return (kept_energy(second, basis) * basis.shape[0] / basis.shape[1]) ** 0.5
 
 
@@ -93,9 +95,15 @@ def written(rows: Tensor, basis: Tensor) -> Tensor:
     return (rows.double() @ basis).to(rows.dtype)
 
 
-def reader(weight: Tensor, gain: Tensor, second: Tensor, basis: Tensor) -> Tensor:
-    """Return the weight (out, K) that reads the narrow stream's norm in place of `weight` (out, C) with `gain` (C,); float64."""
-    moment, wanted = second.double(), weight.double() * gain.double()
+def reader(weight: Tensor, gain: Tensor, second: Tensor | None, basis: Tensor) -> Tensor:
+    """Return the weight (out, K) that reads the narrow stream's norm in place of `weight` (out, C) with `gain` (C,); float64.
+
+    Without a second moment nothing is cut: K = C.
+    """
+    wanted = weight.double() * gain.double()
+    if second is None:
+        return wanted @ basis
+    moment = second.double()
     seen = moment @ basis
     inner = basis.T @ seen
     # A direction in which nothing lies is read as nothing; what is added is less than what float32 moments are wrong by.
@@ -103,12 +111,15 @@ def reader(weight: Tensor, gain: Tensor, second: Tensor, basis: Tensor) -> Tenso
     return torch.linalg.solve(inner, seen.T @ wanted.T).T
 
 
-def shift(weight: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, basis: Tensor, made: Tensor) -> Tensor:
+def shift(weight: Tensor, gain: Tensor, bias: Tensor, mean: Tensor | None, basis: Tensor, made: Tensor) -> Tensor:
     """Return what a reader's own bias needs beside `made` (out, K) in place of `weight` (out, C): (out,), float64.
 
-    `gain` and `bias` (C,) are the LayerNorm's, `mean` (C,) is that of what it gives out before these.
+    `gain` and `bias` (C,) are the LayerNorm's, `mean` (C,) is that of what it gives out before these; None where nothing is cut.
     """
-    wide, middle = weight.double(), mean.double()
+    wide = weight.double()
+    if mean is None:
+        return wide @ bias.double()
+    middle = mean.double()
     return wide @ (bias.double() + gain.double() * middle) - made.double() @ (basis.T @ middle)
 
 

@@ -20,6 +20,7 @@ PASSES: dict[str, str] = {
     "trim-vocabulary": "mmcompress.passes.trim_vocabulary:TrimVocabulary",
     "factorize": "mmcompress.passes.factorize:Factorize",
     "narrow": "mmcompress.passes.narrow:Narrow",
+    "rotate": "mmcompress.passes.rotate:Rotate",
     "sparsify": "mmcompress.passes.sparsify:Sparsify",
     "merge-tokens": "mmcompress.passes.merge_tokens:MergeTokens",
     "coarsen-tokens": "mmcompress.passes.coarsen_tokens:CoarsenTokens",

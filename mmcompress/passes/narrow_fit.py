@@ -6,6 +6,7 @@ where norms are LayerNorms; and all that is new of the tower.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -150,35 +151,57 @@ def _directions(method: str, second: Tensor, width: int, seed: int, read: Tensor
     return residual.largest_channels(second, width) if method == "channels" else residual.leading(second, width)
 
 
-@torch.no_grad()
 def narrow_values(
     bundle: Bundle, stream: Stream, moments: Moments, basis: Tensor, context: Context
 ) -> dict[str, Tensor]:
     """Return every parameter of the narrow stream, by its name once the structure is cut."""
     tensors: dict[str, Tensor] = {}
-    for path, name in stream.rows:
-        tensors[f"{path}.{name}"] = residual.written(bundle.module(path).get_parameter(name), basis)
-    for path in stream.writers:
-        scale = stream.scales.get(path)
-        factor = bundle.model.get_parameter(scale) if scale else torch.ones(())
-        for name, parameter in bundle.module(path).named_parameters(recurse=False):
-            # What a layer writes is along its rows: (C, in, …) or (C,).
-            rows = residual.written(parameter.movedim(0, -1).double() * factor.double(), basis)
-            tensors[f"{path}.{name}"] = rows.movedim(-1, 0).to(parameter.dtype)
-        if scale:
-            tensors[scale] = torch.ones(basis.shape[1]).to(factor)
-    if stream.entry:
-        tensors[f"{stream.entry}.1.weight"] = basis.T.to(bundle.module(stream.entry).get_parameter("weight"))
-    fit = _centred_readers if is_centred(bundle, stream) else _readers
-    for norm in track(list(stream.norms), context.progress, "fitting readers", len(stream.norms)):
-        tensors |= fit(bundle, stream, norm, moments, basis)
+    parts = values_by_part(bundle, stream, moments, basis)
+    for values in track(parts, context.progress, "fitting readers", parts_of(stream)):
+        tensors |= values
     return tensors
 
 
-def _readers(bundle: Bundle, stream: Stream, norm: str, moments: Moments, basis: Tensor) -> dict[str, Tensor]:
+def parts_of(stream: Stream) -> int:
+    """Return how many parts `values_by_part` yields."""
+    return len(stream.norms) + bool(stream.entry) + len(stream.rows) + len(stream.writers)
+
+
+@torch.no_grad()
+def values_by_part(
+    bundle: Bundle, stream: Stream, moments: Moments | None, basis: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the parameters of one part after the other, by name once the structure is cut: norms with their readers come first.
+
+    What a part is made of is its own, so its values may be put in before the next is made; but for an output layer that shares
+    a table's weight, which comes before the table. Without `moments` nothing is cut: `basis` (C, C) turns.
+    """
+    fit = _centred_readers if is_centred(bundle, stream) else _readers
+    for norm in stream.norms:
+        yield fit(bundle, stream, norm, moments, basis)
+    if stream.entry:
+        yield {f"{stream.entry}.1.weight": basis.T.to(bundle.module(stream.entry).get_parameter("weight"))}
+    for path, name in stream.rows:
+        yield {f"{path}.{name}": residual.written(bundle.module(path).get_parameter(name), basis)}
+    for path in stream.writers:
+        yield _written(bundle, path, stream.scales.get(path, ""), basis)
+
+
+def _written(bundle: Bundle, path: str, scale: str, basis: Tensor) -> dict[str, Tensor]:
+    """Return a layer that writes into the stream, and ones for what multiplied that (`scale`)."""
+    factor = bundle.model.get_parameter(scale) if scale else torch.ones(())
+    made: dict[str, Tensor] = {}
+    for name, parameter in bundle.module(path).named_parameters(recurse=False):
+        # What a layer writes is along its rows: (C, in, …) or (C,).
+        rows = residual.written(parameter.movedim(0, -1).double() * factor.double(), basis)
+        made[f"{path}.{name}"] = rows.movedim(-1, 0).to(parameter.dtype)
+    return {**made, scale: torch.ones(basis.shape[1]).to(factor)} if scale else made
+
+
+def _readers(bundle: Bundle, stream: Stream, norm: str, moments: Moments | None, basis: Tensor) -> dict[str, Tensor]:
     """Return an RMS norm and what reads it."""
     gain = bundle.module(norm).get_parameter("weight")
-    moment, readers = moments.of[norm], stream.norms[norm]
+    moment, readers = moments.of[norm] if moments else None, stream.norms[norm]
     scale = torch.full((basis.shape[1],), residual.norm_scale(moment, basis)).to(gain)
     made = {f"{norm}.0.weight" if stream.tied in readers else f"{norm}.weight": scale}
     for path in readers:
@@ -191,15 +214,17 @@ def _readers(bundle: Bundle, stream: Stream, norm: str, moments: Moments, basis:
     return made
 
 
-def _centred_readers(bundle: Bundle, stream: Stream, norm: str, moments: Moments, basis: Tensor) -> dict[str, Tensor]:
+def _centred_readers(
+    bundle: Bundle, stream: Stream, norm: str, moments: Moments | None, basis: Tensor
+) -> dict[str, Tensor]:
     """Return a LayerNorm and what reads it, with biases; without readers, the Linear (K, C) behind it."""
     module = bundle.module(norm)
     gain = module.get_parameter("weight")
     bias = torch.zeros_like(gain) if module.bias is None else module.get_parameter("bias")
-    covariance, mean = moments.around[norm], moments.means[norm]
+    covariance, mean = (moments.around[norm], moments.means[norm]) if moments else (None, None)
     widens = stream.widens and norm == stream.last
     at = f"{norm}.0" if widens else norm
-    scale = residual.norm_scale(moments.of[norm], basis)
+    scale = residual.norm_scale(moments.of[norm] if moments else None, basis)
     made = {f"{at}.weight": torch.full((basis.shape[1],), scale).to(gain)}
     if module.bias is not None:
         made[f"{at}.bias"] = torch.zeros(basis.shape[1]).to(gain)

@@ -1,4 +1,4 @@
-"""What belongs to the residual stream of a tower, as `narrow` cuts it: declared by the family, checked here.
+"""What belongs to the residual stream of a tower, as `narrow` cuts it and `rotate` turns it: declared by the family, checked here.
 
 Shape alphabet: C channels, K channels left.
 """
@@ -52,7 +52,7 @@ def stream_of(tower: Tower) -> Stream:
     residual = tower.residual
     if residual is None:
         raise UsageError(
-            f"this tower's residual stream cannot become narrower: {_why_not(tower)}",
+            f"this tower's residual stream cannot become narrower: {why_not(tower)}",
             hint=f"name towers other than {tower.name} with --towers; mmc prune takes heads, neurons and blocks of any",
         )
     norms: dict[str, tuple[str, ...]] = {}
@@ -82,7 +82,7 @@ def known(bundle: Bundle) -> list[Tower]:
     towers = bundle.towers()
     found = [tower for tower in towers if tower.residual]
     if not found:
-        reasons = "; ".join(f"{tower.name}: {_why_not(tower)}" for tower in towers)
+        reasons = "; ".join(f"{tower.name}: {why_not(tower)}" for tower in towers)
         raise UsageError(
             f"no residual stream of {bundle.family.name} models can become narrower ({reasons})",
             hint="mmc prune takes heads, neurons and blocks of any tower",
@@ -90,7 +90,8 @@ def known(bundle: Bundle) -> list[Tower]:
     return found
 
 
-def _why_not(tower: Tower) -> str:
+def why_not(tower: Tower) -> str:
+    """Return why a tower's stream is not known, for a person."""
     return tower.why_no_residual or "its family does not name all that reads and writes it"
 
 
@@ -109,33 +110,33 @@ def is_centred(bundle: Bundle, stream: Stream) -> bool:
     return centres(bundle.module(stream.last))
 
 
-def require_narrowable(bundle: Bundle, stream: Stream) -> None:
-    """Raise UsageError where something of the stream is no plain layer, table or norm, or does not turn."""
+def require_narrowable(bundle: Bundle, stream: Stream, name: str = "narrow") -> None:
+    """Raise UsageError where something of the stream is no plain layer, table or norm, or does not turn; `name`: of the pass."""
     readers = [path for readers in stream.norms.values() for path in readers]
     for path in (*stream.writers, *readers):
         module = bundle.module(path)
         if type(module) not in ((nn.Linear,) if path in readers else (nn.Linear, nn.Conv2d)) or is_float_coded(module):
             raise UsageError(
-                f"{path} is a {type(module).__name__}; narrow cuts nn.Linear",
-                hint="put narrow before factorize and quantize",
+                f"{path} is a {type(module).__name__}; {name} is for nn.Linear",
+                hint=f"put {name} before factorize and quantize",
             )
     for path, name in stream.rows:
         module = bundle.module(path)
         if name not in dict(module.named_parameters(recurse=False)):
             raise UsageError(
-                f"{path} is a {type(module).__name__}; narrow cuts rows of floats", hint="put narrow before quantize"
+                f"{path} is a {type(module).__name__}; {name} is for rows of floats", hint=f"put {name} before quantize"
             )
     for path in (*stream.norms, *filter(None, [stream.entry])):
         if isinstance(bundle.module(path), nn.Sequential):
             raise UsageError(
-                f"the {stream.tower} tower is narrow already, with a product behind {path}",
-                hint="start from the checkpoint before that, with a larger ratio",
+                f"the {stream.tower} tower has been narrowed or rotated already: there is a product behind {path}",
+                hint="start from the checkpoint before that",
             )
     for block in bundle.tower(stream.tower).blocks:
         if cross_vector(bundle.module(block.path)) is not None:
             raise UsageError(
                 f"{block.path} has learned a cross token, which goes into the stream",
-                hint="put narrow before merge-tokens",
+                hint=f"put {name} before merge-tokens",
             )
     for path in stream.norms:
         norm = bundle.module(path)

@@ -288,14 +288,14 @@ def test_what_is_refused_says_why() -> None:
     ):
         Narrow().check(odd)
     run(bundle, TIED, ratio=0.25)
-    with pytest.raises(UsageError, match="narrow already"):
+    with pytest.raises(UsageError, match="narrowed or rotated already"):
         Narrow().check(bundle)
     with pytest.raises(UsageError, match="the student's vision has 384 values in its hidden states, the teacher's 512"):
         run(bundle, TIED, "distill", steps=1, batch_size=4)
     for family, scheme in ((TIED, {"vision_scheme": "W16A16"}), (UNTIED, {"language_scheme": "W16A16"})):
         rounded = model(family)
         run(rounded, family, "quantize", scheme="W8A16", **scheme)
-        with pytest.raises(UsageError, match="narrow cuts") as caught:
+        with pytest.raises(UsageError, match="narrow is for") as caught:
             Narrow().check(rounded)
         assert "put narrow before" in (caught.value.hint or "")
 

@@ -184,7 +184,7 @@ def test_what_is_left_are_plain_modules() -> None:
         bundle = model(family)
         run(bundle, family, ratio=0.25, towers=["vision"])
         assert [type(part) for part in bundle.module(path)] == [nn.LayerNorm, nn.Linear]
-        with pytest.raises(UsageError, match=f"narrow already, with a product behind {path}"):
+        with pytest.raises(UsageError, match=f"narrowed or rotated already: there is a product behind {path}"):
             Narrow(towers=("vision",)).check(bundle)
 
 
@@ -315,6 +315,6 @@ def test_what_is_refused_says_why() -> None:
     assert "ratio <= 0.95" in (caught.value.hint or "")
     bundle = model(SCALES)
     run(bundle, SCALES, "quantize", scheme="W8A16", text_scheme="W16A16")
-    with pytest.raises(UsageError, match="narrow cuts") as caught:
+    with pytest.raises(UsageError, match="narrow is for") as caught:
         Narrow().check(bundle)
     assert "put narrow before" in (caught.value.hint or "")
