@@ -73,6 +73,12 @@ class Dataset:
         count = min(_at_least_one(n), len(self))
         return self._select(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
 
+    def apart(self, n: int, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """Return `n` samples chosen at random by `seed`, and the others; both in their original order."""
+        assert 0 < n < len(self), f"{n} of {len(self)} samples leave nothing"
+        drawn = np.random.default_rng(seed).permutation(len(self))
+        return self._select(np.sort(drawn[:n])), self._select(np.sort(drawn[n:]))
+
     def fingerprint(self) -> str:
         """Return a sha256 over keys, sizes, texts, labels and questions: equal for the same data in the same order, anywhere."""
         return self._fingerprint

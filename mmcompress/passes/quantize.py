@@ -21,6 +21,7 @@ from mmcompress.passes.quantize_make import Maker
 from mmcompress.passes.quantize_mixed import plan_mixed
 from mmcompress.passes.quantize_plan import begun, finished, plan_tower
 from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, with_activations
+from mmcompress.passes.quantize_smooth import STRENGTHS
 from mmcompress.passes.quantize_times import TIMING_SECONDS
 from mmcompress.passes.stacked import say_left
 from mmcompress.surgery.float_codes import loading_config
@@ -135,8 +136,9 @@ class Quantize:
     """For W8A8 with static activations and target openvino: int8 rounds queries and keys too, as their Linears give them out, so
     that attentions compute their logits of integers; a little faster, and a little less accurate. Not where places turn them
     afterwards (rotary), one Linear makes both, or keys wait in a cache. Logits are given back first, for `min_cosine`."""
-    smooth: float = 0.75
-    """For W8A8, with data: how much of the spread of an activation's channels moves into the weights (SmoothQuant); 0 is off."""
+    smooth: float | None = None
+    """For W8A8, with data: how much of the spread of an activation's channels moves into the weights (SmoothQuant); 0 is off. By
+    default it is searched, tower by tower, on samples that ranges were not taken from; dynamic activations take 0.75."""
     reduce_range: bool = False
     """Use 7 of the 8 bits of weights: for x86 CPUs without VNNI or AMX, whose 16-bit sums of u8*s8 products overflow."""
 
@@ -177,6 +179,8 @@ class Quantize:
             runs = 2 * parts + 5 if self.assign == "measured" else 0
             looks = 2 if self.latency_ms is not None else looks
         judged = 2 * runs * min(self.sensitivity_samples, work.samples)
+        if self.smooth is None and any(self.scheme_of(tower.name) == "W8A8" for tower in towers):
+            judged += 2 * len(STRENGTHS) * min(self.sensitivity_samples, work.samples // 4)
         timed = TIMING_SECONDS if self.latency_ms is not None else 0.0
         return (looks * work.samples + judged) * work.forward + timed
 
@@ -239,7 +243,7 @@ class Quantize:
         return Maker(
             inputs=UINT8 if self.target == "cpu" else INT8,
             weights=WEIGHT_INT7 if self.reduce_range else WEIGHT_INT8,
-            smooth=self.smooth > 0,
+            smooth=self.smooth != 0,
             rounding=nearest if self.rounding == "nearest" else half_quadratic,
             rounds_inputs=self.target == "cpu",
             symmetric_experts=self.symmetric_experts,

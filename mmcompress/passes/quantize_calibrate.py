@@ -9,7 +9,7 @@ Shape alphabet: T tokens, C channels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -30,6 +30,7 @@ from mmcompress.views import Tower
 
 Inputs = dict[str, Tensor]
 NO_CHANNELS: Mapping[str, Channels] = MappingProxyType({})
+NO_OUTPUTS: Mapping[str, MinMax] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,39 @@ def offers(bundle: Bundle, context: Context, tower: str, samples: int) -> bool:
     return any(bundle.items(tower, sample) for sample in chosen)
 
 
-def calibrate(
+@dataclass
+class Seen:
+    """What samples showed of layers so far: the ranges of their inputs' channels, and of some of their outputs."""
+
+    ranges: dict[str, ChannelRange]
+    outputs: dict[str, MinMax]
+
+
+def nothing_seen(paths: Sequence[str], outputs: Mapping[str, MinMax] = NO_OUTPUTS) -> Seen:
+    """Return what is known of the inputs of `paths` before a sample is looked at; `outputs` watch those of some of them.
+
+    Memory: two rows of channels and at most one histogram of 128 KiB per layer, whatever the number of samples.
+    """
+    return Seen({path: ChannelRange() for path in paths}, dict(outputs))
+
+
+def look(bundle: Bundle, tower: Tower, seen: Seen, context: Context) -> None:
+    """Add what the samples show to what was seen before."""
+    watch(
+        bundle,
+        tower,
+        {path: bundle.module(path) for path in seen.ranges},
+        lambda path, tokens: seen.ranges[path].watch(tokens),
+        context,
+        "calibration",
+        outputs={path: each.watch for path, each in seen.outputs.items()},
+    )
+
+
+def grids_of(
     bundle: Bundle,
     tower: Tower,
-    paths: Sequence[str],
+    seen: Seen,
     levels: Levels,
     context: Context,
     *,
@@ -91,28 +121,14 @@ def calibrate(
     percentile: float,
     smooth: float,
     channels: Mapping[str, Channels] = NO_CHANNELS,
-    outputs: Collection[str] = (),
 ) -> dict[str, Grid]:
-    """Return the input grid of each layer that is called; those without one are read by their owner but never called.
+    """Return the input grid of each layer that was called; those without one are read by their owner but never called.
 
-    `channels`: layers whose gains the rows that make their inputs are to take over. `outputs`: those of `paths` whose outputs get a
-    grid as well.
-
-    Memory: two rows of channels and at most one histogram of 128 KiB per layer, whatever the number of samples.
+    `channels`: layers whose gains the rows that make their inputs are to take over. A `method` that cuts ranges looks at the
+    samples once more, with what they are multiplied by.
     """
-    modules = {path: bundle.module(path) for path in paths}
-    ranges = {path: ChannelRange() for path in paths}
-    given: dict[str, MinMax] = {path: observer(method, percentile) for path in outputs}
-    watch(
-        bundle,
-        tower,
-        modules,
-        lambda path, tokens: ranges[path].watch(tokens),
-        context,
-        "calibration",
-        outputs={path: each.watch for path, each in given.items()},
-    )
-    called = {path: modules[path] for path in paths if ranges[path].seen}
+    ranges = seen.ranges
+    called = {path: bundle.module(path) for path in ranges if ranges[path].seen}
     for path in called:
         if not (ranges[path].lowest.isfinite().all() and ranges[path].highest.isfinite().all()):
             raise UsageError(
@@ -120,7 +136,7 @@ def calibrate(
                 hint="the model itself overflows: load it in float32, or leave bad samples out of the data",
             )
     gains = _gains(bundle, tower, called, ranges, smooth, channels) if smooth else {}
-    scales = {path: each.scale(INT8)[0] for path, each in given.items() if path in called}
+    scales = {path: each.scale(INT8)[0] for path, each in seen.outputs.items() if path in called}
     observers: dict[str, MinMax] = {path: observer(method, percentile) for path in called}
     if method != "min-max":
 
@@ -137,6 +153,25 @@ def calibrate(
         span = lowest.min().clamp_max(0), highest.max().clamp_min(0)
         grids[path] = Grid(*scale_from_range(*span, levels), gain, scales.get(path))
     return grids
+
+
+def calibrate(
+    bundle: Bundle,
+    tower: Tower,
+    paths: Sequence[str],
+    levels: Levels,
+    context: Context,
+    *,
+    method: Method,
+    percentile: float,
+    smooth: float,
+    channels: Mapping[str, Channels] = NO_CHANNELS,
+) -> dict[str, Grid]:
+    """Look at all samples, and return the grids (see `grids_of`)."""
+    seen = nothing_seen(paths)
+    look(bundle, tower, seen, context)
+    how = {"method": method, "percentile": percentile, "smooth": smooth, "channels": channels}
+    return grids_of(bundle, tower, seen, levels, context, **how)  # type: ignore[arg-type]
 
 
 def watch(

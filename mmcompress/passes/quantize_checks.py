@@ -40,7 +40,7 @@ def require_sensible(settings: Quantize) -> None:
             f"quantize.min_cosine is {settings.min_cosine:g}; expected -1 <= min_cosine < 1",
             hint="0.99 is a usual limit; 1 would allow no rounding at all",
         )
-    if not 0 <= settings.smooth <= 1:
+    if settings.smooth is not None and not 0 <= settings.smooth <= 1:
         raise UsageError(
             f"quantize.smooth is {settings.smooth:g}; expected 0 <= smooth <= 1", hint="0.5 to 0.85 are usual"
         )

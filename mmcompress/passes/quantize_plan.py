@@ -17,7 +17,7 @@ from mmcompress.ops.float4 import BLOCKS
 from mmcompress.ops.float8 import FLOAT8
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.distill_ranks import world_size
-from mmcompress.passes.quantize_calibrate import calibrate, offers
+from mmcompress.passes.quantize_calibrate import calibrate, grids_of, offers
 from mmcompress.passes.quantize_fit import fit_weights
 from mmcompress.passes.quantize_folds import add_folds
 from mmcompress.passes.quantize_judge import Judge, judge_tower
@@ -34,6 +34,7 @@ from mmcompress.passes.quantize_layers import (
 )
 from mmcompress.passes.quantize_logits import of_layers, pairs_of
 from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES, Scheme, with_activations
+from mmcompress.passes.quantize_smooth import BY_TOKEN, seen_and_strength
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
         paths = float_codable(bundle, tower, paths)
         context.progress.say(f"{tower.name}: {len(paths)} Linears take {name}, all else stays float")
     if scheme.inputs == "static":
-        called = input_grids(settings, bundle, tower, paths, scheme, context, made.tensors)
+        called, smoothed = input_grids(settings, bundle, tower, paths, scheme, context, made.tensors)
+        report |= smoothed
         schemes = {path: name if f"{path}.scale" in made.tensors else scheme.otherwise for path in called}
         if settings.rounds_logits:
             made.decisions["logits"] |= of_layers(pairs_of(bundle, tower, called), schemes)
@@ -101,11 +103,12 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
         if scheme.inputs == "dynamic" and scheme.weights != "int4":
             rounded = by_token(bundle, tower, paths, scheme.weights)
             schemes |= dict.fromkeys(rounded, name)
-            smooths = settings.smooth > 0 and scheme.weights == "int8"
+            strength = BY_TOKEN if settings.smooth is None else settings.smooth
+            smooths = strength > 0 and scheme.weights == "int8"
             if smooths and offers(bundle, context, tower.name, context.num_samples):
-                gains = _gains(settings, bundle, tower, rounded, context)
+                gains = _gains(settings, bundle, tower, rounded, strength, context)
                 made.tensors.update({f"{path}.gain": gain for path, gain in gains.items()})
-                made.decisions["scaled"] |= dict.fromkeys(gains, settings.smooth)
+                made.decisions["scaled"] |= dict.fromkeys(gains, strength)
     if scheme.weights == "int4" or scheme.weights in BLOCKS:
         if scheme.weights == "int4":
             sizes = group_sizes(bundle, tower, paths, settings.group_size)
@@ -153,12 +156,14 @@ def _experts_report(
     return {"experts": {"scheme": scheme, "rounding": how}}
 
 
-def _gains(settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], context: Context) -> dict[str, Tensor]:
+def _gains(
+    settings: Quantize, bundle: Bundle, tower: Tower, paths: list[str], strength: float, context: Context
+) -> dict[str, Tensor]:
     """Return what inputs are multiplied by that then are rounded token by token: one grid for all channels needs it as well."""
     how: dict[str, Any] = {
         "method": "min-max",
         "percentile": settings.percentile,
-        "smooth": settings.smooth,
+        "smooth": strength,
         "channels": settings.channels(tower),
     }
     grids = calibrate(bundle, tower, paths, settings.maker.inputs, context, **how)
@@ -173,24 +178,24 @@ def input_grids(
     scheme: Scheme,
     context: Context,
     tensors: MutableMapping[str, Tensor],
-) -> list[str]:
-    """Add the grids of the layers' inputs to `tensors`; return `paths` without the layers that are never called.
+) -> tuple[list[str], dict[str, Any]]:
+    """Add the grids of the layers' inputs to `tensors`; return `paths` without the layers never called, and what to report.
 
     Their owner reads them: their input cannot be rounded, nor their weight replaced safely.
     """
     unrounded = mixtures_of(tower)
     linears = [path for path in paths if not (path in unrounded or isinstance(bundle.module(path), nn.Embedding))]
     floats = scheme.weights == "float8"
+    pairs = pairs_of(bundle, tower, linears) if settings.rounds_logits and not floats else {}
+    own = replace(settings, smooth=0.0) if floats else settings
+    seen, strength, tried = seen_and_strength(own, bundle, tower, linears, [*pairs, *pairs.values()], context)
     how: dict[str, Any] = {
         "method": settings.observer,
         "percentile": settings.percentile,
-        "smooth": 0.0 if floats else settings.smooth,
+        "smooth": strength,
         "channels": settings.channels(tower),
     }
-    if settings.rounds_logits and not floats:
-        pairs = pairs_of(bundle, tower, linears)
-        how["outputs"] = [*pairs, *pairs.values()]
-    grids = calibrate(bundle, tower, linears, FLOAT8 if floats else settings.maker.inputs, context, **how)
+    grids = grids_of(bundle, tower, seen, FLOAT8 if floats else settings.maker.inputs, context, **how)
     rounded = by_token(bundle, tower, linears, scheme.weights) if floats else linears
     for path, grid in grids.items():
         if path not in rounded:
@@ -200,4 +205,9 @@ def input_grids(
             tensors[f"{path}.gain"] = grid.gain
         if grid.output_scale is not None:
             tensors[f"{path}.output_scale"] = grid.output_scale
-    return whole_ties([path for path in paths if path in grids or path not in linears], tower)
+    if tried:
+        context.progress.say(
+            f"{tower.name}: smoothed by {strength:g}, cosine {tried[f'{strength:g}']:.4f} on samples held back"
+        )
+    report = {} if floats else {"smooth": strength, **({"smooth_tried": tried} if tried else {})}
+    return whole_ties([path for path in paths if path in grids or path not in linears], tower), report

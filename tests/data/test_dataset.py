@@ -28,6 +28,18 @@ def test_subset_is_random_by_seed_ordered_and_repeatable() -> None:
     assert len(data.subset(500)) == 100
 
 
+def test_apart_are_two_parts_that_share_nothing() -> None:
+    data = Dataset(Memory([Sample(str(number), ("x",)) for number in range(20)]), "numbers")
+    few, others = data.apart(6, 1)
+    keys = [[int(sample.key) for sample in part] for part in (few, others)]
+    assert [len(part) for part in keys] == [6, 14]
+    assert all(part == sorted(part) for part in keys)
+    assert sorted(keys[0] + keys[1]) == list(range(20))
+    assert [int(sample.key) for sample in data.subset(6, 1)] == keys[0]
+    with pytest.raises(AssertionError, match="leave nothing"):
+        data.apart(20)
+
+
 def test_selections_of_selections_stay_inside() -> None:
     data = samples(100)
     chosen = data.subset(20, seed=1)
