@@ -1,8 +1,9 @@
 """What rotating a model before it is quantized (`mmc rotate`, QuaRot's stages without products of their own) keeps of real models.
 
 Language models: how probable the right answers are to them, per token (see `bench.fitted_weights`), of SmolLM2-135M inside a model
-of SmolVLM's shape and of the mini-VLM, in several schemes; the dual encoder's eyes (DINOv2-S): the cosine of their embeddings with
-fp32's. Each with and without the rotation, paired sample by sample.
+of SmolVLM's shape and of the mini-VLM, in several schemes; the eyes of the dual encoder (DINOv2-S) and of the demo's CLIP: the
+cosine of their embeddings with fp32's, also for several strengths of smoothing. Each with and without the rotation, paired by
+sample.
 
     python -m bench.rotated [--samples 64] [--questions 300] [--pictures 500] [--only smollm2]    writes bench/results/rotated.json
 """
@@ -25,6 +26,7 @@ from bench.fitted_weights import BATCH, led, prepared, rounded
 from mmcompress import checkpoint
 from mmcompress.bundle import Bundle
 from mmcompress.data import Dataset, open_data
+from mmcompress.demo import CLIP
 from mmcompress.ops.statistics import bootstrap, paired_difference
 from mmcompress.passes.base import Context
 from mmcompress.passes.rotate import Rotate
@@ -39,10 +41,14 @@ LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A8, nearest, groups of 32": (GROUPS, {"scheme": "W4A8"}),
     "NVFP4": (GROUPS, {"scheme": "NVFP4"}),
     "MXFP4": (GROUPS, {"scheme": "MXFP4"}),
-    "W8A8, not smoothed": (GROUPS, {"scheme": "W8A8", "smooth": 0.0}),
-    "W8A8": (GROUPS, {"scheme": "W8A8"}),
+    "W8A8, not smoothed": (ROWS, {"scheme": "W8A8", "smooth": 0.0}),
+    "W8A8": (ROWS, {"scheme": "W8A8", "sensitivity_samples": 16, "min_cosine": -1.0}),
 }
-EYES = {name: way for name, way in LANGUAGE.items() if name.startswith(("W8A8", "W4A16, nearest"))}
+EYES = {
+    **{name: way for name, way in LANGUAGE.items() if name.startswith(("W8A8", "W4A16, nearest"))},
+    "W8A8, smoothed by 0.5": (ROWS, {"scheme": "W8A8", "smooth": 0.5}),
+    "W8A8, smoothed by 0.75": (ROWS, {"scheme": "W8A8", "smooth": 0.75}),
+}
 Score = Callable[[Bundle], np.ndarray]
 
 
@@ -121,21 +127,23 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=64, help="passages")
     options.add_argument("--questions", type=int, default=300)
     options.add_argument("--pictures", type=int, default=500)
-    options.add_argument("--calibrated-on", type=int, default=64)
+    options.add_argument("--calibrated-on", type=int, default=128)
     options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--only", choices=("smollm2", "mini_vlm", "dual_encoder"), help="leave the others as they are")
+    options.add_argument(
+        "--only", choices=("smollm2", "mini_vlm", "dual_encoder", "clip"), help="leave the others as they are"
+    )
     given = options.parse_args()
     torch.set_num_threads(given.threads)
 
     def wanted(name: str) -> bool:
         return given.only in (None, name)
 
-    if wanted("dual_encoder"):
-        eyes = checkpoint.load(assets.dual_encoder())
-        pictures = open_data("demo:test").subset(given.pictures, 0)
-        score = likeness(eyes, pictures)
-        for rows in compared(eyes, "vision", EYES, score, open_data("demo:train"), given.calibrated_on):
-            write(given, "dual_encoder", rows)
+    pictures, known = open_data("demo:test").subset(given.pictures, 0), open_data("demo:train")
+    for name, model in (("clip", CLIP), ("dual_encoder", assets.dual_encoder())):
+        if wanted(name):
+            eyes = checkpoint.load(model)
+            for rows in compared(eyes, "vision", EYES, likeness(eyes, pictures), known, given.calibrated_on):
+                write(given, name, rows)
     if wanted("mini_vlm"):
         questions = open_data(str(assets.vqa("heldout"))).subset(given.questions, 0)
         known, model = open_data(str(assets.vqa("training"))), checkpoint.load(assets.mini_vlm())

@@ -20,6 +20,7 @@ from mmcompress.passes import quantize_fit, quantize_judge, quantize_moments
 from mmcompress.passes.base import Context
 from mmcompress.passes.quantize_calibrate import batches, watch
 from mmcompress.passes.quantize_moments import linears_of
+from mmcompress.passes.quantize_smooth import USUAL
 from mmcompress.recipe import Recipe, parse
 from mmcompress.surgery.watch import Sums
 from tests import tiny
@@ -30,13 +31,13 @@ FOUR = {"scheme": "W4A16", "group_size": 16}
 GPTQ = {**FOUR, "rounding": "gptq"}
 FITTED = {**FOUR, "rounding": "hqq", "scaling": "awq", "clip": True}
 ALL = {**FITTED, "rounding": "gptq"}
-STATIC = {"scheme": "W8A8"}
+STATIC = {"scheme": "W8A8", "smooth": 0.75}
 RUNS: list[tuple[str, dict[str, Any]]] = [
     *((name, params) for name in ("llava_dinov2", "dual_encoder_dinov2") for params in (GPTQ, FITTED, STATIC)),
     ("qwen2_5_vl", {**GPTQ, "scaling": "awq", "balance": "text", "correct_bias": True}),
     ("clip", {**ALL, "correct_bias": True, "keep_float": ("*.v_proj",)}),
     ("qwen3_vl", {"scheme": "W8A16", "scaling": "awq", "language_scheme": "W4A8"}),
-    ("whisper", {"scheme": "W8A8", "observer": "mse"}),
+    ("whisper", {"scheme": "W8A8", "observer": "mse", "smooth": 0.5}),
     ("clip", {"scheme": "W8A8", "activations": "dynamic"}),
     # Too much is lost: groups are judged alone, take 8 bits, and stay floats.
     ("llava_clip", {**GPTQ, "min_cosine": 0.9999}),
@@ -200,6 +201,15 @@ def test_finished_towers_are_not_looked_at_again(small: None, tmp_path: Path, mo
     looked.clear()
     job.compress(model, recipe(STATIC), tmp_path / "out", resume=True)
     assert looked == []
+
+
+def test_nothing_is_searched_layer_by_layer(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stored("clip", tmp_path / "model")
+    show(monkeypatch, "clip")
+    monkeypatch.setattr(streamed, "SHARD_BYTES", 20_000)
+    job.compress(model, recipe({"scheme": "W8A8"}), tmp_path / "own")
+    job.compress(model, recipe({"scheme": "W8A8", "smooth": USUAL}), tmp_path / "given")
+    assert same_weights(tmp_path / "own", tmp_path / "given")
 
 
 def test_a_run_in_memory_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ class Quantize:
     afterwards (rotary), one Linear makes both, or keys wait in a cache. Logits are given back first, for `min_cosine`."""
     smooth: float | None = None
     """For W8A8, with data: how much of the spread of an activation's channels moves into the weights (SmoothQuant); 0 is off. By
-    default it is searched, tower by tower, on samples that ranges were not taken from; dynamic activations take 0.75."""
+    default it is searched, tower by tower, on samples that ranges were not taken from; dynamic activations take
+    0.75, models that do not fit into memory 0.5."""
     reduce_range: bool = False
     """Use 7 of the 8 bits of weights: for x86 CPUs without VNNI or AMX, whose 16-bit sums of u8*s8 products overflow."""
 

@@ -3,7 +3,7 @@
 A strong one moves much of the spread of an activation's channels into the weights. It also lets every channel fill the one grid, so
 that on other samples than those calibrated on more of them run over its ends. So each strength is judged on samples whose ranges
 nothing was told of: a few are held back, the tower with all its layers rounded is compared with itself in floats on them, and then
-they are looked at as well.
+they are looked at as well. A model that goes through layer by layer is not searched: that takes one more run for each strength.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8)
 USUAL = 0.5
-"""Where none is given and nothing can be held back, or nobody wants towers judged: the paper's."""
+"""Where none is given and none is searched: the paper's."""
 BY_TOKEN = 0.75
 """Where none is given and each token has a grid of its own, over whose ends nothing runs."""
 
@@ -46,11 +46,11 @@ def seen_and_strength(
 
 
 def _held_back(settings: Quantize, bundle: Bundle, tower: Tower, context: Context) -> tuple[Context, Context] | None:
-    """Return the samples to judge on, a quarter at most, and the others; None where either has nothing for the tower."""
+    """Return the samples to judge on, a quarter at most, and the others; None where nothing is to be searched."""
     data = context.require_data(f"quantizing the activations of the {tower.name} tower")
     chosen = data.subset(context.num_samples, context.seed)
     count = min(settings.sensitivity_samples, len(chosen) // 4)
-    if not count:
+    if not count or bundle.in_step:
         return None
     few, others = (replace(context, data=part, num_samples=len(part)) for part in chosen.apart(count, context.seed))
     can = all(offers(bundle, part, tower.name, part.num_samples) for part in (few, others))
