@@ -89,6 +89,11 @@ def slope(parts: Tensor, beta: float) -> Tensor:
     return sides.abs().pow_(beta - 1).mul_(sides.sign()).mul_(-2 * beta)
 
 
+def annealed(progress: float) -> float:
+    """Return beta where `progress`, 0..1, of the regularised iterations are done: along half a cosine."""
+    return LAST_BETA + (FIRST_BETA - LAST_BETA) * (1 + math.cos(math.pi * progress)) / 2
+
+
 def _learned(
     weight: Tensor, moment: Tensor, scale: Tensor, zero_point: Tensor, levels: Levels, iterations: int
 ) -> Tensor:
@@ -117,13 +122,8 @@ def _learned(
         parts.clamp_(0, 1)
         gradient = ((left - parts * moved) @ moment).mul_(moved).mul_(-2)
         if iteration >= first:
-            gradient.add_(slope(parts, _beta((iteration - first) / (iterations - first))).mul_(alone), alpha=LAMBDA)
+            gradient.add_(slope(parts, annealed((iteration - first) / (iterations - first))).mul_(alone), alpha=LAMBDA)
         values.grad = gradient.mul_(sigmoid.mul_(1 - sigmoid)).mul_(inside).mul_(ZETA - GAMMA)
         optimizer.step()
     up = (rectified(values) >= 0.5) & free
     return (base + up).to(levels.dtype)
-
-
-def _beta(progress: float) -> float:
-    """Return beta where `progress`, 0..1, of the regularised iterations are done: along half a cosine."""
-    return LAST_BETA + (FIRST_BETA - LAST_BETA) * (1 + math.cos(math.pi * progress)) / 2
