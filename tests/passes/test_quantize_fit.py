@@ -111,11 +111,12 @@ def test_channels_that_are_alike_leave_weights_as_plain_rounding_does() -> None:
         assert torch.equal(made.weight, plain.dequantized())
 
 
-def test_what_gptq_makes_up_for_is_seen_in_scaled_inputs() -> None:
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_what_rounding_makes_up_for_is_seen_in_scaled_inputs(rounding: Any) -> None:
     """Scaling by hand, and rounding to the moment of inputs that were scaled."""
     torch.manual_seed(0)
     linear, x, gain = nn.Linear(64, 24), torch.randn(200, 64) @ torch.randn(64, 64), torch.logspace(-1, 1, 64)
-    settings = Quantize(scheme="W4A16", rounding="gptq")
+    settings = Quantize(scheme="W4A16", rounding=rounding)
     one = Rounding(settings, x.T @ x / 200, gain).made(linear, 16)
     scaled = copy.deepcopy(linear)
     with torch.no_grad():
