@@ -246,8 +246,9 @@ def test_what_adaround_takes_is_forecast(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         settings: dict[str, Any] = {"scheme": "W4A16", "group_size": 16, "rounding": "adaround", **params}
         assert Quantize(**settings).seconds(bundle, work) == pytest.approx(factor * once)
-    made = Quantize(scheme="W4A16", rounding="adaround")
-    assert made.holds(bundle) > 48 * 2**18 + 16 * 48**2 - 1
+    widest = max(columns for _, columns in shapes)
+    held = {way: Quantize(scheme="W4A16", group_size=16, rounding=way).holds(bundle) for way in ("adaround", "nearest")}
+    assert held == {"adaround": 16 * widest**2 + 12 * 4 * 2**18, "nearest": 0}
 
 
 def test_runs_are_counted_beforehand() -> None:
