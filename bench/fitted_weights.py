@@ -51,6 +51,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "awq, clip": {**AWQ, "clip": True},
     "awq, clip, gptq": {"rounding": "gptq", "scaling": "awq", "clip": True},
 }
+RIVALS = {"adaround": "gptq", "equalize": "hqq"}
+"""What else there is that needs samples, or none; compared where both are measured."""
 SHOWN: dict[str, dict[str, Any]] = {
     "awq, clip, balanced": {**WAYS["awq, clip"], "balance": "modality"},
     "awq, clip, text tokens only": {**WAYS["awq, clip"], "balance": "text"},
@@ -144,9 +146,9 @@ def compared(
                 "folded": len(plan.decisions.get("folds", {})),
                 "image_tokens_count": plan.decisions["towers"]["language"].get("image_tokens_count", {}),
             }
-            other = reads.get(f"gptq, {group}")
-            if way == "adaround" and other:
-                rows[name]["against_gptq"] = paired(other, reads[name])
+            rival = RIVALS.get(way, "")
+            if f"{rival}, {group}" in reads:
+                rows[name][f"against_{rival}"] = paired(reads[f"{rival}, {group}"], reads[name])
             for ending in TEXT_ONLY:
                 mixed = name.replace(ending, "")
                 if mixed != name and mixed in reads:
