@@ -1,10 +1,11 @@
-"""4-bit weights fitted to samples: what scales (AWQ), clipped ranges, GPTQ and balanced modalities (MBQ) keep of two real models.
+"""4-bit weights fitted to samples: what scales (AWQ), clipped ranges, GPTQ, AdaRound and balanced modalities (MBQ) keep of two real
+models; beside them what equalized ranges do, which need no samples.
 
 How probable the right answers are to a language model, per token, with n and intervals, paired sample by sample with the original's
 and with those of rounding to nearest. SmolLM2-135M inside a model of SmolVLM's shape goes on with what presidents said, without
 pictures. The mini-VLM's language model answers held-out questions about drawings; what its vision tower makes of them is made once.
 Then its vision tower is rounded too (`mini_vlm, vision too`), which texts alone cannot calibrate: it is rounded to nearest then.
-`greedy` is the share of answers of which each token is the most probable one.
+`greedy` is the share of answers of which each token is the most probable one, `seconds` what rounding the language model takes.
 
     python -m bench.fitted_weights [--samples 64] [--questions 300] [--only smollm2]      writes bench/results/fitted_weights.json
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,10 +45,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "nearest"},
     "hqq": {"rounding": "hqq"},
     "gptq": {"rounding": "gptq"},
+    "adaround": {"rounding": "adaround"},
+    "equalize": {"rounding": "nearest", "scaling": "equalize"},
     "awq": AWQ,
     "awq, clip": {**AWQ, "clip": True},
     "awq, clip, gptq": {"rounding": "gptq", "scaling": "awq", "clip": True},
 }
+RIVALS = {"adaround": "gptq", "equalize": "hqq"}
+"""What else there is that needs samples, or none; compared where both are measured."""
 SHOWN: dict[str, dict[str, Any]] = {
     "awq, clip, balanced": {**WAYS["awq, clip"], "balance": "modality"},
     "awq, clip, text tokens only": {**WAYS["awq, clip"], "balance": "text"},
@@ -125,7 +131,9 @@ def compared(
             if vision:
                 own = WAYS["nearest"] if alone else {k: v for k, v in parameters.items() if k != "balance"}
                 rounded(bundle, "vision", group, own, context)
+            started = time.perf_counter()
             plan = rounded(bundle, "language", group, parameters, context)
+            seconds = time.perf_counter() - started
             with torch.inference_mode():
                 reads[name] = led(bundle, list(prepared(bundle, asked)) if vision else inputs)
             rows[name] = {
@@ -133,10 +141,14 @@ def compared(
                 "against_original": paired(reads["original"], reads[name]),
                 "against_nearest": paired(reads[f"nearest, {group}"], reads[name]),
                 "calibrated_on": samples,
+                "seconds": round(seconds, 1),
                 "scaled": len(plan.decisions.get("scaled", {})),
                 "folded": len(plan.decisions.get("folds", {})),
                 "image_tokens_count": plan.decisions["towers"]["language"].get("image_tokens_count", {}),
             }
+            rival = RIVALS.get(way, "")
+            if f"{rival}, {group}" in reads:
+                rows[name][f"against_{rival}"] = paired(reads[f"{rival}, {group}"], reads[name])
             for ending in TEXT_ONLY:
                 mixed = name.replace(ending, "")
                 if mixed != name and mixed in reads:

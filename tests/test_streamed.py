@@ -19,6 +19,7 @@ from tests import tiny
 
 ROUND: dict[str, Any] = {"quantize": {"scheme": "W8A16"}}
 FOUR_BITS: dict[str, Any] = {"quantize": {"scheme": "W4A16", "group_size": 16}}
+EQUALIZE: dict[str, Any] = {"quantize": {**FOUR_BITS["quantize"], "scaling": "equalize"}}
 RECIPE = {"steps": [ROUND]}
 CUT: dict[str, Any] = {"prune": {"ratio": 0.05, "score": "magnitude", "compensate": "none", "multiple": 1}}
 EXPERTS: dict[str, Any] = {"prune": {"ratio": 0.05, "units": ["experts"], "score": "magnitude"}}
@@ -34,6 +35,7 @@ RUNS: list[tuple[str, list[dict[str, Any]]]] = [
     *((name, [FOUR_BITS]) for name in ("llava_dinov2", "qwen2_5_vl", "whisper")),
     ("llava_dinov2", [{"quantize": {"scheme": "FP8", "activations": "dynamic", "target": "cuda"}}]),
     ("whisper", [{"quantize": {"scheme": "W8A8", "activations": "dynamic"}}]),
+    *((name, [EQUALIZE]) for name in ("qwen2_5_vl", "whisper")),
     ("clip", [MERGE, CUT, ROUND]),
     ("siglip", [MERGE]),
     (
@@ -249,6 +251,8 @@ def test_a_checkpoint_that_lacks_a_tensor_leaves_nothing(tmp_path: Path) -> None
         ("quantize", {"scheme": "W4A16", "vision_scheme": "W8A16"}, True),
         ("quantize", {"scheme": "W4A16", "rounding": "gptq"}, False),
         ("quantize", {"scheme": "W8A16", "rounding": "gptq"}, True),
+        ("quantize", {"scheme": "W4A16", "rounding": "adaround"}, False),
+        ("quantize", {"scheme": "W4A16", "scaling": "equalize"}, True),
         ("prune", {"score": "magnitude"}, False),
         ("prune", {"score": "magnitude", "compensate": "none"}, True),
         ("prune", {"score": "magnitude", "compensate": "none", "crosscheck": True}, False),

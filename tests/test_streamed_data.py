@@ -37,6 +37,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_5_vl", {**GPTQ, "scaling": "awq", "balance": "text", "correct_bias": True}),
     ("clip", {**ALL, "correct_bias": True, "keep_float": ("*.v_proj",)}),
     ("qwen3_vl", {"scheme": "W8A16", "scaling": "awq", "language_scheme": "W4A8"}),
+    ("clip", {**FOUR, "rounding": "adaround", "scaling": "equalize", "towers": ["vision"]}),
     ("whisper", {"scheme": "W8A8", "observer": "mse", "smooth": 0.5}),
     ("clip", {"scheme": "W8A8", "activations": "dynamic"}),
     # Too much is lost: groups are judged alone, take 8 bits, and stay floats.
@@ -260,6 +261,7 @@ def test_one_moment_is_held_at_a_time(small: None, tmp_path: Path, monkeypatch: 
     [
         (GPTQ, True),
         ({**GPTQ, "balance": "text"}, True),
+        ({**FOUR, "rounding": "adaround"}, True),
         (STATIC, True),
         ({"scheme": "W8A16"}, True),
         ({**GPTQ, "balance": "modality"}, False),

@@ -94,16 +94,19 @@ class Quantize:
     the largest that does; Linears, and experts, that none divides take 8 bits."""
     double_quant: bool = False
     """For NF4 and FP4: store the scale of each 64 weights in 8 bits, which takes 4.13 bits a weight in place of 4.5."""
-    rounding: Literal["nearest", "hqq", "gptq"] = "nearest"
+    rounding: Literal["nearest", "hqq", "gptq", "adaround"] = "nearest"
     """For W4A16: to the nearest place of a grid that covers a group; of the grid that suits most of its weights (HQQ; on SmolLM2 no
-    better, python -m bench.fitted_weights); or so that outputs change least on the calibration samples (GPTQ, on HQQ's grids; it
-    needs data; of experts HQQ's grids alone, since each sees few tokens). 8-bit weights go to the nearest."""
+    better, python -m bench.fitted_weights); or so that outputs change least on the calibration samples (on HQQ's grids; it needs
+    data; of experts HQQ's grids alone, since each sees few tokens): one column of weights makes up for another (GPTQ), or whether
+    each weight goes up or down is learned (AdaRound, which takes far longer). 8-bit weights go to the nearest."""
     symmetric_experts: bool = False
     """For W4A16 of a mixture's experts: grids with their zero point in the middle, rounded to nearest. A little less accurate; vLLM
     and transformers take no others of experts, and compressed-tensors then keeps 4 bits where it takes 8 without."""
-    scaling: Literal["none", "awq"] = "none"
+    scaling: Literal["none", "awq", "equalize"] = "none"
     """For weights alone (W4A16, W8A16): scale the inputs' channels so that weights which multiply large inputs are rounded more
-    finely, as strongly as outputs on the calibration samples change least (AWQ; it needs data). With W8A8, see `smooth`."""
+    finely, as strongly as outputs on the calibration samples change least (AWQ; it needs data). Or, without data, so that the
+    weights which make a channel and those which read it are equally large (equalize: of an attention's values, and of gated and
+    ReLU MLPs). With W8A8, see `smooth`."""
     clip: bool = False
     """For W4A16: cut a group's few largest weights off where outputs on the calibration samples change less for it; needs data."""
     correct_bias: bool = False
@@ -164,7 +167,9 @@ class Quantize:
         return max((quantize_fit.bytes_held(self, bundle, tower) for tower in bundle.towers()), default=0)
 
     def seconds(self, bundle: Bundle, work: Work) -> float:
-        """Looks at the samples for ranges or moments; then a tower is judged, or each part of its blocks, in rounded arithmetic."""
+        """Looks at the samples for ranges or moments, and what AdaRound learns by them; then a tower is judged, or each part of its
+        blocks, in rounded arithmetic.
+        """
         towers = [tower for tower in bundle.towers() if self.scheme_of(tower.name) != OFF]
         if not towers:
             return 0.0
@@ -183,7 +188,8 @@ class Quantize:
         if self.smooth is None and any(self.scheme_of(tower.name) == "W8A8" for tower in towers):
             judged += 2 * len(STRENGTHS) * min(self.sensitivity_samples, work.samples // 4)
         timed = TIMING_SECONDS if self.latency_ms is not None else 0.0
-        return (looks * work.samples + judged) * work.forward + timed
+        learned = sum(quantize_fit.learning_seconds(self, bundle, tower) for tower in towers)
+        return (looks * work.samples + judged) * work.forward + timed + learned
 
     def check(self, bundle: Bundle) -> None:
         """Refuse schemes for towers that are not there, towers quantized already, broken ties, and patterns that match nothing."""
@@ -281,7 +287,7 @@ class Quantize:
             self.scaling == "awq"
             or self.clip
             or self.correct_bias
-            or (self.rounding == "gptq" and bool(self.used & FOUR_BITS))
+            or (self.rounding in quantize_fit.FITTED and bool(self.used & FOUR_BITS))
         )
 
     @property

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmcompress.surgery.low_rank import factor_paths
+from mmcompress.bundle import Bundle
+from mmcompress.surgery.low_rank import LowRankLinear, factor_paths
 from mmcompress.views import Attention, Tower
 
 
@@ -38,6 +39,11 @@ class Channels:
         """Return `values` (C,) with one for all channels made of a row, by `reduce`: (kv_heads, G, width) -> (kv_heads, width)."""
         grouped = values.view(self.kv_heads, -1, self.width)
         return reduce(grouped).unsqueeze(1).expand_as(grouped).reshape(-1)
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """Return for each channel (C,) what `values` (R,) has of the row that makes it."""
+        own = values[self.first : self.first + self.kv_heads * self.width].view(self.kv_heads, 1, self.width)
+        return own.expand(-1, self.heads // self.kv_heads, -1).reshape(-1)
 
     def factors(self, gain: Tensor, rows: int) -> Tensor:
         """Return what the maker's rows (R,) are multiplied by, of the gain (C,) of what they make."""
@@ -61,6 +67,12 @@ def channels_of(tower: Tower) -> dict[str, Channels]:
         if mlp and (len(mlp.writers) == 2 or mlp.activation == "relu"):
             found[mlp.reader] = Channels(mlp.writers[-1], 1, 1, mlp.neurons)
     return found | {factor_paths(reader)[0]: channels for reader, channels in found.items()}
+
+
+def maker_of(bundle: Bundle, channels: Channels) -> str:
+    """Return the path of the Linear that has the rows: of a layer of two factors, the second."""
+    made = isinstance(bundle.module(channels.maker), LowRankLinear)
+    return factor_paths(channels.maker)[1] if made else channels.maker
 
 
 def _values(attention: Attention) -> Channels:

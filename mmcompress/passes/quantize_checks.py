@@ -11,9 +11,10 @@ from mmcompress.ops.choice import require_solver
 from mmcompress.ops.grouped import GROUP_SIZES
 from mmcompress.passes.quantize_budget import require_budget
 from mmcompress.passes.quantize_cache import cached_tower
+from mmcompress.passes.quantize_equalize import equalizes
 from mmcompress.passes.quantize_layers import mixtures_of
 from mmcompress.passes.quantize_logits import require_logits
-from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, SCHEMES, refuse_target
+from mmcompress.passes.quantize_schemes import AUTO, FLOAT_CODES, FOUR_BITS, OFF, SCHEMES, WEIGHTS_ALONE, refuse_target
 from mmcompress.surgery.float_codes import is_float_coded, require_bitsandbytes
 from mmcompress.surgery.quantized_base import Quantized
 
@@ -51,12 +52,17 @@ def require_sensible(settings: Quantize) -> None:
         )
     for name in sorted(settings.used):
         refuse_target(name, settings.target, settings.observer)
-    if settings.scaling != "none" and not settings.used & {"W8A16", *FOUR_BITS}:
+    if settings.scaling != "none" and not settings.used & WEIGHTS_ALONE:
         raise UsageError(
             f"quantize.scaling is '{settings.scaling}', which is for weights alone, and no tower gets W4A16 or W8A16",
             hint="use smooth for W8A8",
         )
-    if settings.correct_bias and not settings.used & {"W8A16", *FOUR_BITS}:
+    if settings.scaling == "equalize" and not settings.fold:
+        raise UsageError(
+            "quantize.scaling is 'equalize', which lets what makes inputs do the scaling, and fold is off",
+            hint="leave fold on, or use scaling awq",
+        )
+    if settings.correct_bias and not settings.used & WEIGHTS_ALONE:
         raise UsageError(
             "quantize.correct_bias is for weights alone, and no tower gets W4A16 or W8A16", hint="leave it out"
         )
@@ -72,7 +78,7 @@ def require_sensible(settings: Quantize) -> None:
     if settings.balance != "none" and not settings.looks_at_samples:
         raise UsageError(
             f"quantize.balance is '{settings.balance}', but nothing is asked for that looks at tokens",
-            hint="use it with scaling awq, clip, or rounding gptq and W4A16",
+            hint="use it with scaling awq, clip, or rounding gptq or adaround and W4A16",
         )
     if settings.logits == "int8":
         _require_logits_known(settings)
@@ -153,6 +159,11 @@ def require_quantizable(settings: Quantize, bundle: Bundle) -> None:
         raise UsageError(
             f"quantize.balance is '{settings.balance}', but no tower to be quantized is given both image and text tokens",
             hint="it is for the language tower of models that are shown pictures",
+        )
+    if settings.scaling == "equalize" and not equalizes(settings, bundle, towers.values()):
+        raise UsageError(
+            "quantize.scaling is 'equalize', and no Linear to be rounded reads what rows of another one make",
+            hint="it is for output projections of attentions and for gated MLPs; leave it out, or look at keep_float and towers",
         )
     if AUTO in settings.used and settings.assign == "measured":
         require_solver()  # not after everything was judged

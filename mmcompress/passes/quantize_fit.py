@@ -1,5 +1,5 @@
-"""Weights alone, rounded to calibration samples: the inputs' channels scaled (AWQ), ranges clipped, errors made up for (GPTQ), what
-is left of them on average taken off (bias correction).
+"""Weights alone, rounded to calibration samples: the inputs' channels scaled (AWQ), ranges clipped, errors made up for (GPTQ) or
+weighed together (AdaRound), what is left of them on average taken off (bias correction).
 
 Everything is judged by what rounding does to a layer's outputs on the samples, and kept where that is less: scales for all Linears
 that read one input together, clipped ranges row by row. Scales are searched with weights rounded to nearest, as in the paper, and
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
+from mmcompress.ops.adaround import ITERATIONS, WORKING_BYTES, adaround
 from mmcompress.ops.awq import best_strength, channel_scales
 from mmcompress.ops.clipping import clipped_grid
 from mmcompress.ops.gptq import Compensation, compensation, gptq, output_error
@@ -28,7 +29,7 @@ from mmcompress.passes.quantize_balance import balance_for
 from mmcompress.passes.quantize_calibrate import readers_of_one_input
 from mmcompress.passes.quantize_layers import candidates, group_sizes
 from mmcompress.passes.quantize_moments import Inputs, inputs_of, linears_of, runs
-from mmcompress.passes.quantize_schemes import AUTO, FOUR_BITS, with_activations
+from mmcompress.passes.quantize_schemes import AUTO, FOUR_BITS, WEIGHTS_ALONE, with_activations
 from mmcompress.surgery.packed import PackedLinear
 from mmcompress.surgery.quantized import QuantizedLinear
 from mmcompress.surgery.quantized_base import chunks
@@ -36,6 +37,11 @@ from mmcompress.views import Tower
 
 if TYPE_CHECKING:
     from mmcompress.passes.quantize import Quantize
+
+FITTED = ("gptq", "adaround")
+"""The ways of rounding that look at samples."""
+PRODUCTS = 3e10
+"""Numbers multiplied and added a second, of a core: what AdaRound takes is forecast by it."""
 
 Made = dict[str, PackedLinear | QuantizedLinear]
 
@@ -45,8 +51,8 @@ def fitted_paths(settings: Quantize, tower: Tower, schemes: Mapping[str, str]) -
 
     A layer that shares its weight with an embedding table is none: the table's rows would be scaled too.
     """
-    wanted = FOUR_BITS if settings.clip or settings.rounding == "gptq" else set()
-    wanted = {"W8A16", *FOUR_BITS} if settings.scaling == "awq" or settings.correct_bias else wanted
+    wanted = FOUR_BITS if settings.clip or settings.rounding in FITTED else set()
+    wanted = WEIGHTS_ALONE if settings.scaling == "awq" or settings.correct_bias else wanted
     tied = {linear for _, linear in tower.tied}
     return [path for path, scheme in schemes.items() if scheme in wanted and path not in tied]
 
@@ -72,7 +78,7 @@ def fit_weights(
     ways = [
         name
         for name, used in (
-            ("gptq", settings.rounding == "gptq"),
+            (settings.rounding, settings.rounding in FITTED),
             ("awq", settings.scaling == "awq"),
             ("clip", settings.clip),
             ("corrected biases", settings.correct_bias),
@@ -88,7 +94,8 @@ def fit_weights(
         if group[0] in channels and seen.mean_sizes is not None:
             seen = replace(seen, mean_sizes=channels[group[0]].once(seen.mean_sizes, partial(torch.mean, dim=1)))
         layers = {path: _linear(bundle, path) for path in group}
-        strength, best = _best(settings, layers, sizes, seen)
+        gain = made.tensors.get(f"{group[0]}.gain") if settings.scaling == "equalize" else None
+        strength, best = _best(settings, layers, sizes, seen, gain)
         for path, layer in best.items():
             if strength:
                 assert layer.input_gain is not None
@@ -117,10 +124,17 @@ def _linear(bundle: Bundle, path: str) -> nn.Linear:
 
 
 def _best(
-    settings: Quantize, layers: Mapping[str, nn.Linear], sizes: Mapping[str, int], seen: Inputs
+    settings: Quantize,
+    layers: Mapping[str, nn.Linear],
+    sizes: Mapping[str, int],
+    seen: Inputs,
+    gain: Tensor | None,
 ) -> tuple[float, Made]:
-    """Return the strength of the scales, 0 for none, and the rounded layers: those with the least error of outputs."""
-    plain = Rounding(settings, seen.moment)
+    """Return the strength of the scales, 0 for none, and the rounded layers: those with the least error of outputs.
+
+    `gain` (C,) is what their input is multiplied by already.
+    """
+    plain = Rounding(settings, seen.moment, gain)
     made = {path: plain.made(linear, sizes.get(path, 0)) for path, linear in layers.items()}
     if seen.mean_sizes is None:
         return 0.0, made
@@ -168,7 +182,17 @@ def looks(settings: Quantize, bundle: Bundle, tower: Tower) -> int:
 def bytes_held(settings: Quantize, bundle: Bundle, tower: Tower) -> int:
     """Return what fitting the layer with the most inputs takes: their moment in float32, and its factor (see `ops.gptq`)."""
     widest = max((linear.in_features for linear in _to_fit(settings, bundle, tower).values()), default=0)
-    return (32 if settings.rounding == "gptq" else 16) * widest**2
+    learned = WORKING_BYTES if settings.rounding == "adaround" and widest else 0
+    return (32 if settings.rounding == "gptq" else 16) * widest**2 + learned
+
+
+def learning_seconds(settings: Quantize, bundle: Bundle, tower: Tower) -> float:
+    """Return about how long AdaRound takes on this machine's cores: a product with the moment in each iteration."""
+    if settings.rounding != "adaround":
+        return 0.0
+    shapes = [linear.weight.shape for linear in _to_fit(settings, bundle, tower).values()]
+    once = sum(rows * columns**2 for rows, columns in shapes) * ITERATIONS / PRODUCTS / torch.get_num_threads()
+    return once * (1 + settings.clip) * (1 + (settings.scaling == "awq"))
 
 
 def _to_fit(settings: Quantize, bundle: Bundle, tower: Tower) -> dict[str, nn.Linear]:
@@ -222,6 +246,8 @@ class Rounding:
     def _on(self, weight: Tensor, grid: tuple[Tensor, Tensor]) -> Grouped:
         if self.settings.rounding == "gptq":
             return gptq(weight, self._compensation, *grid)
+        if self.settings.rounding == "adaround":
+            return adaround(weight, self._moment, *grid)
         return on_grid(weight, *grid)
 
     @cached_property

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from mmcompress.bundle import Bundle
 from mmcompress.passes.base import Plan
-from mmcompress.passes.quantize_channels import channels_of
+from mmcompress.passes.quantize_channels import channels_of, maker_of
 from mmcompress.passes.quantize_moments import linears_of
 from mmcompress.surgery.folding import can_fold, may_fold, watch_readers
-from mmcompress.surgery.low_rank import LowRankLinear, factor_paths
 from mmcompress.surgery.watch import evaluating
 from mmcompress.views import Tower
 
@@ -31,9 +30,7 @@ def add_folds(bundle: Bundle, tower: Tower, made: Plan) -> None:
         if tower.owns(path) and f"{path}.gain" in made.tensors
     }
     for reader, channels in channels_of(tower).items():
-        path = channels.maker
-        if isinstance(bundle.module(path), LowRankLinear):
-            path = factor_paths(path)[1]
+        path = maker_of(bundle, channels)
         maker = bundle.module(path)
         if reader in gains and isinstance(maker, nn.Linear):
             made.decisions["folds"][path] = [reader]

@@ -18,6 +18,7 @@ from mmcompress.ops.float8 import FLOAT8
 from mmcompress.passes.base import Context, Plan
 from mmcompress.passes.distill_ranks import world_size
 from mmcompress.passes.quantize_calibrate import calibrate, grids_of, offers
+from mmcompress.passes.quantize_equalize import add_equalized
 from mmcompress.passes.quantize_fit import fit_weights
 from mmcompress.passes.quantize_folds import add_folds
 from mmcompress.passes.quantize_judge import Judge, judge_tower
@@ -120,6 +121,8 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
         made.decisions["groups"] |= sizes
     report |= _experts_report(settings, tower, schemes, context)
     if scheme.inputs != "static":
+        if settings.scaling == "equalize":
+            add_equalized(settings, bundle, tower, schemes, made)
         report |= fit_weights(settings, bundle, tower, schemes, context, made)
     made.decisions["layers"] |= schemes
     made.decisions["tied"] |= {linear: table for table, linear in tower.tied if linear in schemes}

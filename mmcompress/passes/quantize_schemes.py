@@ -46,6 +46,8 @@ SCHEMES = {
 }
 FOUR_BITS = {AUTO, *(name for name, scheme in SCHEMES.items() if scheme.weights == "int4")}
 """Those with which layers may have 4-bit integers."""
+WEIGHTS_ALONE = {"W8A16", *FOUR_BITS}
+"""Those whose weights can be scaled and fitted, as nothing rounds their inputs on a grid of calibration."""
 
 
 def with_activations(name: str, activations: Literal["static", "dynamic"]) -> Scheme:

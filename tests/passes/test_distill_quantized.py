@@ -103,6 +103,7 @@ def test_the_other_tower_and_every_grid_stay_bit_identical() -> None:
         {},
         {"rounding": "hqq"},
         {"rounding": "gptq"},
+        {"rounding": "adaround", "scaling": "equalize"},
         {"scaling": "awq", "clip": True},
         {"scaling": "awq", "fold": False},
         {"scheme": "W8A8"},

@@ -104,18 +104,19 @@ def test_channels_that_are_alike_leave_weights_as_plain_rounding_does() -> None:
     """H = I: nothing to scale, and no error that another column could make up for."""
     torch.manual_seed(0)
     linear, unit = nn.Linear(64, 24), torch.eye(64)
-    for rounding in ("nearest", "gptq"):
+    for rounding in ("nearest", "gptq", "adaround"):
         made = Rounding(Quantize(scheme="W4A16", rounding=rounding), unit).made(linear, 16)  # type: ignore[arg-type]
         weight = linear.weight.detach()
         plain = nearest(weight, 16) if rounding == "nearest" else on_grid(weight, *half_quadratic_grid(weight, 16))
         assert torch.equal(made.weight, plain.dequantized())
 
 
-def test_what_gptq_makes_up_for_is_seen_in_scaled_inputs() -> None:
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_what_rounding_makes_up_for_is_seen_in_scaled_inputs(rounding: Any) -> None:
     """Scaling by hand, and rounding to the moment of inputs that were scaled."""
     torch.manual_seed(0)
     linear, x, gain = nn.Linear(64, 24), torch.randn(200, 64) @ torch.randn(64, 64), torch.logspace(-1, 1, 64)
-    settings = Quantize(scheme="W4A16", rounding="gptq")
+    settings = Quantize(scheme="W4A16", rounding=rounding)
     one = Rounding(settings, x.T @ x / 200, gain).made(linear, 16)
     scaled = copy.deepcopy(linear)
     with torch.no_grad():
@@ -222,10 +223,32 @@ def test_parameters_that_do_nothing_are_refused(params: dict[str, Any], message:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize(("params", "ways"), [({"scaling": "awq"}, "awq"), ({"clip": True}, "clip")])
+@pytest.mark.parametrize(
+    ("params", "ways"),
+    [({"scaling": "awq"}, "awq"), ({"clip": True}, "clip"), ({"rounding": "adaround"}, "adaround")],
+)
 def test_samples_are_needed_and_asked_for(params: dict[str, Any], ways: str) -> None:
     with pytest.raises(UsageError, match=f"rounding the weights by {ways} of the vision tower needs data"):
         run(tiny.bundle(FAMILY), Context(), **params)
+
+
+def test_what_adaround_takes_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Golden: 200 products of each Linear of the towers with the moment of its inputs; twice where two grids are tried."""
+    bundle, work = tiny.bundle("clip"), Work(samples=10, dataset=10, forward=0.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    shapes = [module.weight.shape for module in bundle.model.modules() if type(module) is nn.Linear]
+    once = 200 * sum(rows * columns**2 for rows, columns in shapes) / 3e10 / 2
+    for params, factor in (
+        ({}, 1),
+        ({"clip": True}, 2),
+        ({"clip": True, "scaling": "awq"}, 4),
+        ({"rounding": "gptq"}, 0),
+    ):
+        settings: dict[str, Any] = {"scheme": "W4A16", "group_size": 16, "rounding": "adaround", **params}
+        assert Quantize(**settings).seconds(bundle, work) == pytest.approx(factor * once)
+    widest = max(columns for _, columns in shapes)
+    held = {way: Quantize(scheme="W4A16", group_size=16, rounding=way).holds(bundle) for way in ("adaround", "nearest")}
+    assert held == {"adaround": 16 * widest**2 + 12 * 4 * 2**18, "nearest": 0}
 
 
 def test_runs_are_counted_beforehand() -> None:

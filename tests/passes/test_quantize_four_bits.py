@@ -128,12 +128,13 @@ def test_each_way_of_rounding_is_nearer_to_what_the_layers_gave_out() -> None:
     original.embed("vision", tiny.images(8))
     handle.remove()
     errors = {}
-    for rounding in ("nearest", "hqq", "gptq"):
+    for rounding in ("nearest", "hqq", "gptq", "adaround"):
         bundle, _ = run(copy.deepcopy(original), context(), rounding=rounding, towers=("vision",))
         one, other = (made.module(paths[0]).weight for made in (original, bundle))
         errors[rounding] = output_error(one, other, sums.second_moment()).sum().item()  # type: ignore[arg-type]
     assert errors["hqq"] < errors["nearest"]
     assert errors["gptq"] < 0.7 * errors["hqq"]
+    assert errors["adaround"] < 0.7 * errors["hqq"]
 
 
 def test_gptq_gives_the_same_however_little_room_its_moments_have(monkeypatch: pytest.MonkeyPatch) -> None:
