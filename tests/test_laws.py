@@ -397,6 +397,7 @@ def test_a_batch_equals_its_single_samples(made: Made) -> None:
         for name, params in (
             ("prune", {"ratio": 0.3, "towers": ["vision"]}),
             ("narrow", {"ratio": 0.25, "towers": ["vision"]}),
+            ("rotate", {"towers": ["vision"]}),
             ("merge-tokens", {"keep": 0.6}),
             ("quantize", {"scheme": "W8A8", "text_scheme": "W16A16"}),
             ("distill", {"steps": 2, "batch_size": 4, "towers": ["vision"]}),

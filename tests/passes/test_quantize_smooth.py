@@ -82,6 +82,16 @@ def test_without_samples_to_hold_back_it_is_the_usual_one(params: dict[str, Any]
     assert "smooth_tried" not in report(plan)
 
 
+def test_a_linear_that_shares_a_tables_weight_is_left_out() -> None:
+    """Whisper's output layer: it has no gain, and is not made without its table."""
+    bundle = tiny.bundle("whisper")
+    context = Context(data=tiny.data("whisper", 12), num_samples=8, batch_size=4)
+    plan = Quantize(min_cosine=-1.0).plan(bundle, context)
+    for tower in bundle.towers():
+        tried = plan.decisions["towers"][tower.name]["smooth_tried"]
+        assert all(0.9 < cosine <= 1 for cosine in tried.values())
+
+
 def test_where_each_token_has_a_grid_nothing_is_searched() -> None:
     plan = planned(tiny.bundle(FAMILY), activations="dynamic")
     assert set(plan.decisions["scaled"].values()) == {BY_TOKEN}

@@ -198,21 +198,23 @@ def test_plain_transformers_loads_what_has_no_product_of_its_own(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("earlier", "words", "hint"),
+    ("earlier", "params", "words", "hint"),
     [
-        (("quantize", {"scheme": "W8A16"}), "rotate is for", "put rotate before"),
-        (("factorize", {"ratio": 0.3}), "rotate is for", "put rotate before"),
-        (("narrow", {"ratio": 0.25}), "narrowed or rotated already", "checkpoint before"),
-        (("rotate", {}), "narrowed or rotated already", "checkpoint before"),
+        (("quantize", {"scheme": "W8A16"}), {}, "rotate is for", "put rotate before"),
+        (("quantize", {"scheme": "W8A16"}), {"stream": False}, "rotate is for", "put rotate before"),
+        (("factorize", {"ratio": 0.3}), {}, "rotate is for", "put rotate before"),
+        (("narrow", {"ratio": 0.25}), {}, "narrowed or rotated already", "checkpoint before"),
+        (("rotate", {}), {}, "narrowed or rotated already", "checkpoint before"),
     ],
-    ids=lambda case: case[0] if isinstance(case, tuple) else "",
+    ids=["quantize", "quantize-values", "factorize", "narrow", "rotate"],
 )
-def test_what_cannot_be_turned_is_refused(earlier: tuple[str, dict[str, Any]], words: str, hint: str) -> None:
+def test_what_cannot_be_turned_is_refused(
+    earlier: tuple[str, dict[str, Any]], params: dict[str, Any], words: str, hint: str
+) -> None:
     bundle = tiny.bundle("clip")
-    name, params = earlier
-    run(bundle, "clip", name, **params)
+    run(bundle, "clip", earlier[0], **earlier[1])
     with pytest.raises(UsageError, match=words) as caught:
-        passes.build("rotate", {}).check(bundle)
+        passes.build("rotate", params).check(bundle)
     assert hint in caught.value.hint
 
 
