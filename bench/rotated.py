@@ -39,8 +39,8 @@ LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A16, nearest, rows": (ROWS, {}),
     "W4A16, gptq, rows": (ROWS, {"rounding": "gptq"}),
     "W4A8, nearest, groups of 32": (GROUPS, {"scheme": "W4A8"}),
-    "NVFP4": (GROUPS, {"scheme": "NVFP4"}),
-    "MXFP4": (GROUPS, {"scheme": "MXFP4"}),
+    "NVFP4": (GROUPS, {"scheme": "NVFP4", "target": "openvino"}),
+    "MXFP4": (GROUPS, {"scheme": "MXFP4", "target": "openvino"}),
     "W8A8, not smoothed": (ROWS, {"scheme": "W8A8", "smooth": 0.0}),
     "W8A8": (ROWS, {"scheme": "W8A8", "sensitivity_samples": 16, "min_cosine": -1.0}),
 }

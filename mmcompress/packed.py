@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-import tempfile
+import zlib
 from pathlib import Path
 
 from mmcompress.errors import UsageError
@@ -25,19 +25,26 @@ def cache_dir() -> Path:
 
 
 def unpacked(packed: Path) -> Path:
-    """Return the file that `packed`, a .gz, holds; made where the cache has none of these bytes."""
+    """Return the file that `packed`, a .gz, holds; made where the cache has none of these bytes. Raises UsageError."""
     content = packed.read_bytes()
     name = Path(packed.stem)  # test.tar
     target = cache_dir() / f"{name.stem}-{hashlib.sha256(content).hexdigest()[:12]}{name.suffix}"
-    if not target.is_file():
-        try:
-            # Two processes may do this at once: each writes its own, and the last to be renamed stays.
-            with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as staging:
-                staging.write(gzip.decompress(content))
-            os.replace(staging.name, target)
-        except OSError as error:
-            raise UsageError(
-                f"{packed.name} cannot be unpacked into {target.parent}: {error.strerror}",
-                hint="make room there, or set MMC_CACHE_DIR to another folder",
-            ) from error
+    if target.is_file():
+        return target
+    try:
+        whole = gzip.decompress(content)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UsageError(f"{packed} is damaged: {error}", hint="install mmcompress again") from error
+    # Two processes may do this at once: each writes its own, and the last to be renamed stays.
+    staging = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        staging.write_bytes(whole)
+        os.replace(staging, target)
+    except OSError as error:
+        raise UsageError(
+            f"{packed.name} cannot be unpacked into {target.parent}: {error.strerror}",
+            hint="make room there, or set MMC_CACHE_DIR to another folder",
+        ) from error
+    finally:
+        staging.unlink(missing_ok=True)
     return target

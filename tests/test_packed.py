@@ -36,6 +36,22 @@ def test_other_bytes_are_another_file(packed: Path) -> None:
     assert unpacked(packed).read_bytes() == b"other drawings"
 
 
+def test_damaged_bytes_leave_nothing(packed: Path) -> None:
+    for content in (packed.read_bytes()[:-6], b"no gzip", packed.read_bytes()[:12] + b"xx" + packed.read_bytes()[14:]):
+        packed.write_bytes(content)
+        with pytest.raises(UsageError, match=r"few\.tar\.gz is damaged"):
+            unpacked(packed)
+        assert not os.listdir(cache_dir())
+
+
+def test_others_may_read_it(packed: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        assert unpacked(packed).stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(mask)
+
+
 def test_a_cache_that_cannot_be_made_says_what_to_set(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (packed.parent / "file").touch()
     monkeypatch.setenv("MMC_CACHE_DIR", str(packed.parent / "file" / "below"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -255,11 +255,30 @@ def _takes_the_same(student: Bundle, teacher: Bundle, tower: str) -> bool:
             f"the student's {tower} has {width} {what}, the teacher's {wanted}",
             hint=f"take a teacher of the same size, or distill the other towers only (towers without {tower})",
         )
+    if _turned(student, tower) != _turned(teacher, tower):
+        raise UsageError(
+            f"rotate has turned the channels of what the {tower} tower gives out in one of student and teacher, not in the other",
+            hint=f"put rotate after distill, or distill the other towers only (towers without {tower})",
+        )
     # Examples show pictures; of a video one of them may be given less.
     films = [bundle.tower(tower).film for bundle in (student, teacher)]
     if any(film is not None and film.stride > 1 for film in films):
         return False
     return {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in other.items()}
+
+
+def _turned(bundle: Bundle, tower: str) -> list[Any]:
+    """Return the rotations of streams that begin with what a tower gives out, of those in the bundle's history."""
+    owner = bundle.tower(tower)
+    begun = {
+        other.name
+        for other in bundle.towers()
+        if other.name != tower and other.residual and any(owner.owns(path) for path in other.residual.makers)
+    }
+    rotations = [
+        record for record in bundle.history if record.name == "rotate" and begun & record.plan["streams"].keys()
+    ]
+    return [(record.params, record.plan["seed"]) for record in rotations]
 
 
 def _width(bundle: Bundle, tower: str) -> int:

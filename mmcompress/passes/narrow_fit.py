@@ -177,6 +177,7 @@ def values_by_part(
     a table's weight, which comes before the table. Without `moments` nothing is cut: `basis` (C, C) turns.
     """
     fit = _centred_readers if is_centred(bundle, stream) else _readers
+    basis = basis.to(bundle.module(stream.last).get_parameter("weight").device)
     for norm in stream.norms:
         yield fit(bundle, stream, norm, moments, basis)
     if stream.entry:

@@ -120,9 +120,9 @@ def require_narrowable(bundle: Bundle, stream: Stream, name: str = "narrow") -> 
                 f"{path} is a {type(module).__name__}; {name} is for nn.Linear",
                 hint=f"put {name} before factorize and quantize",
             )
-    for path, name in stream.rows:
+    for path, row in stream.rows:
         module = bundle.module(path)
-        if name not in dict(module.named_parameters(recurse=False)):
+        if row not in dict(module.named_parameters(recurse=False)):
             raise UsageError(
                 f"{path} is a {type(module).__name__}; {name} is for rows of floats", hint=f"put {name} before quantize"
             )

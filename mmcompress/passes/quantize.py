@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -141,8 +141,9 @@ class Quantize:
     afterwards (rotary), one Linear makes both, or keys wait in a cache. Logits are given back first, for `min_cosine`."""
     smooth: float | None = None
     """For W8A8, with data: how much of the spread of an activation's channels moves into the weights (SmoothQuant); 0 is off. By
-    default it is searched, tower by tower, on samples that ranges were not taken from; dynamic activations take
-    0.75, models that do not fit into memory 0.5."""
+    default it is searched, tower by tower, on a quarter of the samples, `sensitivity_samples` at most, before ranges are taken from
+    those too. Where nothing is searched it is 0.5: with other observers than min-max, fewer than four samples, or a model that does
+    not fit into memory; and 0.75 with dynamic activations."""
     reduce_range: bool = False
     """Use 7 of the 8 bits of weights: for x86 CPUs without VNNI or AMX, whose 16-bit sums of u8*s8 products overflow."""
 
@@ -185,7 +186,7 @@ class Quantize:
             runs = 2 * parts + 5 if self.assign == "measured" else 0
             looks = 2 if self.latency_ms is not None else looks
         judged = 2 * runs * min(self.sensitivity_samples, work.samples)
-        if self.smooth is None and any(self.scheme_of(tower.name) == "W8A8" for tower in towers):
+        if self.smooth is None and self._searches(towers):
             judged += 2 * len(STRENGTHS) * min(self.sensitivity_samples, work.samples // 4)
         timed = TIMING_SECONDS if self.latency_ms is not None else 0.0
         learned = sum(quantize_fit.learning_seconds(self, bundle, tower) for tower in towers)
@@ -244,6 +245,11 @@ class Quantize:
         towers = [tower for tower in bundle.towers() if self.scheme_of(tower.name) != OFF]
         left = say_left(bundle, towers, context, "floats", floats=True)
         return {"bytes": {tower.name: bytes_of(bundle, tower) for tower in bundle.towers()}, **held, **left}
+
+    def _searches(self, towers: Sequence[Tower]) -> bool:
+        timed = self.latency_ms is not None and AUTO in self.used
+        static = self.activations == "static" and self.observer == "min-max"
+        return static and (timed or any(self.scheme_of(tower.name) == "W8A8" for tower in towers))
 
     @property
     def maker(self) -> Maker:

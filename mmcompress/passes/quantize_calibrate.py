@@ -43,6 +43,16 @@ class Grid:
     output_scale: Tensor | None = None
     """Of what it gives out, where that is rounded too: symmetric int8."""
 
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """Return what a plan holds of the layer at `path`."""
+        named = {
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "gain": self.gain,
+            "output_scale": self.output_scale,
+        }
+        return {f"{path}.{name}": value for name, value in named.items() if value is not None}
+
 
 def batches(
     bundle: Bundle,

@@ -94,7 +94,9 @@ def fit_weights(
         if group[0] in channels and seen.mean_sizes is not None:
             seen = replace(seen, mean_sizes=channels[group[0]].once(seen.mean_sizes, partial(torch.mean, dim=1)))
         layers = {path: _linear(bundle, path) for path in group}
-        gain = made.tensors.get(f"{group[0]}.gain") if settings.scaling == "equalize" else None
+        gain = None
+        if settings.scaling == "equalize" and f"{group[0]}.gain" in made.tensors:
+            gain = made.tensors[f"{group[0]}.gain"].to(seen.moment.device)  # what a plan keeps lies on the CPU
         strength, best = _best(settings, layers, sizes, seen, gain)
         for path, layer in best.items():
             if strength:
@@ -188,11 +190,16 @@ def bytes_held(settings: Quantize, bundle: Bundle, tower: Tower) -> int:
 
 def learning_seconds(settings: Quantize, bundle: Bundle, tower: Tower) -> float:
     """Return about how long AdaRound takes on this machine's cores: a product with the moment in each iteration."""
-    if settings.rounding != "adaround":
-        return 0.0
-    shapes = [linear.weight.shape for linear in _to_fit(settings, bundle, tower).values()]
+    linears = _to_fit(settings, bundle, tower) if settings.rounding == "adaround" else {}
+    learned = group_sizes(bundle, tower, list(linears), settings.group_size) if _has_four_bits(settings, tower) else {}
+    shapes = [linears[path].weight.shape for path in learned]
     once = sum(rows * columns**2 for rows, columns in shapes) * ITERATIONS / PRODUCTS / torch.get_num_threads()
     return once * (1 + settings.clip) * (1 + (settings.scaling == "awq"))
+
+
+def _has_four_bits(settings: Quantize, tower: Tower) -> bool:
+    """Whether layers of `tower` get 4 bits, or may."""
+    return settings.scheme_of(tower.name) in (AUTO, *FOUR_BITS)
 
 
 def _to_fit(settings: Quantize, bundle: Bundle, tower: Tower) -> dict[str, nn.Linear]:

@@ -91,6 +91,7 @@ def plan_mixed(settings: Quantize, bundle: Bundle, towers: Sequence[Tower], cont
             judge = judges[tower.name]
             reported["cosine"] = round(chosen.cosines[tower.name], 6)
             reported["judged_on"] = {"samples": judge.samples, "runs": judge.runs}
+        reported |= found[tower.name].smoothed
         made.decisions["towers"][tower.name] = {"bytes_before": bytes_of(bundle, tower), **reported}
         if settings.fold:
             add_folds(bundle, tower, made)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -70,6 +70,8 @@ class Options:
     tensors: dict[str, Tensor]
     logits: dict[str, str]
     """Query Linear -> key Linear whose outputs are rounded where both have W8A8."""
+    smoothed: dict[str, Any]
+    """How strongly W8A8 is smoothed, and what was tried."""
 
 
 def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequence[str], context: Context) -> Options:
@@ -81,8 +83,9 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
     paths = candidates(bundle, tower, settings.tables, settings.keep_float, experts=settings.latency_ms is None)
     sizes = group_sizes(bundle, tower, paths, settings.group_size) if "W4A16" in schemes else {}
     tensors: dict[str, Tensor] = {}
+    smoothed: dict[str, Any] = {}
     if "W8A8" in schemes:
-        input_grids(settings, bundle, tower, paths, SCHEMES["W8A8"], context, tensors)
+        smoothed = input_grids(settings, bundle, tower, paths, SCHEMES["W8A8"], context, tensors)[1]
     pairs = pairs_of(bundle, tower, paths) if settings.rounds_logits and "W8A8" in schemes else {}
     trial = Plan({"groups": sizes, "scaled": {}, "logits": pairs}, tensors)
     fit_weights(settings, bundle, tower, dict.fromkeys(sizes, "W4A16"), context, trial)
@@ -93,7 +96,7 @@ def options_of(settings: Quantize, bundle: Bundle, tower: Tower, schemes: Sequen
         possible = [candidate for candidate in made if candidate.scheme in candidate.layers.values()]
         weights = sum(weight.numel() for held in _weights(bundle, own).values() for weight in held)
         groups.append(Group(tower.name, name, weights, (*possible, _untouched(bundle, own))))
-    return Options(groups, sizes, tensors, pairs)
+    return Options(groups, sizes, tensors, pairs, smoothed)
 
 
 def judged(groups: Sequence[Group], judges: Mapping[str, Judge], progress: Progress) -> list[Group]:

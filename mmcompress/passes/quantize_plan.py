@@ -203,11 +203,7 @@ def input_grids(
     for path, grid in grids.items():
         if path not in rounded:
             continue
-        tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = grid.scale, grid.zero_point
-        if grid.gain is not None:
-            tensors[f"{path}.gain"] = grid.gain
-        if grid.output_scale is not None:
-            tensors[f"{path}.output_scale"] = grid.output_scale
+        tensors.update(grid.tensors(path))
     if tried:
         context.progress.say(
             f"{tower.name}: smoothed by {strength:g}, cosine {tried[f'{strength:g}']:.4f} on samples held back"

@@ -3,7 +3,8 @@
 A strong one moves much of the spread of an activation's channels into the weights. It also lets every channel fill the one grid, so
 that on other samples than those calibrated on more of them run over its ends. So each strength is judged on samples whose ranges
 nothing was told of: a few are held back, the tower with all its layers rounded is compared with itself in floats on them, and then
-they are looked at as well. A model that goes through layer by layer is not searched: that takes one more run for each strength.
+they are looked at as well. A model that goes through layer by layer is not searched, since that takes one more run for each
+strength, nor are ranges that are cut, which look at the samples once more for each.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _held_back(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
     data = context.require_data(f"quantizing the activations of the {tower.name} tower")
     chosen = data.subset(context.num_samples, context.seed)
     count = min(settings.sensitivity_samples, len(chosen) // 4)
-    if not count or bundle.in_step:
+    if not count or bundle.in_step or settings.observer != "min-max":
         return None
     few, others = (replace(context, data=part, num_samples=len(part)) for part in chosen.apart(count, context.seed))
     can = all(offers(bundle, part, tower.name, part.num_samples) for part in (few, others))
@@ -67,8 +68,7 @@ def _kept(
     made = {}
     for path, grid in grids.items():
         if path not in tied:
-            tensors = {f"{path}.scale": grid.scale, f"{path}.zero_point": grid.zero_point}
-            tensors |= {} if grid.gain is None else {f"{path}.gain": grid.gain}
-            layer = settings.maker.made(bundle.layer(path), path, Plan({"layers": {path: "W8A8"}}, tensors))
+            trial = Plan({"layers": {path: "W8A8"}}, grid.tensors(path))
+            layer = settings.maker.made(bundle.layer(path), path, trial)
             made[path] = bundle.aside(path, layer)
     return judge.cosine(made)

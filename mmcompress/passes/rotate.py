@@ -17,7 +17,7 @@ Shape alphabet: C channels of a stream, D of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -31,11 +31,14 @@ from mmcompress.ops.residual import random_directions, without_mean
 from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.narrow_cut import cut
 from mmcompress.passes.narrow_fit import values_by_part
-from mmcompress.passes.narrow_units import Stream, is_centred, require_narrowable, stream_of, why_not
+from mmcompress.passes.narrow_units import Stream, is_centred, known, require_narrowable, stream_of, why_not
 from mmcompress.passes.prune_cut import set_parameters
 from mmcompress.passes.quantize_channels import Channels, channels_of
 from mmcompress.surgery.float_codes import is_float_coded
 from mmcompress.views import Tower
+
+SPARSE = 0.25
+"""The share of zeros above which weights have been made so; dead channels alone leave fewer."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Rotate:
     method: Literal["hadamard", "random"] = "hadamard"
     """By which rotation: of ones with random signs, where the width has one and norms are RMS norms, or a random one."""
     stream: bool = True
-    """Turn the residual stream of towers where it is known. Image tokens of a language model are turned with its stream; where
-    LayerNorms begin or end it, or output layer and word table share a weight, a product is added there."""
+    """Turn the residual stream of towers where it is known. Image tokens of a language model are turned with its stream: distill
+    the language tower alone afterwards. Where LayerNorms begin or end it, or a table is the output layer, a product is added."""
     values: bool = True
     """Turn the values of each attention, head by head."""
     towers: tuple[str, ...] = ()
@@ -67,10 +70,12 @@ class Rotate:
 
     def check(self, bundle: Bundle) -> None:
         """Refuse towers that have nothing to turn, or in which something is no Linear, table or norm any more."""
+        if self.stream and not self.values and not self.towers:
+            known(bundle)
         for tower in self._chosen(bundle):
             if self.stream and tower.residual:
                 require_narrowable(bundle, stream_of(tower), self.name)
-            elif self.stream and not self.values:
+            elif self.stream and not self.values and tower.name in self.towers:
                 stream_of(tower)  # which says why not
             for channels, reader in self._values(tower):
                 for path in (channels.maker, reader):
@@ -85,15 +90,17 @@ class Rotate:
         """Draw the rotations; what they make of weights is computed as they are put in."""
         streams: dict[str, list[str]] = {}
         values: list[str] = []
-        made = Plan({"streams": streams, "values": values})
+        made = Plan({"streams": streams, "values": values, "seed": context.seed})
         for tower in self._chosen(bundle):
             if self.stream and tower.residual:
                 found = stream_of(tower)
+                _require_dense(bundle, found.writers)
                 streams[tower.name] = [found.table, found.tied] if found.tied else []
                 made.tensors[f"{tower.name}.stream"] = self._of_stream(bundle, found, _drawing(context.seed, 0))
             elif self.stream:
                 context.progress.say(f"the {tower.name} tower's stream stays as it is: {why_not(tower)}")
             drawing = _drawing(context.seed, 1)
+            _require_dense(bundle, [reader for _, reader in self._values(tower)])
             widths = sorted({channels.width for channels, _ in self._values(tower)})
             made.tensors.update({f"{tower.name}.values.{width}": self._rotation(width, drawing) for width in widths})
             if widths:
@@ -144,10 +151,24 @@ class Rotate:
         for tower in self._chosen(bundle):
             parts = [part for block in tower.blocks for part in (block.attention, block.cross, block.mlp) if part]
             paths = [path for part in parts for path in (*part.writers, part.reader)]
-            weights = [bundle.module(path).get_parameter("weight") for path in paths]
-            shares = [float(weight.abs().max() / weight.float().square().mean().sqrt()) for weight in weights]
-            found[tower.name] = round(sum(shares) / len(shares), 2)
+            linears = [bundle.module(path) for path in paths if type(bundle.module(path)) is nn.Linear]
+            weights = [linear.get_parameter("weight") for linear in linears]
+            shares = [float(each.abs().max() / each.float().square().mean().sqrt()) for each in weights if each.any()]
+            if shares:
+                found[tower.name] = round(sum(shares) / len(shares), 2)
         return found
+
+
+@torch.no_grad()
+def _require_dense(bundle: Bundle, paths: Sequence[str]) -> None:
+    """Raise UsageError where many of the weights to be turned are 0."""
+    weights = [bundle.module(path).get_parameter("weight") for path in paths]
+    zeros = sum(int((each == 0).sum()) for each in weights) / max(1, sum(each.numel() for each in weights))
+    if zeros > SPARSE:
+        raise UsageError(
+            f"{zeros:.0%} of the weights to be turned are 0, and turned none would be ({paths[0]} and {len(paths) - 1} more)",
+            hint="put rotate before sparsify",
+        )
 
 
 def _random(channels: int, drawing: torch.Generator) -> Tensor:

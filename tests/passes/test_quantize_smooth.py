@@ -9,7 +9,7 @@ import torch
 
 from mmcompress.bundle import Bundle
 from mmcompress.passes import quantize_smooth
-from mmcompress.passes.base import Context, Plan
+from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize import Quantize
 from mmcompress.passes.quantize_calibrate import Seen, look
 from mmcompress.passes.quantize_judge import Judge
@@ -29,18 +29,17 @@ def report(plan: Plan) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("observer", ["min-max", "percentile"])
-def test_the_best_of_those_tried_is_taken_with_the_ranges_of_all_samples(observer: Any) -> None:
+def test_the_best_of_those_tried_is_taken_with_the_ranges_of_all_samples() -> None:
     bundle = tiny.bundle(FAMILY)
     with torch.no_grad():
         for block in bundle.tower("vision").blocks:
             bundle.module(block.norms[1]).weight[::7] *= 60  # type: ignore[index]
-    plan = planned(bundle, observer=observer)
+    plan = planned(bundle)
     tried = report(plan)["smooth_tried"]
     assert set(tried) == {f"{strength:g}" for strength in STRENGTHS}
     assert len(set(tried.values())) > 3
     assert tried[f"{report(plan)['smooth']:g}"] == max(tried.values())
-    given = planned(bundle, observer=observer, smooth=report(plan)["smooth"])
+    given = planned(bundle, smooth=report(plan)["smooth"])
     assert "smooth_tried" not in report(given)
     assert plan.tensors.keys() == given.tensors.keys()
     for name, tensor in given.tensors.items():  # batches of other sizes leave other last bits
@@ -75,7 +74,7 @@ def test_what_is_judged_on_was_not_looked_at(monkeypatch: pytest.MonkeyPatch) ->
     assert set(others) | set(few) == set(keys(Context(data=tiny.data(FAMILY, 12), num_samples=8)))
 
 
-@pytest.mark.parametrize("params", [{"sensitivity_samples": 0}, {"samples": 3}])
+@pytest.mark.parametrize("params", [{"sensitivity_samples": 0}, {"samples": 3}, {"observer": "mse"}])
 def test_without_samples_to_hold_back_it_is_the_usual_one(params: dict[str, Any]) -> None:
     plan = planned(tiny.bundle(FAMILY), **params)
     assert report(plan)["smooth"] == USUAL
@@ -99,4 +98,21 @@ def test_where_each_token_has_a_grid_nothing_is_searched() -> None:
 
 
 def test_floats_of_8_bits_are_not_smoothed() -> None:
-    assert "smooth" not in report(planned(tiny.bundle(FAMILY), scheme="FP8", target="cuda"))
+    plan = planned(tiny.bundle(FAMILY), scheme="FP8", target="cuda")
+    assert not [name for name in plan.tensors if name.endswith(".gain")]
+    assert "smooth" not in report(plan)
+
+
+def test_time_is_forecast_for_what_is_searched() -> None:
+    bundle, work = tiny.bundle(FAMILY), Work(samples=64, dataset=64, forward=1.0)
+    seconds = {
+        name: Quantize(**params).seconds(bundle, work)
+        for name, params in {
+            "searched": {},
+            "given": {"smooth": 0.5},
+            "dynamic": {"activations": "dynamic"},
+            "dynamic, given": {"activations": "dynamic", "smooth": BY_TOKEN},
+        }.items()
+    }
+    assert seconds["searched"] == seconds["given"] + 2 * len(STRENGTHS) * 16
+    assert seconds["dynamic"] == seconds["dynamic, given"]

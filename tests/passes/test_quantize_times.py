@@ -104,6 +104,13 @@ def test_the_least_of_the_layers_is_rounded_that_has_to_be() -> None:
     assert rounded[0] < rounded[-1]
 
 
+def test_what_w8a8_is_smoothed_by_is_searched_and_told() -> None:
+    told = run(Known(), latency_ms=ELSE + 0.8 * whole()).decisions["towers"]["vision"]
+    assert told["smooth_tried"][f"{told['smooth']:g}"] == max(told["smooth_tried"].values())
+    given = run(Known(), latency_ms=ELSE + 0.8 * whole(), smooth=0.5).decisions["towers"]["vision"]
+    assert (given["smooth"], "smooth_tried" in given) == (0.5, False)
+
+
 def test_where_4_bits_are_fast_they_are_taken() -> None:
     plan = run(Known(W4A16=0.1, W8A8=5.0, W8A16=5.0), latency_ms=ELSE + 0.3 * whole())
     assert set(plan.decisions["towers"]["vision"]["schemes"]) <= {"W4A16", "W16A16"}

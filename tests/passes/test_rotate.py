@@ -161,7 +161,7 @@ def test_only_what_is_asked_for_is_turned() -> None:
     before = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
     record = run(bundle, "clip", stream=False, towers=["text"])
     changed = {name for name, tensor in bundle.model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert record.plan == {"streams": {}, "values": ["text"]}
+    assert record.plan == {"streams": {}, "values": ["text"], "seed": 0}
     assert changed == {
         f"text_model.encoder.layers.{block}.self_attn.{name}"
         for block in range(len(bundle.tower("text").blocks))
@@ -221,6 +221,46 @@ def test_what_cannot_be_turned_is_refused(
 def test_a_stream_alone_that_is_not_known_is_refused() -> None:
     with pytest.raises(UsageError, match="residual stream cannot become narrower"):
         passes.build("rotate", {"values": False, "towers": ["audio"]}).check(tiny.bundle("whisper"))
+    with pytest.raises(UsageError, match="no residual stream of whisper models"):
+        passes.build("rotate", {"values": False}).check(tiny.bundle("whisper"))
+    bundle = tiny.bundle("altclip")
+    assert list(run(bundle, "altclip", values=False).plan["streams"]) == ["vision"]  # and not of its text tower
+
+
+def test_rows_that_are_integers_are_refused_by_the_pass_s_name() -> None:
+    bundle = tiny.bundle("clip")
+    run(bundle, "clip", "quantize", scheme="W8A16", keep_float=["*layers*", "*projection*"])
+    for name in ("rotate", "narrow"):
+        with pytest.raises(UsageError, match=f"{name} is for rows of floats") as caught:
+            passes.build(name, {"towers": ["text"]}).check(bundle)
+        assert f"put {name} before quantize" in caught.value.hint
+
+
+def test_layers_it_does_not_turn_may_be_anything() -> None:
+    bundle = tiny.bundle("clip")
+    run(bundle, "clip", "quantize", scheme="W8A16", keep_float=["*self_attn*"])
+    assert run(bundle, "clip", stream=False).facts["largest"].keys() == {"vision", "text"}
+
+
+def test_sparse_weights_are_not_filled() -> None:
+    bundle = tiny.bundle("clip")
+    run(bundle, "clip", "sparsify", sparsity=0.5)
+    with pytest.raises(UsageError, match="50% of the weights to be turned are 0") as caught:
+        run(bundle, "clip")
+    assert "before sparsify" in caught.value.hint
+
+
+def test_eyes_whose_tokens_are_turned_learn_nothing_from_the_original() -> None:
+    family = "llava_clip"
+    bundle = tiny.bundle(family)
+    run(bundle, family, towers=["language"])
+    with pytest.raises(UsageError, match="turned the channels of what the vision tower gives out") as caught:
+        run(bundle, family, "distill", steps=1, batch_size=4)
+    assert "rotate after distill" in caught.value.hint
+    run(bundle, family, "distill", steps=1, batch_size=4, towers=["language"])
+    alone = tiny.bundle(family)
+    run(alone, family, towers=["vision"])  # whose own stream is not known: values, which stay within
+    run(alone, family, "distill", steps=1, batch_size=4)
 
 
 def test_other_passes_follow_and_the_result_exports(tmp_path: Path) -> None:

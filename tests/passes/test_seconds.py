@@ -28,8 +28,11 @@ WORK = Work(samples=10, dataset=100, forward=0.5)
         ("merge-tokens", {"keep": 0.5, "schedule": "similar"}, 4 * 10 * 0.5),
         ("merge-tokens", {"similarity": 0.9}, 4 * 10 * 0.5),
         # Three blocks in the deeper tower, two in the other: 2 * (2 * 3 + 3) judgements of the 10 samples there are.
-        ("quantize", {"sensitivity": True}, (2 * 10 + 2 * 9 * 10) * 0.5),
-        ("quantize", {}, (2 * 10 + 2 * 2 * 10) * 0.5),
+        # Five strengths of smoothing, each on the two samples that are held back.
+        ("quantize", {"sensitivity": True}, (2 * 10 + 2 * 9 * 10 + 2 * 5 * 2) * 0.5),
+        ("quantize", {}, (2 * 10 + 2 * 2 * 10 + 2 * 5 * 2) * 0.5),
+        ("quantize", {"smooth": 0.75}, (2 * 10 + 2 * 2 * 10) * 0.5),
+        ("quantize", {"observer": "mse"}, (2 * 10 + 2 * 2 * 10) * 0.5),
         ("quantize", {"scheme": "W8A16", "sensitivity_samples": 4, "sensitivity": True}, 2 * 9 * 4 * 0.5),
         ("quantize", {"scheme": "W4A16", "sensitivity_samples": 0}, 0),
         ("quantize", {"scheme": "W4A16", "rounding": "gptq", "sensitivity_samples": 0}, 1 * 10 * 0.5),
@@ -38,8 +41,12 @@ WORK = Work(samples=10, dataset=100, forward=0.5)
         # Each of the deepest tower's six parts in 4 and in 8 bits, and five runs for what is whole: 2 * (2 * 6 + 5).
         ("quantize", {"scheme": "auto", "bits": 5}, 2 * 17 * 10 * 0.5),
         ("quantize", {"scheme": "auto", "bits": 5, "assign": "random"}, 0),
-        ("quantize", {"scheme": "auto", "latency_ms": 5}, (2 * 10 + 2 * 17 * 10) * 0.5 + 120),
-        ("quantize", {"scheme": "W16A16", "text_scheme": "W8A8", "sensitivity": True}, (2 * 10 + 2 * 7 * 10) * 0.5),
+        ("quantize", {"scheme": "auto", "latency_ms": 5}, (2 * 10 + 2 * 17 * 10 + 2 * 5 * 2) * 0.5 + 120),
+        (
+            "quantize",
+            {"scheme": "W16A16", "text_scheme": "W8A8", "sensitivity": True},
+            (2 * 10 + 2 * 7 * 10 + 2 * 5 * 2) * 0.5,
+        ),
         ("distill", {"epochs": 2}, (3 * 200 + 100) * 0.5),
         ("distill", {"steps": 4, "batch_size": 8, "accumulate": 2}, (3 * 64 + 100) * 0.5),
         ("distill", {"epochs": 2, "max_minutes": 1}, 60 + 100 * 0.5),
