@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "mmcompress"
 ORDER = (
-    {"errors", "progress", "recipe", "manifest", "staging", "card", "weights", "room", "kept"},
+    {"errors", "progress", "recipe", "manifest", "staging", "card", "weights", "room", "kept", "packed"},
     {"ops"},
     {"surgery"},
     {"views"},

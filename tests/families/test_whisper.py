@@ -304,7 +304,7 @@ def test_inspect_counts_each_tower_and_says_why_not(bundle: Bundle, tmp_path: Pa
     assert audio["parameters"] + decoder["parameters"] == sum(p.numel() for p in bundle.model.parameters())
     applies = {(row["pass"], row["tower"]): row["applies"] for row in found["passes"]}
     assert applies == {
-        (name, tower): name in ("prune", "search-prune", "factorize", "sparsify", "quantize", "distill")
+        (name, tower): name in ("prune", "search-prune", "factorize", "rotate", "sparsify", "quantize", "distill")
         or (name in ("merge-tokens", "coarsen-tokens") and tower == "audio")
         or (name == "trim-vocabulary" and tower == "decoder")
         for name in passes.PASSES
