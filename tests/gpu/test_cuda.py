@@ -75,3 +75,37 @@ def test_merging_keeps_half_precision(dtype: torch.dtype) -> None:
     embeddings = bundle.encode("vision", inputs)
     assert embeddings.dtype == dtype
     assert torch.isfinite(embeddings).all()
+
+
+@pytest.mark.parametrize("family", ["llava_dinov2", "clip"])
+def test_rotating_on_cuda_changes_nothing_there(family: str) -> None:
+    bundle = tiny.bundle(family)
+    bundle.model.to("cuda")
+    tower = {"llava_dinov2": "language", "clip": "vision"}[family]
+    inputs = bundle.prepare(tower, [bundle.items(tower, sample)[0] for sample in tiny.data(family, 4)])
+    before = bundle.encode(tower, inputs)
+    step = Step("rotate", {})
+    pipeline.run_stage(bundle, pipeline.Stage(1, step, passes.build(step.name, step.params)), Context())
+    torch.testing.assert_close(bundle.encode(tower, inputs), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"scheme": "W8A8"},
+        {"scheme": "W4A16", "rounding": "gptq", "scaling": "awq"},
+        {"scheme": "W4A16", "rounding": "adaround", "scaling": "equalize", "clip": True},
+    ],
+    ids=["smoothed", "gptq-awq", "adaround-equalize"],
+)
+def test_samples_fit_weights_on_cuda(params: dict[str, object], tmp_path: Path) -> None:
+    """With a place for a run that goes on, whose tensors lie on the CPU."""
+    bundle = tiny.bundle("llava_clip")
+    bundle.model.to("cuda")
+    data = tiny.data("llava_clip", 8)
+    inputs = bundle.prepare("language", [bundle.items("language", sample)[0] for sample in data])
+    before = bundle.encode("language", inputs).flatten()
+    step = Step("quantize", {"group_size": 16, "min_cosine": -1.0, **params})
+    context = Context(data=data, num_samples=8, batch_size=4, workdir=tmp_path)
+    pipeline.run_stage(bundle, pipeline.Stage(1, step, passes.build(step.name, step.params)), context)
+    assert torch.nn.functional.cosine_similarity(bundle.encode("language", inputs).flatten(), before, dim=0) > 0.9
