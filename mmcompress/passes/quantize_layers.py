@@ -53,10 +53,20 @@ def weights_of(layer: nn.Module) -> list[Tensor]:
     return stacks_of(layer) or [layer.get_parameter("weight")]
 
 
-def group_sizes(bundle: Bundle, tower: Tower, paths: Sequence[str], wanted: int) -> dict[str, int]:
-    """Return the size of groups for those of `paths` that can have 4 bits: Linears of their own weight, evenly cut, and experts."""
+def _of_all_words(tower: Tower) -> set[str]:
+    """Return what has more than 4 bits: Linears that share a table's weight, and the product before such a one.
+
+    That product stands behind the last norm of a stream that was turned (`narrow`, `rotate`). It holds the norm's gains, on its
+    diagonal, beside much smaller ones, and every word's logit is made of what it gives out.
+    """
     tied = {linear for _, linear in tower.tied}
-    linears = {path: bundle.module(path) for path in paths if path not in tied}
+    last = tower.residual if tower.residual and tied & set(tower.residual.readers) else None
+    return tied | ({f"{last.norm}.1"} if last else set())
+
+
+def group_sizes(bundle: Bundle, tower: Tower, paths: Sequence[str], wanted: int) -> dict[str, int]:
+    """Return the size of groups for those of `paths` that may have 4 bits: Linears of their own weight, evenly cut, and experts."""
+    linears = {path: bundle.module(path) for path in paths if path not in _of_all_words(tower)}
     sizes = {
         path: group_size_for(module.in_features, wanted)
         for path, module in linears.items()
@@ -67,9 +77,8 @@ def group_sizes(bundle: Bundle, tower: Tower, paths: Sequence[str], wanted: int)
 
 
 def float_blocks(bundle: Bundle, tower: Tower, paths: Sequence[str], size: int) -> dict[str, int]:
-    """Return `size` for those of `paths` that can have 4-bit floats in blocks of it: Linears of their own weight, evenly cut."""
-    tied = {linear for _, linear in tower.tied}
-    linears = {path: bundle.module(path) for path in paths if path not in tied}
+    """Return `size` for those of `paths` that may have 4-bit floats in blocks of it: Linears of their own weight, evenly cut."""
+    linears = {path: bundle.module(path) for path in paths if path not in _of_all_words(tower)}
     return {
         path: size
         for path, module in linears.items()
@@ -78,9 +87,8 @@ def float_blocks(bundle: Bundle, tower: Tower, paths: Sequence[str], size: int) 
 
 
 def float_codable(bundle: Bundle, tower: Tower, paths: Sequence[str]) -> list[str]:
-    """Return those of `paths` that can have weights of 4-bit floats. Raises UsageError where none can."""
-    tied = {linear for _, linear in tower.tied}
-    modules = {path: bundle.module(path) for path in paths if path not in tied}
+    """Return those of `paths` that may have weights of 4-bit floats. Raises UsageError where none may."""
+    modules = {path: bundle.module(path) for path in paths if path not in _of_all_words(tower)}
     found = [path for path, module in modules.items() if isinstance(module, nn.Linear) and fits(module)]
     if not found:
         raise UsageError(

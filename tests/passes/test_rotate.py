@@ -250,6 +250,28 @@ def test_sparse_weights_are_not_filled() -> None:
     assert "before sparsify" in caught.value.hint
 
 
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+def test_the_product_before_all_words_takes_8_bits(scheme: str) -> None:
+    bundle = tiny.bundle("llava_dinov2")
+    table = bundle.tower("language").tied[0][0]
+    norm = bundle.tower("language").residual.norm  # type: ignore[union-attr]
+    run(bundle, "llava_dinov2", towers=["language"])
+    target = "openvino" if scheme == "NVFP4" else "cpu"
+    record = run(
+        bundle,
+        "llava_dinov2",
+        "quantize",
+        scheme=scheme,
+        target=target,
+        towers=["language"],
+        sensitivity_samples=0,
+        group_size=16,
+    )
+    layers = record.plan["layers"]
+    assert {layers[f"{norm}.1"], layers[table]} == {"W8A16"}
+    assert list(layers.values()).count(scheme) == 3 * 7
+
+
 def test_eyes_whose_tokens_are_turned_learn_nothing_from_the_original() -> None:
     family = "llava_clip"
     bundle = tiny.bundle(family)
