@@ -45,8 +45,8 @@ SPARSE = 0.25
 class Rotate:
     """Turn the residual stream and the values of attentions, so that no channel stands out when they are rounded afterwards.
 
-    What the model computes stays as it is, and needs no data. Put it before quantize, and measure: where groups of a few weights
-    share a scale there is little left to gain.
+    What the model computes stays as it is, and no data is needed. Put it before quantize, and measure: it helped GPTQ with one grid
+    for a row (--group-size 0); weights rounded to nearest lost by it, and so did W8A8 that is smoothed.
     """
 
     name: ClassVar[str] = "rotate"
