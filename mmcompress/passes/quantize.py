@@ -142,8 +142,8 @@ class Quantize:
     smooth: float | None = None
     """For W8A8, with data: how much of the spread of an activation's channels moves into the weights (SmoothQuant); 0 is off. By
     default it is searched, tower by tower, on a quarter of the samples, `sensitivity_samples` at most, before ranges are taken from
-    those too. Where nothing is searched it is 0.5: with other observers than min-max, fewer than four samples, or a model that does
-    not fit into memory; and 0.75 with dynamic activations."""
+    those too. Where nothing is searched it is 0.75: with dynamic activations, other observers than min-max, fewer than four
+    samples, `sensitivity_samples` 0, or a model that does not fit into memory."""
     reduce_range: bool = False
     """Use 7 of the 8 bits of weights: for x86 CPUs without VNNI or AMX, whose 16-bit sums of u8*s8 products overflow."""
 

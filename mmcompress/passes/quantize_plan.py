@@ -35,7 +35,7 @@ from mmcompress.passes.quantize_layers import (
 )
 from mmcompress.passes.quantize_logits import of_layers, pairs_of
 from mmcompress.passes.quantize_schemes import FLOAT_CODES, SCHEMES, Scheme, with_activations
-from mmcompress.passes.quantize_smooth import BY_TOKEN, seen_and_strength
+from mmcompress.passes.quantize_smooth import USUAL, seen_and_strength
 from mmcompress.views import Tower
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def plan_tower(settings: Quantize, bundle: Bundle, tower: Tower, context: Contex
         if scheme.inputs == "dynamic" and scheme.weights != "int4":
             rounded = by_token(bundle, tower, paths, scheme.weights)
             schemes |= dict.fromkeys(rounded, name)
-            strength = BY_TOKEN if settings.smooth is None else settings.smooth
+            strength = USUAL if settings.smooth is None else settings.smooth
             smooths = strength > 0 and scheme.weights == "int8"
             if smooths and offers(bundle, context, tower.name, context.num_samples):
                 gains = _gains(settings, bundle, tower, rounded, strength, context)

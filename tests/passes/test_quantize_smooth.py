@@ -13,7 +13,7 @@ from mmcompress.passes.base import Context, Plan, Work
 from mmcompress.passes.quantize import Quantize
 from mmcompress.passes.quantize_calibrate import Seen, look
 from mmcompress.passes.quantize_judge import Judge
-from mmcompress.passes.quantize_smooth import BY_TOKEN, STRENGTHS, USUAL
+from mmcompress.passes.quantize_smooth import STRENGTHS, USUAL
 from tests import tiny
 
 FAMILY = "dual_encoder_vit"
@@ -93,7 +93,7 @@ def test_a_linear_that_shares_a_tables_weight_is_left_out() -> None:
 
 def test_where_each_token_has_a_grid_nothing_is_searched() -> None:
     plan = planned(tiny.bundle(FAMILY), activations="dynamic")
-    assert set(plan.decisions["scaled"].values()) == {BY_TOKEN}
+    assert set(plan.decisions["scaled"].values()) == {USUAL}
     assert "smooth" not in report(plan)
 
 
@@ -111,7 +111,7 @@ def test_time_is_forecast_for_what_is_searched() -> None:
             "searched": {},
             "given": {"smooth": 0.5},
             "dynamic": {"activations": "dynamic"},
-            "dynamic, given": {"activations": "dynamic", "smooth": BY_TOKEN},
+            "dynamic, given": {"activations": "dynamic", "smooth": USUAL},
         }.items()
     }
     assert seconds["searched"] == seconds["given"] + 2 * len(STRENGTHS) * 16
