@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ from mmcompress.data import Dataset, open_data
 from mmcompress.demo import CLIP
 from mmcompress.ops.statistics import bootstrap, paired_difference
 from mmcompress.passes.base import Context
+from mmcompress.passes.narrow_fit import look
+from mmcompress.passes.narrow_units import stream_of
 from mmcompress.passes.rotate import Rotate
 
 RESULT = assets.RESULTS / "rotated.json"
@@ -71,6 +74,7 @@ def compared(
     rows: dict[str, Any] = {
         "original": {"score": bootstrap(whole).to_json()},
         "turned, fp32": {"against_original": paired_difference(whole, score(turned)).to_json()},
+        "energy_of_four_channels": concentrated(original, tower, known),
         "largest": {"before": plan.facts["largest"], "now": turn.fit(turned, Context())["largest_now"]},
     }
     for name, (group, parameters) in ways.items():
@@ -87,6 +91,20 @@ def compared(
         }
         print(name, json.dumps(rows[name]), flush=True)
         yield rows
+
+
+def concentrated(bundle: Bundle, tower: str, known: Dataset) -> dict[str, float]:
+    """Return which share of the energy behind a norm four channels have, before its gains and after: the median over norms."""
+    stream = stream_of(bundle.tower(tower))
+    moments = look(bundle, stream, Context(data=known, num_samples=8, batch_size=4)).of
+    shares: dict[str, list[float]] = {"before gains": [], "after": []}
+    for norm, moment in moments.items():
+        energy = moment.diagonal().double()
+        few = energy.argsort(descending=True)[:4]
+        gained = energy * bundle.module(norm).get_parameter("weight").detach().double().square()
+        for name, each in (("before gains", energy), ("after", gained)):
+            shares[name].append(float(each[few].sum() / each.sum()))
+    return {name: statistics.median(each) for name, each in shares.items()}
 
 
 def likelihood(asked: Dataset) -> Score:

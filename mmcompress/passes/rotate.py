@@ -46,7 +46,7 @@ class Rotate:
     """Turn the residual stream and the values of attentions, so that no channel stands out when they are rounded afterwards.
 
     What the model computes stays as it is, and no data is needed. Put it before quantize, and measure: it helped GPTQ with one grid
-    for a row (--group-size 0); weights rounded to nearest lost by it, and so did W8A8 that is smoothed.
+    for a row (--group-size 0); weights rounded to nearest, and W8A8 that is smoothed, lost by it or gained nothing.
     """
 
     name: ClassVar[str] = "rotate"
